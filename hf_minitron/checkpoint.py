@@ -1,0 +1,228 @@
+"""Checkpoints on disk: safetensors shards read lazily and written as a stream, folders complete or absent.
+
+It must not know an axis or a stage.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# What a user of the model needs beside weights and config.
+SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
+    "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+# safetensors' name of a dtype to torch's.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name of the dtype in safetensors' words, and the shape, of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the local folder of a model: itself, or the snapshot of a Hub id (safetensors and small files only)."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise ValueError(f"{folder} has no config.json: not a model folder")
+    if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
+        raise ValueError(f"No model at {str(model)!r}: neither a folder with a config.json nor a Hub id (owner/name)")
+    return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
+
+
+class Checkpoint:
+    """The tensors of a model folder: their specs from the headers, their data one at a time.
+
+    Args:
+        folder (`Path`): A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
+
+    Raises:
+        ValueError: when a shard is missing, truncated or unreadable, or lacks a tensor that the index promises.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        elif (self.folder / "model.safetensors").is_file():
+            promised = None
+        else:
+            raise ValueError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json")
+        self._file_of: dict[str, Path] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file in sorted(set(promised.values())) if promised else ["model.safetensors"]:
+            self._read_header(self.folder / file)
+        lost = [name for name in promised or () if name not in self.specs]
+        if lost:
+            raise ValueError(f"{index.name} promises {lost[0]!r} in {promised[lost[0]]}, which does not hold it; "
+                             "download the checkpoint again")  # fmt: skip
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor; refuse NaN and infinity."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name!r} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged")
+        return tensor
+
+    def _read_header(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"Shard {path.name} is missing from {path.parent}; download the checkpoint again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    spec = file.get_slice(name)
+                    self.specs[name] = TensorSpec(spec.get_dtype(), tuple(spec.get_shape()))
+                    self._file_of[name] = path
+        except SafetensorError as error:
+            raise ValueError(f"Shard {path} is truncated or damaged ({path.stat().st_size:,} bytes; {error}); "
+                             "download it again") from error  # fmt: skip
+
+
+def write_tensors(
+    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> None:
+    """Write tensors to safetensors shards as they come, never holding more than one.
+
+    The safetensors library can only write a file whose tensors are all in memory; the format itself (a length, a JSON
+    header with offsets, raw data) can be streamed once all specs are known.
+
+    Args:
+        folder (`Path`): An existing folder.
+        specs (`Mapping[str, TensorSpec]`): What will be written, in order.
+        tensors (`Iterable[tuple[str, Tensor]]`): The tensors in the same order.
+        max_shard_bytes (`int`): A new file is begun before this many bytes of data are exceeded.
+    """
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in specs.items():
+        filled = sum(s.num_bytes for s in shards[-1].values())
+        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = spec
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    stream = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        with (folder / file_name).open("wb") as file:
+            file.write(_header(shard))
+            for expected, spec in shard.items():
+                name, tensor = next(stream)
+                found = (name, tuple(tensor.shape), tensor.dtype)
+                assert found == (expected, spec.shape, DTYPES[spec.dtype]), f"{found} came instead of {expected} {spec}"
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _header(shard: Mapping[str, TensorSpec]) -> bytes:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, spec in shard.items():
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.num_bytes]}
+        offset += spec.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, chat template and licence files."""
+    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+        shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield `<folder>.tmp` to write into and rename it to `folder` at the end, so that no half-written folder has its name."""
+    unfinished = folder.with_name(folder.name + ".tmp")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+
+
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse to begin when the disk cannot hold what is about to be written.
+
+    Args:
+        folder (`Path`): Where it will be written; need not exist yet.
+        num_bytes (`int`): How much.
+        what (`str`): Its name in the message.
+    """
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise ValueError(
+            f"No disk space for {what}: {num_bytes:,} bytes needed, {free:,} free at {existing}. "
+            "Free some, or put the run elsewhere with --run"
+        )
+
+
+def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """Return bfloat16 where the processor multiplies it natively, else float32."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.device(device).type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return torch.bfloat16 if native else torch.float32
+
+
+def best_device() -> torch.device:
+    """Return the accelerator when there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def load_model(model: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", **kwargs) -> PreTrainedModel:
+    """Load a causal language model for inference; refuse a checkpoint that lacks parameters.
+
+    Args:
+        model (`str` or `Path`): A folder or a Hub id. Safetensors only; no remote code unless asked through `kwargs`.
+        dtype (`torch.dtype`): What the weights are loaded as.
+        device (`torch.device`): Where they go.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    folder = resolve(model)
+    Checkpoint(folder)  # a missing or truncated shard is named before any weight is loaded
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"The checkpoint {folder} lacks {sorted(info['missing_keys'])[0]!r} "
+                         f"({len(info['missing_keys'])} tensors in all)")  # fmt: skip
+    return loaded.to(device).eval()
