@@ -112,7 +112,9 @@ def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreT
     for key in family.layer_lists:
         if getattr(config, key, None):
             changes[key] = [getattr(config, key)[layer] for layer in plan.kept_layers]
-    return _with(config, changes)
+    student = _with(config, changes)
+    student.name_or_path = ""  # not the folder that the teacher was loaded from
+    return student
 
 
 def _changes(family: Family, after: Shape) -> dict:

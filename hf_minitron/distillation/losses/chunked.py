@@ -1,0 +1,140 @@
+"""The output head and the loss, some tokens at a time: the logits of a batch never exist in full.
+
+The gradients with respect to the last hidden states and to the head's weight are made in the forward pass, chunk by chunk, so
+that no logits wait for a backward pass. The shift of the labels by one and the division by the token count are done here,
+once. It must not know a loss formula or a trainer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# (logits of a chunk, its rows) -> named losses, each of shape (rows,)
+ChunkLoss = Callable[[Tensor, slice], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a model: last hidden states to logits.
+
+    Args:
+        weight (`Tensor` of shape `(vocab, hidden)`): Its matrix; the embedding itself when they are tied.
+        bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits (float64 for float64 inputs) of shape `(rows, vocab)` for `(rows, hidden)`."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """Return the head in another dtype."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the output head of a causal language model; refuse one that changes its logits after the head.
+
+    Raises:
+        ValueError: for a model with a logit softcap or scale, which a plain head would leave out.
+    """
+    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+        value = getattr(model.config, key, neutral)
+        if value not in (None, neutral):
+            raise ValueError(f"{key} = {value} changes the logits of {model.config.model_type} after the head; "
+                             "models with it cannot be distilled or evaluated chunk by chunk yet")  # fmt: skip
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, layer.bias)
+
+
+def next_token_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the positions that predict a labelled token.
+
+    Args:
+        hidden (`Tensor` of shape `(batch, seq, hidden)`): Last hidden states.
+        labels (`Tensor` of shape `(batch, seq)`): Token ids, not shifted; -100 where nothing is to be predicted.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Hidden states of shape `(tokens, hidden)` and the ids they predict, `(tokens,)`.
+    """
+    targets = labels[:, 1:]
+    predicts = targets != -100
+    return hidden[:, :-1][predicts], targets[predicts]
+
+
+def chunked_loss(
+    hidden: Tensor,
+    head: Head,
+    chunk_loss: ChunkLoss,
+    weights: Mapping[str, float],
+    num_items: Tensor | int,
+    chunk_size: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a weighted sum of token losses and its parts, with the same gradient as on full logits.
+
+    Args:
+        hidden (`Tensor` of shape `(tokens, hidden)`): Last hidden states of the student.
+        head (`Head`): The student's head.
+        chunk_loss (`ChunkLoss`): From the logits of some rows to named losses per row.
+        weights (`Mapping[str, float]`): Weight of every named loss.
+        num_items (`Tensor` or `int`): Tokens to divide by: those of the whole accumulated batch.
+        chunk_size (`int`): Tokens per chunk.
+
+    Returns:
+        `tuple[Tensor, dict[str, Tensor]]`: The loss, a scalar, and each named part before its weight, detached.
+    """
+    names = tuple(weights)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    settings = (dtype, chunk_loss, tuple(weights.values()), names, num_items, chunk_size)
+    total, parts = _ChunkedLoss.apply(hidden, head.weight, head.bias, settings)
+    return total, dict(zip(names, parts, strict=True))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, settings):
+        dtype, chunk_loss, weights, names, num_items, chunk_size = settings
+        wants_grad = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(t) if t is not None and wants_grad else None for t in (hidden, weight, bias)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows_of, head = hidden.to(dtype), Head(weight, bias).to(dtype)
+            sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            parts = torch.zeros(len(names), dtype=sum_dtype, device=hidden.device)
+            for start in range(0, len(hidden), chunk_size):
+                rows = slice(start, start + chunk_size)
+                logits = head.logits(rows_of[rows]).requires_grad_(wants_grad)
+                with torch.set_grad_enabled(wants_grad):
+                    by_name = chunk_loss(logits, rows)
+                    sums = [by_name[name].sum() / num_items for name in names]
+                    total = sum(weight * part for weight, part in zip(weights, sums, strict=True))
+                parts += torch.stack([part.detach() for part in sums])
+                if wants_grad:
+                    (grad,) = torch.autograd.grad(total, logits)
+                    del logits, by_name, sums, total  # before the next chunk's are made
+                    _accumulate(grads, grad, rows_of, rows, head)
+        ctx.save_for_backward(*grads)
+        return (parts * parts.new_tensor(weights)).sum(), parts
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        return *(None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors), None
+
+
+def _accumulate(grads: list, grad_logits: Tensor, hidden: Tensor, rows: slice, head: Head) -> None:
+    """Carry the gradient of one chunk's logits on to the hidden states, the head's weight and its bias."""
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_bias is not None:
+        grad_bias += grad_logits.sum(0)
+    grad_logits = grad_logits.to(hidden.dtype)
+    grad_hidden[rows] = grad_logits @ head.weight
+    if grad_weight.dtype == hidden.dtype:
+        grad_weight.addmm_(grad_logits.T, hidden[rows])
+    else:
+        grad_weight += grad_logits.T @ hidden[rows]
