@@ -18,6 +18,26 @@ logger = logging.getLogger(__name__)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
+def check_text(source: str, block_size: int = 1) -> Path | None:
+    """Refuse a text that cannot be read or is too short for one block, without reading it.
+
+    Args:
+        source (`str`): A path or a Hub id.
+        block_size (`int`, *optional*, defaults to 1): Tokens per block.
+
+    Returns:
+        `Path` or `None`: The local file; `None` for a Hub id.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in _BUILDERS and not source.startswith((".", "/", "~")):
+        return None
+    if not path.is_file() or path.suffix not in _BUILDERS:
+        raise ValueError(f"No text at {source!r}: want a file that ends in {', '.join(_BUILDERS)}, or a dataset's Hub id")
+    if path.stat().st_size < block_size:  # a token is at least a byte
+        raise ValueError(f"{source} is too short for one block: {path.stat().st_size:,} bytes, block_size {block_size:,}")
+    return path
+
+
 def load_text(source: str, split: str = "train", column: str = "text") -> Dataset:
     """Load documents: a local .jsonl, .json, .parquet, .csv or .txt file, or a dataset on the Hub.
 
@@ -29,14 +49,12 @@ def load_text(source: str, split: str = "train", column: str = "text") -> Datase
     Returns:
         `Dataset`: One document per row, in a column `text`.
     """
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix in _BUILDERS:
-        documents = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-    elif path.suffix in _BUILDERS or path.exists():
-        raise ValueError(f"No text at {source!r}: want a file that ends in {', '.join(_BUILDERS)}, or a dataset's Hub id")
-    else:
+    path = check_text(source)
+    if path is None:
         name, _, configuration = source.partition(":")
         documents = load_dataset(name, configuration or None, split=split)
+    else:
+        documents = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
     if column not in documents.column_names:
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(documents.column_names)}. Set text_column")
     return documents.select_columns(column).rename_column(column, "text") if column != "text" else documents

@@ -6,6 +6,7 @@ chunked and masked. To add one, write a function and give it a name in `TOKEN_LO
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +22,7 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(tokens,)`: nats per token.
     """
-    return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+    return torch.nn.functional.kl_div(student_logp, teacher_logp, reduction="none", log_target=True).sum(-1)
 
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {"forward_kl": forward_kl}

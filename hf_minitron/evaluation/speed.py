@@ -1,0 +1,80 @@
+"""How fast models are on this machine, and how fast the machine is.
+
+Models take turns inside one run, so that a machine that slows down slows all of them.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_minitron.families.family import family_of
+
+
+@torch.inference_mode()
+def tokens_per_second(
+    models: Mapping[str, PreTrainedModel], prompt_tokens: int = 512, new_tokens: int = 24, rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    """Measure prefill and decoding of several models in turn, at batch size 1.
+
+    Args:
+        models (`Mapping[str, PreTrainedModel]`): The models, all on one device.
+        prompt_tokens (`int`, *optional*, defaults to 512): Length of the prompt that is read.
+        new_tokens (`int`, *optional*, defaults to 24): Tokens generated, one after the other, with a KV cache.
+        rounds (`int`, *optional*, defaults to 3): Measurements of each model after one warm-up; their median counts.
+
+    Returns:
+        `dict[str, dict[str, float]]`: Name to `prefill` and `decode`, in tokens per second.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    generator = torch.Generator().manual_seed(0)
+    vocab = min(model.config.vocab_size for model in models.values())
+    prompt = torch.randint(0, vocab, (1, prompt_tokens), generator=generator)
+    for turn in tqdm(range(rounds + 1), desc="Measuring speed", unit="round"):
+        for name, model in models.items():
+            ids = prompt.to(model.device)
+            prefill = _seconds(lambda m=model, i=ids: m(input_ids=i, use_cache=True, logits_to_keep=1))
+            # both generate calls read the same prompt: their difference is the decoding alone
+            generate = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            count = {n: {"max_new_tokens": n, "min_new_tokens": n} for n in (1, 1 + new_tokens)}
+            mask = torch.ones_like(ids[:, :32])
+            short, long = (
+                _seconds(lambda m=model, i=ids, c=c, k=mask: m.generate(i[:, :32], attention_mask=k, **generate, **c))
+                for c in count.values()
+            )
+            if turn:
+                times[name]["prefill"].append(prompt_tokens / prefill)
+                times[name]["decode"].append(new_tokens / max(long - short, 1e-9))
+    return {name: {kind: statistics.median(values) for kind, values in kinds.items()} for name, kinds in times.items()}
+
+
+@torch.inference_mode()
+def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Measure this machine on one random layer of a model: for estimates, in a fraction of a second.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+        dtype (`torch.dtype`): The dtype it will run in.
+        device (`torch.device`): Where it will run.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
+    layer = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+    family = family_of(config)
+    tokens = torch.zeros(4, 512, dtype=torch.long, device=device)
+    seconds = min(_seconds(lambda: layer.base_model(input_ids=tokens, use_cache=False)) for _ in range(3))
+    return tokens.numel() * family.shape_of(config).flops_per_token(family.rows_of(config)) / seconds
+
+
+def _seconds(work) -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,72 @@
+"""publish: gather the distilled model, its card, report, plan and recipe in one folder ready to push."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from hf_minitron.evaluation.compare import Report
+from hf_minitron.hub import plots, publish
+from hf_minitron.hub.card import load_log, write_card
+from hf_minitron.plan import Plan
+from hf_minitron.run import Run
+
+NEEDS = ("distill", "evaluate")
+
+
+@dataclass(frozen=True)
+class Args:
+    """The `publish:` section."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
+    private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
+    base_model: str | None = field(default=None, metadata={"help": "Hub id of the teacher; `model` when left out."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
+    language: str | list | None = field(default=None, metadata={"help": "Language codes."})
+    datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
+    notes: str | None = field(default=None, metadata={"help": "What a user should know: the card's section on limits."})
+
+
+def check(args: Args, run: Run) -> None:
+    """Refuse a repository name without an owner."""
+    if args.repo_id is not None and args.repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: {args.repo_id!r} is not owner/name")
+
+
+def tokens(args: Args) -> dict[str, int]:
+    """Publishing runs no model."""
+    return {}
+
+
+def run(args: Args, run: Run, out: Path) -> None:
+    """Write `model/`, ready to push."""
+    folder = out / "model"
+    shutil.copytree(run.path("distill") / "student", folder, dirs_exist_ok=True)
+    shutil.copyfile(run.path("evaluate") / "report.json", folder / "report.json")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(run.recipe), sort_keys=False), encoding="utf-8")
+    plan, log = Plan.load(folder / "plan.json"), load_log(run.path("distill") / "log.json")
+    plots.plot_shapes(plan.before, plan.after, folder / "shapes.png")
+    plots.plot_loss(log, folder / "loss.png")
+    facts = {
+        "name": args.repo_id or run.folder.name,
+        "base_model": args.base_model or run.model,
+        "license": args.license,
+        "language": args.language,
+        "datasets": args.datasets,
+        "notes": args.notes,
+        "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
+    }
+    report, command = Report.load(folder / "report.json"), f"hf-minitron run {run.recipe_path}"
+    write_card(report, plan.before, plan.after, run.recipe, command, log, facts).save(folder / "README.md")
+
+
+def push(args: Args, run: Run) -> str:
+    """Upload `model/` and return its address.
+
+    Raises:
+        ValueError: when no `repo_id` is set.
+    """
+    if args.repo_id is None:
+        raise ValueError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
+    return publish.push(run.path("publish") / "model", args.repo_id, args.private)
