@@ -1,8 +1,8 @@
 """One run's files: its recipe, its folder, what is done and what must be done again.
 
 It knows no stage: `__main__` hands it the table of stages. A stage writes into `<stage>.tmp/`, which is renamed once
-`done.json` lies in it; so a stage's folder is complete or absent. `done.json` holds a hash of the stage's section and of all that
-it read; when that changes, the stage and those after it run again.
+`done.json` lies in it; so a stage's folder is complete or absent. `done.json` holds a hash of the stage's section and of
+all that it read; when that changes, the stage and those after it run again.
 """
 
 import dataclasses
@@ -12,14 +12,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-TOP_LEVEL = {"run": "folder for everything the run makes", "model": "the teacher: a folder or a Hub id", "seed": "random seed"}
+TOP_LEVEL = {
+    "run": "folder for everything the run makes",
+    "model": "the teacher: a folder or a Hub id",
+    "seed": "random seed",
+}
 
 
 class RecipeError(ValueError):
@@ -149,37 +153,47 @@ def done_digest(folder: Path) -> str | None:
         return None
 
 
-def run_once(run: Run, stage: str, needs: Sequence[str], work: Callable[[Path], None]) -> bool:
-    """Do a stage unless it is done; return whether there was work.
+def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
+    """Return the folder in which a stage has to work, or `None` when the stage is done.
 
     Args:
         run (`Run`): The run.
         stage (`str`): The stage's name.
         needs (`Sequence[str]`): The stages whose folders it reads.
-        work (`Callable[[Path], None]`): Does it, into the folder that it is given. That folder still holds what an interrupted
-            attempt at the very same work left, and nothing else.
+
+    Returns:
+        `Path` or `None`: `<stage>.tmp`, with what an interrupted attempt at the very same work has left, and nothing else.
+
+    Raises:
+        RecipeError: when a stage that it needs is not done.
     """
     missing = [need for need in needs if done_digest(run.path(need)) is None]
     if missing:
         raise RecipeError(f"{stage} needs {' and '.join(missing)} first: hf-minitron {missing[0]} {run.recipe_path}")
-    digest, folder = run.digest(stage, needs), run.path(stage)
-    unfinished = folder.with_name(f"{stage}.tmp")
-    if done_digest(folder) == digest:
-        return False
-    if done_digest(unfinished) != digest:
-        started = unfinished / "started.json"
-        if not (started.is_file() and started.read_text(encoding="utf-8") == digest):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            started.write_text(digest, encoding="utf-8")
-        start = time.time()
-        work(unfinished)
-        started.unlink()
-        done = {"digest": digest, "seconds": round(time.time() - start, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
-        (unfinished / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    return True
+    digest, unfinished = run.digest(stage, needs), _unfinished(run, stage)
+    if done_digest(run.path(stage)) == digest:
+        return None
+    started = unfinished / "started.json"
+    if not started.is_file() or json.loads(started.read_text(encoding="utf-8") or "{}").get("digest") != digest:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        started.write_text(json.dumps({"digest": digest, "time": time.time()}), encoding="utf-8")
+    return unfinished
+
+
+def finish(run: Run, stage: str) -> None:
+    """Mark a stage's work as done and give its folder its name."""
+    unfinished = _unfinished(run, stage)
+    mark = json.loads((unfinished / "started.json").read_text(encoding="utf-8"))
+    seconds = round(time.time() - mark["time"], 1)  # from the first attempt on
+    (unfinished / "done.json").write_text(json.dumps({"digest": mark["digest"], "seconds": seconds}) + "\n", encoding="utf-8")
+    (unfinished / "started.json").unlink()
+    shutil.rmtree(run.path(stage), ignore_errors=True)
+    unfinished.rename(run.path(stage))
+
+
+def _unfinished(run: Run, stage: str) -> Path:
+    return run.folder / f"{stage}.tmp"
 
 
 def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:

@@ -91,7 +91,9 @@ class Shape:
         divisor = multiple_of.get(axis, 1)
         if size % divisor and size != self[axis]:
             near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= self[axis]})
-            return [f"{axis}: {size} is not a multiple of {divisor}; nearest: {', '.join(map(str, near))} (or change multiple_of)"]
+            return [
+                f"{axis}: {size} is not a multiple of {divisor}; nearest: {', '.join(map(str, near))} (or change multiple_of)"
+            ]
         return []
 
     def _copies(self, row: str) -> int:

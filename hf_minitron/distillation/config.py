@@ -50,9 +50,10 @@ class DistillationArguments(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "teacher_model_init_kwargs"]
 
     def __post_init__(self):
+        # the Trainer wants to be told that it runs on a CPU, and knows no "where the processor has it"
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            on_cpu = self.use_cpu or not torch.accelerator.is_available()
-            device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+            device = "cpu" if self.use_cpu else torch.accelerator.current_accelerator()
             self.bf16 = not self.fp16 and best_dtype(device) == torch.bfloat16
         super().__post_init__()
         known = [*TOKEN_LOSSES, CROSS_ENTROPY]

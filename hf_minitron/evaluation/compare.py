@@ -94,7 +94,11 @@ def compare(
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, blocks: Dataset, batch_size: int = 8, description: str = "Perplexity", chunk_size: int = 256
+    model: PreTrainedModel,
+    blocks: Dataset,
+    batch_size: int = 8,
+    description: str = "Perplexity",
+    chunk_size: int = 256,
 ) -> dict[str, float]:
     """Return the perplexity of a model on token blocks, with its standard error.
 

@@ -6,9 +6,11 @@ Models take turns inside one run, so that a machine that slows down slows all of
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -37,15 +39,9 @@ def tokens_per_second(
     for turn in tqdm(range(rounds + 1), desc="Measuring speed", unit="round"):
         for name, model in models.items():
             ids = prompt.to(model.device)
-            prefill = _seconds(lambda m=model, i=ids: m(input_ids=i, use_cache=True, logits_to_keep=1))
-            # both generate calls read the same prompt: their difference is the decoding alone
-            generate = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            count = {n: {"max_new_tokens": n, "min_new_tokens": n} for n in (1, 1 + new_tokens)}
-            mask = torch.ones_like(ids[:, :32])
-            short, long = (
-                _seconds(lambda m=model, i=ids, c=c, k=mask: m.generate(i[:, :32], attention_mask=k, **generate, **c))
-                for c in count.values()
-            )
+            prefill = _seconds(partial(model, input_ids=ids, use_cache=True, logits_to_keep=1))
+            # both calls read the same short prompt: their difference is the decoding alone
+            short, long = (_seconds(partial(_generate, model, ids[:, :32], count)) for count in (1, 1 + new_tokens))
             if turn:
                 times[name]["prefill"].append(prompt_tokens / prefill)
                 times[name]["decode"].append(new_tokens / max(long - short, 1e-9))
@@ -70,7 +66,18 @@ def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch
     return tokens.numel() * family.shape_of(config).flops_per_token(family.rows_of(config)) / seconds
 
 
-def _seconds(work) -> float:
+def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        pad_token_id=0,
+    )
+
+
+def _seconds(work: Callable) -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     start = time.perf_counter()

@@ -39,7 +39,9 @@ def write_card(
     Returns:
         `ModelCard`: Ready to `save` as README.md.
     """
-    metadata = {key: facts[key] for key in ("license", "license_name", "license_link", "language", "datasets") if facts.get(key)}
+    metadata = {
+        key: facts[key] for key in ("license", "license_name", "license_link", "language", "datasets") if facts.get(key)
+    }
     data = ModelCardData(
         base_model=facts["base_model"],
         base_model_relation="finetune",  # the nearest that the Hub documents; the tags tell the rest
@@ -118,7 +120,11 @@ def _eval_results(report: Report, name: str) -> list[EvalResult]:
     """Return the distilled model's task results in the form of the Hub's model index."""
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=entry["value"]
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_value=entry["value"],
         )
         for task, metrics in report.models["distilled"]["tasks"].items()
         for metric, entry in metrics.items()

@@ -45,7 +45,7 @@ def plot_shapes(before: Shape, after: Shape, path: Path) -> None:
 
 
 def _style():
-    colors = {key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     return matplotlib.rc_context({**colors, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, copy_side_files, require_space, write_tensors
+from hf_minitron.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    complete_or_absent,
+    copy_side_files,
+    require_space,
+    write_tensors,
+)
 from hf_minitron.families.family import family_of, student_config
 from hf_minitron.plan import Plan
 
@@ -108,5 +115,3 @@ def _rename(name: str, rows: dict[str, str], plan: Plan) -> tuple[str, str | Non
     if layer not in plan.kept_layers:
         return row, None, layer
     return row, row.format(layers=plan.kept_layers.index(layer)), layer
-
-

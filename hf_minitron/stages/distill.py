@@ -19,6 +19,9 @@ from hf_minitron.run import Run
 
 NEEDS = ("prune",)
 
+# fields that DistillationArguments adds to TrainingArguments or gives another default
+OWN_ARGUMENTS = tuple(DistillationArguments.__annotations__)
+
 
 @dataclass
 class Args(DistillationArguments):

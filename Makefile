@@ -1,0 +1,30 @@
+# make demo: compress a real language model; make test: run the tests; make quality: lint and format check; make style: format
+PYTHON ?= python3
+VENV := .venv
+RECIPE := recipes/smollm2-135m-width/recipe.yaml
+
+.PHONY: demo test test-all quality style
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/ready
+	@$(VENV)/bin/python recipes/prepare_offline.py
+	@$(VENV)/bin/hf-minitron run $(RECIPE)
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m "not gpu"
+
+quality: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+style: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .

@@ -1,0 +1,220 @@
+"""The `hf-minitron` command: one verb per stage, `run` for all of them, `plan` to look before you leap."""
+
+import argparse
+import ctypes
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig
+
+from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.speed import flops_per_second
+from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
+from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, finish, load_recipe
+from hf_minitron.shape import Shape
+from hf_minitron.stages import distill, evaluate, prune, publish, score
+
+STAGES: dict[str, ModuleType] = {
+    "score": score,
+    "prune": prune,
+    "distill": distill,
+    "evaluate": evaluate,
+    "publish": publish,
+}
+
+INTRO = """\
+Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
+small one, evaluate both, publish the result. A recipe (a YAML file with one section per stage) says how.
+
+  hf-minitron plan recipe.yaml      what the target costs: sizes, parameters, memory, FLOPs (no weights read)
+  hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
+  hf-minitron prune recipe.yaml     one stage
+  hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    args, rest = _parser().parse_known_args(argv)
+    try:
+        run = load_recipe(args.recipe, _overrides(rest), {name: module.Args for name, module in STAGES.items()})
+        if args.verb == "plan":
+            print(plan_text(run))
+            return 0
+        keep_freed_memory()
+        if args.verb == "run":
+            run_all(run, args.push)
+        else:
+            run_stages(run, [args.verb], getattr(args, "push", False))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def plan_text(run: Run) -> str:
+    """Say what the target shape costs beside the teacher, from `config.json` alone."""
+    before, after, rows = prune.shapes(bind(run, "prune", prune.Args), run.model)
+    stored = AutoConfig.from_pretrained(resolve(run.model)).dtype or torch.float32
+    size = stored.itemsize
+
+    def costs(shape: Shape) -> dict[str, int]:
+        parameters = shape.num_parameters(rows)
+        return dict(shape.sizes) | {
+            "parameters": parameters,
+            f"bytes ({str(stored).removeprefix('torch.')})": parameters * size,
+            "KV-cache bytes per token": shape.kv_cache_bytes_per_token(size),
+            "FLOPs per token": shape.flops_per_token(rows),
+        }
+
+    table = [["", "before", "after", ""]]
+    for name, (old, new) in {key: (value, costs(after)[key]) for key, value in costs(before).items()}.items():
+        table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
+    return markdown_table(table)
+
+
+def run_all(run: Run, push: bool) -> None:
+    """Check every stage, say how long it will take, do what is not done, and show the result."""
+    stages = list(STAGES)
+    if PartialState().is_main_process:
+        print(plan_text(run), flush=True)
+    run_stages(run, stages, push, estimate=True)
+    if PartialState().is_main_process:
+        report = Report.load(run.path("evaluate") / "report.json")
+        print("\n" + markdown_table(quality_rows(report)))
+        if report.speed:
+            print("\n" + markdown_table(speed_rows(report)))
+        folder = run.path("publish") / "model"
+        print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
+
+
+def run_stages(run: Run, stages: Sequence[str], push: bool, estimate: bool = False) -> None:
+    """Do some stages in order: all their checks first, on every process of `accelerate launch`, then the work."""
+    state = PartialState()
+    bound = {name: bind(run, name, STAGES[name].Args) for name in stages}
+    if push and bound["publish"].repo_id is None:
+        raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
+    if state.is_main_process:
+        run.claim()
+        for name, args in bound.items():
+            try:
+                STAGES[name].check(args, run)
+            except ValueError as error:
+                raise RecipeError(f"{name}: {error}") from error
+        if estimate:
+            print("\n" + estimate_text(run, bound), flush=True)
+    state.wait_for_everyone()
+    for name, args in bound.items():
+        _do(run, name, args)
+    if push and state.is_main_process:
+        print(f"Pushed to {publish.push(bound['publish'], run)}")
+
+
+def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
+    """Estimate the time of every stage: its FLOPs over what this machine reached on one layer of the teacher."""
+    before, after, rows = prune.shapes(bound["prune"], run.model)
+    flops = {"teacher": before.flops_per_token(rows), "student": after.flops_per_token(rows)}
+    device = best_device()
+    rate = flops_per_second(AutoConfig.from_pretrained(resolve(run.model)), best_dtype(device), device)
+    minutes = {}
+    for name, args in bound.items():
+        minutes[name] = sum(count * flops[model] for model, count in STAGES[name].tokens(args).items()) / rate / 60
+    lines = ", ".join(f"{name} {time:.1f}" for name, time in minutes.items() if time)
+    return (
+        f"About {sum(minutes.values()):.0f} minutes on this machine ({device}, {rate / 1e9:,.0f} GFLOP/s): {lines}.\n"
+        "Stages that are done already are skipped; it can be interrupted at any time and goes on when started again."
+    )
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next use, on Linux.
+
+    By default every large buffer of a step is given back to the system and faulted in again, which costs a fifth of a
+    training step on a CPU (benchmarks/kd_step.py --keep-memory).
+    """
+    if sys.platform == "linux" and not torch.accelerator.is_available():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc
+            trim_threshold, mmap_threshold, limit = -1, -3, 2**31 - 1
+            libc.mallopt(trim_threshold, limit)
+            libc.mallopt(mmap_threshold, limit)
+
+
+def _do(run: Run, name: str, args: object) -> None:
+    """Do one stage unless it is done. All processes of `accelerate launch` train; one does the rest while they wait."""
+    state, module, start = PartialState(), STAGES[name], time.time()
+    folder = [begin(run, name, module.NEEDS) if state.is_main_process else None]
+    broadcast_object_list(folder)
+    if folder[0] is None:
+        state.print(f"{name}: done before, skipped", flush=True)
+        return
+    state.print(f"\n{name}: {module.__doc__.split(': ', 1)[1].splitlines()[0]}", flush=True)
+    if state.is_main_process or name == "distill":
+        module.run(args, run, folder[0])
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(run, name)
+        print(f"{name}: done in {time.time() - start:.0f} s", flush=True)
+    state.wait_for_everyone()
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, object]:
+    """Read `--section.key value` and `--section.key=value`."""
+    overrides, items = {}, list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise RecipeError(f"Cannot read {item!r}: overrides are --section.key value")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            if not items:
+                raise RecipeError(f"--{key} needs a value")
+            value = items.pop(0)
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    texts = {name: module.__doc__.split(": ", 1)[1].strip() for name, module in STAGES.items()}
+    texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
+    texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
+    for name, text in texts.items():
+        verb = verbs.add_parser(
+            name, help=text, description=text, epilog=_keys(name), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        verb.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+        if name in ("run", "publish"):
+            verb.add_argument("--push", action="store_true", help="upload to publish.repo_id (private unless told)")
+    return parser
+
+
+def _keys(name: str) -> str:
+    """List what a stage's section knows, for its help."""
+    lines = ["Keys of the recipe; change one with --key value:"]
+    lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
+    for stage, module in STAGES.items() if name == "run" else ((n, m) for n, m in STAGES.items() if n == name):
+        own = vars(module.Args).get("__annotations__", {})
+        for field in dataclasses.fields(module.Args):
+            inherited = stage == "distill" and field.name not in own and field.name not in distill.OWN_ARGUMENTS
+            if not inherited:
+                lines.append(f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}")
+        if stage == "distill":
+            lines.append("  distill.*                and every field of transformers.TrainingArguments")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
