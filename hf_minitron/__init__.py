@@ -1,3 +1,36 @@
 """hf_minitron: prune and distill causal language models the Minitron way."""
 
+import importlib
+
 __version__ = "0.1.0"
+
+# Loaded at first use, so that importing one part does not import all.
+_HOME = {
+    "DistillationArguments": "distillation.config",
+    "DistillationTrainer": "distillation.trainer",
+    "Family": "families.family",
+    "Plan": "plan",
+    "Report": "evaluation.compare",
+    "Scores": "scores",
+    "Shape": "shape",
+    "calibrate": "importance.calibrate",
+    "compare": "evaluation.compare",
+    "family_of": "families.family",
+    "load_text": "data",
+    "make_plan": "plan",
+    "prune_checkpoint": "pruning.prune",
+    "prune_model": "pruning.prune",
+    "token_blocks": "data",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hf_minitron.{_HOME[name]}"), name)
+    raise AttributeError(f"hf_minitron has no {name!r}; it has {', '.join(_HOME)}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

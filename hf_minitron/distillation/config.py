@@ -28,7 +28,7 @@ class DistillationArguments(TrainingArguments):
     ```
     """
 
-    losses: dict[str, float] | str = field(
+    losses: dict | str | None = field(
         default_factory=lambda: {"forward_kl": 1.0},
         metadata={"help": "Weight of every loss: forward_kl (alone by default: 2407.14679, table 15), cross_entropy."},
     )

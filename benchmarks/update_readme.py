@@ -1,0 +1,71 @@
+"""Write the README's figures from what was measured: no number in it is typed by hand.
+
+    python benchmarks/update_readme.py --run runs/smollm2-135m-width
+
+Reads the run's report, plan and training log and `benchmarks/results/*.json`; writes what stands between the markers
+`<!-- NAME:begin -->` and `<!-- NAME:end -->`, copies the run's pictures beside its recipe and its card to `model_cards/`.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+from hf_minitron import Report
+from hf_minitron.hub.card import load_log, markdown_table, quality_rows, speed_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo_block(run: Path, recipe: Path) -> str:
+    """Return the demo's table, pictures and times."""
+    report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
+    stages = ("score", "prune", "distill", "evaluate", "publish")
+    seconds = {stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in stages}
+    times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
+    picture = recipe.relative_to(ROOT)
+    return "\n\n".join(
+        [
+            markdown_table(quality_rows(report)),
+            f"Held-out text, ± standard error; *pruned* is the student before it learns, *distilled* after {log['tokens']:,} tokens.",
+            markdown_table(speed_rows(report)),
+            f"| what was cut | what was learnt |\n| --- | --- |\n| ![Sizes before and after]({picture}/shapes.png) "
+            f"| ![Distillation loss]({picture}/loss.png) |",
+            f"2 CPU cores, {sum(seconds.values()) / 60:.1f} minutes after installing: {times}.",
+        ]
+    )
+
+
+def benchmark_block(results: Path) -> str:
+    """Return the benchmarks' ratios."""
+    rows = [["what", "command", "result"]]
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        rows.append([found["what"], f"`{found['command']}`", found["result"]])
+    return markdown_table(rows)
+
+
+def main() -> None:
+    """Rewrite the blocks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
+    run = parser.parse_args().run.resolve()
+    recipe, card = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
+    card.mkdir(parents=True, exist_ok=True)
+    for name in ("loss.png", "shapes.png"):
+        shutil.copyfile(run / "publish/model" / name, recipe / name)
+    for name in ("README.md", "report.json", "loss.png", "shapes.png"):
+        shutil.copyfile(run / "publish/model" / name, card / name)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, block in {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(ROOT / "benchmarks/results")}.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        assert pattern.search(text), f"README.md has no {begin} ... {end}"
+        text = pattern.sub(lambda _, b=block, s=begin, e=end: f"{s}\n{b}\n{e}", text)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
