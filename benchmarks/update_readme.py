@@ -28,7 +28,8 @@ def demo_block(run: Path, recipe: Path) -> str:
     return "\n\n".join(
         [
             markdown_table(quality_rows(report)),
-            f"Held-out text, ± standard error; *pruned* is the student before it learns, *distilled* after {log['tokens']:,} tokens.",
+            "Held-out text, ± standard error; *pruned* is the student before it learns, "
+            f"*distilled* after {log['tokens']:,} tokens.",
             markdown_table(speed_rows(report)),
             f"| what was cut | what was learnt |\n| --- | --- |\n| ![Sizes before and after]({picture}/shapes.png) "
             f"| ![Distillation loss]({picture}/loss.png) |",

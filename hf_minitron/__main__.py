@@ -1,7 +1,6 @@
 """The `hf-minitron` command: one verb per stage, `run` for all of them, `plan` to look before you leap."""
 
 import argparse
-import ctypes
 import dataclasses
 import logging
 import sys
@@ -20,6 +19,7 @@ from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.compare import Report
 from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
+from hf_minitron.memory import keep_freed_memory
 from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, finish, load_recipe
 from hf_minitron.shape import Shape
 from hf_minitron.stages import distill, evaluate, prune, publish, score
@@ -135,20 +135,6 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
         f"About {sum(minutes.values()):.0f} minutes on this machine ({device}, {rate / 1e9:,.0f} GFLOP/s): {lines}.\n"
         "Stages that are done already are skipped; it can be interrupted at any time and goes on when started again."
     )
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next use, on Linux.
-
-    By default every large buffer of a step is given back to the system and faulted in again, which costs a fifth of a
-    training step on a CPU (benchmarks/kd_step.py --keep-memory).
-    """
-    if sys.platform == "linux" and not torch.accelerator.is_available():
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc
-            trim_threshold, mmap_threshold, limit = -1, -3, 2**31 - 1
-            libc.mallopt(trim_threshold, limit)
-            libc.mallopt(mmap_threshold, limit)
 
 
 def _do(run: Run, name: str, args: object) -> None:

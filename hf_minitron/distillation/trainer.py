@@ -17,6 +17,7 @@ from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.memory import keep_freed_memory
 
 
 class DistillationTrainer(Trainer):
@@ -48,6 +49,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process (DataParallel): start with `accelerate launch` instead")
+        keep_freed_memory()
         head_of(model)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = LiveTeacher(teacher, self.accelerator.device, args.teacher_model_init_kwargs)
         _check_vocabularies(self.teacher.config, model.config, self.processing_class)

@@ -4,6 +4,7 @@ It must not know how a model was made. One model is in memory at a time.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -144,6 +145,7 @@ def lm_eval_tasks(
     from lm_eval import simple_evaluate  # seconds to import; only evaluation needs it
     from lm_eval.models.huggingface import HFLM
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),

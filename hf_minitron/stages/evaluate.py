@@ -49,11 +49,11 @@ def tokens(args: Args) -> dict[str, int]:
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `report.json`."""
     models = {
-        "teacher": resolve(run.model),
+        "teacher": run.model,
         "pruned": run.path("prune") / "student",
         "distilled": run.path("distill") / "student",
     }
-    tokenizer = AutoTokenizer.from_pretrained(models["teacher"])
+    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
     report = compare(models, blocks, args.tasks, args.include_path, args.limit, args.batch_size)
