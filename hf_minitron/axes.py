@@ -145,4 +145,4 @@ def norm_along(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]
         return activation
     viewed = activation.unflatten(-1, [sizes[a] for a in term])
     others = [i - len(term) for i, a in enumerate(term) if a != axis]
-    return torch.linalg.vector_norm(viewed, dim=others, dtype=torch.float32)
+    return torch.linalg.vector_norm(viewed.float(), dim=others)
