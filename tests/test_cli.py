@@ -1,0 +1,177 @@
+"""The command on a tiny model: every stage, resuming, and errors before any slow work."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_minitron.__main__ import STAGES, main
+from hf_minitron.importance import calibrate
+
+
+@pytest.fixture(scope="module")
+def done(project, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("done") / "run"
+    assert main(["run", str(project["path"]), "--run", str(folder)]) == 0
+    return folder
+
+
+def run(project, folder, *more, verb="run"):
+    return main([verb, str(project["path"]), "--run", str(folder), *map(str, more)])
+
+
+def test_every_stage_leaves_what_it_promises(done):
+    for stage in STAGES:
+        assert json.loads((done / stage / "done.json").read_text())["digest"] and not (done / f"{stage}.tmp").exists()
+    report = json.loads((done / "evaluate/report.json").read_text())
+    assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}
+    for model in report["models"].values():
+        assert model["perplexity"]["stderr"] > 0 and model["tasks"]["tiny_last_word"]["acc"]["samples"] == 8
+    folder = done / "publish/model"
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.num_parameters() == report["models"]["distilled"]["parameters"] and student.config.intermediate_size == 48
+    ids = AutoTokenizer.from_pretrained(folder)("w1 w2", return_tensors="pt").input_ids
+    assert student.generate(ids, max_new_tokens=2, eos_token_id=None).shape[1] == 4
+    for name in ("README.md", "plan.json", "report.json", "recipe.yaml", "loss.png", "shapes.png", "generation_config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    losses = [entry["loss"] for entry in json.loads((done / "distill/log.json").read_text())["history"] if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, done, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    (folder / "run.json").write_text(
+        json.dumps({"recipe": os.path.relpath(project["path"], folder), "model": project["recipe"]["model"]})
+    )
+    assert run(project, folder) == 0
+    assert capsys.readouterr().out.count("done before, skipped") == 5
+    assert run(project, folder, "--evaluate.tokens", 128) == 0
+    out = capsys.readouterr().out
+    assert out.count("done before, skipped") == 3 and "evaluate: done in" in out and "publish: done in" in out
+
+
+def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
+    bare = tmp_path / "teacher"
+    bare.mkdir()
+    shutil.copyfile(project["folder"] / "teacher/config.json", bare / "config.json")
+    assert main(["plan", str(project["path"]), "--model", str(bare)]) == 0
+    out = capsys.readouterr().out
+    assert f"{tiny.model().num_parameters():,}" in out
+    student = tiny.model(hidden_size=24, intermediate_size=48).num_parameters()
+    assert f"{student:,}" in out and "KV-cache bytes per token" in out and "FLOPs per token" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("--prune.target.ffn", "80"), "ffn: 80 is larger"),
+        (("--prune.target.ffn", "0"), "ffn: 0 is not"),
+        (("--prune.target.hidden", "28"), "28 is not a multiple of 8; nearest: 24, 32"),
+        (("--prune.target.heads", "3"), "heads: 3 do not divide"),
+        (("--distill.learning_rat", "1"), "'learning_rat' in distill; did you mean 'learning_rate'"),
+        (("--distil.max_steps", "1"), "'distil' in recipe; did you mean 'distill'"),
+        (("--evaluate.tasks", "[tiny_last_wrod]"), "lm-eval knows no 'tiny_last_wrod'"),
+        (("--score.text", "./nowhere.jsonl"), "score: No text at './nowhere.jsonl'"),
+        (("--distill.block_size", "1000000"), "too short for one block"),
+        (("--score.tokens", "many"), "score.tokens: 'many' is not a whole number"),
+        (("--model", "./nowhere"), "No model at './nowhere'"),
+        (("--distill.losses", "{kl: 1}"), "'kl' is not a loss"),
+        (("--push",), "--push needs a repository"),
+    ],
+)
+def test_bad_input_is_told_before_slow_work(project, tmp_path, capsys, override, message):
+    assert run(project, tmp_path / "run", *override) == 1
+    assert message in capsys.readouterr().err
+    assert not any((tmp_path / "run" / stage).exists() or (tmp_path / "run" / f"{stage}.tmp").exists() for stage in STAGES)
+
+
+def test_a_damaged_teacher_is_told(project, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(project["folder"] / "teacher", teacher)
+    shard = sorted(teacher.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert run(project, tmp_path / "a", "--model", teacher) == 1
+    error = capsys.readouterr().err
+    assert repr(name) in error and "holds NaN or infinity" in error
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert run(project, tmp_path / "b", "--model", teacher) == 1
+    assert f"{shard.name} is truncated" in capsys.readouterr().err
+    shard.unlink()
+    assert run(project, tmp_path / "c", "--model", teacher) == 1
+    assert f"{shard.name} is missing" in capsys.readouterr().err
+
+
+def test_another_tokenizer_a_full_disk_and_a_foreign_folder_are_told(project, tmp_path, capsys, monkeypatch):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(project["folder"] / "teacher", teacher)
+    tiny.tokenizer([*tiny.WORDS[:-1], "other"]).save_pretrained(teacher)
+    assert run(project, tmp_path / "a", "--distill.teacher", teacher) == 1
+    assert "different tokenizers" in capsys.readouterr().err
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    assert run(project, tmp_path / "foreign") == 1
+    assert "not a run's folder" in capsys.readouterr().err
+    assert run(project, tmp_path / "b", verb="prune") == 1
+    assert "prune needs score first: hf-minitron score" in capsys.readouterr().err
+    assert run(project, tmp_path / "b", "--model", teacher, verb="score") == 1
+    assert "belongs to another run" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
+    assert run(project, tmp_path / "c") == 1
+    assert "No disk space for the checkpoints of distill" in capsys.readouterr().err
+
+
+def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_minitron.stages.score.calibrate", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(project, tmp_path / "run", verb="score")
+    assert not (tmp_path / "run/score").exists()
+    monkeypatch.setattr("hf_minitron.stages.score.calibrate", calibrate.calibrate)
+    assert run(project, tmp_path / "run", verb="score") == 0 and (tmp_path / "run/score/done.json").is_file()
+
+
+def test_killed_in_distillation_it_goes_on_from_the_last_checkpoint(project, tmp_path):
+    folder, steps = tmp_path / "run", 60
+    recipe = {**project["recipe"], "run": str(folder)}
+    recipe["distill"] = {**recipe["distill"], "max_steps": steps, "save_steps": 5}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "hf_minitron", "run", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not list((folder / "distill.tmp/checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "distill").exists() and (folder / "prune/done.json").is_file()
+    broken = folder / "distill.tmp/checkpoints/checkpoint-999"  # as if the kill had hit a checkpoint being written
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_st')
+    before = (folder / "prune/done.json").stat().st_mtime_ns
+    for stage in ("prune", "distill"):
+        assert main([stage, str(path)]) == 0
+    assert (folder / "prune/done.json").stat().st_mtime_ns == before
+    history = json.loads((folder / "distill/log.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, steps + 1))
+    assert history[-1]["train_runtime"] > 0
+    assert main(["score", str(path), "--run", str(tmp_path / "whole")]) == 0
+    for stage in ("prune", "distill"):
+        assert main([stage, str(path), "--run", str(tmp_path / "whole")]) == 0
+    resumed, whole = (load_file(f / "distill/student/model.safetensors") for f in (folder, tmp_path / "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)

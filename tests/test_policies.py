@@ -1,0 +1,90 @@
+"""What the code promises about itself: import order, sizes, names, the README's tree."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_minitron
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_minitron"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ORDER = """
+axes shape scores plan families.llama families.family data memory checkpoint
+importance.activation importance.layers importance.calibrate pruning.prune
+distillation.losses.tokens distillation.losses.chunked distillation.signals distillation.teacher distillation.config
+distillation.trainer evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
+stages.score stages.prune stages.distill stages.evaluate stages.publish __main__
+""".split()
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_the_order_is_complete():
+    assert sorted(ORDER) == sorted(name_of(path) for path in MODULES if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__init__.py"], ids=name_of)
+def test_a_module_imports_only_from_above(path):
+    above = ORDER[: ORDER.index(name_of(path))]
+    for module, name in imports(ast.parse(path.read_text())):
+        if module == "hf_minitron" and name is not None and (name in above or f"{name}" in {m.split(".")[0] for m in above}):
+            continue
+        if module.startswith("hf_minitron."):
+            found = module.removeprefix("hf_minitron.")
+            assert found in above or f"{found}.{name}" in above, f"{name_of(path)} imports {module}, which stands below it"
+
+
+@pytest.mark.parametrize("name", ["axes", "shape", "scores", "plan"])
+def test_the_vocabulary_needs_torch_and_the_standard_library_only(name):
+    import sys
+
+    allowed = {"torch", "safetensors", "hf_minitron", *sys.stdlib_module_names}
+    found = {module.split(".")[0] for module, _ in imports(ast.parse((PACKAGE / f"{name}.py").read_text()))}
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_sizes_and_docstrings(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300 and path.stem not in ("utils", "helpers", "common")
+    assert not re.search(r"torch\.load\(|\bpickle\b|trust_remote_code=True", text)
+    tree = ast.parse(text)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    for node in [*tree.body, *(member for owner in classes for member in owner.body)]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+def test_public_names_are_few_and_explained():
+    assert len(hf_minitron.__all__) <= 15
+    for name in hf_minitron.__all__:
+        assert getattr(hf_minitron, name).__doc__ and name in README, name
+
+
+def test_the_readme_tree_is_the_real_one():
+    (tree,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    listed = []
+    for line in tree.splitlines():
+        path = line.split()[0]
+        listed.append(f"hf_minitron/{path}" if line.startswith("  ") else path)
+    assert not [path for path in listed if not (ROOT / path).exists()]
+    real = {path.relative_to(ROOT).as_posix() + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir()}
+    real = {path for path in real if not path.endswith(("__pycache__/", "__init__.py", "py.typed"))}
+    assert real <= set(listed), real - set(listed)

@@ -1,0 +1,100 @@
+"""axes, shape, scores and plan."""
+
+import pytest
+import tiny
+import torch
+
+from hf_minitron import axes
+from hf_minitron.families.family import check_target, family_of
+from hf_minitron.plan import Plan, make_plan
+from hf_minitron.scores import Scores
+from hf_minitron.shape import Shape, ShapeError
+
+SHAPE = Shape(tiny.SIZES)
+
+
+def test_take_follows_products_and_sums():
+    sizes = {"heads": 3, "head_dim": 2, "ffn": 4, "hidden": 5}
+    weight = torch.arange(6 * 5.0).view(6, 5)
+    kept = axes.take(weight, "(heads head_dim) hidden", {"heads": torch.tensor([0, 2]), "hidden": torch.tensor([4])}, sizes)
+    assert kept.tolist() == weight[[0, 1, 4, 5]][:, [4]].tolist()
+    fused = torch.arange(8 * 5.0).view(8, 5)
+    assert axes.take(fused, "ffn+ffn hidden", {"ffn": torch.tensor([1])}, sizes).tolist() == fused[[1, 5]].tolist()
+
+
+@pytest.mark.parametrize("pattern", ["ffn  hidden", "(heads", "ffn,hidden", ""])
+def test_a_bad_pattern_is_refused(pattern):
+    if pattern:
+        with pytest.raises(axes.AxisError, match="Cannot read the pattern"):
+            axes.parse(pattern)
+
+
+def test_names_match_in_full_only():
+    rows = {"model.layers.{layers}.mlp.up_proj.weight": "ffn hidden", "norm.weight": "hidden"}
+    assert axes.match("model.layers.12.mlp.up_proj.weight", rows) == (next(iter(rows)), {"layers": 12})
+    assert axes.match("model.norm.weight", rows) is None
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(axes.AxisError, match=r"\(5, 4\) is not that of"):
+        axes.take(torch.zeros(5, 4), "ffn hidden", {}, {"ffn": 4, "hidden": 5})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+def test_costs_are_those_of_the_real_model(model_type, tied):
+    model = tiny.model(model_type, tie_word_embeddings=tied)
+    family = family_of(model.config)
+    rows, shape = family.rows_of(model.config), family.shape_of(model.config)
+    assert shape.num_parameters(rows) == model.num_parameters()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert shape.flops_per_token(rows) == 2 * (matrices - (0 if tied else model.get_input_embeddings().weight.numel()))
+    assert shape.kv_cache_bytes_per_token(2) == 2 * 3 * 2 * 6 * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"ffn": 80}, "ffn: 80 is larger than the model's 72"),
+        ({"ffn": 0}, "ffn: 0 is not a whole number"),
+        ({"ffn": 7.5}, "ffn: 7.5 is not"),
+        ({"hidden": 30}, "hidden: 30 is not a multiple of 8; nearest: 24, 32"),
+        ({"heads": 3}, "heads: 3 do not divide over 2 KV heads.*Use one of 2, 4"),
+        ({"heads": 4, "kv_heads": 1}, "heads: 4 do not divide over 1"),
+        ({"fnn": 8}, "did you mean 'ffn'"),
+        ({"vocab": 8}, "vocab: not an axis that can be cut"),
+        ({"ffn": -8, "hidden": 48}, "ffn: -8.*hidden: 48"),
+    ],
+)
+def test_an_illegal_target_says_what_is_allowed(target, message):
+    with pytest.raises(ShapeError, match=message):
+        SHAPE.cut_to(target, {"hidden": 8, "ffn": 8})
+
+
+def test_kv_heads_take_their_heads_along():
+    assert SHAPE.cut_to({"kv_heads": 1}).sizes == {**tiny.SIZES, "kv_heads": 1, "heads": 2}
+
+
+def test_a_shape_that_the_config_class_refuses_is_refused_with_the_nearest():
+    config = tiny.config("llama")
+    with pytest.raises(ShapeError, match=r"LlamaConfig refuses hidden=30.*Nearest.*28, 32"):
+        check_target(config, family_of(config), SHAPE.cut_to({"hidden": 30}))
+    check_target(tiny.config("mistral"), family_of(tiny.config("mistral")), SHAPE.cut_to({"hidden": 30}))
+
+
+def test_plan_keeps_the_best_inside_kv_groups(tmp_path):
+    heads = torch.tensor([[1.0, 2, 9, 8], [5, 1, 2, 3], [0, 1, 0, 2]])
+    scores = Scores({"heads": heads, "layers": torch.tensor([3.0, 1, 2]), "ffn": torch.rand(3, 72)}, {})
+    plan = make_plan(scores, SHAPE, SHAPE.cut_to({"heads": 2}))
+    assert plan.keep["heads"] == [[1, 2], [0, 3], [1, 3]]  # one of each group, though layer 0 likes group 1 better
+    plan = make_plan(scores, SHAPE, SHAPE.cut_to({"kv_heads": 1, "layers": 2, "ffn": 10}))
+    assert plan.kept_layers == [0, 2] and plan.keep["kv_heads"] == [[1], [1]] and plan.keep["heads"] == [[2, 3], [2, 3]]
+    assert plan.keep["ffn"][1] == sorted(scores.by_axis["ffn"][2].argsort()[-10:].tolist())
+    assert plan.keep_at(1) is None and plan.keep_at(2)["kv_heads"].tolist() == [1]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_plan_without_scores_says_which():
+    with pytest.raises(ValueError, match="No scores for hidden"):
+        make_plan(Scores({"ffn": torch.rand(3, 72)}, {}), SHAPE, SHAPE.cut_to({"hidden": 8}))
