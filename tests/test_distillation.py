@@ -15,6 +15,8 @@ RAGGED = Dataset.from_dict(
     {"input_ids": [tiny.blocks(1, n, seed=n)["input_ids"][0].tolist() for n in (4, 12, 7, 9, 5, 11, 8, 6)]}
 )
 
+CONSTANT = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+
 
 def arguments(tmp_path, **changes):
     values = {"bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
@@ -79,7 +81,7 @@ def test_padded_vocabularies(tmp_path, student_vocab, teacher_vocab):
 
 def train(tmp_path, **changes):
     student = tiny.model(seed=1, hidden_size=24)
-    values = {"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+    values = {"max_steps": 2} | CONSTANT
     trainer = trainer_for(tmp_path, student, tiny.model(), **(values | {"train_sampling_strategy": "sequential"} | changes))
     trainer.train()
     return student, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
@@ -139,8 +141,8 @@ def test_the_teacher_is_frozen_and_stays_out_of_checkpoints(tmp_path):
 def test_resume_equals_the_uninterrupted_run(tmp_path):
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     expected, losses, _ = train(tmp_path / "a", **common)
-    trainer = trainer_for(tmp_path / "b", tiny.model(seed=1, hidden_size=24), tiny.model(), **common, learning_rate=1e-2,
-                          lr_scheduler_type="constant", lr_scheduler_kwargs=None, train_sampling_strategy="sequential")  # fmt: skip
+    changes = CONSTANT | {"train_sampling_strategy": "sequential"} | common
+    trainer = trainer_for(tmp_path / "b", tiny.model(seed=1, hidden_size=24), tiny.model(), **changes)
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in history] == losses
