@@ -1,0 +1,64 @@
+"""Two processes give one process's losses, started as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import sys, json
+sys.path.insert(0, {tests!r})
+import tiny
+from test_distillation import CONSTANT, RAGGED
+from hf_minitron import DistillationArguments, DistillationTrainer
+out, batch = sys.argv[1], int(sys.argv[2])
+args = DistillationArguments(out, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
+                             max_steps=4, per_device_train_batch_size=batch, train_sampling_strategy="sequential", **CONSTANT)
+trainer = DistillationTrainer(tiny.model(seed=1, hidden_size=24), tiny.model(), args, train_dataset=RAGGED)
+trainer.train()
+if trainer.is_world_process_zero():
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    print("HISTORY" + json.dumps([[e["loss"], e["forward_kl"], e["grad_norm"]] for e in history]))
+"""
+
+
+def launch(processes, *command):
+    """Start a command as `accelerate launch` does on several GPUs, by torchrun.
+
+    On CPUs accelerate's own launcher (1.15) starts a single process unless MPI is installed, whatever its config says.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, launcher)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Rows have different lengths, so the processes hold different numbers of tokens."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
+    histories = []
+    for processes, batch in ((1, 2), (2, 1)):
+        out = launch(processes, script, tmp_path / "out", batch)
+        (line,) = [line for line in out.splitlines() if line.startswith("HISTORY")]
+        histories.append(json.loads(line.removeprefix("HISTORY")))
+    one, two = histories
+    assert len(one) == 4
+    for first, second in zip(one, two, strict=True):
+        assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_the_command_distills_in_two_processes(project, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**project["recipe"], "run": str(tmp_path / "run")}))
+    for stage in ("score", "prune", "distill"):
+        assert launch(2, "-m", "hf_minitron", stage, recipe).count(f"{stage}: done in") == 1
+    log = json.loads((tmp_path / "run/distill/log.json").read_text())
+    assert log["tokens"] == 6 * 2 * 16 * 2 and (tmp_path / "run/distill/student/model.safetensors").is_file()
