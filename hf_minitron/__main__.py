@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan_text(run))
             return 0
         keep_freed_memory()
+        PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
         if args.verb == "run":
             run_all(run, args.push)
         else:
