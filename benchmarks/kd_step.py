@@ -112,8 +112,9 @@ def main() -> None:
     result = f"{time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory of full logits"
     print(f"{args.dtype}: chunked takes {result}")
     if args.json:
-        what = f"distillation step, {args.dtype}: chunked loss"
-        facts = {"what": what, "command": f"benchmarks/kd_step.py --dtype {args.dtype}", "result": result}
+        keeps = " that keep freed memory too" if args.keep_memory else ""
+        command = f"benchmarks/kd_step.py --dtype {args.dtype}{' --keep-memory' if args.keep_memory else ''}"
+        facts = {"what": f"distillation step, {args.dtype}: chunked loss", "command": command, "result": result + keeps}
         args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,188 @@
+"""run: recipes, arguments, the run's folder and the done marks, on made-up stages."""
+
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+import yaml
+
+from hf_minitron.run import RecipeError, begin, bind, done_digest, finish, load_recipe
+
+
+@dataclass(frozen=True)
+class Bake:
+    flour: str = field(metadata={"help": "What it is made of."})
+    heat: float = 200.0
+    loaves: int = 1
+
+    def __post_init__(self):
+        if self.loaves < 1:
+            raise ValueError(f"loaves: {self.loaves} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Slice:
+    width: int = 8
+
+
+STAGES = {"bake": Bake, "slice": Slice}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes a recipe around a model folder and a text, and loads it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "rye.txt").write_text("rye")
+
+    def load(overrides=None, drop=(), **changes):
+        recipe = {"model": str(tmp_path / "model"), "run": str(tmp_path / "run"), "bake": {"flour": str(tmp_path / "rye.txt")}}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: v for key, v in (recipe | changes).items() if key not in drop}))
+        return load_recipe(path, overrides or {}, STAGES)
+
+    return load
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def do(run, stage, needs=()):
+    """Do a stage and return its digest."""
+    (begin(run, stage, needs) / "out.txt").write_text(stage)
+    finish(run, stage)
+    return done_digest(run.path(stage))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bak": {}}, r"Unknown key 'bak' in recipe; did you mean 'bake'\?"),
+        ({"xyz": {}}, "Unknown key 'xyz' in recipe; known: bake, model, run, seed, slice"),
+        ({"slice": {"widht": 3}}, r"Unknown key 'widht' in slice; did you mean 'width'\?"),
+        ({"slice": [3]}, r"slice: \[3\] is not a section"),
+        ({"drop": ["model"]}, "names no model: add `model:`"),
+        ({"seed": "lucky"}, "seed: 'lucky' is not a whole number"),
+        ({"overrides": {"model.size": 3}}, "--model.size: model holds .* not a section"),
+    ],
+)
+def test_a_recipe_that_no_stage_knows_is_refused(load, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load(**changes)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- a", "holds a list"), (None, "No recipe at")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, {}, STAGES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"bake": {}}, "bake.flour is missing: What it is made of"),
+        ({"bake.flour": 7}, "bake.flour: 7 is not text"),
+        ({"bake.heat": "hot"}, "bake.heat: 'hot' is not a number"),
+        ({"bake.heat": True}, "bake.heat: True is not a number"),
+        ({"bake.loaves": 1.5}, "bake.loaves: 1.5 is not a whole number"),
+        ({"bake.loaves": 0}, "bake: loaves: 0 must be at least 1"),
+    ],
+)
+def test_missing_and_ill_typed_values_are_refused(load, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        bind(load(overrides), "bake", Bake)
+
+
+def test_overrides_reach_sections_and_numbers_are_read_as_numbers(load):
+    assert isinstance(yaml.safe_load("1e-4"), str)  # why it needs care
+    args = bind(load({"bake.heat": "1e-4", "bake.loaves": "2e1", "slice.width": 3}), "bake", Bake)
+    assert (args.heat, args.loaves) == (1e-4, 20) and isinstance(args.loaves, int)
+    assert bind(load({"slice.width": 3}), "slice", Slice) == Slice(3)  # the recipe had no such section
+    assert load(drop=["run"]).folder.parent.name == "runs"
+
+
+def test_claim_takes_an_empty_folder_and_its_own_again(load, tmp_path):
+    run = load()
+    run.folder.mkdir()
+    run.claim()
+    load({"slice.width": 3}).claim()  # other values, same run
+    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["slice"] == {"width": 3}
+    (tmp_path / "other").mkdir()
+    for other in (load({"model": str(tmp_path / "other")}), replace(run, recipe_path=tmp_path / "other.yaml")):
+        with pytest.raises(RecipeError, match="belongs to another run"):
+            other.claim()
+
+
+def test_claim_refuses_foreign_files_and_leaves_them(load):
+    run = load()
+    run.folder.mkdir()
+    (run.folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="not a run's folder"):
+        run.claim()
+    assert names(run.folder) == ["thesis.txt"]
+
+
+def test_the_digest_follows_all_that_a_stage_reads_and_nothing_else(load, tmp_path):
+    same = load().digest("bake", ())
+    assert load({"slice.width": 3}).digest("bake", ()) == load().digest("bake", ()) == same
+    changed = [load({"bake.heat": 90}), load({"seed": 1}), load({"model": "owner/name"})]
+    digests = {same, *(run.digest("bake", ()) for run in changed)}
+    for file in ("rye.txt", "model/config.json"):
+        (tmp_path / file).write_text("longer than it was")
+        digests.add(load().digest("bake", ()))
+    assert len(digests) == 6
+    alone = load().digest("slice", ["bake"])
+    do(load(), "bake")
+    after_bake = load().digest("slice", ["bake"])
+    do(load({"bake.heat": 90}), "bake")
+    assert len({alone, after_bake, load().digest("slice", ["bake"])}) == 3
+
+
+def test_a_done_stage_is_skipped_and_a_changed_one_starts_empty(load):
+    run = load()
+    do(run, "bake")
+    assert begin(run, "bake", ()) is None and names(run.folder) == ["bake"]
+    mark = json.loads((run.path("bake") / "done.json").read_text())
+    assert mark["digest"] == run.digest("bake", ()) and mark["seconds"] >= 0
+    hotter = load({"bake.heat": 250})
+    assert names(begin(hotter, "bake", ())) == ["started.json"]
+    assert (run.path("bake") / "out.txt").is_file()  # the old result stays until the new one is there
+    finish(hotter, "bake")
+    assert names(run.path("bake")) == ["done.json"] and begin(hotter, "bake", ()) is None
+
+
+def test_an_interrupted_stage_keeps_its_work_only_for_the_very_same_work(load):
+    folder = begin(load(), "bake", ())
+    (folder / "checkpoint").write_text("half")
+    assert done_digest(load().path("bake")) is None and not load().path("bake").exists()
+    assert begin(load(), "bake", ()) == folder and (folder / "checkpoint").is_file()
+    assert begin(load({"bake.heat": 90}), "bake", ()) == folder and names(folder) == ["started.json"]
+
+
+@pytest.mark.parametrize("left", ["", '{"dig', "{}"])
+def test_a_half_written_mark_is_not_done(load, left):
+    run = load()
+    do(run, "bake")
+    (run.path("bake") / "done.json").write_text(left)
+    assert done_digest(run.path("bake")) is None and begin(run, "bake", ()) is not None
+
+
+@pytest.mark.parametrize("left", ["", '{"dig'])
+def test_a_half_written_start_mark_starts_afresh(load, left):
+    folder = begin(load(), "bake", ())
+    (folder / "checkpoint").write_text("half")
+    (folder / "started.json").write_text(left)  # as kill -9 may leave it
+    assert names(begin(load(), "bake", ())) == ["started.json"]
+
+
+def test_a_stage_before_its_needs_is_told_the_command(load):
+    run = load()
+    with pytest.raises(RecipeError, match=f"slice needs bake first: hf-minitron bake {run.recipe_path}"):
+        begin(run, "slice", ["bake"])
+    begin(run, "bake", ())  # begun is not done
+    with pytest.raises(RecipeError, match="slice needs bake first"):
+        begin(run, "slice", ["bake"])
