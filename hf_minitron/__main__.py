@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig
@@ -20,7 +19,7 @@ from hf_minitron.evaluation.compare import Report
 from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, finish, load_recipe
+from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, done_digest, finish, load_recipe, read_yaml
 from hf_minitron.shape import Shape
 from hf_minitron.stages import distill, evaluate, prune, publish, score
 
@@ -107,12 +106,13 @@ def run_stages(run: Run, stages: Sequence[str], push: bool, estimate: bool = Fal
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     if state.is_main_process:
-        run.claim()
+        run.check_owner()
         for name, args in bound.items():
             try:
                 STAGES[name].check(args, run)
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
+        run.claim()  # only a run whose checks all pass
         if estimate:
             print("\n" + estimate_text(run, bound), flush=True)
     state.wait_for_everyone()
@@ -141,6 +141,8 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 def _do(run: Run, name: str, args: object) -> None:
     """Do one stage unless it is done. All processes of `accelerate launch` train; one does the rest while they wait."""
     state, module, start = PartialState(), STAGES[name], time.time()
+    if state.is_main_process:
+        _check_needs(run, name)
     folder = [begin(run, name, module.NEEDS) if state.is_main_process else None]
     broadcast_object_list(folder)
     if folder[0] is None:
@@ -156,6 +158,14 @@ def _do(run: Run, name: str, args: object) -> None:
     state.wait_for_everyone()
 
 
+def _check_needs(run: Run, name: str) -> None:
+    """Refuse to build on a stage that was done with other settings than the recipe's."""
+    for need in STAGES[name].NEEDS:
+        _check_needs(run, need)
+        if done_digest(run.path(need)) not in (None, run.digest(need, STAGES[need].NEEDS)):
+            raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
+
+
 def _overrides(rest: Sequence[str]) -> dict[str, object]:
     """Read `--section.key value` and `--section.key=value`."""
     overrides, items = {}, list(rest)
@@ -168,7 +178,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, object]:
             if not items:
                 raise RecipeError(f"--{key} needs a value")
             value = items.pop(0)
-        overrides[key] = yaml.safe_load(value)
+        overrides[key] = read_yaml(value, f"--{key} {value}")
     return overrides
 
 

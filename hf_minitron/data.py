@@ -98,7 +98,7 @@ def token_blocks(
     if num_blocks == 0:
         raise ValueError(
             f"Text too short for one block: {count:,} tokens in {len(documents):,} documents, block_size {block_size:,}, "
-            f"max_tokens {max_tokens or 'unlimited'}. Give more text or a smaller block_size"
+            f"max_tokens {'unlimited' if max_tokens is None else max_tokens}. Give more text or a smaller block_size"
         )
     if max_tokens is not None and num_blocks < max_tokens // block_size:
         logger.warning("The text holds only %s of the %s tokens asked for", f"{count:,}", f"{max_tokens:,}")

@@ -9,9 +9,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import time
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,13 @@ TOP_LEVEL = {
     "model": "the teacher: a folder or a Hub id",
     "seed": "random seed",
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 class RecipeError(ValueError):
@@ -64,25 +75,32 @@ class Run:
         content = [section, named, self.seed, self.model, _fingerprint(self.model), upstream]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def claim(self) -> None:
-        """Make the folder, or check that it belongs to this run.
+    def check_owner(self) -> None:
+        """Refuse a folder that belongs to another run; change nothing.
 
         Raises:
             RecipeError: when it belongs to another recipe or model, or holds files that no run has made.
         """
-        mark = self.folder / "run.json"
-        ours = {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
+        mark, ours = self.folder / "run.json", self._mark()
         if mark.is_file():
-            theirs = json.loads(mark.read_text(encoding="utf-8"))
+            theirs = _read_json(mark)
+            if not {"recipe", "model"} <= theirs.keys():
+                raise RecipeError(f"{mark} is damaged. Use another --run, or delete the folder")
             if theirs != ours:
                 raise RecipeError(f"{self.folder} belongs to another run: of {theirs['recipe']} on {theirs['model']}, not of "
                                   f"{ours['recipe']} on {ours['model']}. Use another --run, or delete it")  # fmt: skip
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise RecipeError(f"{self.folder} holds files, but no run.json: not a run's folder. Use another --run")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            mark.write_text(json.dumps(ours) + "\n", encoding="utf-8")
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(dict(self.recipe), sort_keys=False), encoding="utf-8")
+
+    def claim(self) -> None:
+        """Make the folder this run's, or check that it is, and save the recipe in it."""
+        self.check_owner()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "run.json", json.dumps(self._mark()) + "\n")
+        _write(self.folder / "recipe.yaml", yaml.safe_dump(dict(self.recipe), sort_keys=False))
+
+    def _mark(self) -> dict[str, str]:
+        return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
@@ -98,10 +116,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     """
     if not path.is_file():
         raise RecipeError(f"No recipe at {path}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    recipe = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} holds a {type(recipe).__name__}, not sections by name")
     for key, value in overrides.items():
@@ -120,10 +135,18 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     if not recipe.get("model"):
         raise RecipeError(f"{path} names no model: add `model:` with a folder or a Hub id")
     seed = recipe.get("seed", 0)
-    if not isinstance(seed, int):
-        raise RecipeError(f"seed: {seed!r} is not a whole number")
-    folder = Path(recipe.get("run") or f"runs/{path.resolve().parent.name}").expanduser()
+    if type(seed) is not int or seed < 0:
+        raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
+    folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
     return Run(folder, str(recipe["model"]), seed, recipe, path)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Read YAML, with an error that says where it stands."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML: {error}") from error
 
 
 def bind(run: Run, stage: str, args_type: type) -> Any:
@@ -136,7 +159,7 @@ def bind(run: Run, stage: str, args_type: type) -> Any:
     for field in dataclasses.fields(args_type):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name in section:
-            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], field.type)
+            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], field.type, field.metadata.get("min"))
         elif required and field.init:
             raise RecipeError(f"{stage}.{field.name} is missing: {field.metadata.get('help', '')}")
     try:
@@ -147,10 +170,7 @@ def bind(run: Run, stage: str, args_type: type) -> Any:
 
 def done_digest(folder: Path) -> str | None:
     """Return the hash in a stage's `done.json`, or `None` when the stage is not done."""
-    try:
-        return json.loads((folder / "done.json").read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError):
-        return None
+    return _read_json(folder / "done.json").get("digest")
 
 
 def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
@@ -174,10 +194,10 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     if done_digest(run.path(stage)) == digest:
         return None
     started = unfinished / "started.json"
-    if not started.is_file() or json.loads(started.read_text(encoding="utf-8") or "{}").get("digest") != digest:
+    if _read_json(started).get("digest") != digest:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        started.write_text(json.dumps({"digest": digest, "time": time.time()}), encoding="utf-8")
+        _write(started, json.dumps({"digest": digest, "time": time.time()}))
     return unfinished
 
 
@@ -186,7 +206,7 @@ def finish(run: Run, stage: str) -> None:
     unfinished = _unfinished(run, stage)
     mark = json.loads((unfinished / "started.json").read_text(encoding="utf-8"))
     seconds = round(time.time() - mark["time"], 1)  # from the first attempt on
-    (unfinished / "done.json").write_text(json.dumps({"digest": mark["digest"], "seconds": seconds}) + "\n", encoding="utf-8")
+    _write(unfinished / "done.json", json.dumps({"digest": mark["digest"], "seconds": seconds}) + "\n")
     (unfinished / "started.json").unlink()
     shutil.rmtree(run.path(stage), ignore_errors=True)
     unfinished.rename(run.path(stage))
@@ -194,6 +214,22 @@ def finish(run: Run, stage: str) -> None:
 
 def _unfinished(run: Run, stage: str) -> Path:
     return run.folder / f"{stage}.tmp"
+
+
+def _read_json(path: Path) -> dict:
+    """Read a mark; one that is absent or damaged says nothing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file that is never seen half-written."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
@@ -204,19 +240,34 @@ def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
             raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
 
 
-def _typed(name: str, value: Any, declared: Any) -> Any:
-    """Turn YAML's reading of a number (`1e-4` is text to YAML 1.1) into the declared type, or refuse it."""
-    if declared in (int, float) and value is not None:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = None
-        if number is None or isinstance(value, bool) or (declared is int and number != int(number)):
-            raise RecipeError(f"{name}: {value!r} is not a {'whole ' if declared is int else ''}number")
-        return declared(number)
-    if declared is str and not isinstance(value, str):
-        raise RecipeError(f"{name}: {value!r} is not text")
+def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> Any:
+    """Refuse a value that is not of the declared type; types beyond YAML's own are left to the dataclass."""
+    union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
+    if not kinds <= _KINDS.keys():
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and int in kinds and math.isfinite(value) and value == int(value):
+        value = int(value)
+    elif number and float in kinds:
+        value = float(value)
+    elif type(value) not in kinds:
+        raise RecipeError(f"{name}: {value!r} is not {' or '.join(words for kind, words in _KINDS.items() if kind in kinds)}")
+    if least is not None and value is not None and value < least:
+        raise RecipeError(f"{name}: {value} must be at least {least}")
     return value
+
+
+# The types of YAML, in words.
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a section of key: value lines",
+    types.NoneType: "null",
+}
 
 
 def _strings(value: Any) -> list[str]:

@@ -64,7 +64,12 @@ class Shape:
         Raises:
             ShapeError: with the axis, the value, what is allowed and what to do, for every illegal size at once.
         """
-        problems = [p for axis, size in target.items() for p in self._problems(axis, size, multiple_of or {})]
+        multiple_of = multiple_of or {}
+        bad = [axis for axis, n in multiple_of.items() if axis not in CUTTABLE or type(n) is not int or n < 1]
+        if bad:
+            raise ShapeError(f"multiple_of: {bad[0]!r}: {multiple_of[bad[0]]!r} is not an axis of {', '.join(CUTTABLE)} with a "
+                             "whole number from 1 on")  # fmt: skip
+        problems = [p for axis, size in target.items() for p in self._problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
         after = {**self.sizes, **target}
@@ -81,7 +86,7 @@ class Shape:
 
     def _problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
         if axis not in CUTTABLE:
-            near = difflib.get_close_matches(axis, CUTTABLE, n=1)
+            near = difflib.get_close_matches(str(axis), CUTTABLE, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return [f"{axis}: not an axis that can be cut; those are {', '.join(CUTTABLE)}{hint}"]
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -90,6 +90,19 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--model", "./nowhere"), "No model at './nowhere'"),
         (("--distill.losses", "{kl: 1}"), "'kl' is not a loss"),
         (("--push",), "--push needs a repository"),
+        (("--prune.target", "80"), "prune.target: 80 is not a section"),
+        (("--prune.target", "{1: 2}"), "1: not an axis"),
+        (("--prune.multiple_of.hidden", "0"), "'hidden': 0 is not"),
+        (("--score.tokens", ".inf"), "score.tokens: inf is not a whole number"),
+        (("--score.tokens", "-5"), "score.tokens: -5 must be at least 1"),
+        (("--score.block_size", "0"), "score.block_size: 0 must be at least 2"),
+        (("--distill.save_total_limit", "x"), "distill.save_total_limit: 'x' is not a whole number or null"),
+        (("--evaluate.tasks", "tiny_last_word"), "evaluate.tasks: 'tiny_last_word' is not a list"),
+        (("--distill.losses", "forward_kl"), "'forward_kl' is not a table of weights"),
+        (("--publish.repo_id", "7"), "publish.repo_id: 7 is not text or null"),
+        (("--publish.repo_id", "/"), "publish: "),
+        (("--prune.target.ffn", "["), "--prune.target.ffn [ is not YAML"),
+        (("--seed", "-1"), "seed: -1 is not"),
     ],
 )
 def test_bad_input_is_told_before_slow_work(project, tmp_path, capsys, override, message):
@@ -134,6 +147,21 @@ def test_another_tokenizer_a_full_disk_and_a_foreign_folder_are_told(project, tm
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
     assert run(project, tmp_path / "c") == 1
     assert "No disk space for the checkpoints of distill" in capsys.readouterr().err
+
+
+def test_a_failed_check_does_not_claim_the_folder(project, tmp_path):
+    assert run(project, tmp_path / "run", "--model", "./typo", verb="score") == 1
+    assert run(project, tmp_path / "run", verb="score") == 0
+
+
+def test_a_stage_does_not_build_on_other_settings(project, done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "run")
+    mark = {"recipe": os.path.relpath(project["path"], tmp_path / "run"), "model": project["recipe"]["model"]}
+    (tmp_path / "run/run.json").write_text(json.dumps(mark))
+    assert run(project, tmp_path / "run", "--prune.target.ffn", 40, verb="distill") == 1
+    assert "distill needs prune, which was done with other settings" in capsys.readouterr().err
+    assert run(project, tmp_path / "run", "--score.tokens", 128, verb="publish") == 1
+    assert "which was done with other settings" in capsys.readouterr().err
 
 
 def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, monkeypatch):

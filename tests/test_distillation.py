@@ -129,6 +129,16 @@ def test_the_logits_of_a_batch_never_exist(tmp_path):
     assert full.rows >= 54
 
 
+def test_evaluation_makes_no_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_minitron.distillation.losses.chunked._accumulate", lambda *args: 1 / 0)
+    student = tiny.model(seed=1).train()
+    trainer = trainer_for(tmp_path, student, tiny.model())
+    with torch.no_grad():
+        assert trainer.compute_loss(student, collate([RAGGED[0]])) > 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.compute_loss(student, collate([RAGGED[0]]))
+
+
 def test_the_teacher_is_frozen_and_stays_out_of_checkpoints(tmp_path):
     before = tiny.model().state_dict()
     student, _, trainer = train(tmp_path, save_strategy="steps", save_steps=2)

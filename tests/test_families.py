@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron.families.family import FAMILIES, family_of
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.plan import make_plan
+from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 
 IDS = tiny.blocks()["input_ids"][:]
@@ -93,3 +93,44 @@ def test_an_unknown_family_with_llamas_names_works():
     teacher = tiny.model("gemma")
     assert teacher.config.model_type not in FAMILIES
     assert prune_model(teacher, plan_for(teacher, ffn=8)).config.intermediate_size == 8
+
+
+@pytest.mark.parametrize("drop", [0, 1, 2])
+def test_the_student_shares_no_weight_with_its_teacher(drop):
+    """A dropped layer shifts the names of those after it, which are otherwise uncut."""
+    teacher = tiny.model()
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    kept = [layer for layer in range(3) if layer != drop]
+    student = prune_model(teacher, Plan(shape, shape.cut_to({"layers": 2}), {"layers": kept}))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+def test_pruned_hidden_equals_masked_with_the_norms_corrected(model_type, tied):
+    """Masking leaves the norms to divide by the full width: that is undone in their weight and epsilon."""
+    teacher = tiny.model(model_type, tie_word_embeddings=tied)
+    plan = plan_for(teacher, hidden=24, ffn=32, heads=2)
+    pruned = logits(prune_model(teacher, plan))
+    mask = torch.zeros(tiny.SIZES["hidden"], dtype=torch.float64)
+    mask[plan.keep["hidden"]] = 1
+    share = 24 / tiny.SIZES["hidden"]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight.mul_(mask)
+        for i, layer in enumerate(teacher.model.layers):
+            keep = plan.keep_at(i)
+            for module, axis, width in ((layer.mlp.down_proj, "ffn", 1), (layer.self_attn.o_proj, "heads", 6)):
+                inner = torch.zeros(tiny.SIZES[axis], dtype=torch.float64)
+                inner[keep[axis]] = 1
+                module.weight.mul_(mask[:, None] * inner.repeat_interleave(width))
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.mul_(share**0.5)
+                norm.variance_epsilon *= share
+        teacher.model.norm.weight.mul_(mask * share**0.5)
+        teacher.model.norm.variance_epsilon *= share
+    # the norms of transformers compute in float32
+    assert torch.allclose(pruned, logits(teacher), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import yaml
 
-from hf_minitron.run import RecipeError, begin, bind, done_digest, finish, load_recipe
+from hf_minitron.run import RecipeError, begin, bind, done_digest, finish, load_recipe, read_yaml
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def test_missing_and_ill_typed_values_are_refused(load, overrides, message):
 
 def test_overrides_reach_sections_and_numbers_are_read_as_numbers(load):
     assert isinstance(yaml.safe_load("1e-4"), str)  # why it needs care
-    args = bind(load({"bake.heat": "1e-4", "bake.loaves": "2e1", "slice.width": 3}), "bake", Bake)
+    assert read_yaml("{a: [1e-4, -2E+3, 1e1], b: 1e, c: e5}", "here") == {"a": [1e-4, -2000, 10], "b": "1e", "c": "e5"}
+    heat, loaves = read_yaml("1e-4", "--bake.heat"), read_yaml("2e1", "--bake.loaves")
+    args = bind(load({"bake.heat": heat, "bake.loaves": loaves, "slice.width": 3}), "bake", Bake)
     assert (args.heat, args.loaves) == (1e-4, 20) and isinstance(args.loaves, int)
     assert bind(load({"slice.width": 3}), "slice", Slice) == Slice(3)  # the recipe had no such section
     assert load(drop=["run"]).folder.parent.name == "runs"

@@ -57,6 +57,9 @@ class DistillationArguments(TrainingArguments):
             self.bf16 = not self.fp16 and best_dtype(device) == torch.bfloat16
         super().__post_init__()
         known = [*TOKEN_LOSSES, CROSS_ENTROPY]
+        numbers = isinstance(self.losses, dict) and all(isinstance(weight, int | float) for weight in self.losses.values())
+        if not numbers:
+            raise ValueError(f"losses: {self.losses!r} is not a table of weights, such as {{forward_kl: 1.0}}")
         unknown = [name for name in self.losses if name not in known]
         if unknown:
             raise ValueError(f"losses: {unknown[0]!r} is not a loss; there are {', '.join(known)}")

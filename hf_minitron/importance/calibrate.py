@@ -133,9 +133,9 @@ def _check_finite(model: PreTrainedModel, metrics: Mapping[str, Mapping[str, Met
     for weight_name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         if not weight.isfinite().all():
             raise ValueError(f"The weight {weight_name!r} holds NaN or infinity; the checkpoint is damaged")
-    order = list(dict(model.named_modules()))
-    bad = [(order.index(name), axis, name) for (axis, name, _), good in zip(taps, flags, strict=True) if not good]
-    _, axis, name = min(bad)
+    order = list(dict(model.named_modules()))  # a block stands before its parts, but is read after them
+    bad = [(axis == "layers", order.index(name), axis, name) for (axis, name, _), ok in zip(taps, flags, strict=True) if not ok]
+    _, _, axis, name = min(bad)
     raise ValueError(
         f"NaN or infinity in the activations at {name!r} ({axis}), while all weights are finite: {model.dtype} is too "
         "narrow for this model. Score it with dtype: float32"

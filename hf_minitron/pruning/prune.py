@@ -43,8 +43,9 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     family = family_of(model.config)
     state = {name: tensor.detach() for name, tensor in model.named_parameters()}
     pruned = dict(_prune_tensors(state, state.__getitem__, family.rows_of(model.config), plan))
-    # an index that keeps everything returns the teacher's own tensor; the student must not share it
-    own = {name: tensor.clone() if tensor is state.get(name) else tensor for name, tensor in pruned.items()}
+    # a tensor of which nothing is cut is the teacher's own, perhaps under another layer's name: the student must not share it
+    originals = {id(tensor) for tensor in state.values()}
+    own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
     student = type(model).from_pretrained(
         None, config=student_config(model.config, family, plan), state_dict=own, dtype=model.dtype
     )

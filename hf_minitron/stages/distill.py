@@ -30,7 +30,7 @@ class Args(DistillationArguments):
     text: str = field(default="", metadata={"help": "Training text: a file or a dataset's Hub id. Needed."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    block_size: int = field(default=512, metadata={"help": "Tokens per block."})
+    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     teacher: str | None = field(default=None, metadata={"help": "Another teacher than `model`: a folder or a Hub id."})
 
     def __post_init__(self):

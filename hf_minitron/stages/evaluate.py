@@ -22,12 +22,12 @@ class Args:
     text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
-    tokens: int = field(default=131_072, metadata={"help": "Tokens of held-out text."})
-    block_size: int = field(default=512, metadata={"help": "Tokens per block."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
+    tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
+    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    batch_size: int = field(default=8, metadata={"min": 1, "help": "Sequences per forward pass."})
     tasks: list = field(default_factory=list, metadata={"help": "Names of lm-eval tasks."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
-    limit: int | None = field(default=None, metadata={"help": "Documents per task; all when left out."})
+    limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
     speed: bool = field(default=True, metadata={"help": "Measure tokens per second of teacher and student."})
 
 

@@ -25,7 +25,7 @@ class Args:
         default_factory=lambda: {"hidden": 8, "ffn": 8},
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
     )
-    max_shard_bytes: int = field(default=5_000_000_000, metadata={"help": "Size limit of one weights file."})
+    max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
 
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:

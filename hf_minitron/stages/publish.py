@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from hf_minitron.evaluation.compare import Report
 from hf_minitron.hub import plots, publish
@@ -30,8 +31,10 @@ class Args:
 
 def check(args: Args, run: Run) -> None:
     """Refuse a repository name without an owner."""
-    if args.repo_id is not None and args.repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: {args.repo_id!r} is not owner/name")
+    if args.repo_id is not None:
+        if args.repo_id.count("/") != 1:
+            raise ValueError(f"repo_id: {args.repo_id!r} is not owner/name")
+        validate_repo_id(args.repo_id)
 
 
 def tokens(args: Args) -> dict[str, int]:

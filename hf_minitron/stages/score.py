@@ -22,9 +22,11 @@ class Args:
     text: str = field(metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    tokens: int = field(default=524_288, metadata={"help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."})
-    block_size: int = field(default=512, metadata={"help": "Tokens per block."})
-    batch_size: int = field(default=4, metadata={"help": "Blocks per forward pass."})
+    tokens: int = field(
+        default=524_288, metadata={"min": 1, "help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."}
+    )
+    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
 
 

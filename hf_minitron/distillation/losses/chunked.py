@@ -92,7 +92,8 @@ def chunked_loss(
     names = tuple(weights)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    settings = (dtype, chunk_loss, tuple(weights.values()), names, num_items, chunk_size)
+    # inside forward grad mode is always off, so it is asked here: evaluation makes no gradients
+    settings = (dtype, chunk_loss, tuple(weights.values()), names, num_items, chunk_size, torch.is_grad_enabled())
     total, parts = _ChunkedLoss.apply(hidden, head.weight, head.bias, settings)
     return total, dict(zip(names, parts, strict=True))
 
@@ -100,8 +101,8 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings):
-        dtype, chunk_loss, weights, names, num_items, chunk_size = settings
-        wants_grad = any(ctx.needs_input_grad)
+        dtype, chunk_loss, weights, names, num_items, chunk_size, grad_enabled = settings
+        wants_grad = grad_enabled and any(ctx.needs_input_grad)
         grads = [torch.zeros_like(t) if t is not None and wants_grad else None for t in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
             rows_of, head = hidden.to(dtype), Head(weight, bias).to(dtype)
