@@ -9,10 +9,6 @@ from torch import Tensor
 
 from hf_minitron.distillation.losses.chunked import Head
 
-# Probabilities below e^-60 (1e-26) count as that: too little to change a sum, but their gradients would be denormal numbers,
-# with which a CPU multiplies so slowly that the head's matrix products take twice as long (benchmarks/kd_step.py).
-MIN_LOGP = -60.0
-
 
 @dataclass(frozen=True)
 class DenseSignal:
@@ -46,4 +42,4 @@ class DenseSignal:
         if temperature != 1:
             student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
         student_logp = student_logits.log_softmax(-1)[:, :shared]
-        return student_logp, teacher_logits[:, :shared].log_softmax(-1).clamp_(min=MIN_LOGP)
+        return student_logp, teacher_logits[:, :shared].log_softmax(-1)
