@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RECIPE := recipes/smollm2-135m-width/recipe.yaml
 
-.PHONY: demo test test-all quality style
+.PHONY: demo test quality style
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
@@ -17,9 +17,6 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
-
-test-all: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -m "not gpu"
 
 quality: $(VENV)/ready
 	$(VENV)/bin/ruff check .

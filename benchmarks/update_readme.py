@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from hf_minitron import Report
+from hf_minitron.__main__ import STAGES
 from hf_minitron.hub.card import load_log, markdown_table, quality_rows, speed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def demo_block(run: Path, recipe: Path) -> str:
     """Return the demo's table, pictures and times."""
     report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
-    stages = ("score", "prune", "distill", "evaluate", "publish")
-    seconds = {stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in stages}
+    seconds = {stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in STAGES}
     times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
     picture = recipe.relative_to(ROOT)
     return "\n\n".join(

@@ -79,7 +79,7 @@ def plan_text(run: Run) -> str:
         }
 
     table = [["", "before", "after", ""]]
-    for name, (old, new) in {key: (value, costs(after)[key]) for key, value in costs(before).items()}.items():
+    for (name, old), new in zip(costs(before).items(), costs(after).values(), strict=True):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
     return markdown_table(table)
 
@@ -148,7 +148,7 @@ def _do(run: Run, name: str, args: object) -> None:
     if folder[0] is None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
-    state.print(f"\n{name}: {module.__doc__.split(': ', 1)[1].splitlines()[0]}", flush=True)
+    state.print(f"\n{name}: {_summary(module)}", flush=True)
     if state.is_main_process or name == "distill":
         module.run(args, run, folder[0])
     state.wait_for_everyone()
@@ -164,6 +164,11 @@ def _check_needs(run: Run, name: str) -> None:
         _check_needs(run, need)
         if done_digest(run.path(need)) not in (None, run.digest(need, STAGES[need].NEEDS)):
             raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
+
+
+def _summary(module: ModuleType) -> str:
+    """Return what a stage does: its docstring, one line, without the stage's name."""
+    return module.__doc__.split(": ", 1)[1].strip()
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, object]:
@@ -185,7 +190,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    texts = {name: module.__doc__.split(": ", 1)[1].strip() for name, module in STAGES.items()}
+    texts = {name: _summary(module) for name, module in STAGES.items()}
     texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
     texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
     for name, text in texts.items():
@@ -202,12 +207,10 @@ def _keys(name: str) -> str:
     """List what a stage's section knows, for its help."""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
-    for stage, module in STAGES.items() if name == "run" else ((n, m) for n, m in STAGES.items() if n == name):
-        own = vars(module.Args).get("__annotations__", {})
-        for field in dataclasses.fields(module.Args):
-            inherited = stage == "distill" and field.name not in own and field.name not in distill.OWN_ARGUMENTS
-            if not inherited:
-                lines.append(f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}")
+    for stage in [stage for stage in STAGES if name in (stage, "run")]:
+        known = set(STAGES[stage].Args.__annotations__) | set(distill.OWN_ARGUMENTS)  # not all of TrainingArguments
+        fields = [field for field in dataclasses.fields(STAGES[stage].Args) if field.name in known]
+        lines += [f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}" for field in fields]
         if stage == "distill":
             lines.append("  distill.*                and every field of transformers.TrainingArguments")
     return "\n".join(lines)

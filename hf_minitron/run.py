@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 
-TOP_LEVEL = {
-    "run": "folder for everything the run makes",
-    "model": "the teacher: a folder or a Hub id",
-    "seed": "random seed",
-}
+TOP_LEVEL = {"run": "folder for everything the run makes", "model": "the teacher: a folder or a Hub id", "seed": "random seed"}
+
+
+# Where a stage keeps what it needs to be resumed; deleted once the stage is done.
+CHECKPOINTS = "checkpoints"
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,6 +193,9 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     digest, unfinished = run.digest(stage, needs), _unfinished(run, stage)
     if done_digest(run.path(stage)) == digest:
         return None
+    if done_digest(unfinished) == digest:  # killed after its work, before it got its name
+        _settle(run, stage)
+        return None
     started = unfinished / "started.json"
     if _read_json(started).get("digest") != digest:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -202,12 +205,19 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
 
 
 def finish(run: Run, stage: str) -> None:
-    """Mark a stage's work as done and give its folder its name."""
+    """Mark a stage's work as done, drop what only an interrupted attempt would need, and give the folder its name."""
     unfinished = _unfinished(run, stage)
     mark = json.loads((unfinished / "started.json").read_text(encoding="utf-8"))
     seconds = round(time.time() - mark["time"], 1)  # from the first attempt on
     _write(unfinished / "done.json", json.dumps({"digest": mark["digest"], "seconds": seconds}) + "\n")
-    (unfinished / "started.json").unlink()
+    _settle(run, stage)
+
+
+def _settle(run: Run, stage: str) -> None:
+    """Do what follows `done.json`; it can be interrupted and done again."""
+    unfinished = _unfinished(run, stage)
+    (unfinished / "started.json").unlink(missing_ok=True)
+    shutil.rmtree(unfinished / CHECKPOINTS, ignore_errors=True)
     shutil.rmtree(run.path(stage), ignore_errors=True)
     unfinished.rename(run.path(stage))
 

@@ -173,6 +173,19 @@ def test_a_half_written_mark_is_not_done(load, left):
     assert done_digest(run.path("bake")) is None and begin(run, "bake", ()) is not None
 
 
+def test_finished_work_survives_a_kill_before_it_gets_its_name(load, monkeypatch):
+    run = load()
+    folder = begin(run, "bake", ())
+    (folder / "out.txt").write_text("bread")
+    (folder / "checkpoints").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("hf_minitron.run._settle", lambda *args: 1 / 0)
+        finish(run, "bake")
+    assert (folder / "checkpoints").is_dir()
+    assert begin(run, "bake", ()) is None
+    assert names(run.path("bake")) == ["done.json", "out.txt"] and not folder.exists()
+
+
 @pytest.mark.parametrize("left", ["", '{"dig'])
 def test_a_half_written_start_mark_starts_afresh(load, left):
     folder = begin(load(), "bake", ())

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -157,21 +158,24 @@ def lm_eval_tasks(
     return {task: _metrics(metrics, results["n-samples"][task]["effective"]) for task, metrics in results["results"].items()}
 
 
+@cache
 def task_manager(include_path: str | Path | None):
-    """Return lm-eval's task manager, which also knows the task files in `include_path`."""
+    """Return lm-eval's task manager, which also knows the task files in `include_path`; it takes seconds to make."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if include_path is None else str(Path(include_path).expanduser()))
 
 
 def _metrics(metrics: dict, samples: int) -> dict[str, dict]:
-    names = [key.split(",")[0] for key in metrics if "," in key and "_stderr" not in key]
+    """Read lm-eval's `metric,filter` keys; of several filters of a metric the first counts."""
     found = {}
-    for name in names:
-        filtered = next(key.split(",", 1)[1] for key in metrics if key.startswith(f"{name},"))
+    for key, value in metrics.items():
+        name, comma, filtered = key.partition(",")
+        if not comma or "_stderr" in key or name in found:
+            continue
         stderr = metrics.get(f"{name}_stderr,{filtered}")
         found[name] = {
-            "value": float(metrics[f"{name},{filtered}"]),
+            "value": float(value),
             "stderr": float(stderr) if isinstance(stderr, int | float) else float("nan"),
             "samples": samples,
         }

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import DTYPES, Checkpoint, copy_side_files, load_model, require_space, resolve
@@ -15,7 +14,7 @@ from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.run import Run
+from hf_minitron.run import CHECKPOINTS, Run
 
 NEEDS = ("prune",)
 
@@ -53,7 +52,7 @@ def check(args: Args, run: Run) -> None:
 
 def tokens(args: Args) -> dict[str, int]:
     """Return how many tokens pass through each model; a training step costs three forward passes."""
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.block_size
+    count = args.max_steps * _tokens_per_step(args)
     return {"teacher": max(count, 0), "student": max(3 * count, 0)}
 
 
@@ -61,16 +60,16 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/` and `log.json`."""
     source = run.path("prune") / "student"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.block_size
-    count *= PartialState().num_processes
+    tokens_per_step = _tokens_per_step(args) * args.world_size
+    count = args.max_steps * tokens_per_step
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, count if count > 0 else None, run.seed)
-    args.output_dir, args.seed = str(out / "checkpoints"), run.seed
+    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     student = load_model(source, torch.float32).train()
     trainer = DistillationTrainer(
         student, args.teacher or resolve(run.model), args, train_dataset=blocks, processing_class=tokenizer
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
     trainer.accelerator.wait_for_everyone()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
@@ -78,10 +77,13 @@ def run(args: Args, run: Run, out: Path) -> None:
         student.to(dtype).save_pretrained(out / "student", state_dict={name: t.to(dtype) for name, t in state.items()})
         copy_side_files(source, out / "student")
         shutil.copyfile(source / "plan.json", out / "student" / "plan.json")
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.block_size * args.world_size
-        log = {"tokens": trainer.state.global_step * per_step, "history": trainer.state.log_history}
+        log = {"tokens": trainer.state.global_step * tokens_per_step, "history": trainer.state.log_history}
         (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def _tokens_per_step(args: Args) -> int:
+    """Count the tokens of an optimizer step on one process."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.block_size
 
 
 def last_checkpoint(folder: Path) -> str | None:
