@@ -49,6 +49,23 @@ def tensor_shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dim_size(dim, sizes) for dim in parse(pattern))
 
 
+def unknown_size(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    """Solve one tensor dimension for the size of its only axis that `sizes` lacks; `None` when there is no such axis.
+
+    Example:
+
+    ```python
+    >>> unknown_size(parse("(heads head_dim)+rope")[0], 28, {"heads": 4, "head_dim": 6})
+    ('rope', 4)
+    ```
+    """
+    unknown = [(term, axis) for term in dim for axis in term if axis not in sizes]
+    if len(unknown) != 1:
+        return None
+    (term, axis), others = unknown[0], [t for t in dim if t is not unknown[0][0]]
+    return axis, (size - dim_size(tuple(others), sizes)) // math.prod(sizes[a] for a in term if a != axis)
+
+
 def dim_index(dim: Dim, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
     """Return the kept positions along one tensor dimension, or `None` when none of its axes is cut.
 
@@ -77,7 +94,8 @@ def take(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mappin
     Args:
         tensor (`Tensor`): A parameter whose shape is `tensor_shape(pattern, sizes)`.
         pattern (`str`): One token per dimension.
-        keep (`Mapping[str, Tensor]`): Kept indices of every axis that is cut, each of shape `(kept,)`.
+        keep (`Mapping[str, Tensor]`): Kept indices of every axis that is cut, each of shape `(kept,)`; `(experts, kept)` of
+            an axis of which every kept expert keeps its own.
         sizes (`Mapping[str, int]`): Sizes of the axes before the cut.
 
     Returns:
@@ -94,11 +112,29 @@ def take(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mappin
     expected = tensor_shape(pattern, sizes)
     if tuple(tensor.shape) != expected:
         raise AxisError(f"shape {tuple(tensor.shape)} is not that of the pattern {pattern!r}, {expected}")
-    for position, dim in enumerate(parse(pattern)):
-        index = dim_index(dim, keep, sizes)
-        if index is not None:
-            tensor = tensor.index_select(position, index.to(tensor.device))
+    dims = parse(pattern)
+    keep = {axis: index for axis, index in keep.items() if any(axis in term for dim in dims for term in dim)}
+    if any(index.dim() == 2 for index in keep.values()):
+        return _take_by_expert(tensor, pattern, keep, sizes)
+    # the largest cut first: what follows has less to move
+    cuts = [(position, dim_index(dim, keep, sizes)) for position, dim in enumerate(dims)]
+    for position, index in sorted((c for c in cuts if c[1] is not None), key=lambda c: len(c[1]) / expected[c[0]]):
+        tensor = tensor.index_select(position, index.to(tensor.device))
     return tensor
+
+
+def _take_by_expert(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Take from every kept expert what it keeps; the tensor's first dimension is `experts`."""
+    experts, _, rest = pattern.partition(" ")
+    assert experts == "experts", f"{pattern!r} does not begin with experts"
+    kept = keep.get("experts", torch.arange(sizes["experts"])).tolist()
+    first = {axis: index[0] if index.dim() == 2 else index for axis, index in keep.items()}
+    after = {**sizes, **{axis: len(index) for axis, index in first.items()}}
+    result = tensor.new_empty((len(kept), *tensor_shape(rest, after)))
+    for position, expert in enumerate(kept):
+        own = {axis: index[position] if index.dim() == 2 else index for axis, index in keep.items()}
+        result[position] = take(tensor[expert], rest, own, sizes)
+    return result
 
 
 @cache
@@ -126,6 +162,11 @@ def match(name: str, rows: Sequence[str] | Mapping[str, str]) -> tuple[str, dict
 def placeholders(row: str) -> tuple[str, ...]:
     """Return the axes that a row carries in its name, such as `("layers",)`."""
     return tuple(re.findall(r"{(\w+)}", row))
+
+
+def dim_of(pattern: str, axis: str) -> Dim:
+    """Return the dimension of a pattern that holds an axis."""
+    return next(dim for dim in parse(pattern) if any(axis in term for term in dim))
 
 
 def norm_along(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:

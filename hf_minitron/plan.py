@@ -1,11 +1,11 @@
 """`Plan`: the indices that stay, from scores and a target shape.
 
-It must not know a model or a file of weights. Per layer for `ffn` and `heads` (inside their KV group), one global order for
-`hidden`: what the reference code of 2407.14679 does (its text sums all layers into one network-wide score).
+It must not know a model or a file of weights. Per layer for `ffn`, `experts` and `heads` (inside their KV group), one global
+order for `hidden`: what the reference code of 2407.14679 does (its text sums all layers into one network-wide score).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,9 @@ class Plan:
     Args:
         before (`Shape`): The teacher's shape.
         after (`Shape`): The student's shape.
-        keep (`Mapping[str, list]`): Ascending kept indices of every axis that is cut: `layers` and `hidden` one list;
-            `ffn`, `heads`, `kv_heads` one list per kept layer, in the order of `layers`.
+        keep (`Mapping[str, list]`): Ascending kept indices of every axis that is cut: `layers` and `hidden` one list; the
+            others one list per kept layer, in the order of `layers`, empty where a layer has no such axis. Of a routed
+            `ffn` that list holds one list per kept expert.
     """
 
     before: Shape
@@ -36,19 +37,33 @@ class Plan:
         """The teacher's layers that stay, ascending."""
         return self.keep.get("layers", list(range(self.before["layers"])))
 
-    def keep_at(self, layer: int | None) -> dict[str, Tensor] | None:
-        """Return the index tensors in force at one teacher layer, or `None` when that layer is dropped.
+    def keep_at(self, layer: int | None, expert: int | None = None) -> dict[str, Tensor] | None:
+        """Return the index tensors in force at one place of the teacher, or `None` when nothing of that place is kept.
 
         Args:
             layer (`int`, *optional*): The teacher's layer; `None` for what lies outside the layers, such as embeddings.
+            expert (`int`, *optional*): The teacher's expert, where every expert has its own tensors.
         """
+        hidden = {"hidden": torch.tensor(self.keep["hidden"])} if "hidden" in self.keep else {}
         if layer is None:
-            return {axis: torch.tensor(self.keep[axis]) for axis in ("hidden",) if axis in self.keep}
+            return hidden
         if layer not in self.kept_layers:
             return None
         position = self.kept_layers.index(layer)
-        per_layer = {axis: self.keep[axis][position] for axis in ("ffn", "heads", "kv_heads") if axis in self.keep}
-        return {axis: torch.tensor(kept) for axis, kept in per_layer.items()} | self.keep_at(None)
+        kept = {axis: lists[position] for axis, lists in self.keep.items() if axis not in ("layers", "hidden")}
+        if expert is not None:
+            if "experts" in kept and expert not in kept["experts"]:
+                return None
+            if "ffn" in kept:
+                kept["ffn"] = kept["ffn"][self.position("experts", expert, layer)]
+        return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices} | hidden
+
+    def position(self, axis: str, index: int, layer: int | None) -> int:
+        """Return where a kept index of the teacher stands in the student, such as a layer's new number."""
+        if axis not in self.keep:
+            return index
+        kept = self.keep[axis] if axis == "layers" else self.keep[axis][self.kept_layers.index(layer)]
+        return kept.index(index)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -81,34 +96,52 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
     (1152, 1152)
     ```
     """
-    cut = [axis for axis in after.sizes if after[axis] != before[axis]]
+    cut = [axis for axis in after.axes if after[axis] != before[axis]]
     missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores.by_axis)
     if missing:
         raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores.by_axis)}")
     keep: dict[str, list] = {}
-    if "layers" in cut:
-        keep["layers"] = _best(scores.by_axis["layers"], after["layers"])
+    for axis in ("layers", "hidden"):
+        if axis in cut:
+            keep[axis] = _best(scores.by_axis[axis], after[axis])
     layers = keep.get("layers", range(before["layers"]))
-    if "hidden" in cut:
-        keep["hidden"] = _best(scores.by_axis["hidden"], after["hidden"])
-    if "ffn" in cut:
-        keep["ffn"] = [_best(scores.by_axis["ffn"][layer], after["ffn"]) for layer in layers]
+    for axis in ("ffn", "dense_ffn", "shared_ffn", "experts"):
+        if axis in cut:
+            groups = before.sizes.get("expert_groups", 1) if axis == "experts" else 1
+            keep[axis] = [_best(scores.by_axis[axis][layer], after[axis], groups) for layer in layers]
+    if "experts" in cut and "ffn" in cut:
+        keep["ffn"] = [[ffn[e] for e in experts] for ffn, experts in zip(keep["ffn"], keep["experts"], strict=True)]
     if "heads" in cut:
         pairs = [_best_heads(scores.by_axis["heads"][layer], before, after) for layer in layers]
         keep["heads"] = [heads for heads, _ in pairs]
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
-    return Plan(before, after, keep)
+    return Plan(before, _with_layer_kinds(after, scores, layers), keep)
 
 
-def _best(scores: Tensor, count: int) -> list[int]:
-    return scores.topk(count).indices.sort().values.tolist()
+def _best(scores: Tensor, count: int, groups: int = 1) -> list:
+    """Return the ascending indices of the best scores along the last dimension, as many in every group; none of NaN."""
+    if scores.isnan().all():
+        return []
+    if scores.dim() == 2:
+        return [_best(row, count, groups) for row in scores]
+    size = len(scores) // groups
+    best = scores.view(groups, size).topk(count // groups, dim=1).indices
+    return (best + torch.arange(groups)[:, None] * size).flatten().sort().values.tolist()
 
 
 def _best_heads(scores: Tensor, before: Shape, after: Shape) -> tuple[list[int], list[int]]:
     """Rank heads inside their KV group, and groups by the sum of their heads."""
-    group = before["heads"] // before["kv_heads"]
-    by_group = scores.view(before["kv_heads"], group)
-    groups = _best(by_group.sum(1), after["kv_heads"])
-    per_group = after["heads"] // after["kv_heads"]
+    group = before["heads"] // before.kv_groups
+    by_group = scores.view(before.kv_groups, group)
+    groups = _best(by_group.sum(1), after.kv_groups)
+    per_group = after["heads"] // after.kv_groups
     return [g * group + head for g in groups for head in _best(by_group[g], per_group)], groups
+
+
+def _with_layer_kinds(after: Shape, scores: Scores, layers: Iterable[int]) -> Shape:
+    """Correct the counts of dense and mixture layers, of which `cut_to` could only estimate how many stay."""
+    if "dense_layers" not in after.sizes:
+        return after
+    dense = sum(not scores.by_axis["dense_ffn"][layer].isnan().all() for layer in layers)
+    return Shape({**after.sizes, "dense_layers": dense, "moe_layers": after["layers"] - dense})

@@ -4,14 +4,19 @@ It must not know a model type or a score: families hand it their rows. Costs are
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_minitron import axes
 
+# The axes of the vocabulary, in the order in which they are shown. `ffn` is the inner width of the MLP, of every routed expert
+# in a mixture of experts; `dense_ffn` that of a mixture's plain layers, `shared_ffn` that of its shared experts.
+AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads", "kv_heads", "head_dim", "vocab")
+
 # 2407.14679, section 2: depth (layers) and width (the others). `head_dim` and `vocab` stay as they are.
-CUTTABLE = ("layers", "hidden", "ffn", "heads", "kv_heads")
+CUTTABLE = AXES[:8]
 
 
 class ShapeError(ValueError):
@@ -20,16 +25,22 @@ class ShapeError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of every axis: `layers hidden ffn heads kv_heads head_dim vocab`.
+    """The size of every axis that a model has.
 
     Args:
-        sizes (`Mapping[str, int]`): Number of entries of each axis.
+        sizes (`Mapping[str, int]`): Number of entries of each axis of `AXES`; with them, what a family's patterns or its router
+            need and no cut changes (`qkv`, `experts_per_token`).
     """
 
     sizes: Mapping[str, int]
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of the axes of the vocabulary, in its order."""
+        return {axis: self.sizes[axis] for axis in AXES if axis in self.sizes}
 
     def num_parameters(self, rows: Mapping[str, str]) -> int:
         """Count the parameters of a model of this shape whose parameters are `rows` (name to pattern)."""
@@ -38,17 +49,34 @@ class Shape:
     def flops_per_token(self, rows: Mapping[str, str]) -> int:
         """Count the floating-point operations of the matrix products of one token's forward pass.
 
-        Two per weight of every matrix, the output head included (for tied embeddings, the embedding as head); looking
-        up the input embedding is free. The products of queries, keys and values grow with the context and are left out.
+        Two per weight of every matrix that the token meets: of the experts those it is sent to, and the output head (for tied
+        embeddings, the embedding as head); looking up embeddings is free. The products of queries, keys and values grow with
+        the context and are left out.
         """
-        matrices = {row: pattern for row, pattern in rows.items() if len(axes.parse(pattern)) > 1}
-        heads = [row for row, pattern in matrices.items() if "vocab" in pattern.split()]
-        lookups = heads[:-1]  # untied: embedding and head; tied: one matrix that serves as both
-        return 2 * self.num_parameters({row: p for row, p in matrices.items() if row not in lookups})
+        dims = {row: [dim for dim in pattern.split() if dim != "positions"] for row, pattern in rows.items()}
+        heads = [row for row in rows if "vocab" in dims[row] and len(dims[row]) == 2]
+        flops = 0
+        for row, pattern in rows.items():
+            routed = "experts" in dims[row] and "ffn" in pattern
+            if row in heads[:-1] or len(dims[row]) - routed < 2:  # untied: embedding and head; tied: one matrix that is both
+                continue
+            share = self["experts_per_token"] / self["experts"] if routed else 1
+            flops += 2 * self._copies(row) * math.prod(axes.tensor_shape(pattern, self.sizes)) * share
+        return round(flops)
 
     def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Count the bytes that one token adds to the KV cache: a key and a value for every layer and KV head."""
-        return 2 * self["layers"] * self["kv_heads"] * self["head_dim"] * bytes_per_number
+        """Count the bytes that one token adds to the KV cache: in every layer a key and a value for each KV head.
+
+        Of multi-head latent attention, the compressed row that serving engines keep (2405.04434, section 2.1).
+        """
+        if "kv_rank" in self.sizes:
+            return self["layers"] * (self["kv_rank"] + self["rope"]) * bytes_per_number
+        return 2 * self["layers"] * self.kv_groups * self["head_dim"] * bytes_per_number
+
+    @property
+    def kv_groups(self) -> int:
+        """The number of KV groups: `kv_heads`, or `heads` where every head has its own key and value."""
+        return self.sizes.get("kv_heads", self["heads"])
 
     def cut_to(self, target: Mapping[str, int], multiple_of: Mapping[str, int] | None = None) -> "Shape":
         """Return the shape after a cut, or say everything that is illegal about it.
@@ -72,23 +100,63 @@ class Shape:
         problems = [p for axis, size in target.items() for p in self._problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
-        after = {**self.sizes, **target}
-        if "kv_heads" in target and "heads" not in target:
-            after["heads"] = target["kv_heads"] * (self["heads"] // self["kv_heads"])
-        group, groups = self["heads"] // self["kv_heads"], after["kv_heads"]
-        if after["heads"] % groups or after["heads"] // groups > group:
-            legal = ", ".join(str(groups * n) for n in range(1, group + 1))
-            raise ShapeError(
-                f"heads: {after['heads']} do not divide over {groups} KV heads; every KV group keeps the same 1 to "
-                f"{group} of its {group} heads. Use one of {legal}, or cut kv_heads as well"
-            )
-        return Shape(after)
+        after = Shape(self._followed({**self.sizes, **target}, target))
+        problems = [*self._head_problems(after), *after._expert_problems()]
+        if problems:
+            raise ShapeError("; ".join(problems))
+        return after
+
+    def _followed(self, after: dict[str, int], target: Mapping[str, int]) -> dict[str, int]:
+        """Let the sizes that depend on others follow them, unless the target names them."""
+        if "kv_heads" in self.sizes:
+            group = self["heads"] // self["kv_heads"]
+            if "heads" not in target:
+                after["heads"] = after["kv_heads"] * group
+            elif group == 1 and "kv_heads" not in target:
+                after["kv_heads"] = after["heads"]
+        if "shared_experts" in self.sizes:  # DeepSeek's shared experts are one MLP of so many times an expert's width
+            after["shared_ffn"] = after["shared_experts"] * after["ffn"]
+        if "dense_layers" in self.sizes:  # an estimate until a plan says which layers stay
+            after["dense_layers"] = min(self["dense_layers"], after["layers"])
+            after["moe_layers"] = after["layers"] - after["dense_layers"]
+        elif "moe_layers" in self.sizes:
+            after["moe_layers"] = after["layers"]
+        return after
+
+    def _head_problems(self, after: "Shape") -> list[str]:
+        group, groups = self["heads"] // self.kv_groups, after.kv_groups
+        if after["heads"] % groups == 0 and after["heads"] // groups <= group:
+            return []
+        legal = ", ".join(str(groups * n) for n in range(1, group + 1))
+        return [
+            f"heads: {after['heads']} do not divide over {groups} KV heads; every KV group keeps the same 1 to "
+            f"{group} of its {group} heads. Use one of {legal}, or cut kv_heads as well"
+        ]
+
+    def _expert_problems(self) -> list[str]:
+        """Say what a router cannot do with this number of experts."""
+        if "experts" not in self.sizes:
+            return []
+        groups, per_token = self.sizes.get("expert_groups", 1), self["experts_per_token"]
+        in_reach = self.sizes.get("groups_per_token", 1) / groups  # a router with groups looks into some of them only
+
+        def fits(experts: int) -> bool:  # it ranks its groups by their two best experts
+            return experts % groups == 0 and experts * in_reach >= per_token and (groups == 1 or experts >= 2 * groups)
+
+        if fits(self["experts"]):
+            return []
+        least = next(n for n in itertools.count(groups, groups) if fits(n))
+        return [f"experts: {self['experts']} cannot serve a router that sends every token to {per_token} of them; use {least} or "
+                f"more{f', a multiple of {groups}' if groups > 1 else ''}"]  # fmt: skip
 
     def _problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
-        if axis not in CUTTABLE:
-            near = difflib.get_close_matches(str(axis), CUTTABLE, n=1)
+        known = [known for known in CUTTABLE if known in self.sizes]
+        if axis not in known:
+            near = difflib.get_close_matches(str(axis), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            return [f"{axis}: not an axis that can be cut; those are {', '.join(CUTTABLE)}{hint}"]
+            return [f"{axis}: not an axis of this model that can be cut; those are {', '.join(known)}{hint}"]
+        if axis == "shared_ffn" and "shared_experts" in self.sizes:
+            return [f"shared_ffn: follows ffn in this model ({self['shared_experts']} times as wide); cut ffn instead"]
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             return [f"{axis}: {size!r} is not a whole number from 1 to {self[axis]}"]
         if size > self[axis]:

@@ -4,18 +4,24 @@ It must not read weights: a model's parameter names and shapes come from buildin
 """
 
 import copy
-import math
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families import llama
+from hf_minitron.families import gpt, llama, moe
 from hf_minitron.plan import Plan
-from hf_minitron.shape import Shape, ShapeError
+from hf_minitron.shape import AXES, Shape, ShapeError
+
+# Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
+LAYER_LISTS = ("layer_types", "no_rope_layers")
+# Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones.
+DENSE_LIST, DENSE_COUNT, DENSE_STEP = "mlp_only_layers", "first_k_dense_replace", "decoder_sparse_step"
 
 
 @dataclass(frozen=True)
@@ -23,25 +29,42 @@ class Family:
     """The axis map of a group of model types.
 
     Args:
-        rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern.
+        rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
+            list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         taps (`Mapping[str, tuple[str, ...]]`): Axis to the modules where its activations are read.
         config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
-        layer_lists (`tuple[str, ...]`): Keys of `config.json` that hold one entry per layer.
+        stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
+        follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
+        inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
+        held_by (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
     """
 
     rows: Mapping[str, str]
     taps: Mapping[str, tuple[str, ...]]
     config_keys: Mapping[str, str]
-    layer_lists: tuple[str, ...]
+    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    inexact: Mapping[str, str] = field(default_factory=dict)
+    held_by: Mapping[str, object] = field(default_factory=dict)
 
     def shape_of(self, config: PreTrainedConfig) -> Shape:
-        """Read the size of every axis from a config."""
-        sizes = {axis: getattr(config, key, None) for axis, key in self.config_keys.items()}
-        if sizes["head_dim"] is None:
-            sizes["head_dim"] = sizes["hidden"] // sizes["heads"]
-        if sizes["kv_heads"] is None:
-            sizes["kv_heads"] = sizes["heads"]
-        return Shape(sizes)
+        """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
+        found = {axis: getattr(config, key, None) for axis, key in self.config_keys.items()}
+        sizes = {axis: size for axis, size in found.items() if size is not None}
+        used, indices = [], {}
+        for name, shape in parameters_of(config).items():
+            if matched := axes.match(name, self.rows):
+                used.append((axes.parse(self.rows[matched[0]]), shape))
+                for axis, index in matched[1].items():
+                    indices.setdefault(axis, set()).add(index)
+        sizes |= {axis: len(indices[axis]) for axis in ("dense_layers", "moe_layers") if axis in indices}
+        for _ in range(3):  # a size that is solved may help to solve another
+            for dims, shape in used:
+                for dim, size in zip(dims, shape, strict=False):
+                    if solved := axes.unknown_size(dim, size, sizes):
+                        sizes.setdefault(*solved)
+        present = {"layers", *indices, *(axis for dims, _ in used for dim in dims for term in dim for axis in term)}
+        return Shape({axis: size for axis, size in sizes.items() if axis in present or axis not in AXES})
 
     def rows_of(self, config: PreTrainedConfig) -> dict[str, str]:
         """Return the rows that a model of this config has; refuse it when a parameter fits none.
@@ -51,9 +74,8 @@ class Family:
         """
         sizes = self.shape_of(config).sizes
         used, problems = set(), {}
-        for name, parameter in _meta_model(config).named_parameters():
-            found = axes.match(name, self.rows)
-            shape, like = tuple(parameter.shape), re.sub(r"\.\d+\.", ".{layers}.", name)
+        for name, shape in parameters_of(config).items():
+            found, like = axes.match(name, self.rows), re.sub(r"\.\d+\.", ".{layers}.", name, count=1)
             if found is None:
                 problems[like] = f"{like!r} (shape {shape}) has no row"
             elif shape != (expected := axes.tensor_shape(self.rows[found[0]], sizes)):
@@ -65,75 +87,180 @@ class Family:
                 f"The axis map does not cover model type {config.model_type!r}:\n  "
                 + "\n  ".join(problems.values())
                 + "\nEvery parameter needs one row with one axis per dimension. Supported model types: "
-                + f"{', '.join(sorted(FAMILIES))}. For another one, add a table to hf_minitron/families/."
+                + f"{', '.join(sorted(FAMILIES))}. For another one, add a table to hf_minitron/families/ (README, 'Families')."
             )
         return {row: pattern for row, pattern in self.rows.items() if row in used}
 
+    def stored_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
+        """Return rows as they are in memory and as they may be named on disk."""
+        return {**rows, **{name: pattern for row in rows for name, pattern in self.stored.get(row, {}).items()}}
 
-LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, llama.LAYER_LISTS)
+    def taps_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[int | None, str]]]:
+        """Return the taps that a model of this config has: by axis, the layer (`None` outside of the layers) and the module."""
+        modules = _meta(type(config), config.to_json_string(use_diff=False)).modules
+        layers = range(self.shape_of(config)["layers"])
+        taps: dict[str, list] = {}
+        for axis, rows in self.taps.items():
+            for row in rows:
+                places = [(i, row.format_map(dict.fromkeys(axes.placeholders(row), i))) for i in layers]
+                places = places if axes.placeholders(row) else [(None, row)]
+                found = [place for place in places if place[1] in modules]
+                if found:
+                    taps[axis] = taps.get(axis, []) + found
+        return taps
 
-FAMILIES: dict[str, Family] = dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA)
+
+LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS)
+MOE = Family(moe.MOE_ROWS, moe.MOE_TAPS, moe.QWEN_MOE_KEYS, moe.STORED)
+FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
+SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
+    # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
+    "llama": replace(LLAMA, held_by={"model_type": "mistral", "sliding_window": None}),
+    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, inexact={"hidden": SCALED_EMBEDDING})),
+    "olmo2": replace(LLAMA, rows=llama.OLMO2_ROWS, inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)),
+    "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
+    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS),
+    "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_TAPS, gpt.GPT_NEOX_KEYS, gpt.GPT_NEOX_STORED),
+    "opt": Family(gpt.OPT_ROWS, gpt.OPT_TAPS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
+    "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "gpt_oss": Family(moe.GPT_OSS_ROWS, moe.MOE_TAPS, moe.MIXTRAL_KEYS),
+    "deepseek_v3": Family(moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS),
+}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a config. An unknown model type is tried as Llama-style: `rows_of` then accepts or refuses it."""
+    """Return the family of a config. An unknown model type is tried as Llama-style; what no row fits is refused.
+
+    Raises:
+        AxisError: naming each parameter without a row or with another shape than its row says.
+    """
     family = FAMILIES.get(config.model_type, LLAMA)
     family.rows_of(config)
     return family
 
 
 def check_target(config: PreTrainedConfig, family: Family, after: Shape) -> None:
-    """Refuse a shape that the stock config class does not accept, naming the nearest hidden sizes that it does.
+    """Refuse a shape that no stock class holds, naming the nearest that its class does.
 
     Raises:
         ShapeError: with the class, its reason, and legal sizes (Llama, for one, insists that hidden divides by heads).
     """
-    reason = _refusal(config, family, after)
-    if reason is None:
-        return
-    hidden, full = after["hidden"], family.shape_of(config)["hidden"]
-    step = math.gcd(8, hidden)
-    candidates = [n for n in range(step, full + 1, step) if n % after["heads"] == 0]
-    legal = [n for n in candidates if _refusal(config, family, Shape({**after.sizes, "hidden": n})) is None]
-    near = sorted(sorted(legal, key=lambda n: abs(n - hidden))[:2])
-    advice = f"Nearest hidden sizes it accepts: {', '.join(map(str, near))}" if near else "No hidden size fits; change heads"
-    raise ShapeError(f"{type(config).__name__} refuses hidden={hidden} with heads={after['heads']}: {reason}. {advice}")
+    student_config(config, family, Plan(family.shape_of(config), after, {"layers": list(range(after["layers"]))}))
 
 
 def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreTrainedConfig:
     """Return the student's config: the teacher's with the new sizes, `head_dim` written out, layer lists cut.
 
+    The teacher's class when it holds the shape, else one with equal logits that does (`Family.held_by`).
+
     Args:
         config (`PreTrainedConfig`): The teacher's config; it stays unchanged.
         family (`Family`): The teacher's family.
         plan (`Plan`): What is kept.
+
+    Raises:
+        ShapeError: when no class holds the shape.
     """
-    changes = _changes(family, plan.after)
-    for key in family.layer_lists:
-        if getattr(config, key, None):
-            changes[key] = [getattr(config, key)[layer] for layer in plan.kept_layers]
-    student = _with(config, changes)
-    student.name_or_path = ""  # not the folder that the teacher was loaded from
+    student, reason = _hold(config, family, plan.after, plan.kept_layers)
+    if student is None and family.held_by:
+        student, _ = _hold(config, family, plan.after, plan.kept_layers, family.held_by)
+    if student is None:
+        raise ShapeError(_advice(config, family, plan.after, reason))
     return student
 
 
-def _changes(family: Family, after: Shape) -> dict:
-    return {key: after[axis] for axis, key in family.config_keys.items()}
-
-
-def _with(config: PreTrainedConfig, changes: dict) -> PreTrainedConfig:
-    return type(config).from_dict({**copy.deepcopy(config.to_dict()), **changes})
-
-
-def _refusal(config: PreTrainedConfig, family: Family, after: Shape) -> str | None:
-    lists = {key: getattr(config, key)[: after["layers"]] for key in family.layer_lists if getattr(config, key, None)}
+def _hold(
+    config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
+) -> tuple[PreTrainedConfig | None, str]:
+    """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
+    changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
+    changes |= {key: after[axis] for key, axis in family.follows.items()}
+    changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
+    dense = {m[1]["dense_layers"] for n in parameters_of(config) if (m := axes.match(n, family.rows)) and "dense_layers" in m[1]}
+    dense = [new for new, old in enumerate(layers) if old in dense]
+    if hasattr(config, DENSE_LIST):
+        changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
+    if hasattr(config, DENSE_COUNT):
+        changes[DENSE_COUNT] = len(dense)
+    changes |= more or {}
+    kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
+    changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
     try:
-        _with(config, _changes(family, after) | lists)
-    except Exception as error:  # config classes raise their own kinds
-        return " ".join(str(error).split())
-    return None
+        student = kind.from_dict({**copy.deepcopy(config.to_dict()), **changes})
+        found = parameters_of(student)
+    except Exception as error:  # config classes and modules raise their own kinds
+        return None, " ".join(str(error).split())
+    student.name_or_path = ""  # not the folder that the teacher was loaded from
+    if more:
+        student.architectures = [_meta(kind, student.to_json_string(use_diff=False)).class_name]
+    expected = _expected(config, family, after, layers)
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if not wrong:
+        return student, ""
+    return None, f"it would make {wrong[0]!r} of shape {found.get(wrong[0])}, not {expected.get(wrong[0])}"
 
 
-def _meta_model(config: PreTrainedConfig) -> torch.nn.Module:
+def _expected(config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of the student."""
+    expected = {}
+    for name in parameters_of(config):
+        row, indices = axes.match(name, family.rows)
+        places = {axis: layers.index(i) if axis.endswith("layers") and i in layers else i for axis, i in indices.items()}
+        dropped = any(i not in layers if axis.endswith("layers") else i >= after[axis] for axis, i in indices.items())
+        if not dropped:
+            expected[row.format_map(places)] = axes.tensor_shape(family.rows[row], after.sizes)
+    return expected
+
+
+def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str) -> str:
+    """Say why a shape is refused and which near ones are not."""
+    hidden, heads, step = after["hidden"], after["heads"], after.sizes.get("head_dim", 1)
+    before = family.shape_of(config)
+    group = heads // after.kv_groups
+    near = [(n, heads) for n in range(hidden - hidden % heads, 0, -heads)[:3]]
+    near += [(n, heads) for n in range(hidden - hidden % heads + heads, before["hidden"] + 1, heads)[:3]]
+    near += [(h * step, h) for h in range(group, before["heads"] + 1, group)]
+    legal = []
+    for n, h in sorted(set(near), key=lambda pair: (abs(pair[0] - hidden) + abs(pair[1] - heads) * step, pair)):
+        sizes = {**after.sizes, "hidden": n, "heads": h, "layers": 1}
+        sizes |= {"kv_heads": h // group} if "kv_heads" in sizes else {}
+        if 0 < n <= before["hidden"] and len(legal) < 2 and _hold(config, family, Shape(sizes), [0])[0] is not None:
+            legal.append(f"hidden={n} with heads={h}")
+    advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
+    return f"{type(config).__name__} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What building a model without weights tells: its parameters' shapes, its modules' names, its class and base's name."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    modules: frozenset[str]
+    class_name: str
+    prefix: str
+
+
+def parameters_of(config: PreTrainedConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return name and shape of every parameter and stored buffer of a model, without its weights; tied ones once."""
+    return _meta(type(config), config.to_json_string(use_diff=False)).parameters
+
+
+def base_prefix(config: PreTrainedConfig) -> str:
+    """Return the name of the model without its head inside the model: `model`, `transformer`."""
+    return _meta(type(config), config.to_json_string(use_diff=False)).prefix
+
+
+@lru_cache(maxsize=64)
+def _meta(kind: type[PreTrainedConfig], content: str) -> _Meta:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content)))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
+    modules = frozenset(name for name, _ in model.named_modules())
+    return _Meta(shapes, modules, type(model).__name__, model.base_model_prefix)

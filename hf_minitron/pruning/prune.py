@@ -4,11 +4,12 @@ Both doors run the same loop. It must not know how the plan was made.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.checkpoint import (
@@ -19,7 +20,7 @@ from hf_minitron.checkpoint import (
     require_space,
     write_tensors,
 )
-from hf_minitron.families.family import family_of, student_config
+from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of, student_config
 from hf_minitron.plan import Plan
 
 
@@ -31,7 +32,7 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         plan (`Plan`): What is kept, from `make_plan`.
 
     Returns:
-        `PreTrainedModel`: A model of the same class and dtype with the plan's shape.
+        `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape.
 
     Example:
 
@@ -40,17 +41,18 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     >>> student = prune_model(model, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
     ```
     """
-    family = family_of(model.config)
-    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    pruned = dict(_prune_tensors(state, state.__getitem__, family.rows_of(model.config), plan))
+    config, family = model.config, family_of(model.config)
+    stored = parameters_of(config).keys()
+    state = {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if name in stored}
+    student = student_config(config, family, plan)
+    pruned = dict(_prune_tensors({name: name for name in state}, state.__getitem__, family.rows_of(config), plan))
     # a tensor of which nothing is cut is the teacher's own, perhaps under another layer's name: the student must not share it
     originals = {id(tensor) for tensor in state.values()}
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
-    student = type(model).from_pretrained(
-        None, config=student_config(model.config, family, plan), state_dict=own, dtype=model.dtype
-    )
-    student.generation_config = copy.deepcopy(model.generation_config)
-    return student.to(model.device).train(model.training)
+    kind = type(model) if type(student) is type(config) else AutoModelForCausalLM._model_mapping[type(student)]
+    made = kind.from_pretrained(None, config=student, state_dict=own, dtype=model.dtype)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).train(model.training)
 
 
 def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -68,51 +70,77 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
     """
     config = AutoConfig.from_pretrained(source)
     family = family_of(config)
-    rows = family.rows_of(config)
+    student = student_config(config, family, plan)
     checkpoint = Checkpoint(source)
-    specs = _student_specs(checkpoint, rows, plan)
+    names = stored_names(checkpoint, config, family)
+    rows = family.stored_rows(family.rows_of(config))
+    specs = {}
+    for stored, name in names.items():
+        row, new_name, _ = _rename(name, rows, plan)
+        if new_name is not None:
+            specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
-    names = [name for name in checkpoint.specs if axes.match(name, rows)]
     with complete_or_absent(target) as folder:
         write_tensors(folder, specs, _prune_tensors(names, checkpoint.read, rows, plan), max_shard_bytes)
-        student_config(config, family, plan).save_pretrained(folder)
+        student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
 
 
+def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Family) -> dict[str, str]:
+    """Return the tensors of a checkpoint that a model needs, in their order, with their full names in the axis map.
+
+    What is stored beside them (a tied head, old buffers, layers beyond the last) is left out. A checkpoint may leave out the
+    name of the base model (`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`) and hold every expert by itself.
+
+    Raises:
+        ValueError: for a checkpoint that is quantized or lacks a parameter.
+    """
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{checkpoint.folder} is quantized; save it dequantized first: from_pretrained, dequantize(), "
+                         "save_pretrained")  # fmt: skip
+    memory = family.rows_of(config)
+    rows, shape, prefix = family.stored_rows(memory), family.shape_of(config), base_prefix(config)
+    names = {}
+    for stored in checkpoint.specs:
+        for name in (stored, f"{prefix}.{stored}"):
+            found = axes.match(name, rows)
+            if found and all(index < shape[axis] for axis, index in found[1].items() if not axis.endswith("_layers")):
+                names[stored] = name
+                break
+    wanted = parameters_of(config)
+    present = set(names.values())
+    for name in wanted:
+        row, indices = axes.match(name, memory)
+        parts = [part.format_map({**indices, "experts": i}) for part in family.stored.get(row, ()) for i in
+                 (range(shape["experts"]) if "experts" in axes.placeholders(part) else [0])]  # fmt: skip
+        if name not in present and not (parts and present.issuperset(parts)):
+            lost = next((part for part in parts if part not in present), name) if present.intersection(parts) else name
+            raise ValueError(f"The checkpoint {checkpoint.folder} lacks the parameter {lost!r}")
+    return {stored: name for stored, name in names.items() if name in wanted or name not in memory}
+
+
 def _prune_tensors(
-    names: Iterable[str], read: Callable[[str], Tensor], rows: dict[str, str], plan: Plan
+    names: Mapping[str, str], read: Callable[[str], Tensor], rows: Mapping[str, str], plan: Plan
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and data of every tensor of the student, in the order of the teacher's names."""
-    for name in names:
-        row, new_name, layer = _rename(name, rows, plan)
+    """Yield name and data of every tensor of the student, in the order of the teacher's; `names` are stored and full names."""
+    for stored, name in names.items():
+        row, new_name, keep = _rename(name, rows, plan)
         if new_name is not None:
-            yield new_name, axes.take(read(name), rows[row], plan.keep_at(layer), plan.before.sizes)
+            yield new_name, axes.take(read(stored), rows[row], keep, plan.before.sizes)
 
 
-def _student_specs(checkpoint: Checkpoint, rows: dict[str, str], plan: Plan) -> dict[str, TensorSpec]:
-    """Return the student's specs, in the order of the teacher's; refuse a checkpoint that lacks a parameter."""
-    layers = range(plan.before["layers"])
-    for row in rows:
-        for name in [row.format(layers=layer) for layer in layers] if axes.placeholders(row) else [row]:
-            if name not in checkpoint.specs:
-                raise ValueError(f"The checkpoint {checkpoint.folder} lacks the parameter {name!r}")
-    specs = {}
-    for name, spec in checkpoint.specs.items():
-        if axes.match(name, rows) is None:
-            continue  # stored, but no parameter of the model: a tied head, a buffer
-        row, new_name, _ = _rename(name, rows, plan)
-        if new_name is not None:
-            specs[new_name] = TensorSpec(spec.dtype, axes.tensor_shape(rows[row], plan.after.sizes))
-    return specs
-
-
-def _rename(name: str, rows: dict[str, str], plan: Plan) -> tuple[str, str | None, int | None]:
-    """Return the row, the student's name (`None` when its layer is dropped) and the teacher's layer of a tensor."""
-    row, index = axes.match(name, rows)
-    layer = index.get("layers")
-    if layer is None:
-        return row, name, None
-    if layer not in plan.kept_layers:
-        return row, None, layer
-    return row, row.format(layers=plan.kept_layers.index(layer)), layer
+def _rename(name: str, rows: Mapping[str, str], plan: Plan) -> tuple[str, str | None, dict[str, Tensor] | None]:
+    """Return a tensor's row, its name in the student (`None` when it is dropped) and what is kept where it stands."""
+    row, indices = axes.match(name, rows)
+    layer = next((index for axis, index in indices.items() if axis.endswith("layers")), None)
+    keep = plan.keep_at(layer, indices.get("experts"))
+    if keep is None:
+        return row, None, None
+    places = {}
+    for axis, index in indices.items():
+        axis_cut = "layers" if axis.endswith("layers") else axis
+        if axis_cut in keep and index not in keep[axis_cut]:
+            return row, None, None
+        places[axis] = plan.position(axis_cut, index, layer)
+    return row, row.format_map(places), keep
