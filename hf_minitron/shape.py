@@ -43,7 +43,7 @@ class Shape:
         return {axis: self.sizes[axis] for axis in AXES if axis in self.sizes}
 
     def num_parameters(self, rows: Mapping[str, str]) -> int:
-        """Count the parameters of a model of this shape whose parameters are `rows` (name to pattern)."""
+        """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
         return sum(self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes)) for row in rows)
 
     def flops_per_token(self, rows: Mapping[str, str]) -> int:

@@ -10,7 +10,37 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_dim": 6, "vocab": 99}
-MODEL_TYPES = ("arcee", "llama", "ministral", "mistral", "qwen2", "qwen3", "smollm3")
+WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1}
+ROUTER = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2}
+QWEN_MOE = ROUTER | {"moe_intermediate_size": 48, "mlp_only_layers": [1]}
+# Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
+CHANGES = {
+    "deepseek_v3": {
+        "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48, "n_shared_experts": 2, "q_lora_rank": 14, "kv_lora_rank": 10, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8, "v_head_dim": 7, "num_key_value_heads": 4, "head_dim": None,
+    },
+    "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
+    "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
+    "glm4": {"head_dim": 8},
+    "gpt2": {"n_inner": 72, "head_dim": None},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4}, "head_dim": None},
+    "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
+    "mixtral": ROUTER,
+    "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
+    "phi": {"head_dim": 8},
+    "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 28},
+    "qwen3_moe": QWEN_MOE,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"qk_layernorm": True, "head_dim": None},
+}  # fmt: skip
+MODEL_TYPES = (
+    "arcee", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
+    "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
 
 
@@ -29,18 +59,39 @@ def config(model_type="llama", **changes):
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     }
-    return AutoConfig.for_model(model_type, **(values | changes))
+    values |= CHANGES.get(model_type, {}) | changes
+    made = AutoConfig.for_model(model_type, **{key: value for key, value in values.items() if value is not None})
+    return made
+
+
+def target(shape, *axes):
+    """Smaller legal sizes of some axes; of all that can be cut when none is named."""
+    wanted = {axis: WIDTHS[axis] for axis in axes or WIDTHS if axis in shape.sizes and axis in WIDTHS}
+    if "shared_experts" in shape.sizes:
+        wanted.pop("shared_ffn", None)  # follows ffn
+    if shape.sizes.get("head_dim") == 10:  # the class takes it to be hidden / heads
+        wanted |= {"hidden": 20, "heads": 2} if {"hidden", "heads", "kv_heads"} & wanted.keys() else {}
+    if "expert_groups" in shape.sizes and "experts" in wanted:
+        wanted["experts"] = 4  # two in each group
+    if "kv_heads" not in axes and axes and shape["heads"] == shape.kv_groups:
+        wanted.pop("kv_heads", None)
+    return wanted
 
 
 def model(model_type="llama", dtype=torch.float64, seed=0, **changes):
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config(model_type, **changes)).to(dtype).eval()
     with torch.no_grad():
-        for parameter in made.parameters():  # norms of ones and biases of zeros would hide mistakes
-            if parameter.dim() == 1:
+        for name, parameter in made.named_parameters():  # norms of ones and biases of zeros would hide mistakes
+            if parameter.dim() == 1 or "bias" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4)
+            if name.endswith((".gate.weight", ".router.weight")):  # made of zeros: every expert would be as good
+                parameter.normal_()
+        for name, buffer in made.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(0, 0.2)
     return made
 
 

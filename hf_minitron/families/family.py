@@ -95,6 +95,11 @@ class Family:
         """Return rows as they are in memory and as they may be named on disk."""
         return {**rows, **{name: pattern for row in rows for name, pattern in self.stored.get(row, {}).items()}}
 
+    def layer_of(self, name: str) -> int | None:
+        """Return the layer in which a parameter stands; `None` outside of the layers."""
+        _, indices = axes.match(name, self.stored_rows(self.rows))
+        return next((index for axis, index in indices.items() if axis.endswith("layers")), None)
+
     def taps_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[int | None, str]]]:
         """Return the taps that a model of this config has: by axis, the layer (`None` outside of the layers) and the module."""
         modules = _meta(type(config), config.to_json_string(use_diff=False)).modules

@@ -21,8 +21,7 @@ class BlockImportance:
     """
 
     def __init__(self):
-        self._sum: Tensor | float = 0.0
-        self._tokens: Tensor | int = 0
+        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of what changes, the number of tokens
 
     def update(self, activation: tuple[Tensor, Tensor], mask: Tensor | None = None) -> None:
         """Add one batch.
@@ -33,10 +32,11 @@ class BlockImportance:
         """
         before, after = activation
         change = 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (batch, seq)
+        counted = torch.ones_like(change) if mask is None else mask.to(change.dtype)
         # float64 because a sum of many small changes is averaged; a few numbers per batch
-        self._sum = self._sum + (change if mask is None else change * mask).sum(dtype=torch.float64)
-        self._tokens = self._tokens + (change.numel() if mask is None else mask.sum())
+        self.totals[0] = self.totals[0] + (change * counted).sum(dtype=torch.float64)
+        self.totals[1] = self.totals[1] + counted.sum(dtype=torch.float64)
 
     def finish(self) -> Tensor:
         """Return the float32 score of the layer, a scalar."""
-        return (self._sum / self._tokens).float()
+        return (self.totals[0] / self.totals[1]).float()

@@ -45,7 +45,7 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     stored = parameters_of(config).keys()
     state = {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if name in stored}
     student = student_config(config, family, plan)
-    pruned = dict(_prune_tensors({name: name for name in state}, state.__getitem__, family.rows_of(config), plan))
+    pruned = dict(prune_tensors({name: name for name in state}, state.__getitem__, family.rows_of(config), plan))
     # a tensor of which nothing is cut is the teacher's own, perhaps under another layer's name: the student must not share it
     originals = {id(tensor) for tensor in state.values()}
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
@@ -81,7 +81,7 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
             specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
     with complete_or_absent(target) as folder:
-        write_tensors(folder, specs, _prune_tensors(names, checkpoint.read, rows, plan), max_shard_bytes)
+        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan), max_shard_bytes)
         student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
@@ -105,7 +105,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
     for stored in checkpoint.specs:
         for name in (stored, f"{prefix}.{stored}"):
             found = axes.match(name, rows)
-            if found and all(index < shape[axis] for axis, index in found[1].items() if not axis.endswith("_layers")):
+            if found and all(index < shape["layers" if axis.endswith("layers") else axis] for axis, index in found[1].items()):
                 names[stored] = name
                 break
     wanted = parameters_of(config)
@@ -117,13 +117,20 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
         if name not in present and not (parts and present.issuperset(parts)):
             lost = next((part for part in parts if part not in present), name) if present.intersection(parts) else name
             raise ValueError(f"The checkpoint {checkpoint.folder} lacks the parameter {lost!r}")
-    return {stored: name for stored, name in names.items() if name in wanted or name not in memory}
+    return names
 
 
-def _prune_tensors(
+def prune_tensors(
     names: Mapping[str, str], read: Callable[[str], Tensor], rows: Mapping[str, str], plan: Plan
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and data of every tensor of the student, in the order of the teacher's; `names` are stored and full names."""
+    """Yield name and data of every tensor of the student, in the order of the teacher's.
+
+    Args:
+        names (`Mapping[str, str]`): Name under which each tensor is read, to its full name in the axis map.
+        read (`Callable`): Returns a tensor by the first of these names.
+        rows (`Mapping[str, str]`): Rows for the second.
+        plan (`Plan`): What is kept.
+    """
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan)
         if new_name is not None:

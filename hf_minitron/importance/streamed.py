@@ -1,0 +1,147 @@
+"""Taps on a model that is larger than memory: its decoder layers pass through memory one at a time.
+
+A layer in memory is a student of one layer, made by the same loop as every other student: so its class, its masks and its
+positions are the model's own. All batches go through a layer before the next one is read; between layers their states wait in
+memory up to a budget, and beyond it on disk.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_minitron.checkpoint import Checkpoint, require_space
+from hf_minitron.families.family import Family, base_prefix, family_of, student_config
+from hf_minitron.importance.taps import Reading, open_taps
+from hf_minitron.plan import Plan
+from hf_minitron.pruning.prune import prune_tensors, stored_names
+
+
+def read_layers(
+    folder: Path, batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device, state_bytes: int
+) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
+    """Run a checkpoint over all batches, layer by layer, with its taps open.
+
+    Args:
+        folder (`Path`): A model folder.
+        batches (`Sequence`): `input_ids` of shape `(batch, seq)`, and `attention_mask` where they are padded.
+        dtype (`torch.dtype`, *optional*): Of the weights; as they are stored when left out.
+        device (`torch.device`): Where a layer runs.
+        state_bytes (`int`): Memory for waiting states.
+
+    Returns:
+        `tuple`: The config, the dtype, and what every tap has read.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    family, dtype = family_of(config), dtype or config.dtype or torch.float32
+    loader, readings = _Loader(folder, config, family, dtype, device), []
+    layers = family.shape_of(config)["layers"]
+    bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
+    with torch.inference_mode(), ExitStack() as stack:
+        stack.enter_context(bar)
+        states = stack.enter_context(_waiting_states(batches, config.hidden_size * dtype.itemsize, state_bytes))
+        for layer in range(layers):
+            readings += _read_layer(loader.model_of(layer), family, layer, layers, batches, states, bar, device)
+    return config, dtype, readings
+
+
+def _read_layer(model: PreTrainedModel, family: Family, layer: int, layers: int, batches, states, bar, device) -> list[Reading]:
+    """Send all batches through one layer; return its readings, and those beyond the layers when it is the last."""
+    module = model.get_submodule(family.taps["layers"][0].format(layers=0).removeprefix(f"{base_prefix(model.config)}."))
+    current = 0
+
+    def enter(module, args, kwargs):  # instead of the embedding, the states that the layer before has left
+        if layer == 0:
+            return None
+        state = states.get(current).to(device)
+        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+
+    def leave(module, args, kwargs, output):
+        states.put(current, output[0] if isinstance(output, tuple) else output)
+
+    hooks = [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, with_kwargs=True),
+    ]
+    with open_taps(model, family, family.shape_of(model.config).sizes) as taps:
+        for current, batch in enumerate(batches):
+            taps.run(model, batch, device)
+            bar.update()
+    for hook in hooks:
+        hook.remove()
+    own = [dataclasses.replace(reading, layer=layer) for reading in taps.readings if reading.layer is not None]
+    return own + [reading for reading in taps.readings if reading.layer is None and layer == layers - 1]
+
+
+class _Loader:
+    """Makes models of one layer from a checkpoint; what lies outside of the layers is read once and shared by them."""
+
+    def __init__(self, folder: Path, config: PreTrainedConfig, family: Family, dtype: torch.dtype, device: torch.device):
+        self.config, self.family, self.dtype, self.device = config, family, dtype, device
+        self.checkpoint, self.shape = Checkpoint(folder), family.shape_of(config)
+        self.rows = family.stored_rows(family.rows_of(config))
+        self.names = stored_names(self.checkpoint, config, family)
+        self.by_layer: dict[int | None, dict[str, str]] = {}
+        for stored, name in self.names.items():
+            if name.startswith(f"{base_prefix(config)}."):  # all but the head
+                layer = family.layer_of(name)
+                self.by_layer.setdefault(layer, {})[stored] = name
+        self.shared = {n: self._placed(self.checkpoint.read(stored)) for stored, n in self.by_layer[None].items()}
+
+    def model_of(self, layer: int) -> PreTrainedModel:
+        """Return the base model with one layer only."""
+        plan = Plan(self.shape, self.shape.cut_to({"layers": 1}), {"layers": [layer]})
+        pruned = prune_tensors(self.by_layer[layer], self.checkpoint.read, self.rows, plan)
+        state = {name: self._placed(tensor) for name, tensor in pruned} | self.shared
+        config = student_config(self.config, self.family, plan)
+        model, info = MODEL_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
+        )
+        assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
+        return model.to(self.device).eval()
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+@contextmanager
+def _waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: int, budget: int):
+    """Yield the states of all batches between two layers; refuse what neither budget nor disk can hold."""
+    spilled = sum(batch["input_ids"].numel() for batch in batches) * bytes_per_token - budget
+    if spilled > 0:
+        require_space(Path(tempfile.gettempdir()), spilled, "the states between layers beyond state_bytes")
+    with tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
+        yield _States(Path(folder), budget)
+
+
+class _States:
+    """One tensor per batch, in memory up to a budget, beyond it in files."""
+
+    def __init__(self, folder: Path, budget: int):
+        self._folder, self._budget = folder, budget
+        self._held: dict[int, Tensor] = {}
+
+    def get(self, batch: int) -> Tensor:
+        """Return the tensor of a batch, shape `(batch, seq, hidden)`."""
+        return self._held[batch] if batch in self._held else load_file(self._path(batch))["states"]
+
+    def put(self, batch: int, states: Tensor) -> None:
+        """Keep a tensor in place of the batch's last one."""
+        held = sum(tensor.nbytes for other, tensor in self._held.items() if other != batch)
+        if held + states.nbytes <= self._budget:
+            self._held[batch] = states.cpu()
+            return
+        self._held.pop(batch, None)
+        part = self._path(batch).with_suffix(".part")
+        save_file({"states": states.contiguous().cpu()}, part)
+        part.replace(self._path(batch))  # the file before it may still be mapped
+
+    def _path(self, batch: int) -> Path:
+        return self._folder / f"{batch}.safetensors"
