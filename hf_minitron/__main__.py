@@ -71,7 +71,7 @@ def plan_text(run: Run) -> str:
 
     def costs(shape: Shape) -> dict[str, int]:
         parameters = shape.num_parameters(rows)
-        return dict(shape.sizes) | {
+        return shape.axes | {
             "parameters": parameters,
             f"bytes ({str(stored).removeprefix('torch.')})": parameters * size,
             "KV-cache bytes per token": shape.kv_cache_bytes_per_token(size),

@@ -5,9 +5,10 @@ It must not know any model, file or score. A pattern has one token per tensor di
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,11 @@ def parse(pattern: str) -> tuple[Dim, ...]:
     if " ".join(dims) != pattern:
         raise AxisError(f"Cannot read the pattern {pattern!r}: write axes, '(a b)' products and 'a+b' sums with one space")
     return tuple(tuple(tuple(t.strip("()").split()) for t in re.findall(_TERM, dim)) for dim in dims)
+
+
+def dim_names(dim: Dim) -> set[str]:
+    """Return the axes of one tensor dimension."""
+    return {axis for term in dim for axis in term}
 
 
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
@@ -74,7 +80,7 @@ def dim_index(dim: Dim, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) ->
         keep (`Mapping[str, Tensor]`): Kept indices of every axis that is cut, each of shape `(kept,)`.
         sizes (`Mapping[str, int]`): Sizes of the axes before the cut.
     """
-    if not any(axis in keep for term in dim for axis in term):
+    if not dim_names(dim) & keep.keys():
         return None
     indices, offset = [], 0
     for term in dim:
@@ -109,32 +115,62 @@ def take(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mappin
     torch.Size([2, 3])
     ```
     """
+    counts = {axis: index.shape[-1] for axis, index in keep.items()}
+    shape = tensor_shape(pattern, {**sizes, **counts})
+    if shape == tuple(tensor.shape):
+        return tensor
+    result, filled = tensor.new_empty(shape), 0
+    for piece in pieces(tensor, pattern, keep, sizes):
+        result.view(-1)[filled : filled + piece.numel()] = piece.flatten()
+        filled += piece.numel()
+    return result
+
+
+def pieces(
+    tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mapping[str, int], piece_bytes: int = 4 * 2**20
+) -> Iterator[Tensor]:
+    """Yield what `take` returns in consecutive pieces, so that a tensor larger than memory can be cut.
+
+    Args:
+        tensor (`Tensor`): As for `take`; may be mapped from a file.
+        pattern (`str`): As for `take`.
+        keep (`Mapping[str, Tensor]`): As for `take`.
+        sizes (`Mapping[str, int]`): As for `take`.
+        piece_bytes (`int`, *optional*, defaults to 4 MB): About how much of the tensor is looked at for a piece.
+
+    Raises:
+        AxisError: when the tensor has another shape than its pattern.
+    """
     expected = tensor_shape(pattern, sizes)
     if tuple(tensor.shape) != expected:
         raise AxisError(f"shape {tuple(tensor.shape)} is not that of the pattern {pattern!r}, {expected}")
     dims = parse(pattern)
-    keep = {axis: index for axis, index in keep.items() if any(axis in term for dim in dims for term in dim)}
-    if any(index.dim() == 2 for index in keep.values()):
-        return _take_by_expert(tensor, pattern, keep, sizes)
-    # the largest cut first: what follows has less to move
-    cuts = [(position, dim_index(dim, keep, sizes)) for position, dim in enumerate(dims)]
-    for position, index in sorted((c for c in cuts if c[1] is not None), key=lambda c: len(c[1]) / expected[c[0]]):
-        tensor = tensor.index_select(position, index.to(tensor.device))
-    return tensor
+    keep = {axis: index for axis, index in keep.items() if any(axis in dim_names(dim) for dim in dims)}
+    if any(index.dim() == 2 for index in keep.values()):  # every expert keeps its own
+        experts, _, rest = pattern.partition(" ")
+        assert experts == "experts", f"{pattern!r} does not begin with experts"
+        for position, expert in enumerate(keep.get("experts", torch.arange(sizes["experts"])).tolist()):
+            own = {axis: index[position] if index.dim() == 2 else index for axis, index in keep.items()}
+            yield from pieces(tensor[expert], rest, own, sizes, piece_bytes)
+        return
+    first, *others = [dim_index(dim, keep, sizes) for dim in dims]
+    rows = len(tensor) if first is None else len(first)
+    step = max(1, piece_bytes * len(tensor) // max(1, tensor.nbytes))
+    for start in range(0, rows, step):
+        piece = tensor[start : start + step] if first is None else _select(tensor, 0, first[start : start + step])
+        for position, index in enumerate(others, start=1):
+            if index is not None:
+                piece = _select(piece, position, index)
+        yield piece
 
 
-def _take_by_expert(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
-    """Take from every kept expert what it keeps; the tensor's first dimension is `experts`."""
-    experts, _, rest = pattern.partition(" ")
-    assert experts == "experts", f"{pattern!r} does not begin with experts"
-    kept = keep.get("experts", torch.arange(sizes["experts"])).tolist()
-    first = {axis: index[0] if index.dim() == 2 else index for axis, index in keep.items()}
-    after = {**sizes, **{axis: len(index) for axis, index in first.items()}}
-    result = tensor.new_empty((len(kept), *tensor_shape(rest, after)))
-    for position, expert in enumerate(kept):
-        own = {axis: index[position] if index.dim() == 2 else index for axis, index in keep.items()}
-        result[position] = take(tensor[expert], rest, own, sizes)
-    return result
+def _select(tensor: Tensor, position: int, index: Tensor) -> Tensor:
+    """Return the entries along one dimension. On a CPU numpy does it, three times as fast as torch for 16-bit numbers."""
+    if tensor.device.type != "cpu" or tensor.element_size() > 8:
+        return tensor.index_select(position, index.to(tensor.device))
+    number = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    taken = np.take(tensor.view(number).numpy(), index.numpy(), axis=position, mode="clip")
+    return torch.from_numpy(taken).view(tensor.dtype)
 
 
 @cache
@@ -166,7 +202,7 @@ def placeholders(row: str) -> tuple[str, ...]:
 
 def dim_of(pattern: str, axis: str) -> Dim:
     """Return the dimension of a pattern that holds an axis."""
-    return next(dim for dim in parse(pattern) if any(axis in term for term in dim))
+    return next(dim for dim in parse(pattern) if axis in dim_names(dim))
 
 
 def norm_along(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:

@@ -3,6 +3,7 @@
 It must not know an axis or a stage.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -89,7 +90,7 @@ class Checkpoint:
         """Read one tensor; refuse NaN and infinity."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             raise ValueError(f"{name!r} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged")
         return tensor
 
@@ -108,9 +109,9 @@ class Checkpoint:
 
 
 def write_tensors(
-    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Iterable[Tensor]]], max_shard_bytes: int
 ) -> None:
-    """Write tensors to safetensors shards as they come, never holding more than one.
+    """Write tensors to safetensors shards as they come, never holding more than a piece of one.
 
     The safetensors library can only write a file whose tensors are all in memory; the format itself (a length, a JSON
     header with offsets, raw data) can be streamed once all specs are known.
@@ -118,8 +119,11 @@ def write_tensors(
     Args:
         folder (`Path`): An existing folder.
         specs (`Mapping[str, TensorSpec]`): What will be written, in order.
-        tensors (`Iterable[tuple[str, Tensor]]`): The tensors in the same order.
+        tensors (`Iterable[tuple[str, Iterable[Tensor]]]`): The tensors in the same order, each in consecutive pieces.
         max_shard_bytes (`int`): A new file is begun before this many bytes of data are exceeded.
+
+    Raises:
+        ValueError: when the disk becomes full, with the bytes that are still needed.
     """
     shards: list[dict[str, TensorSpec]] = [{}]
     for name, spec in specs.items():
@@ -130,15 +134,25 @@ def write_tensors(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    stream = iter(tensors)
+    stream, left = iter(tensors), sum(spec.num_bytes for spec in specs.values())
     for file_name, shard in zip(names, shards, strict=True):
-        with (folder / file_name).open("wb") as file:
-            file.write(_header(shard))
-            for expected, spec in shard.items():
-                name, tensor = next(stream)
-                found = (name, tuple(tensor.shape), tensor.dtype)
-                assert found == (expected, spec.shape, DTYPES[spec.dtype]), f"{found} came instead of {expected} {spec}"
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        try:
+            with (folder / file_name).open("wb") as file:
+                file.write(_header(shard))
+                for expected, spec in shard.items():
+                    name, pieces = next(stream)
+                    assert name == expected, f"{name} came instead of {expected}"
+                    written = 0
+                    for piece in pieces:
+                        assert piece.dtype == DTYPES[spec.dtype], f"{name} is {piece.dtype}, not {spec.dtype}"
+                        written += file.write(piece.contiguous().flatten().view(torch.uint8).numpy())
+                    assert written == spec.num_bytes, f"{written} bytes of {name} came instead of {spec.num_bytes}"
+                    left -= written
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are needed. Free "
+                             "some and start again, or put the run elsewhere with --run") from error  # fmt: skip
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(spec.num_bytes for spec in specs.values())

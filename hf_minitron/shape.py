@@ -53,12 +53,13 @@ class Shape:
         embeddings, the embedding as head); looking up embeddings is free. The products of queries, keys and values grow with
         the context and are left out.
         """
-        dims = {row: [dim for dim in pattern.split() if dim != "positions"] for row, pattern in rows.items()}
-        heads = [row for row in rows if "vocab" in dims[row] and len(dims[row]) == 2]
+        dims = {row: [axes.dim_names(dim) for dim in axes.parse(pattern)] for row, pattern in rows.items()}
+        heads = [row for row in rows if "vocab" in dims[row][0] and len(dims[row]) == 2]
         flops = 0
         for row, pattern in rows.items():
-            routed = "experts" in dims[row] and "ffn" in pattern
-            if row in heads[:-1] or len(dims[row]) - routed < 2:  # untied: embedding and head; tied: one matrix that is both
+            routed = dims[row][0] == {"experts"} and any("ffn" in names for names in dims[row])
+            looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
+            if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
                 continue
             share = self["experts_per_token"] / self["experts"] if routed else 1
             flops += 2 * self._copies(row) * math.prod(axes.tensor_shape(pattern, self.sizes)) * share
@@ -67,7 +68,7 @@ class Shape:
     def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
         """Count the bytes that one token adds to the KV cache: in every layer a key and a value for each KV head.
 
-        Of multi-head latent attention, the compressed row that serving engines keep (2405.04434, section 2.1).
+        Multi-head latent attention keeps a narrow row instead, from which both are made (2405.04434, section 2.1).
         """
         if "kv_rank" in self.sizes:
             return self["layers"] * (self["kv_rank"] + self["rope"]) * bytes_per_number

@@ -4,73 +4,144 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from hf_minitron.data import text_hash
+from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.scores import Scores
 
 
 def reference(model, rows):
-    """The paper's formulas, one row at a time, from recorded activations."""
-    seen = {}
-    hooks = []
+    """The papers' formulas, one row at a time, from recorded inputs and outputs of modules."""
+    family = family_of(model.config)
+    shape, taps = family.shape_of(model.config), family.taps_of(model.config)
+    seen, hooks = {}, []
     for name, module in model.named_modules():
-        if name.endswith(("down_proj", "o_proj")):
-            hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: seen.setdefault(n, []).append(a[0][0])))
-        elif name.endswith("layernorm") or name == "model.norm":
-            hooks.append(module.register_forward_hook(lambda m, a, o, n=name: seen.setdefault(n, []).append(o[0])))
-    changes = [[] for _ in range(3)]
+        def record(module, args, kwargs, output, name=name):
+            state = args[0] if args else kwargs.get("hidden_states")
+            seen.setdefault(name, []).append((args, state, output[0] if isinstance(output, tuple) else output))
+
+        hooks.append(module.register_forward_hook(record, with_kwargs=True))
     for row in rows:
         with torch.no_grad():
-            streams = model(input_ids=row[None], output_hidden_states=True, use_cache=False).hidden_states
-            last = []
-            hook = model.model.norm.register_forward_pre_hook(lambda m, a, last=last: last.append(a[0]))
             model(input_ids=row[None], use_cache=False)
-            hook.remove()
-        streams = [*streams[:-1], last[0]]
-        for i in range(3):
-            changes[i] += (1 - torch.nn.functional.cosine_similarity(streams[i][0], streams[i + 1][0], dim=-1)).tolist()
     for hook in hooks:
         hook.remove()
-    seen = {name: found[::2] for name, found in seen.items()}  # two passes a row
 
     def score(samples):
         return torch.stack([x.abs().mean(0) for x in samples]).square().sum(0).sqrt()
 
-    layers = [f"model.layers.{i}" for i in range(3)]
-    heads = [[x.view(-1, 4, 6).norm(dim=-1) for x in seen[f"{layer}.self_attn.o_proj"]] for layer in layers]
-    norms = [f"{layer}.{norm}" for layer in layers for norm in ("input_layernorm", "post_attention_layernorm")] + ["model.norm"]
-    return {
-        "ffn": torch.stack([score(seen[f"{layer}.mlp.down_proj"]) for layer in layers]),
-        "heads": torch.stack([score(samples) for samples in heads]),
-        "hidden": sum(score(seen[name]) for name in norms),
-        "layers": torch.tensor([sum(c) / len(c) for c in changes]),
+    def inputs(name):
+        return [state.reshape(len(row), -1) for row, (_, state, _) in zip(rows, seen[name], strict=True)]
+
+    outputs = {name: [out.reshape(len(row), -1) for row, (*_, out) in zip(rows, seen[name], strict=True)] for _, name in taps["hidden"]}
+    expected = {"hidden": sum(score(samples) for samples in outputs.values())}
+    for axis in ("ffn", "dense_ffn", "shared_ffn"):
+        if axis in taps and not taps[axis][0][1].endswith(".experts"):
+            expected[axis] = {layer: score(inputs(name)) for layer, name in taps[axis]}
+    expected["heads"] = {
+        layer: score([x.view(len(x), shape["heads"], -1).norm(dim=-1) for x in inputs(name)]) for layer, name in taps["heads"]
     }
+    expected["layers"] = {}
+    for layer, name in taps["layers"]:
+        changes = [1 - torch.nn.functional.cosine_similarity(before, after, dim=-1) for _, before, after in seen[name]]
+        expected["layers"][layer] = torch.cat(changes, 1).mean()
+    for axis, place in (("ffn", 0), ("experts", 1)):
+        if axis in taps and taps[axis][0][1].endswith(".experts"):
+            modules = dict(model.named_modules())
+            expected[axis] = {n: routed(modules[name], [args for args, *_ in seen[name]])[place] for n, name in taps[axis]}
+    for axis, by_layer in expected.items():
+        if axis != "hidden":
+            absent = torch.full_like(next(iter(by_layer.values())), torch.nan)
+            expected[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(3)])
+    return expected
+
+
+def routed(experts, calls):
+    """What every expert of a layer does with each of its tokens, token by token."""
+    means, outputs = [], [[] for _ in range(experts.num_experts)]
+    for states, chosen, weights in calls:
+        inner = [torch.zeros(len(states), experts.down_proj.shape[1 if experts.is_transposed else 2])
+                 for _ in range(experts.num_experts)]  # fmt: skip
+        for token, state in enumerate(states):
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+                if experts.is_transposed:  # gpt_oss
+                    both = state @ up + experts.gate_up_proj_bias[expert]
+                    gate, linear = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+                    mid = (linear + 1) * gate * torch.sigmoid(1.702 * gate)
+                    out = mid @ down + experts.down_proj_bias[expert]
+                else:
+                    gate, linear = (up @ state).chunk(2)
+                    mid = torch.nn.functional.silu(gate) * linear
+                    out = down @ mid
+                inner[expert][token] = mid.detach()
+                outputs[expert].append(float(weight * out.norm()))
+        means.append(torch.stack([x.abs().mean(0) for x in inner]))
+    seen = torch.tensor([sum(norms) / len(norms) if norms else 0.0 for norms in outputs])
+    return torch.stack(means).square().sum(0).sqrt(), seen
+
+
+def close(found, expected):
+    return torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_scores_equal_the_formulas(model_type):
-    model = tiny.model(model_type)
+    model = tiny.model(model_type, dtype=torch.float32)
     blocks = tiny.blocks()
     expected = reference(model, blocks["input_ids"][:])
+    before = [t.clone() for t in model.state_dict().values()]
     for batch_size in (1, 4):
         scores = calibrate(model, blocks, batch_size)
         assert set(scores.by_axis) == set(expected)
         for axis, values in expected.items():
             assert scores.by_axis[axis].dtype == torch.float32
-            assert torch.allclose(scores.by_axis[axis].double(), values.double(), rtol=1e-5, atol=1e-6), axis
+            assert close(scores.by_axis[axis], values), axis
+    assert all(torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
+    assert model.config._experts_implementation != "hf_minitron" and not any(m._forward_hooks for m in model.modules())
 
 
-def test_padding_counts_for_nothing():
-    model = tiny.model()
+@pytest.mark.parametrize(
+    ("model_type", "state_bytes"),
+    [*((model_type, 0) for model_type in tiny.MODEL_TYPES), ("llama", 8_000), ("gpt2", 8_000), ("llama", 10**9)],
+)
+def test_layer_by_layer_equals_resident(model_type, state_bytes, tmp_path):
+    model = tiny.model(model_type, dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    resident = calibrate(model, tiny.blocks())
+    streamed = calibrate(tmp_path, tiny.blocks(), state_bytes=state_bytes)
+    assert set(streamed.by_axis) == set(resident.by_axis)
+    for axis, values in resident.by_axis.items():
+        assert torch.allclose(streamed.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), axis
+
+
+def test_a_model_on_several_devices(tmp_path):
+    """As device_map="auto" leaves a model that is too large: some layers on one device, some to be fetched from disk."""
+    model = tiny.model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "m")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.layers.2": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "offload")
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    for axis, values in calibrate(model, tiny.blocks()).by_axis.items():
+        assert close(calibrate(spread, tiny.blocks()).by_axis[axis], values), axis
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_padding_counts_for_nothing(model_type, streamed, tmp_path):
+    model = tiny.model(model_type, dtype=torch.float32)
     rows = [tiny.blocks(1, length, seed=length)["input_ids"][0] for length in (5, 12, 9)]
     padded = {
         "input_ids": [torch.cat([row, row.new_full((12 - len(row),), 7)]).tolist() for row in rows],
         "attention_mask": [[1] * len(row) + [0] * (12 - len(row)) for row in rows],
     }
-    scores = calibrate(model, Dataset.from_dict(padded).with_format("torch"), batch_size=3)
+    model.save_pretrained(tmp_path)
+    scores = calibrate(tmp_path if streamed else model, Dataset.from_dict(padded).with_format("torch"), batch_size=3)
     for axis, values in reference(model, rows).items():
-        assert torch.allclose(scores.by_axis[axis].double(), values.double(), rtol=1e-5, atol=1e-6), axis
+        assert close(scores.by_axis[axis], values), axis
     assert scores.meta["tokens"] == "26"
 
 

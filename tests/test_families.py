@@ -180,3 +180,157 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loaded.parameters())
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(loaded))
+
+
+@pytest.mark.parametrize(("model_type", "missing"), [("bloom", "word_embeddings"), ("falcon", "query_key_value")])
+def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missing):
+    config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
+    with pytest.raises(ValueError, match=f"does not cover model type '{model_type}'") as caught:
+        family_of(config)
+    assert missing in str(caught.value) and "llama" in str(caught.value) and "README" in str(caught.value)
+
+
+def test_a_known_family_with_an_unknown_variant_is_refused_naming_the_shape():
+    with pytest.raises(ValueError, match=r"embed_tokens.weight' has shape \(99, 16\), but its row 'vocab hidden' means \(99, 40\)"):
+        family_of(tiny.config("opt", word_embed_proj_dim=16))  # as opt-350m, which projects its embedding
+
+
+@pytest.mark.parametrize("model_type", ["seed_oss", "cwm"])
+def test_an_unknown_family_with_llamas_names_works(model_type):
+    teacher = tiny.model(model_type)
+    assert teacher.config.model_type not in FAMILIES
+    plan = plan_for(teacher, ffn=8)
+    pruned = logits(prune_model(teacher, plan))
+    with masked(teacher, plan):
+        assert relative(pruned, logits(teacher)) < 1e-6
+
+
+@pytest.mark.parametrize(("model_type", "wrong"), [("apertus", "act_fn.alpha_p"), ("helium", "self_attn.o_proj.weight")])
+def test_an_unknown_family_with_almost_llamas_names_is_refused(model_type, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        family_of(tiny.config(model_type))
+
+
+@pytest.mark.parametrize("drop", [0, 1, 2])
+def test_the_student_shares_no_weight_with_its_teacher(drop):
+    """A dropped layer shifts the names of those after it, which are otherwise uncut."""
+    teacher = tiny.model()
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    kept = [layer for layer in range(3) if layer != drop]
+    student = prune_model(teacher, Plan(shape, shape.cut_to({"layers": 2}), {"layers": kept}))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters())
+
+
+def test_a_shape_that_llama_refuses_becomes_a_mistral_with_equal_logits(tmp_path):
+    teacher = tiny.model("llama", dtype=torch.float32, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32})  # fmt: skip
+    plan = plan_for(teacher, hidden=30)
+    student = prune_model(teacher, plan)
+    assert student.config.model_type == "mistral" and student.config.sliding_window is None
+    teacher.save_pretrained(tmp_path / "teacher")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert config["model_type"] == "mistral" and config["architectures"] == ["MistralForCausalLM"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits(loaded), logits(student))
+    with masked(teacher.double(), plan):
+        assert relative(logits(loaded).double(), logits(teacher)) < 1e-4
+
+
+LAYER_KINDS = [
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers", [0, 1, 0]),
+    ("gemma3_text", {"layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types", ["sliding_attention"] * 3),
+    ("qwen3_moe", {"mlp_only_layers": [1, 3]}, "mlp_only_layers", [0, 2]),
+    ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}, "mlp_only_layers", [1]),
+    ("deepseek_v3", {"first_k_dense_replace": 2}, "first_k_dense_replace", 1),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "key", "expected"), LAYER_KINDS)
+def test_settings_by_layer_follow_a_depth_cut(model_type, changes, key, expected):
+    """Layer 0 goes; what the others are is written in their new numbers, and they compute what they did."""
+    teacher = tiny.model(model_type, num_hidden_layers=4, **changes)
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    plan = Plan(shape, shape.cut_to({"layers": 3}), {"layers": [1, 2, 3]})
+    student = prune_model(teacher, plan)
+    assert getattr(student.config, key) == expected
+    with masked(teacher, plan):
+        assert relative(logits(student), logits(teacher)) < 1e-6
+
+
+def rename(folder, change):
+    """Store a checkpoint's tensors under other names."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    save_file({change(name): t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("gpt2", lambda name: name.removeprefix("transformer.")),  # as openai-community/gpt2
+        ("gpt_neox", lambda name: name.replace("lm_head", "embed_out")),  # as Pythia
+        ("deepseek_v3", lambda name: name),
+        ("mixtral", lambda name: name),
+    ],
+)
+def test_checkpoints_as_they_lie_on_the_hub(model_type, change, tmp_path):
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    rename(tmp_path / "teacher", change)
+    if model_type == "deepseek_v3":  # a layer beyond the last, that predicts a second token
+        tensors = load_file(tmp_path / "teacher" / "model.safetensors")
+        tensors |= {n.replace("layers.2", "layers.3"): t.clone() for n, t in tensors.items() if "layers.2" in n}
+        save_file(tensors, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    names = load_file(tmp_path / "teacher" / "model.safetensors").keys()
+    assert model_type != "mixtral" or any("block_sparse_moe.experts.0.w1" in name for name in names)
+    plan = plan_for(teacher, **tiny.target(family_of(teacher.config).shape_of(teacher.config)))
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
+
+
+def test_experts_that_are_fused_on_disk_too(tmp_path):
+    teacher = tiny.model("qwen3_moe", dtype=torch.float32)
+    plan = plan_for(teacher, **tiny.target(family_of(teacher.config).shape_of(teacher.config)))
+    teacher.save_pretrained(tmp_path / "teacher")
+    state = {name: t.clone() for name, t in teacher.state_dict().items()}
+    save_file(state, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(prune_model(teacher, plan)))
+
+
+def test_a_checkpoint_that_lacks_one_expert_is_refused(tmp_path):
+    teacher = tiny.model("qwen3_moe", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path)
+    lost = "model.layers.2.mlp.experts.3.up_proj.weight"
+    rename(tmp_path, lambda name: "lost" if name == lost else name)
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    with pytest.raises(ValueError, match=f"lacks the parameter '{lost}'"):
+        prune_checkpoint(tmp_path, Plan(shape, shape, {}), tmp_path / "student")
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path):
+    tiny.model("gpt_oss", dtype=torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = family_of(tiny.config("gpt_oss")).shape_of(tiny.config("gpt_oss"))
+    with pytest.raises(ValueError, match="is quantized; save it dequantized first"):
+        prune_checkpoint(tmp_path, Plan(shape, shape, {}), tmp_path / "student")
+
+
+def test_the_config_says_all_that_changed():
+    config = tiny.config("gpt2", n_inner=None)
+    family = family_of(config)
+    shape = family.shape_of(config)
+    assert shape["ffn"] == 160 and shape["head_dim"] == 10 and config.n_inner is None
+    student = student_config(config, family, Plan(shape, shape.cut_to({"hidden": 20, "heads": 2}), {"hidden": []}))
+    assert (student.n_embd, student.n_head, student.n_inner, config.n_embd) == (20, 2, 160, 40)

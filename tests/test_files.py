@@ -91,7 +91,7 @@ def test_written_tensors_are_read_back(tmp_path, max_shard_bytes):
     }
     names = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
     specs = {name: TensorSpec(names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-    write_tensors(tmp_path, specs, tensors.items(), max_shard_bytes)
+    write_tensors(tmp_path, specs, ((name, [t]) for name, t in tensors.items()), max_shard_bytes)
     read = Checkpoint(tmp_path)
     assert read.specs == specs and all(torch.equal(read.read(name), t) for name, t in tensors.items())
     assert len(list(tmp_path.glob("*.safetensors"))) == {10: 5, 300: 2, 10**9: 1}[max_shard_bytes]

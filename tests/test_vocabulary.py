@@ -1,5 +1,7 @@
 """axes, shape, scores and plan."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -43,13 +45,24 @@ def test_a_wrong_shape_is_refused():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_costs_are_those_of_the_real_model(model_type, tied):
-    model = tiny.model(model_type, tie_word_embeddings=tied)
+    model = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
     family = family_of(model.config)
     rows, shape = family.rows_of(model.config), family.shape_of(model.config)
-    assert shape.num_parameters(rows) == model.num_parameters()
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    assert shape.flops_per_token(rows) == 2 * (matrices - (0 if tied else model.get_input_embeddings().weight.numel()))
-    assert shape.kv_cache_bytes_per_token(2) == 2 * 3 * 2 * 6 * 2
+    buffers = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    assert shape.num_parameters(rows) == model.num_parameters() + buffers
+    flops = 0
+    for name, p in model.named_parameters():
+        if name.endswith(("embed_positions.weight", "wpe.weight")) or (p is model.get_input_embeddings().weight and not tied):
+            continue  # looked up
+        if ".experts." in name:  # a token meets some of them; their biases are no products
+            flops += 0 if p.dim() < 3 else 2 * p.numel() * shape["experts_per_token"] // shape["experts"]
+        elif p.dim() == 2:
+            flops += 2 * p.numel()
+    assert shape.flops_per_token(rows) == flops
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)) // 3
+    assert shape.kv_cache_bytes_per_token(2) == 2 * held
 
 
 @pytest.mark.parametrize(
@@ -62,7 +75,7 @@ def test_costs_are_those_of_the_real_model(model_type, tied):
         ({"heads": 3}, "heads: 3 do not divide over 2 KV heads.*Use one of 2, 4"),
         ({"heads": 4, "kv_heads": 1}, "heads: 4 do not divide over 1"),
         ({"fnn": 8}, "did you mean 'ffn'"),
-        ({"vocab": 8}, "vocab: not an axis that can be cut"),
+        ({"vocab": 8}, "vocab: not an axis of this model that can be cut"),
         ({"ffn": -8, "hidden": 48}, "ffn: -8.*hidden: 48"),
     ],
 )
@@ -75,11 +88,51 @@ def test_kv_heads_take_their_heads_along():
     assert SHAPE.cut_to({"kv_heads": 1}).sizes == {**tiny.SIZES, "kv_heads": 1, "heads": 2}
 
 
-def test_a_shape_that_the_config_class_refuses_is_refused_with_the_nearest():
-    config = tiny.config("llama")
-    with pytest.raises(ShapeError, match=r"LlamaConfig refuses hidden=30.*Nearest.*28, 32"):
+REFUSED = [
+    ("gpt2", {"heads": 3}, r"GPT2Config refuses hidden=40 with heads=3: .*hidden=30 with heads=3, hidden=20 with heads=2"),
+    ("gpt_neox", {"hidden": 24}, r"GPTNeoXConfig refuses hidden=24 .*hidden=30 with heads=3, hidden=20 with heads=2"),
+    ("opt", {"hidden": 24, "heads": 3}, r"OPTConfig refuses hidden=24 .*hidden=30 with heads=3"),
+    ("stablelm", {"kv_heads": 1}, r"StableLmConfig refuses hidden=40 with heads=2: .*hidden=20 with heads=2"),
+    ("arcee", {"hidden": 30}, r"ArceeConfig refuses hidden=30 with heads=4: .*hidden=28 with heads=4, hidden=32 with heads=4"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "target", "message"), REFUSED)
+def test_a_shape_that_no_class_holds_is_refused_with_the_nearest(model_type, target, message):
+    config = tiny.config(model_type)
+    family = family_of(config)
+    shape = family.shape_of(config)
+    with pytest.raises(ShapeError, match=message) as caught:
+        check_target(config, family, shape.cut_to(target))
+    hidden, heads = (int(number) for number in re.findall(r"hidden=(\d+) with heads=(\d+)", str(caught.value))[1])
+    legal = {"hidden": hidden, "heads": heads} | ({"kv_heads": heads // 2} if "kv_heads" in shape.sizes else {})
+    check_target(config, family, shape.cut_to(legal))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_shape_that_another_class_holds_is_accepted(model_type):
+    check_target(tiny.config(model_type), family_of(tiny.config(model_type)), SHAPE.cut_to({"hidden": 30}))
+
+
+def test_a_llama_with_biases_has_no_other_class():
+    config = tiny.config("llama", attention_bias=True)
+    with pytest.raises(ShapeError, match=r"LlamaConfig refuses hidden=30.*Nearest.*hidden=28 with heads=4, hidden=32 with heads=4"):
         check_target(config, family_of(config), SHAPE.cut_to({"hidden": 30}))
-    check_target(tiny.config("mistral"), family_of(tiny.config("mistral")), SHAPE.cut_to({"hidden": 30}))
+
+
+EXPERTS = [
+    ("mixtral", {"experts": 1}, "experts: 1 cannot serve a router that sends every token to 2 of them; use 2 or more"),
+    ("deepseek_v3", {"experts": 5}, "experts: 5 cannot serve.*use 4 or more, a multiple of 2"),
+    ("deepseek_v3", {"shared_ffn": 8}, "shared_ffn: follows ffn in this model"),
+    ("mixtral", {"dense_ffn": 8}, "dense_ffn: not an axis of this model"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "target", "message"), EXPERTS)
+def test_an_illegal_number_of_experts_says_what_is_allowed(model_type, target, message):
+    config = tiny.config(model_type)
+    with pytest.raises(ShapeError, match=message):
+        family_of(config).shape_of(config).cut_to(target)
 
 
 def test_plan_keeps_the_best_inside_kv_groups(tmp_path):

@@ -85,7 +85,7 @@ def compare(
             "path": str(source),
             "parameters": model.num_parameters(),
             "bytes": sum(spec.num_bytes for spec in Checkpoint(folder).specs.values()),
-            "shape": dict(family_of(model.config).shape_of(model.config).sizes),
+            "shape": family_of(model.config).shape_of(model.config).axes,
             "perplexity": perplexity(model, blocks, batch_size, f"Perplexity of {name}"),
             "tasks": lm_eval_tasks(model, tokenizer, tasks, include_path, limit, batch_size) if tasks else {},
         }

@@ -63,7 +63,7 @@ class Family:
                 for dim, size in zip(dims, shape, strict=False):
                     if solved := axes.unknown_size(dim, size, sizes):
                         sizes.setdefault(*solved)
-        present = {"layers", *indices, *(axis for dims, _ in used for dim in dims for term in dim for axis in term)}
+        present = {"layers", *indices}.union(*(axes.dim_names(dim) for dims, _ in used for dim in dims))
         return Shape({axis: size for axis, size in sizes.items() if axis in present or axis not in AXES})
 
     def rows_of(self, config: PreTrainedConfig) -> dict[str, str]:
@@ -234,7 +234,8 @@ def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str)
     for n, h in sorted(set(near), key=lambda pair: (abs(pair[0] - hidden) + abs(pair[1] - heads) * step, pair)):
         sizes = {**after.sizes, "hidden": n, "heads": h, "layers": 1}
         sizes |= {"kv_heads": h // group} if "kv_heads" in sizes else {}
-        if 0 < n <= before["hidden"] and len(legal) < 2 and _hold(config, family, Shape(sizes), [0])[0] is not None:
+        smaller = 0 < n <= before["hidden"] and (n, h) != (before["hidden"], before["heads"])
+        if smaller and len(legal) < 2 and _hold(config, family, Shape(sizes), [0])[0] is not None:
             legal.append(f"hidden={n} with heads={h}")
     advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
     return f"{type(config).__name__} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"

@@ -58,7 +58,7 @@ def write_card(
         facts=facts,
         command=command,
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False).strip(),
-        shape_rows=[(axis, before[axis], after[axis]) for axis in before.sizes],
+        shape_rows=[(axis, before[axis], after[axis]) for axis in before.axes],
         quality=markdown_table(quality_rows(report)),
         speed=markdown_table(speed_rows(report)) if report.speed else "",
         text=report.text,

@@ -27,7 +27,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
 
 def plot_shapes(before: Shape, after: Shape, path: Path) -> None:
     """Draw the size of every axis before and after, as a share of the size before."""
-    names = [axis for axis in before.sizes if axis != "vocab"]
+    names = [axis for axis in before.axes if axis != "vocab"]
     with _style():
         figure, axes = plt.subplots(figsize=(6, 0.42 * len(names) + 0.4))
         for row, axis in enumerate(reversed(names)):

@@ -5,7 +5,7 @@ Both doors run the same loop. It must not know how the plan was made.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -81,7 +81,7 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
             specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
     with complete_or_absent(target) as folder:
-        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan), max_shard_bytes)
+        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan, axes.pieces), max_shard_bytes)
         student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
@@ -121,8 +121,8 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
 
 
 def prune_tensors(
-    names: Mapping[str, str], read: Callable[[str], Tensor], rows: Mapping[str, str], plan: Plan
-) -> Iterator[tuple[str, Tensor]]:
+    names: Mapping[str, str], read: Callable[[str], Tensor], rows: Mapping[str, str], plan: Plan, take: Callable = axes.take
+) -> Iterator[tuple[str, Tensor | Iterable[Tensor]]]:
     """Yield name and data of every tensor of the student, in the order of the teacher's.
 
     Args:
@@ -130,11 +130,12 @@ def prune_tensors(
         read (`Callable`): Returns a tensor by the first of these names.
         rows (`Mapping[str, str]`): Rows for the second.
         plan (`Plan`): What is kept.
+        take (`Callable`, *optional*): `axes.take` for tensors, `axes.pieces` for their pieces.
     """
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan)
         if new_name is not None:
-            yield new_name, axes.take(read(stored), rows[row], keep, plan.before.sizes)
+            yield new_name, take(read(stored), rows[row], keep, plan.before.sizes)
 
 
 def _rename(name: str, rows: Mapping[str, str], plan: Plan) -> tuple[str, str | None, dict[str, Tensor] | None]:
