@@ -8,9 +8,11 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What a user of the model needs beside weights and config.
 SIDE_FILES = (
@@ -58,6 +61,13 @@ def resolve(model: str | Path) -> Path:
     return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
 
 
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor; refuse NaN and infinity in it."""
+    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        raise ValueError(f"{name!r} holds NaN or infinity; the checkpoint is damaged")
+    return tensor
+
+
 class Checkpoint:
     """The tensors of a model folder: their specs from the headers, their data one at a time.
 
@@ -87,12 +97,9 @@ class Checkpoint:
                              "download the checkpoint again")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor; refuse NaN and infinity."""
+        """Return one tensor, mapped from its file: its bytes are read when they are looked at."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-            raise ValueError(f"{name!r} in {self._file_of[name]} holds NaN or infinity; the checkpoint is damaged")
-        return tensor
+            return file.get_tensor(name)
 
     def _read_header(self, path: Path) -> None:
         if not path.is_file():
@@ -123,7 +130,7 @@ def write_tensors(
         max_shard_bytes (`int`): A new file is begun before this many bytes of data are exceeded.
 
     Raises:
-        ValueError: when the disk becomes full, with the bytes that are still needed.
+        ValueError: for NaN or infinity; when the disk becomes full, with the bytes that are still needed.
     """
     shards: list[dict[str, TensorSpec]] = [{}]
     for name, spec in specs.items():
@@ -134,30 +141,51 @@ def write_tensors(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    stream, left = iter(tensors), sum(spec.num_bytes for spec in specs.values())
-    for file_name, shard in zip(names, shards, strict=True):
+    pieces = ((name, piece) for name, parts in tensors for piece in parts if piece.numel())
+    with closing(_ahead(pieces)) as stream:
+        _write_shards(folder, dict(zip(names, shards, strict=True)), stream)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], stream: Iterator[tuple[str, Tensor]]) -> None:
+    """Write each shard's file from a stream of pieces."""
+    left = sum(spec.num_bytes for shard in shards.values() for spec in shard.values())
+    for file_name, shard in shards.items():
         try:
             with (folder / file_name).open("wb") as file:
                 file.write(_header(shard))
                 for expected, spec in shard.items():
-                    name, pieces = next(stream)
-                    assert name == expected, f"{name} came instead of {expected}"
                     written = 0
-                    for piece in pieces:
-                        assert piece.dtype == DTYPES[spec.dtype], f"{name} is {piece.dtype}, not {spec.dtype}"
-                        written += file.write(piece.contiguous().flatten().view(torch.uint8).numpy())
-                    assert written == spec.num_bytes, f"{written} bytes of {name} came instead of {spec.num_bytes}"
+                    while written < spec.num_bytes:
+                        name, piece = next(stream)
+                        found = (name, piece.dtype)
+                        assert found == (expected, DTYPES[spec.dtype]), f"{found} came instead of {expected} {spec}"
+                        written += file.write(check_finite(name, piece).contiguous().flatten().view(torch.uint8).numpy())
+                    assert written == spec.num_bytes, f"{written} bytes of {expected} came instead of {spec.num_bytes}"
                     left -= written
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise ValueError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are needed. Free "
                              "some and start again, or put the run elsewhere with --run") from error  # fmt: skip
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(spec.num_bytes for spec in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield items; the next is made while the caller is busy with the last."""
+    nothing, threads = object(), torch.get_num_threads()
+    torch.set_num_threads(1)  # others would wait for work by spinning, on the cores that are reading and writing
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(next, items, nothing)
+            while (item := coming.result()) is not nothing:
+                coming = pool.submit(next, items, nothing)
+                yield item
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _header(shard: Mapping[str, TensorSpec]) -> bytes:

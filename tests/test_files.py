@@ -74,10 +74,18 @@ def test_damaged_checkpoints_are_named(folder):
         Checkpoint(folder)
 
 
-def test_a_weight_that_is_not_a_number_is_named(tmp_path):
-    save_file({"a.weight": torch.tensor([1.0, float("inf")])}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="'a.weight' in .*NaN or infinity"):
-        Checkpoint(tmp_path).read("a.weight")
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_weight_that_is_not_a_number_is_named(tmp_path, value):
+    specs = {"a.weight": TensorSpec("F32", (2, 2))}
+    with pytest.raises(ValueError, match="'a.weight' holds NaN or infinity"):
+        write_tensors(tmp_path, specs, [("a.weight", [torch.ones(1, 2), torch.tensor([[1.0, value]])])], 1000)
+
+
+def test_a_disk_that_becomes_full_is_told_with_the_bytes_still_needed(tmp_path):
+    specs = {name: TensorSpec("F32", (1000,)) for name in "ab"}
+    (tmp_path / "model-00002-of-00002.safetensors").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="became full while .*00002.safetensors was written: 4,000 bytes more are needed"):
+        write_tensors(tmp_path, specs, ((name, [torch.ones(1000)]) for name in specs), 4000)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10, 300, 10**9])

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_minitron.checkpoint import Checkpoint, require_space
+from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
 from hf_minitron.families.family import Family, base_prefix, family_of, student_config
 from hf_minitron.importance.taps import Reading, open_taps
 from hf_minitron.plan import Plan
@@ -93,12 +93,12 @@ class _Loader:
             if name.startswith(f"{base_prefix(config)}."):  # all but the head
                 layer = family.layer_of(name)
                 self.by_layer.setdefault(layer, {})[stored] = name
-        self.shared = {n: self._placed(self.checkpoint.read(stored)) for stored, n in self.by_layer[None].items()}
+        self.shared = {name: self._placed(self._read(stored)) for stored, name in self.by_layer[None].items()}
 
     def model_of(self, layer: int) -> PreTrainedModel:
         """Return the base model with one layer only."""
         plan = Plan(self.shape, self.shape.cut_to({"layers": 1}), {"layers": [layer]})
-        pruned = prune_tensors(self.by_layer[layer], self.checkpoint.read, self.rows, plan)
+        pruned = prune_tensors(self.by_layer[layer], self._read, self.rows, plan)
         state = {name: self._placed(tensor) for name, tensor in pruned} | self.shared
         config = student_config(self.config, self.family, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
@@ -106,6 +106,9 @@ class _Loader:
         )
         assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
         return model.to(self.device).eval()
+
+    def _read(self, stored: str) -> Tensor:
+        return check_finite(stored, self.checkpoint.read(stored))
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)

@@ -4,6 +4,7 @@ Both doors run the same loop. It must not know how the plan was made.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -74,9 +75,9 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
     checkpoint = Checkpoint(source)
     names = stored_names(checkpoint, config, family)
     rows = family.stored_rows(family.rows_of(config))
-    specs = {}
+    specs, keep_at = {}, functools.cache(plan.keep_at)
     for stored, name in names.items():
-        row, new_name, _ = _rename(name, rows, plan)
+        row, new_name, _ = _rename(name, rows, plan, keep_at)
         if new_name is not None:
             specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
@@ -132,17 +133,20 @@ def prune_tensors(
         plan (`Plan`): What is kept.
         take (`Callable`, *optional*): `axes.take` for tensors, `axes.pieces` for their pieces.
     """
+    keep_at = functools.cache(plan.keep_at)
     for stored, name in names.items():
-        row, new_name, keep = _rename(name, rows, plan)
+        row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:
             yield new_name, take(read(stored), rows[row], keep, plan.before.sizes)
 
 
-def _rename(name: str, rows: Mapping[str, str], plan: Plan) -> tuple[str, str | None, dict[str, Tensor] | None]:
+def _rename(
+    name: str, rows: Mapping[str, str], plan: Plan, keep_at: Callable
+) -> tuple[str, str | None, dict[str, Tensor] | None]:
     """Return a tensor's row, its name in the student (`None` when it is dropped) and what is kept where it stands."""
     row, indices = axes.match(name, rows)
     layer = next((index for axis, index in indices.items() if axis.endswith("layers")), None)
-    keep = plan.keep_at(layer, indices.get("experts"))
+    keep = keep_at(layer, indices.get("experts"))
     if keep is None:
         return row, None, None
     places = {}
