@@ -2,10 +2,11 @@
 
     python benchmarks/prune_stream.py                  # checkpoints of 2, 4 and 8 GB in a temporary folder; needs 16 GB of disk
 
-Builds synthetic bf16 checkpoints with the tensors of Llama-3.1-8B (tied, as many layers as fit), and cuts hidden, ffn, heads and
-layers together. Memory is the largest RssAnon seen (every 10 ms, in a process of its own) over that of an interpreter that
-has imported torch; mapped file pages are not in it. The copy reads the bytes that pruning reads and writes as many as it writes;
-both are timed until the disk has everything, in turn, and the shortest times are compared (what a shared disk does varies).
+Builds synthetic bf16 checkpoints with the tensors of Llama-3.1-8B (tied, as many layers as fit), and cuts hidden, ffn, heads
+and layers together. Memory is the largest RssAnon seen (every 10 ms, in a process of its own) over that of an interpreter that
+has imported torch; mapped file pages are not in it. The copy reads the bytes that pruning reads and writes as many as it
+writes; both are timed until the disk has everything, in turn, and the shortest times are compared
+(what a shared disk does varies).
 """
 
 import argparse
@@ -168,9 +169,9 @@ def main() -> None:
             ratio = found["seconds"] / found["copy_seconds"]
             lines.append((found, ratio))
             print(
-                f"{found['bytes'] / 1e9:.1f} GB: peak {found['peak'] / 1e9:.2f} GB (largest tensor {found['largest'] / 1e9:.2f} GB, bound "
-                f"{bound / 1e9:.2f}), {found['seconds']:.1f} s, {ratio:.2f} of a copy that reads {found['read'] / 1e9:.1f} and writes "
-                f"{found['written'] / 1e9:.1f} GB ({found['copy_seconds']:.1f} s)",
+                f"{found['bytes'] / 1e9:.1f} GB: peak {found['peak'] / 1e9:.2f} GB (bound {bound / 1e9:.2f}: largest tensor "
+                f"{found['largest'] / 1e9:.2f}), {found['seconds']:.1f} s, {ratio:.2f} of a copy that reads "
+                f"{found['read'] / 1e9:.1f} and writes {found['written'] / 1e9:.1f} GB ({found['copy_seconds']:.1f} s)",
                 flush=True,
             )
     if args.json:

@@ -81,7 +81,8 @@ def plan_text(run: Run) -> str:
     table = [["", "before", "after", ""]]
     for (name, old), new in zip(costs(before).items(), costs(after).values(), strict=True):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
-    return markdown_table(table)
+    inexact = prune.inexact(bind(run, "prune", prune.Args), run.model)
+    return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
 
 def run_all(run: Run, push: bool) -> None:
@@ -139,7 +140,7 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 
 
 def _do(run: Run, name: str, args: object) -> None:
-    """Do one stage unless it is done. All processes of `accelerate launch` train; one does the rest while they wait."""
+    """Do one stage unless it is done. All processes of `accelerate launch` score and train; one does the rest."""
     state, module, start = PartialState(), STAGES[name], time.time()
     if state.is_main_process:
         _check_needs(run, name)
@@ -149,7 +150,7 @@ def _do(run: Run, name: str, args: object) -> None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
     state.print(f"\n{name}: {_summary(module)}", flush=True)
-    if state.is_main_process or name == "distill":
+    if state.is_main_process or name in ("score", "distill"):
         module.run(args, run, folder[0])
     state.wait_for_everyone()
     if state.is_main_process:

@@ -170,8 +170,8 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], 
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise ValueError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are needed. Free "
-                             "some and start again, or put the run elsewhere with --run") from error  # fmt: skip
+            raise ValueError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are needed. "
+                             "Free some and start again, or put the run elsewhere with --run") from error  # fmt: skip
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -256,15 +256,16 @@ def load_model(model: str | Path, dtype: torch.dtype, device: torch.device | str
     Args:
         model (`str` or `Path`): A folder or a Hub id. Safetensors only; no remote code unless asked through `kwargs`.
         dtype (`torch.dtype`): What the weights are loaded as.
-        device (`torch.device`): Where they go.
+        device (`torch.device` or `str`): Where they go; `"auto"` spreads them over all devices.
         **kwargs: Passed to `from_pretrained`.
     """
     folder = resolve(model)
     Checkpoint(folder)  # a missing or truncated shard is named before any weight is loaded
+    spread = {"device_map": "auto"} if str(device) == "auto" else {}
     loaded, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread, **kwargs
     )
     if info["missing_keys"]:
         raise ValueError(f"The checkpoint {folder} lacks {sorted(info['missing_keys'])[0]!r} "
                          f"({len(info['missing_keys'])} tensors in all)")  # fmt: skip
-    return loaded.to(device).eval()
+    return (loaded if spread else loaded.to(device)).eval()

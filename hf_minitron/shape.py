@@ -147,8 +147,11 @@ class Shape:
         if fits(self["experts"]):
             return []
         least = next(n for n in itertools.count(groups, groups) if fits(n))
-        return [f"experts: {self['experts']} cannot serve a router that sends every token to {per_token} of them; use {least} or "
-                f"more{f', a multiple of {groups}' if groups > 1 else ''}"]  # fmt: skip
+        step = f", a multiple of {groups}" if groups > 1 else ""
+        return [
+            f"experts: {self['experts']} cannot serve a router that sends every token to {per_token} of them; "
+            f"use {least} or more{step}"
+        ]
 
     def _problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
         known = [known for known in CUTTABLE if known in self.sizes]

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 import tiny
+import torch
 import yaml
+
+from hf_minitron import Scores, calibrate
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +56,40 @@ def test_two_processes_equal_one(tmp_path):
     assert len(one) == 4
     for first, second in zip(one, two, strict=True):
         assert second == pytest.approx(first, rel=1e-4)
+
+
+SCORES = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from accelerate import PartialState
+from hf_minitron import calibrate
+state = PartialState(cpu=True)
+for model_type in ("llama", "qwen2_moe"):
+    for source in ("resident", "streamed"):
+        model = tiny.model(model_type, dtype=tiny.torch.float32)
+        if source == "streamed":
+            if state.is_main_process:
+                model.save_pretrained(sys.argv[1] + model_type)
+            state.wait_for_everyone()
+            model = sys.argv[1] + model_type
+        scores = calibrate(model, tiny.blocks(7), batch_size=2)  # seven blocks: one process has more than the other
+        scores.save(f"{{sys.argv[1]}}{{model_type}}-{{source}}-{{state.process_index}}.safetensors")
+        state.wait_for_everyone()
+"""
+
+
+def test_scores_of_two_processes_equal_those_of_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCORES.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
+    launch(2, script, f"{tmp_path}/two-")
+    for model_type in ("llama", "qwen2_moe"):
+        one = calibrate(tiny.model(model_type, dtype=torch.float32), tiny.blocks(7), batch_size=2)
+        for source, rank in [("resident", 0), ("resident", 1), ("streamed", 0), ("streamed", 1)]:
+            two = Scores.load(tmp_path / f"two-{model_type}-{source}-{rank}.safetensors")
+            assert two.meta["tokens"] == one.meta["tokens"] and set(two.by_axis) == set(one.by_axis)
+            for axis, values in one.by_axis.items():
+                assert torch.allclose(two.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), (model_type, source, axis)
 
 
 def test_the_command_distills_in_two_processes(project, tmp_path):

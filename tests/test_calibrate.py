@@ -1,5 +1,8 @@
 """Scores against a hand-written reference, and what they do not depend on."""
 
+import shutil
+from collections import namedtuple
+
 import pytest
 import tiny
 import torch
@@ -18,6 +21,7 @@ def reference(model, rows):
     shape, taps = family.shape_of(model.config), family.taps_of(model.config)
     seen, hooks = {}, []
     for name, module in model.named_modules():
+
         def record(module, args, kwargs, output, name=name):
             state = args[0] if args else kwargs.get("hidden_states")
             seen.setdefault(name, []).append((args, state, output[0] if isinstance(output, tuple) else output))
@@ -35,8 +39,10 @@ def reference(model, rows):
     def inputs(name):
         return [state.reshape(len(row), -1) for row, (_, state, _) in zip(rows, seen[name], strict=True)]
 
-    outputs = {name: [out.reshape(len(row), -1) for row, (*_, out) in zip(rows, seen[name], strict=True)] for _, name in taps["hidden"]}
-    expected = {"hidden": sum(score(samples) for samples in outputs.values())}
+    def outputs(name):
+        return [output.reshape(len(row), -1) for row, (*_, output) in zip(rows, seen[name], strict=True)]
+
+    expected = {"hidden": sum(score(outputs(name)) for _, name in taps["hidden"])}
     for axis in ("ffn", "dense_ffn", "shared_ffn"):
         if axis in taps and not taps[axis][0][1].endswith(".experts"):
             expected[axis] = {layer: score(inputs(name)) for layer, name in taps[axis]}
@@ -153,6 +159,28 @@ def test_provenance_survives_the_file(tmp_path):
     assert all(torch.equal(loaded.by_axis[axis], scores.by_axis[axis]) for axis in scores.by_axis)
     assert loaded.meta == scores.meta and loaded.meta["text_sha256"] == text_hash(blocks) and loaded.meta["tokens"] == "72"
     assert {"hf_minitron", "transformers", "torch", "model_type"} <= set(loaded.meta)
+
+
+def test_fewer_blocks_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    with pytest.raises(ValueError, match="6 calibration blocks for 8 processes"):
+        calibrate(tiny.model(), tiny.blocks())
+
+
+def test_states_that_no_disk_can_hold_are_refused(tmp_path, monkeypatch):
+    tiny.model(dtype=torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
+    with pytest.raises(ValueError, match=r"states between layers beyond state_bytes: 11,420 bytes needed, 1,000 free"):
+        calibrate(tmp_path, tiny.blocks(), state_bytes=100)
+
+
+def test_a_weight_of_a_streamed_layer_that_is_not_a_number_is_named(tmp_path):
+    model = tiny.model(dtype=torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        calibrate(tmp_path, tiny.blocks())
 
 
 def test_a_weight_that_is_not_a_number_is_named():

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import namedtuple
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_minitron import Scores
 from hf_minitron.__main__ import STAGES, main
 from hf_minitron.importance import calibrate
 
@@ -146,6 +148,9 @@ def test_another_tokenizer_a_full_disk_and_a_foreign_folder_are_told(project, tm
     assert "belongs to another run" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
     assert run(project, tmp_path / "c") == 1
+    assert "prune: No disk space for the student: 81,888 bytes needed, 10 free" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100_000))
+    assert run(project, tmp_path / "c") == 1
     assert "No disk space for the checkpoints of distill" in capsys.readouterr().err
 
 
@@ -203,3 +208,43 @@ def test_killed_in_distillation_it_goes_on_from_the_last_checkpoint(project, tmp
         assert main([stage, str(path), "--run", str(tmp_path / "whole")]) == 0
     resumed, whole = (load_file(f / "distill/student/model.safetensors") for f in (folder, tmp_path / "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_plan_says_which_cut_is_inexact(project, tmp_path, capsys):
+    tiny.model("gemma", dtype=torch.float32).save_pretrained(tmp_path / "gemma")
+    assert run(project, tmp_path / "run", "--model", tmp_path / "gemma", verb="plan") == 0
+    assert "hidden: the embedding is multiplied by the square root of hidden" in capsys.readouterr().out
+
+
+def test_plan_of_a_mixture_names_its_axes(project, tmp_path, capsys):
+    tiny.model("qwen2_moe", dtype=torch.float32).save_pretrained(tmp_path / "moe")
+    target = "{ffn: 32, dense_ffn: 40, shared_ffn: 16, experts: 4}"
+    assert run(project, tmp_path / "run", "--model", tmp_path / "moe", "--prune.target", target, verb="plan") == 0
+    out = capsys.readouterr().out
+    assert all(f"| {axis} " in out for axis in ("dense_ffn", "shared_ffn", "experts")) and "experts_per_token" not in out
+
+
+def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatch):
+    assert run(project, tmp_path / "whole", verb="score") == 0
+    assert run(project, tmp_path / "layers", "--score.layer_by_layer", "true", "--score.state_bytes", "0", verb="score") == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
+    seen = []
+    read_layers = calibrate.read_layers
+    monkeypatch.setattr(calibrate, "read_layers", lambda *args: seen.append(1) or read_layers(*args))
+    assert run(project, tmp_path / "small", verb="score") == 0 and seen == [1]  # by itself, when the model does not fit
+    whole, *others = (Scores.load(tmp_path / name / "score/scores.safetensors") for name in ("whole", "layers", "small"))
+    for other in others:
+        assert all(torch.allclose(other.by_axis[axis], values, rtol=1e-4) for axis, values in whole.by_axis.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--score.device_map", "cuda"], "device_map: 'cuda' is neither auto nor left out"),
+        (["--score.device_map", "auto", "--score.layer_by_layer", "true"], "set one of them"),
+        (["--score.block_size", "129"], "block_size: 129 is more than the 128 positions of the model"),
+    ],
+)
+def test_scoring_that_cannot_work_is_refused(project, tmp_path, capsys, changes, message):
+    assert run(project, tmp_path / "run", *changes, verb="score") == 1
+    assert message in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -100,7 +102,7 @@ def masked(model, plan):
                 narrow_norm(module, keep["hidden"])
     if "hidden" in plan.keep:
         mask = vector(sizes["hidden"], plan.keep["hidden"])
-        for name, module in modules.items():
+        for module in modules.values():
             if isinstance(module, torch.nn.Embedding):
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask))
     yield
@@ -191,7 +193,8 @@ def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missi
 
 
 def test_a_known_family_with_an_unknown_variant_is_refused_naming_the_shape():
-    with pytest.raises(ValueError, match=r"embed_tokens.weight' has shape \(99, 16\), but its row 'vocab hidden' means \(99, 40\)"):
+    message = r"embed_tokens.weight' has shape \(99, 16\), but its row 'vocab hidden' means \(99, 40\)"
+    with pytest.raises(ValueError, match=message):
         family_of(tiny.config("opt", word_embed_proj_dim=16))  # as opt-350m, which projects its embedding
 
 
@@ -334,3 +337,32 @@ def test_the_config_says_all_that_changed():
     assert shape["ffn"] == 160 and shape["head_dim"] == 10 and config.n_inner is None
     student = student_config(config, family, Plan(shape, shape.cut_to({"hidden": 20, "heads": 2}), {"hidden": []}))
     assert (student.n_embd, student.n_head, student.n_inner, config.n_embd) == (20, 2, 160, 40)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hf_minitron import checkpoint, prune_checkpoint, Plan
+pieces, folder = 0, Path(sys.argv[1])
+def kill(name, tensor):
+    global pieces
+    pieces += 1
+    if pieces == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensor
+checkpoint.check_finite = kill
+prune_checkpoint(folder / "teacher", Plan.load(folder / "plan.json"), folder / "student", max_shard_bytes=20_000)
+"""
+
+
+def test_a_killed_pruning_leaves_nothing_that_looks_complete(tmp_path):
+    teacher = tiny.model(dtype=torch.float32)
+    plan = plan_for(teacher, hidden=24)
+    teacher.save_pretrained(tmp_path / "teacher")
+    plan.save(tmp_path / "plan.json")
+    for pieces in (1, 20):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(pieces)], check=False, capture_output=True)
+        assert done.returncode == -9 and not (tmp_path / "student").exists() and (tmp_path / "student.tmp").exists()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "0"], check=True)
+    assert not (tmp_path / "student.tmp").exists()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(prune_model(teacher, plan)))

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
 
 from hf_minitron import checkpoint
 from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, require_space, resolve, write_tensors

@@ -13,6 +13,7 @@ SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_
 WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1}
 ROUTER = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2}
 QWEN_MOE = ROUTER | {"moe_intermediate_size": 48, "mlp_only_layers": [1]}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
     "deepseek_v3": {
@@ -24,8 +25,8 @@ CHANGES = {
     "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
     "glm4": {"head_dim": 8},
     "gpt2": {"n_inner": 72, "head_dim": None},
-    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4}, "head_dim": None},
-    "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_neox": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}, "head_dim": None},
+    "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": ROPE},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
     "mixtral": ROUTER,
@@ -37,9 +38,9 @@ CHANGES = {
     "stablelm": {"qk_layernorm": True, "head_dim": None},
 }  # fmt: skip
 MODEL_TYPES = (
-    "arcee", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "arcee", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
 

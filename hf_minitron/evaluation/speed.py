@@ -3,7 +3,6 @@
 Models take turns inside one run, so that a machine that slows down slows all of them.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_minitron.families.family import family_of
+from hf_minitron.families.family import family_of, student_config
+from hf_minitron.plan import Plan
 
 
 @torch.inference_mode()
@@ -57,11 +57,15 @@ def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch
         dtype (`torch.dtype`): The dtype it will run in.
         device (`torch.device`): Where it will run.
     """
-    config = copy.deepcopy(config)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
-    layer = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
     family = family_of(config)
-    tokens = torch.zeros(4, 512, dtype=torch.long, device=device)
+    shape = family.shape_of(config)
+    target = {"layers": 1}
+    if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
+        target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
+    config = student_config(config, family, Plan(shape, shape.cut_to(target), {"layers": [shape["layers"] - 1]}))
+    config.vocab_size, config.pad_token_id = 8, None
+    layer = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+    tokens = torch.zeros(4, min(512, config.max_position_embeddings), dtype=torch.long, device=device)
     seconds = min(_seconds(lambda: layer.base_model(input_ids=tokens, use_cache=False)) for _ in range(3))
     return tokens.numel() * family.shape_of(config).flops_per_token(family.rows_of(config)) / seconds
 

@@ -186,8 +186,8 @@ def _hold(
     changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
     changes |= {key: after[axis] for key, axis in family.follows.items()}
     changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
-    dense = {m[1]["dense_layers"] for n in parameters_of(config) if (m := axes.match(n, family.rows)) and "dense_layers" in m[1]}
-    dense = [new for new, old in enumerate(layers) if old in dense]
+    places = [axes.match(name, family.rows)[1] for name in parameters_of(config)]
+    dense = [new for new, old in enumerate(layers) if {"dense_layers": old} in places]
     if hasattr(config, DENSE_LIST):
         changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
     if hasattr(config, DENSE_COUNT):

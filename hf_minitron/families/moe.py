@@ -1,8 +1,8 @@
 """Mixtures of experts with Llama's module names. Tables only, no functions.
 
 Layers come in two kinds here, so a row says in which it stands: `{layers}` in all, `{moe_layers}` in those with experts,
-`{dense_layers}` in those with one plain MLP. In memory the experts of a layer are one tensor; most checkpoints store every expert
-by itself, under names that `STORED` gives.
+`{dense_layers}` in those with one plain MLP. In memory the experts of a layer are one tensor; most checkpoints store every
+expert by itself, under names that `STORED` gives.
 """
 
 from hf_minitron.families.llama import (

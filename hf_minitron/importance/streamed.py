@@ -55,7 +55,7 @@ def read_layers(
 def _read_layer(model: PreTrainedModel, family: Family, layer: int, layers: int, batches, states, bar, device) -> list[Reading]:
     """Send all batches through one layer; return its readings, and those beyond the layers when it is the last."""
     module = model.get_submodule(family.taps["layers"][0].format(layers=0).removeprefix(f"{base_prefix(model.config)}."))
-    current = 0
+    current = -1
 
     def enter(module, args, kwargs):  # instead of the embedding, the states that the layer before has left
         if layer == 0:
@@ -71,7 +71,8 @@ def _read_layer(model: PreTrainedModel, family: Family, layer: int, layers: int,
         module.register_forward_hook(leave, with_kwargs=True),
     ]
     with open_taps(model, family, family.shape_of(model.config).sizes) as taps:
-        for current, batch in enumerate(batches):
+        for batch in batches:
+            current += 1
             taps.run(model, batch, device)
             bar.update()
     for hook in hooks:

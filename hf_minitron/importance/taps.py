@@ -110,8 +110,8 @@ class Taps:
                 raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
         order = [f"{base_prefix(model.config)}.{name}" for name, _ in model.base_model.named_modules()]
         # a block stands before its parts, but is read after them
-        bad = [(r.axis == "layers", order.index(r.module), r) for r, finite in zip(self.readings, flags, strict=True) if not finite]
-        first = min(bad, key=lambda found: found[:2])[2]
+        bad = [reading for reading, finite in zip(self.readings, flags, strict=True) if not finite]
+        first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
         raise ValueError(
             f"NaN or infinity in the activations at {first.module!r} ({first.axis}), while all weights are finite: "
             f"{model.dtype} is too narrow for this model. Score it with dtype: float32"

@@ -3,15 +3,16 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
-from hf_minitron.checkpoint import Checkpoint, resolve
+from hf_minitron.checkpoint import Checkpoint, require_space, resolve
 from hf_minitron.families.family import check_target, family_of
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.prune import prune_checkpoint
+from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.run import Run
 from hf_minitron.scores import Scores
-from hf_minitron.shape import Shape
+from hf_minitron.shape import CUTTABLE, Shape
 
 NEEDS = ("score",)
 
@@ -20,9 +21,9 @@ NEEDS = ("score",)
 class Args:
     """The `prune:` section."""
 
-    target: dict = field(metadata={"help": "New sizes of any of: layers, hidden, ffn, heads, kv_heads."})
+    target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
     multiple_of: dict = field(
-        default_factory=lambda: {"hidden": 8, "ffn": 8},
+        default_factory=lambda: {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8},
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
     )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
@@ -38,10 +39,22 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     return before, after, family.rows_of(config)
 
 
+def inexact(args: Args, model: str) -> dict[str, str]:
+    """Return the axes of the target whose cut changes more than masking would, with the reason."""
+    before, after, _ = shapes(args, model)
+    reasons = family_of(AutoConfig.from_pretrained(resolve(model))).inexact
+    return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
+
+
 def check(args: Args, run: Run) -> None:
-    """Refuse an illegal target, and a checkpoint with a missing or truncated shard, before any weight is read."""
-    shapes(args, run.model)
-    Checkpoint(resolve(run.model))
+    """Refuse an illegal target, a damaged or quantized checkpoint and a full disk before any weight is read."""
+    _, after, rows = shapes(args, run.model)
+    folder = resolve(run.model)
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(folder)
+    stored_names(checkpoint, config, family_of(config))
+    item = max(spec.num_bytes / torch.Size(spec.shape).numel() for spec in checkpoint.specs.values())
+    require_space(run.folder, round(after.num_parameters(rows) * item), "the student")
 
 
 def tokens(args: Args) -> dict[str, int]:

@@ -3,13 +3,16 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
+from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 
 NEEDS = ()
@@ -28,14 +31,32 @@ class Args:
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
+    device_map: str | None = field(default=None, metadata={"help": "auto: spread a large model over all GPUs and the CPU."})
+    layer_by_layer: bool | None = field(
+        default=None, metadata={"help": "Read one layer at a time from disk; by itself when the model does not fit in memory."}
+    )
+    state_bytes: int = field(
+        default=4_000_000_000, metadata={"min": 0, "help": "Memory for states between layers; what is beyond goes to disk."}
+    )
 
 
 def check(args: Args, run: Run) -> None:
     """Refuse what can be refused before any weight is read."""
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {args.dtype!r} is none of auto, float32, bfloat16, float16")
+    if args.device_map not in (None, "auto"):
+        raise ValueError(f"device_map: {args.device_map!r} is neither auto nor left out")
+    if args.device_map and PartialState().num_processes > 1:
+        raise ValueError("device_map spreads one model over all devices; several processes hold one model each: unset it")
+    if args.device_map and args.layer_by_layer:
+        raise ValueError("device_map spreads a whole model, layer_by_layer holds one layer: set one of them")
     check_text(args.text, args.block_size)
-    family_of(AutoConfig.from_pretrained(resolve(run.model)))
+    folder = resolve(run.model)
+    config = AutoConfig.from_pretrained(folder)
+    longest = getattr(config, "max_position_embeddings", None) or args.block_size
+    if args.block_size > longest:
+        raise ValueError(f"block_size: {args.block_size} is more than the {longest} positions of the model")
+    stored_names(Checkpoint(folder), config, family_of(config))
 
 
 def tokens(args: Args) -> dict[str, int]:
@@ -44,10 +65,25 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `scores.safetensors`."""
+    """Write `scores.safetensors`. Under `accelerate launch` every process reads its share of the text."""
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    calibrate(load_model(folder, dtype, device), blocks, args.batch_size).save(out / "scores.safetensors")
+    streamed = args.layer_by_layer
+    if streamed is None:
+        streamed = args.device_map is None and not fits(folder, dtype, device)
+    if streamed:
+        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes)
+    else:
+        scores = calibrate(load_model(folder, dtype, args.device_map or device), blocks, args.batch_size)
+    if PartialState().is_main_process:
+        scores.save(out / "scores.safetensors")
+
+
+def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a model's weights take at most four fifths of the device's free memory."""
+    numbers = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(folder).specs.values())
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return numbers * dtype.itemsize <= 0.8 * free
