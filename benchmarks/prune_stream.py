@@ -16,12 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from watch import Peak, anonymous_bytes
 
 SIZES = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -29,33 +29,6 @@ SIZES = {
 }  # fmt: skip
 TARGET = {"hidden": 3072, "ffn": 9216, "heads": 24}
 CHUNK = 16 * 2**20
-
-
-def anonymous_bytes() -> int:
-    """Return the process's anonymous memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: this benchmark needs Linux")
-
-
-class Peak(threading.Thread):
-    """Watches the process's anonymous memory until it is stopped."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.bytes, self._stopped = anonymous_bytes(), threading.Event()
-
-    def run(self) -> None:
-        """Look every 10 ms."""
-        while not self._stopped.wait(0.01):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-    def stop(self) -> int:
-        """Return the largest value seen."""
-        self._stopped.set()
-        self.join()
-        return max(self.bytes, anonymous_bytes())
 
 
 def build(folder: Path, layers: int) -> None:
@@ -83,7 +56,6 @@ def prune(source: Path, target: Path) -> None:
     """Prune `source` and print what it took, in a process of its own."""
     base = anonymous_bytes()
     peak = Peak()
-    peak.start()
     from transformers import AutoConfig
 
     from hf_minitron import Scores, family_of, make_plan, prune_checkpoint

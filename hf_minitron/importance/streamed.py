@@ -20,6 +20,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
 from hf_minitron.families.family import Family, base_prefix, family_of, student_config
 from hf_minitron.importance.taps import Reading, open_taps
+from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_tensors, stored_names
 
@@ -48,6 +49,7 @@ def read_layers(
         stack.enter_context(bar)
         states = stack.enter_context(_waiting_states(batches, config.hidden_size * dtype.itemsize, state_bytes))
         for layer in range(layers):
+            give_back_freed_memory()  # the layer's before: loading it has used several threads
             readings += _read_layer(loader.model_of(layer), family, layer, layers, batches, states, bar, device)
     return config, dtype, readings
 
