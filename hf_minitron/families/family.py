@@ -36,6 +36,7 @@ class Family:
         stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
+        norm_offset (`float`): What the norms add to their stored weights.
         held_by (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
     """
 
@@ -45,6 +46,7 @@ class Family:
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     inexact: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
     held_by: Mapping[str, object] = field(default_factory=dict)
 
     def shape_of(self, config: PreTrainedConfig) -> Shape:
@@ -124,7 +126,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
     # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
     "llama": replace(LLAMA, held_by={"model_type": "mistral", "sliding_window": None}),
-    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, inexact={"hidden": SCALED_EMBEDDING})),
+    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, inexact={"hidden": SCALED_EMBEDDING}, norm_offset=1.0)),
+    "nemotron": replace(LLAMA, norm_offset=1.0),
     "olmo2": replace(LLAMA, rows=llama.OLMO2_ROWS, inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
     "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS),

@@ -100,7 +100,7 @@ LLAMA_TAPS = {
 }
 
 LLAMA_MODEL_TYPES = (
-    "arcee", "cohere2", "glm4", "granite", "llama", "ministral", "mistral", "nemotron", "olmo", "phi", "phi3", "qwen2", "qwen3",
+    "arcee", "cohere2", "glm4", "granite", "llama", "ministral", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3",
     "smollm3", "starcoder2",
 )  # fmt: skip
 

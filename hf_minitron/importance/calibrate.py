@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.streamed import read_layers
-from hf_minitron.importance.taps import Reading, open_taps
+from hf_minitron.importance.taps import Reading, open_taps, save_moments
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
 
@@ -31,6 +30,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     state_bytes: int = 4_000_000_000,
+    moments: str | Path | None = None,
 ) -> Scores:
     """Score every axis of a model with one forward pass over a text.
 
@@ -46,6 +46,9 @@ def calibrate(
         device (`torch.device`, *optional*, defaults to the CPU): Where a folder's layers run.
         state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states that wait between a folder's layers; what is
             beyond goes to the temporary folder.
+        moments (`str` or `Path`, *optional*): A folder to write what corrections after pruning need (`prune_model(...,
+            moments=...)`): second moments at the inputs of projections, energies at those of norms. Of a model in memory
+            they are held until the end: `ffn` squared numbers a layer.
 
     Returns:
         `Scores`: `ffn`, `heads` and `experts` per layer, NaN for a layer without the axis; `hidden` summed over all norms;
@@ -62,11 +65,12 @@ def calibrate(
     ```
     """
     batches = _own_batches(blocks, batch_size)
+    folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
-        readings = _read_model(model, batches)
+        readings = save_moments(_read_model(model, batches, moments is not None), folder)
     else:
-        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes)
+        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder)
     shape = family_of(config).shape_of(config)
     return Scores(_by_axis(readings, shape), _provenance(config, dtype, blocks))
 
@@ -81,12 +85,12 @@ def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     return list(blocks.with_format("torch").iter(batch_size))
 
 
-def _read_model(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[Reading]:
+def _read_model(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
     family = family_of(model.config)
     device = model.get_input_embeddings().weight.device
     device = model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
-    with torch.inference_mode(), open_taps(model, family, family.shape_of(model.config).sizes) as taps:
+    with torch.inference_mode(), open_taps(model, family, family.shape_of(model.config).sizes, moments) as taps:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
             taps.run(model, batch, device)
     return taps.readings
@@ -96,8 +100,7 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     """Add up what processes have read and make one tensor per axis."""
     by_axis: dict[str, list] = {}
     for reading in readings:
-        for metric in reading.metrics:
-            metric.totals = [_sum_over_processes(total) for total in metric.totals]
+        reading.add_up_processes()
         by_axis.setdefault(reading.axis, []).append((reading.layer, reading.finish().cpu()))
     scores = {}
     for axis, found in by_axis.items():
@@ -108,12 +111,6 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
             absent = torch.full_like(found[0][1], torch.nan)
             scores[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(shape["layers"])])
     return scores
-
-
-def _sum_over_processes(total: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return reduce(total, "sum")
-    return total
 
 
 def _provenance(config: PreTrainedConfig, dtype: torch.dtype, blocks: Dataset) -> dict[str, str]:

@@ -6,6 +6,7 @@ memory up to a budget, and beyond it on disk.
 """
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,14 +20,19 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
 from hf_minitron.families.family import Family, base_prefix, family_of, student_config
-from hf_minitron.importance.taps import Reading, open_taps
+from hf_minitron.importance.taps import Reading, open_taps, save_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_tensors, stored_names
 
 
 def read_layers(
-    folder: Path, batches: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device, state_bytes: int
+    folder: Path,
+    batches: Sequence[Mapping[str, Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    state_bytes: int,
+    moments: Path | None = None,
 ) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
     """Run a checkpoint over all batches, layer by layer, with its taps open.
 
@@ -36,6 +42,7 @@ def read_layers(
         dtype (`torch.dtype`, *optional*): Of the weights; as they are stored when left out.
         device (`torch.device`): Where a layer runs.
         state_bytes (`int`): Memory for waiting states.
+        moments (`Path`, *optional*): Where to write what corrections need, layer by layer.
 
     Returns:
         `tuple`: The config, the dtype, and what every tap has read.
@@ -50,12 +57,23 @@ def read_layers(
         states = stack.enter_context(_waiting_states(batches, config.hidden_size * dtype.itemsize, state_bytes))
         for layer in range(layers):
             give_back_freed_memory()  # the layer's before: loading it has used several threads
-            readings += _read_layer(loader.model_of(layer), family, layer, layers, batches, states, bar, device)
+            found = _read_layer(loader.model_of(layer), family, layer, batches, states, bar, device, moments is not None)
+            kept = [reading for reading in found if reading.layer is not None or layer == layers - 1]
+            readings += save_moments(kept, moments)
     return config, dtype, readings
 
 
-def _read_layer(model: PreTrainedModel, family: Family, layer: int, layers: int, batches, states, bar, device) -> list[Reading]:
-    """Send all batches through one layer; return its readings, and those beyond the layers when it is the last."""
+def _read_layer(
+    model: PreTrainedModel,
+    family: Family,
+    layer: int,
+    batches,
+    states: "_States",
+    bar: tqdm,
+    device: torch.device,
+    moments: bool,
+) -> list[Reading]:
+    """Send all batches through one layer; return what its taps, and those beyond the layers, have read."""
     module = model.get_submodule(family.taps["layers"][0].format(layers=0).removeprefix(f"{base_prefix(model.config)}."))
     current = -1
 
@@ -72,15 +90,17 @@ def _read_layer(model: PreTrainedModel, family: Family, layer: int, layers: int,
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
-    with open_taps(model, family, family.shape_of(model.config).sizes) as taps:
+    with open_taps(model, family, family.shape_of(model.config).sizes, moments) as taps:
         for batch in batches:
             current += 1
             taps.run(model, batch, device)
             bar.update()
     for hook in hooks:
         hook.remove()
-    own = [dataclasses.replace(reading, layer=layer) for reading in taps.readings if reading.layer is not None]
-    return own + [reading for reading in taps.readings if reading.layer is None and layer == layers - 1]
+    own = [reading for reading in taps.readings if reading.layer is not None]
+    outside = [reading for reading in taps.readings if reading.layer is None]
+    names = [re.sub(r"\.0(?=\.|$)", f".{layer}", reading.module, count=1) for reading in own]  # its place in the whole model
+    return [dataclasses.replace(r, layer=layer, module=name) for r, name in zip(own, names, strict=True)] + outside
 
 
 class _Loader:

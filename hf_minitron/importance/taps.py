@@ -4,12 +4,16 @@ It must not know how a metric computes its score, nor who runs the model.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -20,6 +24,8 @@ from hf_minitron.families.family import Family, base_prefix
 from hf_minitron.importance.activation import ActivationNorm
 from hf_minitron.importance.experts import RoutedOutputNorm
 from hf_minitron.importance.layers import BlockImportance
+from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
+from hf_minitron.pruning.compensate import moments_path
 
 
 class Metric(Protocol):
@@ -45,6 +51,17 @@ METRICS: dict[str, type[Metric]] = {
 }
 
 
+# What corrections need, read at the taps of the same axis; their readings' axis is named so.
+MOMENT = ".moment"
+MOMENTS: dict[str, type[Metric]] = {
+    "ffn": SecondMoment,
+    "dense_ffn": SecondMoment,
+    "shared_ffn": SecondMoment,
+    "heads": SecondMoment,
+    "hidden": ChannelEnergy,
+}
+
+
 @dataclass(frozen=True)
 class Reading:
     """What one tap has read: of the routed experts' `ffn` one metric per expert, else one metric.
@@ -60,6 +77,12 @@ class Reading:
     layer: int | None
     module: str
     metrics: list[Metric]
+
+    def add_up_processes(self) -> None:
+        """Let the totals of all processes of `accelerate launch` be everybody's."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for metric in self.metrics:
+                metric.totals = [reduce(total, "sum") for total in metric.totals]
 
     def finish(self) -> Tensor:
         """Return the score: `(size,)`, `(experts, size)` of a routed axis, or a scalar of a layer."""
@@ -119,13 +142,14 @@ class Taps:
 
 
 @contextmanager
-def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int]) -> Iterator[Taps]:
+def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int], moments: bool = False) -> Iterator[Taps]:
     """Feed metrics from a model's forward passes until the context ends.
 
     Args:
         model (`PreTrainedModel`): With or without its output head.
         family (`Family`): Its family.
         sizes (`Mapping[str, int]`): The size of every axis.
+        moments (`bool`, *optional*, defaults to `False`): Whether to read what corrections need as well.
     """
     taps, hooks, observed = Taps(), [], {}
     base = model.base_model
@@ -142,6 +166,10 @@ def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int]) 
                 observed.setdefault(module, {})[axis] = reading
             else:
                 hooks.append(module.register_forward_hook(_hook(taps, reading, family, sizes), with_kwargs=True))
+                if moments and axis in MOMENTS:
+                    moment = Reading(f"{axis}{MOMENT}", layer, name, [MOMENTS[axis]()])
+                    taps.readings.append(moment)
+                    hooks.append(module.register_forward_hook(_hook(taps, moment, family, sizes), with_kwargs=True))
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:
@@ -158,8 +186,27 @@ def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int]) 
             base.set_experts_implementation(implementation)
 
 
+def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Reading]:
+    """Write what corrections need, one file per layer; return the other readings. One process writes for all."""
+    by_layer: dict[int | None, dict[str, Tensor]] = {}
+    for reading in readings:
+        if reading.axis.endswith(MOMENT):
+            reading.add_up_processes()
+            by_layer.setdefault(reading.layer, {})[reading.module] = reading.finish().cpu().contiguous()
+    if by_layer and PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer, tensors in by_layer.items():
+            save_file(tensors, moments_path(folder, layer))
+    return [reading for reading in readings if not reading.axis.endswith(MOMENT)]
+
+
 def _hook(taps: Taps, reading: Reading, family: Family, sizes: Mapping[str, int]):
-    if reading.axis == "hidden":
+    if reading.axis.endswith(MOMENT):
+
+        def hook(module, args, kwargs, output):
+            taps.update(reading, args[0] if args else kwargs["hidden_states"])
+
+    elif reading.axis == "hidden":
 
         def hook(module, args, kwargs, output):
             taps.update(reading, output)

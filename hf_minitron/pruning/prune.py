@@ -6,7 +6,7 @@ Both doors run the same loop. It must not know how the plan was made.
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -23,14 +23,19 @@ from hf_minitron.checkpoint import (
 )
 from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of, student_config
 from hf_minitron.plan import Plan
+from hf_minitron.pruning.compensate import CORRECTIONS, Corrections, corrections_for
 
 
-def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+def prune_model(
+    model: PreTrainedModel, plan: Plan, moments: str | Path | None = None, corrections: Sequence[str] = tuple(CORRECTIONS)
+) -> PreTrainedModel:
     """Return the student of a model in memory; the model stays unchanged.
 
     Args:
         model (`PreTrainedModel`): The teacher.
         plan (`Plan`): What is kept, from `make_plan`.
+        moments (`str` or `Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
+        corrections (`Sequence[str]`, *optional*): Which corrections to make: least_squares, norm_ratio; all by default.
 
     Returns:
         `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape.
@@ -46,7 +51,9 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     stored = parameters_of(config).keys()
     state = {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if name in stored}
     student = student_config(config, family, plan)
-    pruned = dict(prune_tensors({name: name for name in state}, state.__getitem__, family.rows_of(config), plan))
+    correct = None if moments is None else corrections_for(config, family, plan, Path(moments), corrections)
+    names = {name: name for name in state}
+    pruned = dict(prune_tensors(names, state.__getitem__, family.rows_of(config), plan, correct=correct))
     # a tensor of which nothing is cut is the teacher's own, perhaps under another layer's name: the student must not share it
     originals = {id(tensor) for tensor in state.values()}
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
@@ -56,7 +63,14 @@ def prune_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return made.to(model.device).train(model.training)
 
 
-def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def prune_checkpoint(
+    source: Path,
+    plan: Plan,
+    target: Path,
+    max_shard_bytes: int = 5_000_000_000,
+    moments: Path | None = None,
+    corrections: Sequence[str] = tuple(CORRECTIONS),
+) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
 
     Args:
@@ -65,6 +79,8 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
         target (`Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`. It has
             its name only once it is complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
+        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
+        corrections (`Sequence[str]`, *optional*): Which corrections to make, as for `prune_model`.
 
     Raises:
         ValueError: for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
@@ -72,6 +88,7 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
     config = AutoConfig.from_pretrained(source)
     family = family_of(config)
     student = student_config(config, family, plan)
+    correct = None if moments is None else corrections_for(config, family, plan, moments, corrections)
     checkpoint = Checkpoint(source)
     names = stored_names(checkpoint, config, family)
     rows = family.stored_rows(family.rows_of(config))
@@ -82,7 +99,7 @@ def prune_checkpoint(source: Path, plan: Plan, target: Path, max_shard_bytes: in
             specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
     with complete_or_absent(target) as folder:
-        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan, axes.pieces), max_shard_bytes)
+        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan, axes.pieces, correct), max_shard_bytes)
         student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
@@ -122,7 +139,12 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
 
 
 def prune_tensors(
-    names: Mapping[str, str], read: Callable[[str], Tensor], rows: Mapping[str, str], plan: Plan, take: Callable = axes.take
+    names: Mapping[str, str],
+    read: Callable[[str], Tensor],
+    rows: Mapping[str, str],
+    plan: Plan,
+    take: Callable = axes.take,
+    correct: Corrections | None = None,
 ) -> Iterator[tuple[str, Tensor | Iterable[Tensor]]]:
     """Yield name and data of every tensor of the student, in the order of the teacher's.
 
@@ -132,12 +154,17 @@ def prune_tensors(
         rows (`Mapping[str, str]`): Rows for the second.
         plan (`Plan`): What is kept.
         take (`Callable`, *optional*): `axes.take` for tensors, `axes.pieces` for their pieces.
+        correct (`Corrections`, *optional*): What corrects the tensors on the way.
     """
     keep_at = functools.cache(plan.keep_at)
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:
-            yield new_name, take(read(stored), rows[row], keep, plan.before.sizes)
+            tensor, left, sizes = read(stored), keep, plan.before.sizes
+            if correct is not None:
+                tensor, left = correct(name, rows[row], tensor, keep)
+                sizes = correct.sizes_of(keep, left)
+            yield new_name, take(tensor, rows[row], left, sizes)
 
 
 def _rename(

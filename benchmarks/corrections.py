@@ -1,0 +1,63 @@
+"""What corrections are worth right after pruning: held-out perplexity beside plain slicing of the same scores, in one run.
+
+    python benchmarks/corrections.py --calibration ../shared/data/text/c4_1.jsonl --held-out ../shared/data/text/c4_2.jsonl
+
+Calibrates once, then prunes every shape twice and reads the same held-out blocks; the ratio is that of the perplexities.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
+from hf_minitron.checkpoint import load_model
+from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.memory import keep_freed_memory
+
+SHAPES = {
+    "ffn 768": {"ffn": 768},
+    "hidden 448": {"hidden": 448},
+    "heads 6": {"heads": 6, "kv_heads": 3},
+    "hidden 504, ffn 1152": {"hidden": 504, "ffn": 1152},
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--held-out", required=True, nargs="+")
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--held-out-tokens", type=int, default=16_384)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path, help="where to write the figures for the README")
+    args = parser.parse_args()
+    keep_freed_memory()
+    model = load_model(args.model, getattr(torch, args.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
+    blocks = token_blocks(load_text(args.calibration), tokenizer, 512, args.tokens, seed=0)
+    texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, args.held_out_tokens, seed=1) for t in args.held_out}
+    shape, results = family_of(model.config).shape_of(model.config), {}
+    with tempfile.TemporaryDirectory() as moments:
+        scores = calibrate(model, blocks, moments=moments)
+        for name, target in SHAPES.items():
+            plan = make_plan(scores, shape, shape.cut_to(target))
+            plain, corrected = prune_model(model, plan), prune_model(model, plan, moments)
+            for text, held_out in texts.items():
+                before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
+                results[name, text] = after / before
+                print(f"{name:22} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
+    if args.json:
+        first = next(iter(texts))
+        result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
+        facts = {"what": "perplexity right after pruning, corrected over plain", "command": "benchmarks/corrections.py", "result": result}
+        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

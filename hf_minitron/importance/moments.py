@@ -1,0 +1,76 @@
+"""What corrections after pruning need beside scores: second moments at the inputs of projections, energies at those of norms.
+
+They are metrics like the others and read at the same taps; a metric sees activations and a mask, never a module or a hook.
+"""
+
+import torch
+from torch import Tensor
+
+
+class SecondMoment:
+    """E[x xᵀ] at the input of a projection, over every fourth token: enough for least squares (n samples for n channels do).
+
+    Example:
+
+    ```python
+    >>> metric = SecondMoment()
+    >>> metric.update(torch.randn(2, 16, 96))  # (batch, seq, ffn)
+    >>> metric.finish().shape
+    torch.Size([96, 96])
+    ```
+    """
+
+    every = 4
+
+    def __init__(self):
+        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of x xᵀ, the number of tokens
+
+    def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            activation (`Tensor` of shape `(batch, seq, size)`): The projection's input.
+            mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding; all text when left out.
+        """
+        tokens = activation.flatten(0, 1)
+        tokens = (tokens if mask is None else tokens[mask.flatten() > 0])[:: self.every].float()
+        self.totals[0] = self.totals[0] + tokens.T @ tokens
+        self.totals[1] = self.totals[1] + torch.tensor(float(len(tokens)), device=tokens.device)
+
+    def finish(self) -> Tensor:
+        """Return the float32 moment, shape `(size, size)`."""
+        return self.totals[0] / self.totals[1].clamp(min=1)
+
+
+class ChannelEnergy:
+    """The share of a token's energy that each channel of a norm's input holds, mean over tokens; 1 on average.
+
+    Example:
+
+    ```python
+    >>> metric = ChannelEnergy()
+    >>> metric.update(torch.randn(2, 16, 40))  # (batch, seq, hidden)
+    >>> metric.finish().mean()
+    tensor(1.0000)
+    ```
+    """
+
+    def __init__(self):
+        self.totals: list[Tensor | float] = [0.0, 0.0]
+
+    def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            activation (`Tensor` of shape `(batch, seq, hidden)`): The norm's input.
+            mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding; all text when left out.
+        """
+        squares = activation.float().square()
+        share = squares / squares.mean(-1, keepdim=True).clamp(min=1e-30)
+        counted = torch.ones(share.shape[:2], device=share.device) if mask is None else mask.float()
+        self.totals[0] = self.totals[0] + (share * counted.unsqueeze(-1)).sum((0, 1))
+        self.totals[1] = self.totals[1] + counted.sum()
+
+    def finish(self) -> Tensor:
+        """Return the float32 energies, shape `(hidden,)`."""
+        return self.totals[0] / self.totals[1].clamp(min=1)
