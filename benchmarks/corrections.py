@@ -55,7 +55,11 @@ def main() -> None:
     if args.json:
         first = next(iter(texts))
         result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
-        facts = {"what": "perplexity right after pruning, corrected over plain", "command": "benchmarks/corrections.py", "result": result}
+        facts = {
+            "what": "perplexity right after pruning, corrected over plain",
+            "command": "benchmarks/corrections.py",
+            "result": result,
+        }
         args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -136,7 +136,7 @@ def pieces(
         pattern (`str`): As for `take`.
         keep (`Mapping[str, Tensor]`): As for `take`.
         sizes (`Mapping[str, int]`): As for `take`.
-        piece_bytes (`int`, *optional*, defaults to 2 MB): About how much of the tensor is looked at for a piece.
+        piece_bytes (`int`, *optional*, defaults to 4 MB): About how much of the tensor is looked at for a piece.
 
     Raises:
         AxisError: when the tensor has another shape than its pattern.

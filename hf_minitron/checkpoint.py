@@ -161,7 +161,7 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], 
                 for expected, spec in shard.items():
                     written = 0
                     while written < spec.num_bytes:
-                        name, piece = next(stream)
+                        name, piece = next(stream, (None, torch.empty(0)))
                         found = (name, piece.dtype)
                         assert found == (expected, DTYPES[spec.dtype]), f"{found} came instead of {expected} {spec}"
                         written += file.write(check_finite(name, piece).contiguous().flatten().view(torch.uint8).numpy())
@@ -211,7 +211,11 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)

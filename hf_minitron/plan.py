@@ -7,6 +7,7 @@ order for `hidden`: what the reference code of 2407.14679 does (its text sums al
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Plan:
             layer (`int`, *optional*): The teacher's layer; `None` for what lies outside the layers, such as embeddings.
             expert (`int`, *optional*): The teacher's expert, where every expert has its own tensors.
         """
-        hidden = {"hidden": torch.tensor(self.keep["hidden"])} if "hidden" in self.keep else {}
+        hidden = {"hidden": self._hidden} if "hidden" in self.keep else {}
         if layer is None:
             return hidden
         if layer not in self.kept_layers:
@@ -57,6 +58,10 @@ class Plan:
             if "ffn" in kept:
                 kept["ffn"] = kept["ffn"][self.position("experts", expert, layer)]
         return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices} | hidden
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return torch.tensor(self.keep["hidden"])
 
     def position(self, axis: str, index: int, layer: int | None) -> int:
         """Return where a kept index of the teacher stands in the student, such as a layer's new number."""
@@ -100,6 +105,8 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
     missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores.by_axis)
     if missing:
         raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores.by_axis)}")
+    for axis in cut:
+        _check_scores(scores, axis, before)
     keep: dict[str, list] = {}
     for axis in ("layers", "hidden"):
         if axis in cut:
@@ -117,6 +124,16 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
     return Plan(before, _with_layer_kinds(after, scores, layers), keep)
+
+
+def _check_scores(scores: Scores, axis: str, before: Shape) -> None:
+    """Refuse NaN, except for all of a layer of a mixture, which may lack the axis."""
+    found = scores.by_axis["heads" if axis == "kv_heads" else axis].isnan()
+    by_layer = found.flatten(1).any(1) if found.dim() > 1 else found
+    if found.dim() > 1 and "dense_layers" in before.sizes:
+        by_layer &= ~found.flatten(1).all(1)
+    if by_layer.any():
+        raise ValueError(f"The scores of {axis} hold NaN (first at {int(by_layer.nonzero()[0, 0])}); score the model again")
 
 
 def _best(scores: Tensor, count: int, groups: int = 1) -> list:

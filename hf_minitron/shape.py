@@ -115,7 +115,9 @@ class Shape:
                 after["heads"] = after["kv_heads"] * group
             elif group == 1 and "kv_heads" not in target:
                 after["kv_heads"] = after["heads"]
-        if "shared_experts" in self.sizes:  # DeepSeek's shared experts are one MLP of so many times an expert's width
+        if (
+            "shared_experts" in self.sizes and "ffn" in self.sizes
+        ):  # DeepSeek's shared experts are one MLP of so many times an expert's width
             after["shared_ffn"] = after["shared_experts"] * after["ffn"]
         if "dense_layers" in self.sizes:  # an estimate until a plan says which layers stay
             after["dense_layers"] = min(self["dense_layers"], after["layers"])

@@ -123,6 +123,24 @@ def test_layer_by_layer_equals_resident(model_type, state_bytes, tmp_path):
         assert torch.allclose(streamed.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), axis
 
 
+def test_what_a_class_keeps_in_float32_stays_so_layer_by_layer(tmp_path):
+    """DeepSeek chooses experts by biases that bfloat16 would round."""
+    model = tiny.model("deepseek_v3", dtype=torch.float32)
+    model.to(torch.bfloat16)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias = 14 + 0.05 * torch.rand(8, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    resident = calibrate(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tiny.blocks())
+    for axis, values in calibrate(tmp_path, tiny.blocks(), dtype=torch.bfloat16).by_axis.items():
+        assert torch.allclose(values, resident.by_axis[axis], rtol=1e-4, atol=0, equal_nan=True), axis
+
+
+def test_layers_that_depend_on_their_number_are_not_streamed(tmp_path):
+    tiny.model("gpt2", dtype=torch.float32, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be scored layer by layer: .*Set layer_by_layer to false"):
+        calibrate(tmp_path, tiny.blocks())
+
+
 def test_a_model_on_several_devices(tmp_path):
     """As device_map="auto" leaves a model that is too large: some layers on one device, some to be fetched from disk."""
     model = tiny.model(dtype=torch.float32)

@@ -248,3 +248,10 @@ def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatc
 def test_scoring_that_cannot_work_is_refused(project, tmp_path, capsys, changes, message):
     assert run(project, tmp_path / "run", *changes, verb="score") == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_stop_what_is_pruned_already(project, tmp_path, monkeypatch):
+    for stage in ("score", "prune"):
+        assert run(project, tmp_path / "run", verb=stage) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
+    assert run(project, tmp_path / "run", verb="prune") == 0

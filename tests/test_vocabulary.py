@@ -8,6 +8,7 @@ import torch
 
 from hf_minitron import axes
 from hf_minitron.families.family import check_target, family_of
+from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape, ShapeError
@@ -107,6 +108,35 @@ def test_a_shape_that_no_class_holds_is_refused_with_the_nearest(model_type, tar
     hidden, heads = (int(number) for number in re.findall(r"hidden=(\d+) with heads=(\d+)", str(caught.value))[1])
     legal = {"hidden": hidden, "heads": heads} | ({"kv_heads": heads // 2} if "kv_heads" in shape.sizes else {})
     check_target(config, family, shape.cut_to(legal))
+
+
+def test_every_shape_that_is_advised_is_legal():
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 5120,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "partial_rotary_factor": 0.25,
+    }
+    config = tiny.AutoConfig.for_model("stablelm", num_attention_heads=32, num_key_value_heads=8, **sizes)  # StableLM-2-12B's
+    family = family_of(config)
+    shape = family.shape_of(config)
+    with pytest.raises(ShapeError) as caught:
+        check_target(config, family, shape.cut_to({"hidden": 4096}))
+    advised = re.findall(r"hidden=(\d+) with heads=(\d+)(?: and kv_heads=(\d+))?", str(caught.value))[1:]
+    assert len(advised) == 2
+    for hidden, heads, kv_heads in advised:
+        target = {"hidden": int(hidden), "heads": int(heads)} | ({"kv_heads": int(kv_heads)} if kv_heads else {})
+        check_target(config, family, shape.cut_to(target))
+
+
+@pytest.mark.parametrize("axis", ["layers", "hidden", "ffn", "heads"])
+def test_scores_that_are_not_numbers_are_refused(axis):
+    model = tiny.model()
+    scores = calibrate(model, tiny.blocks())
+    scores.by_axis[axis][1] = torch.nan
+    with pytest.raises(ValueError, match=rf"scores of {axis} hold NaN \(first at 1\)"):
+        make_plan(scores, SHAPE, SHAPE.cut_to({axis: {"layers": 2, "heads": 2}.get(axis, 24)}))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -36,11 +36,12 @@ CHANGES = {
     "qwen3_moe": QWEN_MOE,
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"qk_layernorm": True, "head_dim": None},
+    "vaultgemma": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
 }  # fmt: skip
 MODEL_TYPES = (
     "arcee", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite",
     "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
 

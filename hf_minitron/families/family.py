@@ -32,10 +32,12 @@ class Family:
         rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
             list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         taps (`Mapping[str, tuple[str, ...]]`): Axis to the modules where its activations are read.
+        readers (`Mapping[str, tuple[str, ...]]`): Projection that reads hidden channels, to all that have the same input.
         config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
         stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
+        inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
         norm_offset (`float`): What the norms add to their stored weights.
         held_by (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
     """
@@ -46,13 +48,15 @@ class Family:
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     inexact: Mapping[str, str] = field(default_factory=dict)
+    inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     norm_offset: float = 0.0
     held_by: Mapping[str, object] = field(default_factory=dict)
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def shape_of(self, config: PreTrainedConfig) -> Shape:
         """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
-        found = {axis: getattr(config, key, None) for axis, key in self.config_keys.items()}
-        sizes = {axis: size for axis, size in found.items() if size is not None}
+        found = {axis: _read(config, key) for axis, key in self.config_keys.items()}
+        sizes = {axis: size for axis, size in found.items() if type(size) is int}
         used, indices = [], {}
         for name, shape in parameters_of(config).items():
             if matched := axes.match(name, self.rows):
@@ -78,8 +82,13 @@ class Family:
         used, problems = set(), {}
         for name, shape in parameters_of(config).items():
             found, like = axes.match(name, self.rows), re.sub(r"\.\d+\.", ".{layers}.", name, count=1)
+            names = set().union(*map(axes.dim_names, axes.parse(self.rows[found[0]]))) if found else set()
             if found is None:
                 problems[like] = f"{like!r} (shape {shape}) has no row"
+            elif names - sizes.keys():
+                problems[like] = (
+                    f"{like!r} (shape {shape}) has a size that neither config nor shape gives: {names - sizes.keys()}"
+                )
             elif shape != (expected := axes.tensor_shape(self.rows[found[0]], sizes)):
                 problems[like] = f"{like!r} has shape {shape}, but its row {self.rows[found[0]]!r} means {expected}"
             else:
@@ -93,6 +102,10 @@ class Family:
             )
         return {row: pattern for row, pattern in self.rows.items() if row in used}
 
+    def inexact_of(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Return the axes of a model whose cut changes more than masking would, with the reasons."""
+        return dict(self.inexact) | {axis: why for axis, (key, why) in self.inexact_if.items() if getattr(config, key, False)}
+
     def stored_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
         """Return rows as they are in memory and as they may be named on disk."""
         return {**rows, **{name: pattern for row in rows for name, pattern in self.stored.get(row, {}).items()}}
@@ -104,20 +117,27 @@ class Family:
 
     def taps_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[int | None, str]]]:
         """Return the taps that a model of this config has: by axis, the layer (`None` outside of the layers) and the module."""
+        taps = {axis: [place for row in rows for place in self._places(config, row)] for axis, rows in self.taps.items()}
+        return {axis: places for axis, places in taps.items() if places}
+
+    def readers_of(self, config: PreTrainedConfig) -> dict[str, tuple[int | None, str]]:
+        """Return the projections that read hidden channels: to each its layer and the module where their input is looked at."""
+        found = {}
+        for tap, readers in self.readers.items():
+            for reader in readers:
+                places = zip(self._places(config, reader), self._places(config, tap), strict=True)
+                found |= {module: (layer, where) for (layer, module), (_, where) in places}
+        return found
+
+    def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
+        """Return layer and name of the modules of a model that a row of names stands for."""
         modules = _meta(type(config), config.to_json_string(use_diff=False)).modules
-        layers = range(self.shape_of(config)["layers"])
-        taps: dict[str, list] = {}
-        for axis, rows in self.taps.items():
-            for row in rows:
-                places = [(i, row.format_map(dict.fromkeys(axes.placeholders(row), i))) for i in layers]
-                places = places if axes.placeholders(row) else [(None, row)]
-                found = [place for place in places if place[1] in modules]
-                if found:
-                    taps[axis] = taps.get(axis, []) + found
-        return taps
+        layers = range(self.shape_of(config)["layers"]) if axes.placeholders(row) else [None]
+        places = [(layer, row.format_map(dict.fromkeys(axes.placeholders(row), layer))) for layer in layers]
+        return [place for place in places if place[1] in modules]
 
 
-LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS)
+LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, readers=llama.LLAMA_READERS)
 MOE = Family(moe.MOE_ROWS, moe.MOE_TAPS, moe.QWEN_MOE_KEYS, moe.STORED)
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
@@ -130,7 +150,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": replace(LLAMA, norm_offset=1.0),
     "olmo2": replace(LLAMA, rows=llama.OLMO2_ROWS, inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
-    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS),
+    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT),
     "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_TAPS, gpt.GPT_NEOX_KEYS, gpt.GPT_NEOX_STORED),
     "opt": Family(gpt.OPT_ROWS, gpt.OPT_TAPS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
     "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
@@ -230,16 +250,20 @@ def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str)
     hidden, heads, step = after["hidden"], after["heads"], after.sizes.get("head_dim", 1)
     before = family.shape_of(config)
     group = heads // after.kv_groups
+    if all(after[axis] == before[axis] for axis in ("hidden", "heads")):
+        return f"{type(config).__name__} refuses {after.axes}: {reason}"
     near = [(n, heads) for n in range(hidden - hidden % heads, 0, -heads)[:3]]
     near += [(n, heads) for n in range(hidden - hidden % heads + heads, before["hidden"] + 1, heads)[:3]]
     near += [(h * step, h) for h in range(group, before["heads"] + 1, group)]
     legal = []
     for n, h in sorted(set(near), key=lambda pair: (abs(pair[0] - hidden) + abs(pair[1] - heads) * step, pair)):
-        sizes = {**after.sizes, "hidden": n, "heads": h, "layers": 1}
-        sizes |= {"kv_heads": h // group} if "kv_heads" in sizes else {}
-        smaller = 0 < n <= before["hidden"] and (n, h) != (before["hidden"], before["heads"])
-        if smaller and len(legal) < 2 and _hold(config, family, Shape(sizes), [0])[0] is not None:
-            legal.append(f"hidden={n} with heads={h}")
+        target = {"hidden": n, "heads": h} | ({"kv_heads": h // group} if "kv_heads" in before.sizes else {})
+        same = (n, h) == (before["hidden"], before["heads"])
+        if same or len(legal) == 2 or any(target[axis] > before[axis] or target[axis] < 1 for axis in target):
+            continue
+        if _hold(config, family, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
+            kv = f" and kv_heads={h // group}" if target.get("kv_heads", after.kv_groups) != after.kv_groups else ""
+            legal.append(f"hidden={n} with heads={h}{kv}")
     advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
     return f"{type(config).__name__} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"
 
@@ -264,10 +288,22 @@ def base_prefix(config: PreTrainedConfig) -> str:
     return _meta(type(config), config.to_json_string(use_diff=False)).prefix
 
 
+def _read(config: PreTrainedConfig, key: str) -> object:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # a size that differs by layer, which transformers does not let be read at once
+        return None
+
+
 @lru_cache(maxsize=64)
 def _meta(kind: type[PreTrainedConfig], content: str) -> _Meta:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content)))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content)))
+    except Exception as error:  # config classes and modules raise their own kinds
+        raise axes.AxisError(
+            f"A {kind.__name__} does not make a causal language model: {' '.join(str(error).split())}"
+        ) from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}

@@ -31,6 +31,10 @@ GPT2_TAPS = {
     "layers": ("transformer.h.{layers}",),
 }
 
+GPT2_INEXACT = {
+    "layers": ("scale_attn_by_inverse_layer_idx", "attention is divided by the number of the layer, which a cut changes")
+}
+
 GPT_NEOX_KEYS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",

@@ -99,10 +99,21 @@ LLAMA_TAPS = {
     "layers": ("model.layers.{layers}",),
 }
 
+# Projections that read the hidden channels, after a norm: the one where its input is looked at, and all that have the same.
+_ATTENTION, _MLP = "model.layers.{layers}.self_attn", "model.layers.{layers}.mlp"
+LLAMA_READERS = {
+    f"{_ATTENTION}.q_proj": tuple(f"{_ATTENTION}.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+    f"{_ATTENTION}.qkv_proj": (f"{_ATTENTION}.qkv_proj",),
+    f"{_MLP}.up_proj": (f"{_MLP}.gate_proj", f"{_MLP}.up_proj"),
+    f"{_MLP}.gate_up_proj": (f"{_MLP}.gate_up_proj",),
+    f"{_MLP}.c_fc": (f"{_MLP}.c_fc",),
+    f"{_MLP}.fc1": (f"{_MLP}.fc1",),
+}
+
 LLAMA_MODEL_TYPES = (
     "arcee", "cohere2", "glm4", "granite", "llama", "ministral", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3",
     "smollm3", "starcoder2",
 )  # fmt: skip
 
 # Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
-GEMMA_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+GEMMA_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "vaultgemma")

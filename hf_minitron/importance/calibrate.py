@@ -99,7 +99,7 @@ def _read_model(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]],
 def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     """Add up what processes have read and make one tensor per axis."""
     by_axis: dict[str, list] = {}
-    for reading in readings:
+    for reading in sorted(readings, key=lambda r: (r.axis, -1 if r.layer is None else r.layer, r.module)):  # alike everywhere
         reading.add_up_processes()
         by_axis.setdefault(reading.axis, []).append((reading.layer, reading.finish().cpu()))
     scores = {}

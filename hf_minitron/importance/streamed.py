@@ -49,6 +49,8 @@ def read_layers(
     """
     config = AutoConfig.from_pretrained(folder)
     family, dtype = family_of(config), dtype or config.dtype or torch.float32
+    if reason := family.inexact_of(config).get("layers"):
+        raise ValueError(f"This model cannot be scored layer by layer: {reason}. Set layer_by_layer to false")
     loader, readings = _Loader(folder, config, family, dtype, device), []
     layers = family.shape_of(config)["layers"]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
@@ -116,13 +118,13 @@ class _Loader:
             if name.startswith(f"{base_prefix(config)}."):  # all but the head
                 layer = family.layer_of(name)
                 self.by_layer.setdefault(layer, {})[stored] = name
-        self.shared = {name: self._placed(self._read(stored)) for stored, name in self.by_layer[None].items()}
+        self.shared = {name: self._read(stored).to(device, dtype) for stored, name in self.by_layer[None].items()}
 
     def model_of(self, layer: int) -> PreTrainedModel:
         """Return the base model with one layer only."""
         plan = Plan(self.shape, self.shape.cut_to({"layers": 1}), {"layers": [layer]})
         pruned = prune_tensors(self.by_layer[layer], self._read, self.rows, plan)
-        state = {name: self._placed(tensor) for name, tensor in pruned} | self.shared
+        state = dict(pruned) | self.shared  # what of a layer stays in float32 whatever its dtype, the class knows
         config = student_config(self.config, self.family, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
@@ -132,9 +134,6 @@ class _Loader:
 
     def _read(self, stored: str) -> Tensor:
         return check_finite(stored, self.checkpoint.read(stored))
-
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
 @contextmanager

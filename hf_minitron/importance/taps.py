@@ -87,7 +87,7 @@ class Reading:
     def finish(self) -> Tensor:
         """Return the score: `(size,)`, `(experts, size)` of a routed axis, or a scalar of a layer."""
         scores = [metric.finish() for metric in self.metrics]
-        return torch.stack(scores) if self.axis == "ffn" and len(scores) > 1 else scores[0]
+        return torch.stack(scores) if self.axis == "ffn" and self.module.endswith(".experts") else scores[0]
 
 
 @dataclass
@@ -170,6 +170,11 @@ def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int], 
                     moment = Reading(f"{axis}{MOMENT}", layer, name, [MOMENTS[axis]()])
                     taps.readings.append(moment)
                     hooks.append(module.register_forward_hook(_hook(taps, moment, family, sizes), with_kwargs=True))
+    for layer, name in dict.fromkeys(family.readers_of(model.config).values()) if moments else ():
+        moment = Reading(f"readers{MOMENT}", layer, name, [SecondMoment()])
+        taps.readings.append(moment)
+        module = modules[name.removeprefix(f"{base_prefix(model.config)}.")]
+        hooks.append(module.register_forward_hook(_hook(taps, moment, family, sizes), with_kwargs=True))
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:

@@ -17,7 +17,7 @@ from hf_minitron.families.family import Family
 from hf_minitron.plan import Plan
 
 CORRECTIONS = {
-    "least_squares": "the projection behind a cut ffn or heads maps the kept inputs as near as it can to its old output",
+    "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
     "norm_ratio": "the weights of norms allow for the energy of the hidden channels that are gone",
 }
 
@@ -29,7 +29,9 @@ class Corrections:
     Args:
         moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
         names (`Sequence[str]`): Which of `CORRECTIONS`.
-        taps (`Mapping[str, tuple[str, int | None]]`): Module to the axis that it reads and its layer.
+        taps (`Mapping[str, tuple[str, int | None, str]]`): Module to the axis that it reads, its layer, and the module by whose
+            name its moments are stored.
+        norms (`frozenset[str]`): The modules among them that are norms.
         plan (`Plan`): What is kept.
         offset (`float`): What the family's norms add to their weights.
         ridge (`float`): Weight of the change of a projection beside its error, relative to the mean energy of an input.
@@ -37,7 +39,8 @@ class Corrections:
 
     moments: Path
     names: Sequence[str]
-    taps: Mapping[str, tuple[str, int | None]]
+    taps: Mapping[str, tuple[str, int | None, str]]
+    norms: frozenset[str]
     plan: Plan
     offset: float
     ridge: float = 1e-2
@@ -51,19 +54,20 @@ class Corrections:
             tensor (`Tensor`): Its values.
             keep (`dict[str, Tensor]`): What is kept of every axis where it stands.
         """
-        axis, layer = self.taps.get(name.removesuffix(".weight"), (None, None))
+        module = name.removesuffix(".weight")
+        axis, layer, stored = self.taps.get(module, (None, None, ""))
         if axis not in keep or not name.endswith(".weight"):
             return tensor, keep
         sizes = self.plan.before.sizes
-        if axis == "hidden" and "norm_ratio" in self.names:
-            energy = self._read(name, layer)
+        if module in self.norms and "norm_ratio" in self.names:
+            energy = self._read(stored, layer)
             ratio = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor)
             return (tensor + self.offset) * ratio - self.offset, keep
-        if axis != "hidden" and "least_squares" in self.names:
+        if module not in self.norms and "least_squares" in self.names:
             dims = axes.parse(pattern)
             position = dims.index(axes.dim_of(pattern, axis))
             kept = axes.dim_index(dims[position], {axis: keep[axis]}, sizes)
-            corrected = least_squares(tensor.movedim(position, -1), self._read(name, layer), kept, self.ridge)
+            corrected = least_squares(tensor.movedim(position, -1), self._read(stored, layer), kept, self.ridge)
             return corrected.movedim(-1, position).contiguous(), {a: index for a, index in keep.items() if a != axis}
         return tensor, keep
 
@@ -71,9 +75,9 @@ class Corrections:
         """Return the sizes of the axes after a correction has cut those that are in `keep` but not `left` to cut."""
         return {**self.plan.before.sizes, **{axis: len(keep[axis]) for axis in keep if axis not in left}}
 
-    def _read(self, name: str, layer: int | None) -> Tensor:
+    def _read(self, module: str, layer: int | None) -> Tensor:
         with safe_open(moments_path(self.moments, layer), framework="pt") as file:
-            return file.get_tensor(name.removesuffix(".weight"))
+            return file.get_tensor(module)
 
 
 def corrections_for(
@@ -81,19 +85,21 @@ def corrections_for(
 ) -> Corrections:
     """Return the corrections of a plan, refusing moments that lack something before any weight is read."""
     taps = {
-        module: (axis, layer)
+        module: (axis, layer, module)
         for axis, places in family.taps_of(config).items()
         if axis in ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
         for layer, module in places
         if not module.endswith(".experts")
     }
+    norms = frozenset(module for module, (axis, *_) in taps.items() if axis == "hidden")
+    taps |= {module: ("hidden", layer, stored) for module, (layer, stored) in family.readers_of(config).items()}
     unknown = [name for name in names if name not in CORRECTIONS]
     if unknown:
         raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
-    for layer in {layer for _, layer in taps.values()}:
+    for layer in {layer for _, layer, _ in taps.values()}:
         if names and not moments_path(moments, layer).is_file():
             raise ValueError(f"Corrections need {moments_path(moments, layer)}, which is missing: score with moments: true")
-    return Corrections(moments, names, taps, plan, family.norm_offset)
+    return Corrections(moments, names, taps, norms, plan, family.norm_offset)
 
 
 def moments_path(folder: Path, layer: int | None) -> Path:

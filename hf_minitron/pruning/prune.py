@@ -9,11 +9,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.checkpoint import (
+    DTYPES,
     Checkpoint,
     TensorSpec,
     complete_or_absent,
@@ -48,6 +50,13 @@ def prune_model(
     ```
     """
     config, family = model.config, family_of(model.config)
+    _check_plan(config, family, plan)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or set(parameters_of(config)) - set(model.state_dict()):
+        raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
+                         "AutoModelForCausalLM")  # fmt: skip
+    if config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise ValueError(UNTIED)
     stored = parameters_of(config).keys()
     state = {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if name in stored}
     student = student_config(config, family, plan)
@@ -87,22 +96,33 @@ def prune_checkpoint(
     """
     config = AutoConfig.from_pretrained(source)
     family = family_of(config)
+    _check_plan(config, family, plan)
     student = student_config(config, family, plan)
     correct = None if moments is None else corrections_for(config, family, plan, moments, corrections)
     checkpoint = Checkpoint(source)
     names = stored_names(checkpoint, config, family)
     rows = family.stored_rows(family.rows_of(config))
-    specs, keep_at = {}, functools.cache(plan.keep_at)
+    specs, keep_at = {}, functools.lru_cache(maxsize=8)(plan.keep_at)
     for stored, name in names.items():
         row, new_name, _ = _rename(name, rows, plan, keep_at)
         if new_name is not None:
             specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
-    require_space(target.parent, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
     with complete_or_absent(target) as folder:
+        require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan, axes.pieces, correct), max_shard_bytes)
         student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
+
+
+UNTIED = ("The config ties the output head to the embedding, but they are different: set tie_word_embeddings to false in "
+          "config.json")  # fmt: skip
+
+
+def _check_plan(config: PreTrainedConfig, family: Family, plan: Plan) -> None:
+    shape = family.shape_of(config)
+    if plan.before != shape:
+        raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
 
 
 def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Family) -> dict[str, str]:
@@ -112,7 +132,8 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
     name of the base model (`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`) and hold every expert by itself.
 
     Raises:
-        ValueError: for a checkpoint that is quantized or lacks a parameter.
+        ValueError: for a checkpoint that is quantized, lacks a parameter, holds one in a dtype that cannot be cut, or ties its
+            head by config but stores another one.
     """
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{checkpoint.folder} is quantized; save it dequantized first: from_pretrained, dequantize(), "
@@ -126,6 +147,11 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
             if found and all(index < shape["layers" if axis.endswith("layers") else axis] for axis, index in found[1].items()):
                 names[stored] = name
                 break
+    for stored in names:
+        if checkpoint.specs[stored].dtype not in DTYPES:
+            raise ValueError(f"{stored!r} in {checkpoint.folder} is stored as {checkpoint.specs[stored].dtype}; save the model "
+                             "as bfloat16, float16 or float32 first")  # fmt: skip
+    _check_tied(checkpoint, family, memory, names)
     wanted = parameters_of(config)
     present = set(names.values())
     for name in wanted:
@@ -136,6 +162,16 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
             lost = next((part for part in parts if part not in present), name) if present.intersection(parts) else name
             raise ValueError(f"The checkpoint {checkpoint.folder} lacks the parameter {lost!r}")
     return names
+
+
+def _check_tied(checkpoint: Checkpoint, family: Family, memory: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """Refuse a head that is stored beside the embedding it is tied to, when it differs: Transformers would use it."""
+    absent = [row for row, pattern in family.rows.items() if pattern == "vocab hidden" and row not in memory]
+    heads = [head for row in absent for head in (row, *family.stored.get(row, ()))]
+    embedding = next((stored for stored, name in names.items() if memory.get(name) == "vocab hidden"), None)
+    for head in heads:
+        if embedding and head in checkpoint.specs and not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+            raise ValueError(UNTIED)
 
 
 def prune_tensors(
@@ -156,7 +192,7 @@ def prune_tensors(
         take (`Callable`, *optional*): `axes.take` for tensors, `axes.pieces` for their pieces.
         correct (`Corrections`, *optional*): What corrects the tensors on the way.
     """
-    keep_at = functools.cache(plan.keep_at)
+    keep_at = functools.lru_cache(maxsize=8)(plan.keep_at)  # the tensors of a layer or an expert lie together
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:

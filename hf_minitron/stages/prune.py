@@ -10,7 +10,7 @@ from hf_minitron.checkpoint import Checkpoint, require_space, resolve
 from hf_minitron.families.family import check_target, family_of
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
-from hf_minitron.run import Run
+from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
 
@@ -42,7 +42,8 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
 def inexact(args: Args, model: str) -> dict[str, str]:
     """Return the axes of the target whose cut changes more than masking would, with the reason."""
     before, after, _ = shapes(args, model)
-    reasons = family_of(AutoConfig.from_pretrained(resolve(model))).inexact
+    config = AutoConfig.from_pretrained(resolve(model))
+    reasons = family_of(config).inexact_of(config)
     return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
 
 
@@ -52,9 +53,12 @@ def check(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     config = AutoConfig.from_pretrained(folder)
     checkpoint = Checkpoint(folder)
-    stored_names(checkpoint, config, family_of(config))
-    item = max(spec.num_bytes / torch.Size(spec.shape).numel() for spec in checkpoint.specs.values())
-    require_space(run.folder, round(after.num_parameters(rows) * item), "the student")
+    stored = [checkpoint.specs[name] for name in stored_names(checkpoint, config, family_of(config))]
+    before = sum(torch.Size(spec.shape).numel() for spec in stored)
+    num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
+    if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
+        left = sum(path.stat().st_size for path in run.folder.glob("prune.tmp/**/*") if path.is_file())
+        require_space(run.folder, num_bytes - left, "the student")
 
 
 def tokens(args: Args) -> dict[str, int]:

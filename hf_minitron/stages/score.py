@@ -1,11 +1,13 @@
 """score: one forward pass over some text that says how much every layer, head and channel matters."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
@@ -73,7 +75,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed = args.layer_by_layer
     if streamed is None:
-        streamed = args.device_map is None and not fits(folder, dtype, device)
+        decision = [args.device_map is None and not fits(folder, dtype, device)]
+        (streamed,) = broadcast_object_list(decision)  # all processes must do the same
     if streamed:
         scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes)
     else:
@@ -83,7 +86,10 @@ def run(args: Args, run: Run, out: Path) -> None:
 
 
 def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a model's weights take at most four fifths of the device's free memory."""
+    """Return whether a model's weights, once for every process, take at most four fifths of the device's free memory."""
     numbers = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(folder).specs.values())
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return numbers * dtype.itemsize <= 0.8 * free
