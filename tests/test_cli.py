@@ -170,7 +170,7 @@ def test_a_stage_does_not_build_on_other_settings(project, done, tmp_path, capsy
 
 
 def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_minitron.stages.score.calibrate", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_minitron.stages.score.calibrate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(project, tmp_path / "run", verb="score")
     assert not (tmp_path / "run/score").exists()
@@ -255,3 +255,17 @@ def test_a_full_disk_does_not_stop_what_is_pruned_already(project, tmp_path, mon
         assert run(project, tmp_path / "run", verb=stage) == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
     assert run(project, tmp_path / "run", verb="prune") == 0
+
+
+def test_corrections_are_made_unless_told_otherwise(project, tmp_path, capsys):
+    for name, more in {"corrected": [], "plain": ["--prune.corrections", "[]"]}.items():
+        for stage in ("score", "prune"):
+            assert run(project, tmp_path / name, *more, verb=stage) == 0
+    corrected, plain = (load_file(tmp_path / n / "prune/student/model.safetensors") for n in ("corrected", "plain"))
+    changed = {key.rpartition("layers.")[2] for key in plain if not torch.equal(plain[key], corrected[key])}
+    projections = ("down_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
+    assert {c.split(".")[-2] for c in changed} == {*projections, "input_layernorm", "post_attention_layernorm", "norm"}
+    assert run(project, tmp_path / "a", "--prune.corrections", "[magic]") == 1
+    assert "corrections: 'magic' is none of least_squares, norm_ratio" in capsys.readouterr().err
+    assert run(project, tmp_path / "a", "--score.moments", "false") == 1
+    assert "corrections need what score measures with moments: true" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_minitron.families.family import FAMILIES, family_of, student_config
+from hf_minitron.families.family import FAMILIES, family_of
+from hf_minitron.families.student import student_config
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_minitron"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
-axes shape scores plan families.llama families.gpt families.moe families.family data memory checkpoint
+axes shape scores plan families.llama families.gpt families.moe families.family families.student data memory checkpoint
 pruning.compensate pruning.prune importance.moments
 importance.activation importance.layers importance.experts importance.taps importance.streamed importance.calibrate
 distillation.losses.tokens distillation.losses.chunked distillation.signals distillation.teacher distillation.config

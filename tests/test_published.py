@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
-from hf_minitron.families.family import check_target, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.student import check_target
 
 LLAMA_3_1_8B = ("llama", {  # meta-llama/Llama-3.1-8B
     "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,

@@ -12,7 +12,8 @@ import yaml
 
 from hf_minitron.__main__ import STAGES
 from hf_minitron.evaluation.compare import task_manager
-from hf_minitron.families.family import check_target, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.student import check_target
 from hf_minitron.run import bind, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

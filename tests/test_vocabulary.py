@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from hf_minitron import axes
-from hf_minitron.families.family import check_target, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.student import check_target
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.scores import Scores

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_minitron.families.family import family_of, student_config
+from hf_minitron.families.family import family_of
+from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
 
 

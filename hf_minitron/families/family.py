@@ -1,27 +1,20 @@
-"""`Family`: the axis map of a model type, what it says about one config, and the student's config.
+"""`Family`: the axis map of a model type, and what it says about one config.
 
 It must not read weights: a model's parameter names and shapes come from building it on the meta device.
 """
 
-import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families import gpt, llama, moe
-from hf_minitron.plan import Plan
-from hf_minitron.shape import AXES, Shape, ShapeError
-
-# Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
-LAYER_LISTS = ("layer_types", "no_rope_layers")
-# Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones.
-DENSE_LIST, DENSE_COUNT, DENSE_STEP = "mlp_only_layers", "first_k_dense_replace", "decoder_sparse_step"
+from hf_minitron.shape import AXES, Shape
 
 
 @dataclass(frozen=True)
@@ -125,8 +118,8 @@ class Family:
         found = {}
         for tap, readers in self.readers.items():
             for reader in readers:
-                places = zip(self._places(config, reader), self._places(config, tap), strict=True)
-                found |= {module: (layer, where) for (layer, module), (_, where) in places}
+                where = dict(self._places(config, tap))
+                found |= {module: (layer, where[layer]) for layer, module in self._places(config, reader)}
         return found
 
     def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
@@ -172,102 +165,6 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
-def check_target(config: PreTrainedConfig, family: Family, after: Shape) -> None:
-    """Refuse a shape that no stock class holds, naming the nearest that its class does.
-
-    Raises:
-        ShapeError: with the class, its reason, and legal sizes (Llama, for one, insists that hidden divides by heads).
-    """
-    student_config(config, family, Plan(family.shape_of(config), after, {"layers": list(range(after["layers"]))}))
-
-
-def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreTrainedConfig:
-    """Return the student's config: the teacher's with the new sizes, `head_dim` written out, layer lists cut.
-
-    The teacher's class when it holds the shape, else one with equal logits that does (`Family.held_by`).
-
-    Args:
-        config (`PreTrainedConfig`): The teacher's config; it stays unchanged.
-        family (`Family`): The teacher's family.
-        plan (`Plan`): What is kept.
-
-    Raises:
-        ShapeError: when no class holds the shape.
-    """
-    student, reason = _hold(config, family, plan.after, plan.kept_layers)
-    if student is None and family.held_by:
-        student, _ = _hold(config, family, plan.after, plan.kept_layers, family.held_by)
-    if student is None:
-        raise ShapeError(_advice(config, family, plan.after, reason))
-    return student
-
-
-def _hold(
-    config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
-) -> tuple[PreTrainedConfig | None, str]:
-    """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
-    changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
-    changes |= {key: after[axis] for key, axis in family.follows.items()}
-    changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
-    places = [axes.match(name, family.rows)[1] for name in parameters_of(config)]
-    dense = [new for new, old in enumerate(layers) if {"dense_layers": old} in places]
-    if hasattr(config, DENSE_LIST):
-        changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
-    if hasattr(config, DENSE_COUNT):
-        changes[DENSE_COUNT] = len(dense)
-    changes |= more or {}
-    kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
-    changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
-    try:
-        student = kind.from_dict({**copy.deepcopy(config.to_dict()), **changes})
-        found = parameters_of(student)
-    except Exception as error:  # config classes and modules raise their own kinds
-        return None, " ".join(str(error).split())
-    student.name_or_path = ""  # not the folder that the teacher was loaded from
-    if more:
-        student.architectures = [_meta(kind, student.to_json_string(use_diff=False)).class_name]
-    expected = _expected(config, family, after, layers)
-    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if not wrong:
-        return student, ""
-    return None, f"it would make {wrong[0]!r} of shape {found.get(wrong[0])}, not {expected.get(wrong[0])}"
-
-
-def _expected(config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter of the student."""
-    expected = {}
-    for name in parameters_of(config):
-        row, indices = axes.match(name, family.rows)
-        places = {axis: layers.index(i) if axis.endswith("layers") and i in layers else i for axis, i in indices.items()}
-        dropped = any(i not in layers if axis.endswith("layers") else i >= after[axis] for axis, i in indices.items())
-        if not dropped:
-            expected[row.format_map(places)] = axes.tensor_shape(family.rows[row], after.sizes)
-    return expected
-
-
-def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str) -> str:
-    """Say why a shape is refused and which near ones are not."""
-    hidden, heads, step = after["hidden"], after["heads"], after.sizes.get("head_dim", 1)
-    before = family.shape_of(config)
-    group = heads // after.kv_groups
-    if all(after[axis] == before[axis] for axis in ("hidden", "heads")):
-        return f"{type(config).__name__} refuses {after.axes}: {reason}"
-    near = [(n, heads) for n in range(hidden - hidden % heads, 0, -heads)[:3]]
-    near += [(n, heads) for n in range(hidden - hidden % heads + heads, before["hidden"] + 1, heads)[:3]]
-    near += [(h * step, h) for h in range(group, before["heads"] + 1, group)]
-    legal = []
-    for n, h in sorted(set(near), key=lambda pair: (abs(pair[0] - hidden) + abs(pair[1] - heads) * step, pair)):
-        target = {"hidden": n, "heads": h} | ({"kv_heads": h // group} if "kv_heads" in before.sizes else {})
-        same = (n, h) == (before["hidden"], before["heads"])
-        if same or len(legal) == 2 or any(target[axis] > before[axis] or target[axis] < 1 for axis in target):
-            continue
-        if _hold(config, family, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
-            kv = f" and kv_heads={h // group}" if target.get("kv_heads", after.kv_groups) != after.kv_groups else ""
-            legal.append(f"hidden={n} with heads={h}{kv}")
-    advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
-    return f"{type(config).__name__} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"
-
-
 @dataclass(frozen=True)
 class _Meta:
     """What building a model without weights tells: its parameters' shapes, its modules' names, its class and base's name."""
@@ -281,6 +178,11 @@ class _Meta:
 def parameters_of(config: PreTrainedConfig) -> Mapping[str, tuple[int, ...]]:
     """Return name and shape of every parameter and stored buffer of a model, without its weights; tied ones once."""
     return _meta(type(config), config.to_json_string(use_diff=False)).parameters
+
+
+def class_name(config: PreTrainedConfig) -> str:
+    """Return the name of the causal language model that a config makes."""
+    return _meta(type(config), config.to_json_string(use_diff=False)).class_name
 
 
 def base_prefix(config: PreTrainedConfig) -> str:

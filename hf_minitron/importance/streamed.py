@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
-from hf_minitron.families.family import Family, base_prefix, family_of, student_config
+from hf_minitron.families.family import Family, base_prefix, family_of
+from hf_minitron.families.student import student_config
 from hf_minitron.importance.taps import Reading, open_taps, save_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan

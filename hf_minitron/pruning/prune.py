@@ -23,7 +23,8 @@ from hf_minitron.checkpoint import (
     require_space,
     write_tensors,
 )
-from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of, student_config
+from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of
+from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import CORRECTIONS, Corrections, corrections_for
 

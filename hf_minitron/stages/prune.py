@@ -7,8 +7,10 @@ import torch
 from transformers import AutoConfig
 
 from hf_minitron.checkpoint import Checkpoint, require_space, resolve
-from hf_minitron.families.family import check_target, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.student import check_target
 from hf_minitron.plan import make_plan
+from hf_minitron.pruning.compensate import CORRECTIONS
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
@@ -25,6 +27,12 @@ class Args:
     multiple_of: dict = field(
         default_factory=lambda: {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8},
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
+    )
+    corrections: list = field(
+        default_factory=lambda: list(CORRECTIONS),
+        metadata={
+            "help": f"What kept weights take over from dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
+        },
     )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
 
@@ -49,6 +57,11 @@ def inexact(args: Args, model: str) -> dict[str, str]:
 
 def check(args: Args, run: Run) -> None:
     """Refuse an illegal target, a damaged or quantized checkpoint and a full disk before any weight is read."""
+    unknown = [name for name in args.corrections if name not in CORRECTIONS]
+    if unknown:
+        raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
+    if args.corrections and run.section("score").get("moments", True) is False:
+        raise ValueError("corrections need what score measures with moments: true; set that, or corrections: []")
     _, after, rows = shapes(args, run.model)
     folder = resolve(run.model)
     config = AutoConfig.from_pretrained(folder)
@@ -70,4 +83,5 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/`."""
     before, after, _ = shapes(args, run.model)
     scores = Scores.load(run.path("score") / "scores.safetensors")
-    prune_checkpoint(resolve(run.model), make_plan(scores, before, after), out / "student", args.max_shard_bytes)
+    plan, moments = make_plan(scores, before, after), run.path("score") / "moments" if args.corrections else None
+    prune_checkpoint(resolve(run.model), plan, out / "student", args.max_shard_bytes, moments, args.corrections)

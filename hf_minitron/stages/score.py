@@ -33,6 +33,9 @@ class Args:
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
+    moments: bool = field(
+        default=True, metadata={"help": "Measure what prune.corrections need as well; takes disk and some time."}
+    )
     device_map: str | None = field(default=None, metadata={"help": "auto: spread a large model over all GPUs and the CPU."})
     layer_by_layer: bool | None = field(
         default=None, metadata={"help": "Read one layer at a time from disk; by itself when the model does not fit in memory."}
@@ -67,20 +70,21 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `scores.safetensors`. Under `accelerate launch` every process reads its share of the text."""
+    """Write `scores.safetensors` and `moments/`. Under `accelerate launch` every process reads its share of the text."""
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    streamed = args.layer_by_layer
+    streamed, moments = args.layer_by_layer, out / "moments" if args.moments else None
     if streamed is None:
         decision = [args.device_map is None and not fits(folder, dtype, device)]
         (streamed,) = broadcast_object_list(decision)  # all processes must do the same
     if streamed:
-        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes)
+        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments)
     else:
-        scores = calibrate(load_model(folder, dtype, args.device_map or device), blocks, args.batch_size)
+        model = load_model(folder, dtype, args.device_map or device)
+        scores = calibrate(model, blocks, args.batch_size, moments=moments)
     if PartialState().is_main_process:
         scores.save(out / "scores.safetensors")
 

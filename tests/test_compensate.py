@@ -1,0 +1,128 @@
+"""Corrections after pruning, against least squares on the data itself."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
+from hf_minitron.plan import make_plan
+from hf_minitron.pruning.compensate import least_squares
+from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+
+IDS = tiny.blocks(40)["input_ids"][:]
+
+
+def test_least_squares_are_those_of_the_data():
+    torch.manual_seed(0)
+    x, weight, kept = (
+        torch.randn(500, 8).double() @ torch.randn(8, 8).double(),
+        torch.randn(5, 8).double(),
+        torch.tensor([0, 2, 3, 6]),
+    )
+    moment = x.T @ x / len(x)
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    assert torch.allclose(least_squares(weight, moment, kept, 1e-12), expected)
+    assert torch.allclose(least_squares(weight, moment, kept, 1e12), weight[:, kept])
+    ridge = 0.3 * moment.diagonal()[kept].mean()  # the same by gradient: 2 (W' x_k - W x) x_k' + 2 ridge (W' - W_k) = 0
+    found = least_squares(weight, moment, kept, 0.3)
+    gradient = found @ moment[kept][:, kept] - weight @ moment[:, kept] + ridge * (found - weight[:, kept])
+    assert gradient.abs().max() < 1e-10
+
+
+def test_moments_are_means_over_tokens_that_are_text():
+    x = torch.randn(3, 8, 5)
+    mask = torch.ones(3, 8)
+    mask[1, 5:] = 0
+    tokens = x[mask > 0]
+    second, energy = SecondMoment(), ChannelEnergy()
+    for half in (slice(0, 2), slice(2, 3)):
+        second.update(x[half], mask[half])
+        energy.update(x[half], mask[half])
+    read = torch.cat([tokens[:13][::4], tokens[13:][::4]])
+    assert torch.allclose(second.finish(), read.T @ read / len(read), atol=1e-6)
+    assert torch.allclose(energy.finish(), (tokens.square() / tokens.square().mean(1, keepdim=True)).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+def test_corrections_in_memory_equal_those_on_disk(model_type, tmp_path):
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    scores = calibrate(teacher, tiny.blocks(), moments=tmp_path / "resident")
+    calibrate(tmp_path / "teacher", tiny.blocks(), moments=tmp_path / "streamed")
+    plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", moments=tmp_path / "streamed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    corrected = prune_model(teacher, plan, tmp_path / "resident").state_dict()
+    plain = prune_model(teacher, plan).state_dict()
+    assert loaded.keys() == corrected.keys() == plain.keys()
+    assert all(torch.allclose(loaded[name], value, rtol=1e-3, atol=1e-4) for name, value in corrected.items())
+    assert any(not torch.allclose(plain[name], value, rtol=1e-2) for name, value in corrected.items())
+
+
+NEARER = [(t, a) for t in ("llama", "phi3", "gpt2", "starcoder2", "gemma2", "nemotron") for a in ("ffn", "heads")]
+
+
+@pytest.mark.parametrize(("model_type", "axis"), [case for case in NEARER if case != ("gpt2", "heads")])  # cut with hidden only
+def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis, tmp_path):
+    """On the tokens that were read, the first layer's projection must err less than the sliced one."""
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    target = tiny.target(shape, axis)
+    plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to(target))
+    (_, name), *_ = family_of(teacher.config).taps_of(teacher.config)[axis]
+
+    def output(model):
+        found = []
+        hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: found.append(out))
+        with torch.no_grad():
+            model(input_ids=IDS, use_cache=False)
+        hook.remove()
+        return found[0]
+
+    expected = output(teacher)
+    plain, corrected = ((output(prune_model(teacher, plan, m)) - expected).square().mean() for m in (None, tmp_path))
+    assert corrected < 0.97 * plain
+
+
+def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
+    teacher = tiny.model(dtype=torch.float32)
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight.mul_(torch.linspace(0.2, 3, 40))  # as in real models, channels differ in energy
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to({"hidden": 24}))
+    kept = torch.tensor(plan.keep["hidden"])
+
+    def first(model):
+        norm, up = [], []
+        hooks = [
+            model.model.layers[0].input_layernorm.register_forward_hook(lambda m, args, out: norm.append(out)),
+            model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, args, out: up.append(out)),
+        ]
+        with torch.no_grad():
+            model(input_ids=IDS, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return norm[0], up[0]
+
+    norm, query = first(teacher)
+    errors = {}
+    for name, (moments, corrections) in {
+        "plain": (None, ()), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
+    }.items():  # fmt: skip
+        found = first(prune_model(teacher, plan, moments, corrections))
+        errors[name] = [(found[0] - norm[..., kept]).square().mean(), (found[1] - query).square().mean()]
+    assert errors["norms"][0] < 0.97 * errors["plain"][0] and errors["both"][1] < 0.97 * errors["norms"][1]
+
+
+def test_corrections_without_moments_are_refused(tmp_path):
+    teacher = tiny.model()
+    shape = family_of(teacher.config).shape_of(teacher.config)
+    plan = make_plan(calibrate(teacher, tiny.blocks()), shape, shape.cut_to({"ffn": 8}))
+    with pytest.raises(ValueError, match=r"need .*layer-00000.safetensors, which is missing: score with moments: true"):
+        prune_model(teacher, plan, tmp_path)
+    with pytest.raises(ValueError, match="corrections: 'magic' is none of"):
+        prune_model(teacher, plan, tmp_path, ["magic"])
