@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import figure
 import torch
 from transformers import AutoTokenizer
 from watch import Peak, anonymous_bytes
@@ -52,10 +53,8 @@ def main() -> None:
     result = by_layer(args) if args.layer_by_layer else over_bare(args)
     what = "scoring layer by layer from disk" if args.layer_by_layer else "scoring every axis"
     print(f"{what}, {args.dtype}: {result}")
-    if args.json:
-        command = f"benchmarks/calibrate.py --dtype {args.dtype}{' --layer-by-layer' if args.layer_by_layer else ''}"
-        facts = {"what": f"{what}, {args.dtype}", "command": command, "result": result}
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    command = f"benchmarks/calibrate.py --dtype {args.dtype}{' --layer-by-layer' if args.layer_by_layer else ''}"
+    figure.save(args.json, f"{what}, {args.dtype}", command, result)
 
 
 def blocks_of(args: argparse.Namespace):

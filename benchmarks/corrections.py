@@ -6,10 +6,10 @@ Calibrates once, then prunes every shape twice and reads the same held-out block
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+import figure
 import torch
 from transformers import AutoTokenizer
 
@@ -52,15 +52,9 @@ def main() -> None:
                 before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
                 results[name, text] = after / before
                 print(f"{name:22} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
-    if args.json:
-        first = next(iter(texts))
-        result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
-        facts = {
-            "what": "perplexity right after pruning, corrected over plain",
-            "command": "benchmarks/corrections.py",
-            "result": result,
-        }
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    first = next(iter(texts))
+    result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
+    figure.save(args.json, "perplexity right after pruning, corrected over plain", "benchmarks/corrections.py", result)
 
 
 if __name__ == "__main__":

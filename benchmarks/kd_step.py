@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import figure
 import torch
 from transformers import AutoTokenizer
 
@@ -111,11 +112,9 @@ def main() -> None:
     time_ratio, memory_ratio = (figures["chunked"] / figures["full"] for figures in (seconds, gigabytes))
     result = f"{time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory of full logits"
     print(f"{args.dtype}: chunked takes {result}")
-    if args.json:
-        keeps = " that keep freed memory too" if args.keep_memory else ""
-        command = f"benchmarks/kd_step.py --dtype {args.dtype}{' --keep-memory' if args.keep_memory else ''}"
-        facts = {"what": f"distillation step, {args.dtype}: chunked loss", "command": command, "result": result + keeps}
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    keeps = " that keep freed memory too" if args.keep_memory else ""
+    command = f"benchmarks/kd_step.py --dtype {args.dtype}{' --keep-memory' if args.keep_memory else ''}"
+    figure.save(args.json, f"distillation step, {args.dtype}: chunked loss", command, result + keeps)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import figure
 import torch
 from watch import Peak, anonymous_bytes
 
@@ -146,12 +147,10 @@ def main() -> None:
                 f"{found['read'] / 1e9:.1f} and writes {found['written'] / 1e9:.1f} GB ({found['copy_seconds']:.1f} s)",
                 flush=True,
             )
-    if args.json:
-        peaks = ", ".join(f"{f['peak'] / 1e9:.2f} GB of memory for {f['bytes'] / 1e9:.1f} GB" for f, _ in lines)
-        ratios = ", ".join(f"{ratio:.2f}" for _, ratio in lines)
-        result = f"{peaks} (largest tensor {lines[0][0]['largest'] / 1e9:.2f} GB); {ratios} of the time of a plain copy"
-        facts = {"what": "pruning a checkpoint, disk to disk", "command": "benchmarks/prune_stream.py", "result": result}
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    peaks = ", ".join(f"{f['peak'] / 1e9:.2f} GB of memory for {f['bytes'] / 1e9:.1f} GB" for f, _ in lines)
+    ratios = ", ".join(f"{ratio:.2f}" for _, ratio in lines)
+    result = f"{peaks} (largest tensor {lines[0][0]['largest'] / 1e9:.2f} GB); {ratios} of the time of a plain copy"
+    figure.save(args.json, "pruning a checkpoint, disk to disk", "benchmarks/prune_stream.py", result)
 
 
 if __name__ == "__main__":

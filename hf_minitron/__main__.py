@@ -81,7 +81,7 @@ def plan_text(run: Run) -> str:
     table = [["", "before", "after", ""]]
     for (name, old), new in zip(costs(before).items(), costs(after).values(), strict=True):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
-    inexact = prune.inexact(bind(run, "prune", prune.Args), run.model)
+    inexact = prune.inexact(run.model, before, after)
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
 

@@ -195,6 +195,16 @@ def match(name: str, rows: Sequence[str] | Mapping[str, str]) -> tuple[str, dict
     return None
 
 
+def kind_of(placeholder: str) -> str:
+    """Return the axis that a placeholder counts along: `{dense_layers}` and `{moe_layers}` are layers too."""
+    return "layers" if placeholder.endswith("layers") else placeholder
+
+
+def layer_in(indices: Mapping[str, int]) -> int | None:
+    """Return the layer among the indices of a matched name; `None` outside of the layers."""
+    return next((index for placeholder, index in indices.items() if kind_of(placeholder) == "layers"), None)
+
+
 def placeholders(row: str) -> tuple[str, ...]:
     """Return the axes that a row carries in its name, such as `("layers",)`."""
     return tuple(re.findall(r"{(\w+)}", row))

@@ -103,11 +103,6 @@ class Family:
         """Return rows as they are in memory and as they may be named on disk."""
         return {**rows, **{name: pattern for row in rows for name, pattern in self.stored.get(row, {}).items()}}
 
-    def layer_of(self, name: str) -> int | None:
-        """Return the layer in which a parameter stands; `None` outside of the layers."""
-        _, indices = axes.match(name, self.stored_rows(self.rows))
-        return next((index for axis, index in indices.items() if axis.endswith("layers")), None)
-
     def taps_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[int | None, str]]]:
         """Return the taps that a model of this config has: by axis, the layer (`None` outside of the layers) and the module."""
         taps = {axis: [place for row in rows for place in self._places(config, row)] for axis, rows in self.taps.items()}
@@ -117,15 +112,15 @@ class Family:
         """Return the projections that read hidden channels: to each its layer and the module where their input is looked at."""
         found = {}
         for tap, readers in self.readers.items():
+            where = dict(self._places(config, tap))
             for reader in readers:
-                where = dict(self._places(config, tap))
                 found |= {module: (layer, where[layer]) for layer, module in self._places(config, reader)}
         return found
 
     def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
         """Return layer and name of the modules of a model that a row of names stands for."""
         modules = _meta(type(config), config.to_json_string(use_diff=False)).modules
-        layers = range(self.shape_of(config)["layers"]) if axes.placeholders(row) else [None]
+        layers = range(_read(config, self.config_keys["layers"])) if axes.placeholders(row) else [None]
         places = [(layer, row.format_map(dict.fromkeys(axes.placeholders(row), layer))) for layer in layers]
         return [place for place in places if place[1] in modules]
 

@@ -85,8 +85,8 @@ def _expected(config: PreTrainedConfig, family: Family, after: Shape, layers: Se
     expected = {}
     for name in parameters_of(config):
         row, indices = axes.match(name, family.rows)
-        places = {axis: layers.index(i) if axis.endswith("layers") and i in layers else i for axis, i in indices.items()}
-        dropped = any(i not in layers if axis.endswith("layers") else i >= after[axis] for axis, i in indices.items())
+        places = {axis: layers.index(i) if axes.kind_of(axis) == "layers" and i in layers else i for axis, i in indices.items()}
+        dropped = any(i not in layers if axes.kind_of(axis) == "layers" else i >= after[axis] for axis, i in indices.items())
         if not dropped:
             expected[row.format_map(places)] = axes.tensor_shape(family.rows[row], after.sizes)
     return expected

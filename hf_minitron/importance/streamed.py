@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_minitron import axes
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
 from hf_minitron.families.family import Family, base_prefix, family_of
 from hf_minitron.families.student import student_config
@@ -117,7 +118,7 @@ class _Loader:
         self.by_layer: dict[int | None, dict[str, str]] = {}
         for stored, name in self.names.items():
             if name.startswith(f"{base_prefix(config)}."):  # all but the head
-                layer = family.layer_of(name)
+                layer = axes.layer_in(axes.match(name, self.rows)[1])
                 self.by_layer.setdefault(layer, {})[stored] = name
         self.shared = {name: self._read(stored).to(device, dtype) for stored, name in self.by_layer[None].items()}
 

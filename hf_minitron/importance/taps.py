@@ -154,27 +154,24 @@ def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int], 
     taps, hooks, observed = Taps(), [], {}
     base = model.base_model
     modules = dict(base.named_modules())
+
+    def tap(axis: str, layer: int | None, name: str, kind: type[Metric]) -> None:
+        module, routed = modules[name.removeprefix(f"{base_prefix(model.config)}.")], name.endswith(".experts")
+        count = sizes["experts"] if routed and axis == "ffn" else 1
+        reading = Reading(axis, layer, name, [kind() for _ in range(count)])
+        taps.readings.append(reading)
+        if routed:
+            observed.setdefault(module, {})[axis] = reading
+        else:
+            hooks.append(module.register_forward_hook(_hook(taps, reading, family, sizes), with_kwargs=True))
+
     for axis, places in family.taps_of(model.config).items():
         for layer, name in places:
-            module = modules[name.removeprefix(f"{base_prefix(model.config)}.")]
-            routed = name.endswith(".experts")
-            reading = Reading(axis, layer, name, [METRICS[axis]() for _ in range(sizes["experts"] if routed else 1)])
-            if routed and axis == "experts":
-                del reading.metrics[1:]
-            taps.readings.append(reading)
-            if routed:
-                observed.setdefault(module, {})[axis] = reading
-            else:
-                hooks.append(module.register_forward_hook(_hook(taps, reading, family, sizes), with_kwargs=True))
-                if moments and axis in MOMENTS:
-                    moment = Reading(f"{axis}{MOMENT}", layer, name, [MOMENTS[axis]()])
-                    taps.readings.append(moment)
-                    hooks.append(module.register_forward_hook(_hook(taps, moment, family, sizes), with_kwargs=True))
+            tap(axis, layer, name, METRICS[axis])
+            if moments and axis in MOMENTS and not name.endswith(".experts"):
+                tap(f"{axis}{MOMENT}", layer, name, MOMENTS[axis])
     for layer, name in dict.fromkeys(family.readers_of(model.config).values()) if moments else ():
-        moment = Reading(f"readers{MOMENT}", layer, name, [SecondMoment()])
-        taps.readings.append(moment)
-        module = modules[name.removeprefix(f"{base_prefix(model.config)}.")]
-        hooks.append(module.register_forward_hook(_hook(taps, moment, family, sizes), with_kwargs=True))
+        tap(f"readers{MOMENT}", layer, name, SecondMoment)
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:

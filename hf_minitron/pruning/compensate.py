@@ -47,8 +47,10 @@ class Corrections:
     offset: float
     ridge: float = 0.1
 
-    def __call__(self, name: str, pattern: str, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a tensor corrected, and what is still to be cut of it.
+    def __call__(
+        self, name: str, pattern: str, tensor: Tensor, keep: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
+        """Return a tensor corrected, what is still to be cut of it, and the sizes of its axes before that.
 
         Args:
             name (`str`): The teacher's parameter.
@@ -56,26 +58,22 @@ class Corrections:
             tensor (`Tensor`): Its values.
             keep (`dict[str, Tensor]`): What is kept of every axis where it stands.
         """
-        module = name.removesuffix(".weight")
+        module, sizes = name.removesuffix(".weight"), self.plan.before.sizes
         axis, layer, stored = self.taps.get(module, (None, None, ""))
         if axis not in keep or not name.endswith(".weight"):
-            return tensor, keep
-        sizes = self.plan.before.sizes
+            return tensor, keep, sizes
         if module in self.norms and "norm_ratio" in self.names:
             energy = self._read(stored, layer)
             ratio = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor)
-            return (tensor + self.offset) * ratio - self.offset, keep
+            return (tensor + self.offset) * ratio - self.offset, keep, sizes
         if module not in self.norms and "least_squares" in self.names:
             dims = axes.parse(pattern)
             position = dims.index(axes.dim_of(pattern, axis))
             kept = axes.dim_index(dims[position], {axis: keep[axis]}, sizes)
             corrected = least_squares(tensor.movedim(position, -1), self._read(stored, layer), kept, self.ridge)
-            return corrected.movedim(-1, position).contiguous(), {a: index for a, index in keep.items() if a != axis}
-        return tensor, keep
-
-    def sizes_of(self, keep: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return the sizes of the axes after a correction has cut those that are in `keep` but not `left` to cut."""
-        return {**self.plan.before.sizes, **{axis: len(keep[axis]) for axis in keep if axis not in left}}
+            left = {other: index for other, index in keep.items() if other != axis}
+            return corrected.movedim(-1, position).contiguous(), left, {**sizes, axis: len(keep[axis])}
+        return tensor, keep, sizes
 
     def _read(self, module: str, layer: int | None) -> Tensor:
         with safe_open(moments_path(self.moments, layer), framework="pt") as file:
@@ -95,13 +93,18 @@ def corrections_for(
     }
     norms = frozenset(module for module, (axis, *_) in taps.items() if axis == "hidden")
     taps |= {module: ("hidden", layer, stored) for module, (layer, stored) in family.readers_of(config).items()}
-    unknown = [name for name in names if name not in CORRECTIONS]
-    if unknown:
-        raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
+    check_names(names)
     for layer in {layer for _, layer, _ in taps.values()}:
         if names and not moments_path(moments, layer).is_file():
             raise ValueError(f"Corrections need {moments_path(moments, layer)}, which is missing: score with moments: true")
     return Corrections(moments, names, taps, norms, plan, family.norm_offset)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a correction that does not exist."""
+    unknown = [name for name in names if name not in CORRECTIONS]
+    if unknown:
+        raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
 
 
 def moments_path(folder: Path, layer: int | None) -> Path:

@@ -145,7 +145,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
     for stored in checkpoint.specs:
         for name in (stored, f"{prefix}.{stored}"):
             found = axes.match(name, rows)
-            if found and all(index < shape["layers" if axis.endswith("layers") else axis] for axis, index in found[1].items()):
+            if found and all(index < shape[axes.kind_of(axis)] for axis, index in found[1].items()):
                 names[stored] = name
                 break
     for stored in names:
@@ -197,11 +197,10 @@ def prune_tensors(
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:
-            tensor, left, sizes = read(stored), keep, plan.before.sizes
+            tensor, sizes = read(stored), plan.before.sizes
             if correct is not None:
-                tensor, left = correct(name, rows[row], tensor, keep)
-                sizes = correct.sizes_of(keep, left)
-            yield new_name, take(tensor, rows[row], left, sizes)
+                tensor, keep, sizes = correct(name, rows[row], tensor, keep)
+            yield new_name, take(tensor, rows[row], keep, sizes)
 
 
 def _rename(
@@ -209,13 +208,13 @@ def _rename(
 ) -> tuple[str, str | None, dict[str, Tensor] | None]:
     """Return a tensor's row, its name in the student (`None` when it is dropped) and what is kept where it stands."""
     row, indices = axes.match(name, rows)
-    layer = next((index for axis, index in indices.items() if axis.endswith("layers")), None)
+    layer = axes.layer_in(indices)
     keep = keep_at(layer, indices.get("experts"))
     if keep is None:
         return row, None, None
     places = {}
     for axis, index in indices.items():
-        axis_cut = "layers" if axis.endswith("layers") else axis
+        axis_cut = axes.kind_of(axis)
         if axis_cut in keep and index not in keep[axis_cut]:
             return row, None, None
         places[axis] = plan.position(axis_cut, index, layer)

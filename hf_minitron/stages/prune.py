@@ -10,7 +10,7 @@ from hf_minitron.checkpoint import Checkpoint, require_space, resolve
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import CORRECTIONS
+from hf_minitron.pruning.compensate import CORRECTIONS, check_names
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
@@ -47,9 +47,8 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     return before, after, family.rows_of(config)
 
 
-def inexact(args: Args, model: str) -> dict[str, str]:
-    """Return the axes of the target whose cut changes more than masking would, with the reason."""
-    before, after, _ = shapes(args, model)
+def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
+    """Return the axes of a cut that changes more than masking would, with the reason."""
     config = AutoConfig.from_pretrained(resolve(model))
     reasons = family_of(config).inexact_of(config)
     return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
@@ -57,9 +56,7 @@ def inexact(args: Args, model: str) -> dict[str, str]:
 
 def check(args: Args, run: Run) -> None:
     """Refuse an illegal target, a damaged or quantized checkpoint and a full disk before any weight is read."""
-    unknown = [name for name in args.corrections if name not in CORRECTIONS]
-    if unknown:
-        raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
+    check_names(args.corrections)
     if args.corrections and run.section("score").get("moments", True) is False:
         raise ValueError("corrections need what score measures with moments: true; set that, or corrections: []")
     _, after, rows = shapes(args, run.model)
