@@ -215,21 +215,30 @@ def dim_of(pattern: str, axis: str) -> Dim:
     return next(dim for dim in parse(pattern) if axis in dim_names(dim))
 
 
-def norm_along(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
-    """View the last dimension of an activation by axis and take the L2 norm over every other axis of its product.
+def by_axis(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
+    """View the last dimension of an activation by axis.
 
     Args:
-        activation (`Tensor` of shape `(batch, seq, dim)`): What a tap reads.
+        activation (`Tensor` of shape `(..., dim)`): What a tap reads.
         dim (`Dim`): The pattern of its last dimension; a single product.
-        axis (`str`): The axis to keep.
+        axis (`str`): The axis to view by.
         sizes (`Mapping[str, int]`): Size of every axis.
 
     Returns:
-        `Tensor` of shape `(batch, seq, axis)`: float32 norms; for a dimension that is the axis alone, the input itself.
+        `Tensor` of shape `(..., axis, rest)` with the other axes of the product as rest; `(..., axis)` when there are none.
     """
     (term,) = dim
     if term == (axis,):
         return activation
     viewed = activation.unflatten(-1, [sizes[a] for a in term])
-    others = [i - len(term) for i, a in enumerate(term) if a != axis]
-    return torch.linalg.vector_norm(viewed.float(), dim=others)
+    return viewed.movedim(term.index(axis) - len(term), -len(term)).flatten(1 - len(term))
+
+
+def labels(dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
+    """Return the index of an axis that every position along a dimension belongs to, shape `(dim,)`; all terms have the axis."""
+    found = []
+    for term in dim:
+        at, shape = term.index(axis), [sizes[a] for a in term]
+        index = torch.arange(sizes[axis]).view([-1 if position == at else 1 for position in range(len(term))])
+        found.append(index.expand(shape).flatten())
+    return torch.cat(found)

@@ -25,7 +25,9 @@ class Family:
         rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
             list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         taps (`Mapping[str, tuple[str, ...]]`): Axis to the modules where its activations are read.
-        readers (`Mapping[str, tuple[str, ...]]`): Projection that reads hidden channels, to all that have the same input.
+        readers (`Mapping[str, tuple[str, ...]]`): Norm to the projections that read what it gives.
+        plain_stream (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added to
+            the residual stream as they are; rotating it and merging layers take that for granted.
         config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
         stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
@@ -45,6 +47,7 @@ class Family:
     norm_offset: float = 0.0
     held_by: Mapping[str, object] = field(default_factory=dict)
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plain_stream: bool = False
 
     def shape_of(self, config: PreTrainedConfig) -> Shape:
         """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
@@ -109,12 +112,13 @@ class Family:
         return {axis: places for axis, places in taps.items() if places}
 
     def readers_of(self, config: PreTrainedConfig) -> dict[str, tuple[int | None, str]]:
-        """Return the projections that read hidden channels: to each its layer and the module where their input is looked at."""
-        found = {}
-        for tap, readers in self.readers.items():
-            where = dict(self._places(config, tap))
-            for reader in readers:
-                found |= {module: (layer, where[layer]) for layer, module in self._places(config, reader)}
+        """Return the projections that read hidden channels through a norm: to each its layer and the norm."""
+        found, parameters = {}, parameters_of(config)
+        for norm, readers in self.readers.items():
+            norms = dict(self._places(config, norm))
+            for layer, module in [place for reader in readers for place in self._places(config, reader)]:
+                if layer in norms and f"{module}.weight" in parameters:
+                    found[module] = (layer, norms[layer])
         return found
 
     def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
@@ -126,26 +130,40 @@ class Family:
 
 
 LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, readers=llama.LLAMA_READERS)
-MOE = Family(moe.MOE_ROWS, moe.MOE_TAPS, moe.QWEN_MOE_KEYS, moe.STORED)
+PLAIN = replace(LLAMA, plain_stream=True)
+MOE = Family(moe.MOE_ROWS, moe.MOE_TAPS, moe.QWEN_MOE_KEYS, moe.STORED, readers=moe.MOE_READERS)
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
+GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}, "norm_offset": 1.0}
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
+    **dict.fromkeys(llama.PLAIN_STREAM_MODEL_TYPES, PLAIN),
     # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
-    "llama": replace(LLAMA, held_by={"model_type": "mistral", "sliding_window": None}),
-    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, inexact={"hidden": SCALED_EMBEDDING}, norm_offset=1.0)),
+    "llama": replace(PLAIN, held_by={"model_type": "mistral", "sliding_window": None}),
+    **dict.fromkeys(llama.PARALLEL_MODEL_TYPES, replace(LLAMA, readers=llama.PARALLEL_READERS)),
+    "gemma": replace(PLAIN, **GEMMA),
+    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, readers=llama.GEMMA_READERS, **GEMMA)),
     "nemotron": replace(LLAMA, norm_offset=1.0),
-    "olmo2": replace(LLAMA, rows=llama.OLMO2_ROWS, inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)),
+    "olmo2": replace(
+        LLAMA,
+        rows=llama.OLMO2_ROWS,
+        readers=llama.HEAD_READERS,  # its norms stand behind attention and MLP
+        inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM),
+    ),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
-    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT),
-    "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_TAPS, gpt.GPT_NEOX_KEYS, gpt.GPT_NEOX_STORED),
-    "opt": Family(gpt.OPT_ROWS, gpt.OPT_TAPS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
+    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT, readers=gpt.GPT2_READERS),
+    "gpt_neox": Family(
+        gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_TAPS, gpt.GPT_NEOX_KEYS, gpt.GPT_NEOX_STORED, readers=gpt.GPT_NEOX_READERS
+    ),
+    "opt": Family(gpt.OPT_ROWS, gpt.OPT_TAPS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS, readers=gpt.OPT_READERS),
     "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
     "qwen2_moe": MOE,
     "qwen3_moe": MOE,
-    "gpt_oss": Family(moe.GPT_OSS_ROWS, moe.MOE_TAPS, moe.MIXTRAL_KEYS),
-    "deepseek_v3": Family(moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS),
+    "gpt_oss": Family(moe.GPT_OSS_ROWS, moe.MOE_TAPS, moe.MIXTRAL_KEYS, readers=moe.MOE_READERS),
+    "deepseek_v3": Family(
+        moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS, readers=moe.MOE_READERS
+    ),
 }
 
 

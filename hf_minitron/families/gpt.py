@@ -30,6 +30,11 @@ GPT2_TAPS = {
     "hidden": ("transformer.h.{layers}.ln_1", "transformer.h.{layers}.ln_2", "transformer.ln_f"),
     "layers": ("transformer.h.{layers}",),
 }
+GPT2_READERS = {
+    "transformer.h.{layers}.ln_1": ("transformer.h.{layers}.attn.c_attn",),
+    "transformer.h.{layers}.ln_2": ("transformer.h.{layers}.mlp.c_fc",),
+    "transformer.ln_f": ("lm_head",),
+}
 
 GPT2_INEXACT = {
     "layers": ("scale_attn_by_inverse_layer_idx", "attention is divided by the number of the layer, which a cut changes")
@@ -71,6 +76,11 @@ GPT_NEOX_TAPS = {
     ),
     "layers": ("gpt_neox.layers.{layers}",),
 }
+GPT_NEOX_READERS = {
+    "gpt_neox.layers.{layers}.input_layernorm": ("gpt_neox.layers.{layers}.attention.query_key_value",),
+    "gpt_neox.layers.{layers}.post_attention_layernorm": ("gpt_neox.layers.{layers}.mlp.dense_h_to_4h",),
+    "gpt_neox.final_layer_norm": ("lm_head",),
+}
 
 OPT_KEYS = {
     "layers": "num_hidden_layers",
@@ -111,6 +121,13 @@ OPT_TAPS = {
         "model.decoder.final_layer_norm",
     ),
     "layers": ("model.decoder.layers.{layers}",),
+}
+OPT_READERS = {
+    "model.decoder.layers.{layers}.self_attn_layer_norm": tuple(
+        f"model.decoder.layers.{{layers}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")
+    ),
+    "model.decoder.layers.{layers}.final_layer_norm": ("model.decoder.layers.{layers}.fc1",),
+    "model.decoder.final_layer_norm": ("lm_head",),
 }
 # Keys of config.json that repeat an axis.
 OPT_FOLLOWS = {"word_embed_proj_dim": "hidden"}

@@ -17,10 +17,14 @@ import hf_minitron
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
 from hf_minitron.families.family import family_of
+from hf_minitron.importance.activation import OUTGOING, REDUCTIONS
+from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.streamed import read_layers
-from hf_minitron.importance.taps import Reading, open_taps, save_moments
+from hf_minitron.importance.taps import DEFAULT, WIDTHS, Reading, open_taps, save_moments
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+
+SCORED = (*WIDTHS, "experts", "layers")
 
 
 def calibrate(
@@ -31,6 +35,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     state_bytes: int = 4_000_000_000,
     moments: str | Path | None = None,
+    metric: str | Mapping[str, str] = DEFAULT,
 ) -> Scores:
     """Score every axis of a model with one forward pass over a text.
 
@@ -49,13 +54,18 @@ def calibrate(
         moments (`str` or `Path`, *optional*): A folder to write what corrections after pruning need (`prune_model(...,
             moments=...)`): second moments at the inputs of projections, energies at those of norms. Of a model in memory
             they are held until the end: `ffn` squared numbers a layer.
+        metric (`str` or `Mapping[str, str]`, *optional*, defaults to `"l2_mean"`): How indices are scored: one name for all
+            width axes, or axis to name. A reduction over batch and sequence of what passes (`l2_mean`, `mean_mean`,
+            `l2_variance`...; 2407.14679, table 11); `contribution`, `contribution_abs` or `fluctuation`, with the weights that
+            take it up (not for `hidden`); for any axis the baselines `magnitude` (of weights) and `random`.
 
     Returns:
         `Scores`: `ffn`, `heads` and `experts` per layer, NaN for a layer without the axis; `hidden` summed over all norms;
             `layers` by Block Importance.
 
     Raises:
-        ValueError: naming the tensor, when weights or activations hold NaN or infinity; for fewer blocks than processes.
+        ValueError: naming the tensor, when weights or activations hold NaN or infinity; for fewer blocks than processes; for a
+            metric that does not exist, or not for its axis.
 
     Example:
 
@@ -64,15 +74,36 @@ def calibrate(
     >>> scores.save("scores.safetensors")
     ```
     """
+    metrics = check_metric(metric)
+    read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
     batches = _own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
-        readings = save_moments(_read_model(model, batches, moments is not None), folder)
+        readings = save_moments(_read_model(model, batches, moments is not None, read), folder)
     else:
-        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder)
-    shape = family_of(config).shape_of(config)
-    return Scores(_by_axis(readings, shape), _provenance(config, dtype, blocks))
+        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder, read)
+    scores = _by_axis(readings, family_of(config).shape_of(config))
+    for axis in scores.keys() & metrics.keys() - read.keys():
+        scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
+    return Scores(scores, _provenance(config, dtype, blocks) | {f"metric.{axis}": name for axis, name in metrics.items()})
+
+
+def check_metric(metric: str | Mapping[str, str]) -> dict[str, str]:
+    """Return the metric of every axis that one is given for.
+
+    Raises:
+        ValueError: for a metric that does not exist, or not for its axis.
+    """
+    by_axis = dict.fromkeys(SCORED if metric in BASELINES else WIDTHS, metric) if isinstance(metric, str) else dict(metric)
+    for axis, name in by_axis.items():
+        known = [*(REDUCTIONS if axis in WIDTHS else ()), *(OUTGOING if axis in WIDTHS[:-1] else ()), *BASELINES]
+        if axis not in SCORED:
+            raise ValueError(f"metric: {axis!r} is none of {', '.join(SCORED)}")
+        if name not in known:
+            hint = ". Write metric as axis: name lines, such as ffn: contribution" if name in OUTGOING else ""
+            raise ValueError(f"metric: {name!r} is none of those for {axis}: {', '.join(known)}{hint}")
+    return by_axis
 
 
 def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
@@ -85,12 +116,15 @@ def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     return list(blocks.with_format("torch").iter(batch_size))
 
 
-def _read_model(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool) -> list[Reading]:
+def _read_model(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool, metrics: Mapping[str, str]
+) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
     family = family_of(model.config)
     device = model.get_input_embeddings().weight.device
     device = model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
-    with torch.inference_mode(), open_taps(model, family, family.shape_of(model.config).sizes, moments) as taps:
+    sizes = family.shape_of(model.config).sizes
+    with torch.inference_mode(), open_taps(model, family, sizes, moments, metrics) as taps:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
             taps.run(model, batch, device)
     return taps.readings

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SecondMoment:
-    """E[x xᵀ] at the input of a projection, over every fourth token: enough for least squares (n samples for n channels do).
+    """E[x xᵀ] and E[x] of what a projection reads, over every fourth token: for least squares, n samples do for n channels.
 
     Example:
 
@@ -16,14 +16,14 @@ class SecondMoment:
     >>> metric = SecondMoment()
     >>> metric.update(torch.randn(2, 16, 96))  # (batch, seq, ffn)
     >>> metric.finish().shape
-    torch.Size([96, 96])
+    torch.Size([97, 96])
     ```
     """
 
     every = 4
 
     def __init__(self):
-        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of x xᵀ, the number of tokens
+        self.totals: list[Tensor | float] = [0.0, 0.0, 0.0]  # the sums over tokens of x xᵀ and of x, the number of tokens
 
     def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch.
@@ -35,11 +35,13 @@ class SecondMoment:
         tokens = activation.flatten(0, 1)
         tokens = (tokens if mask is None else tokens[mask.flatten() > 0])[:: self.every].float()
         self.totals[0] = self.totals[0] + tokens.T @ tokens
-        self.totals[1] = self.totals[1] + torch.tensor(float(len(tokens)), device=tokens.device)
+        self.totals[1] = self.totals[1] + tokens.sum(0)
+        self.totals[2] = self.totals[2] + torch.tensor(float(len(tokens)), device=tokens.device)
 
     def finish(self) -> Tensor:
-        """Return the float32 moment, shape `(size, size)`."""
-        return self.totals[0] / self.totals[1].clamp(min=1)
+        """Return the float32 moment with the mean as its last row, shape `(size + 1, size)`."""
+        moment, mean, count = self.totals
+        return torch.cat([moment, mean[None]]) / count.clamp(min=1)
 
 
 class ChannelEnergy:

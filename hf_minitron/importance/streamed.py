@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from hf_minitron import axes
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
 from hf_minitron.families.family import Family, base_prefix, family_of
 from hf_minitron.families.student import student_config
-from hf_minitron.importance.taps import Reading, open_taps, save_moments
+from hf_minitron.importance.taps import Reading, Taps, open_taps, save_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_tensors, stored_names
@@ -35,6 +36,7 @@ def read_layers(
     device: torch.device,
     state_bytes: int,
     moments: Path | None = None,
+    metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
     """Run a checkpoint over all batches, layer by layer, with its taps open.
 
@@ -45,6 +47,7 @@ def read_layers(
         device (`torch.device`): Where a layer runs.
         state_bytes (`int`): Memory for waiting states.
         moments (`Path`, *optional*): Where to write what corrections need, layer by layer.
+        metrics (`Mapping[str, str]`, *optional*): Width axis to the name of its metric.
 
     Returns:
         `tuple`: The config, the dtype, and what every tap has read.
@@ -61,7 +64,10 @@ def read_layers(
         states = stack.enter_context(_waiting_states(batches, config.hidden_size * dtype.itemsize, state_bytes))
         for layer in range(layers):
             give_back_freed_memory()  # the layer's before: loading it has used several threads
-            found = _read_layer(loader.model_of(layer), family, layer, batches, states, bar, device, moments is not None)
+            model = loader.model_of(layer)
+            sizes = family.shape_of(model.config).sizes
+            with open_taps(model, family, sizes, moments is not None, metrics) as taps:
+                found = _read_layer(model, family, layer, batches, states, bar, device, taps)
             kept = [reading for reading in found if reading.layer is not None or layer == layers - 1]
             readings += save_moments(kept, moments)
     return config, dtype, readings
@@ -75,7 +81,7 @@ def _read_layer(
     states: "_States",
     bar: tqdm,
     device: torch.device,
-    moments: bool,
+    taps: Taps,
 ) -> list[Reading]:
     """Send all batches through one layer; return what its taps, and those beyond the layers, have read."""
     module = model.get_submodule(family.taps["layers"][0].format(layers=0).removeprefix(f"{base_prefix(model.config)}."))
@@ -94,11 +100,10 @@ def _read_layer(
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
-    with open_taps(model, family, family.shape_of(model.config).sizes, moments) as taps:
-        for batch in batches:
-            current += 1
-            taps.run(model, batch, device)
-            bar.update()
+    for batch in batches:
+        current += 1
+        taps.run(model, batch, device)
+        bar.update()
     for hook in hooks:
         hook.remove()
     own = [reading for reading in taps.readings if reading.layer is not None]

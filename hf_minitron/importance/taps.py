@@ -4,28 +4,29 @@ It must not know how a metric computes its score, nor who runs the model.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_minitron import axes
 from hf_minitron.families.family import Family, base_prefix
-from hf_minitron.importance.activation import ActivationNorm
+from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation
 from hf_minitron.importance.experts import RoutedOutputNorm
 from hf_minitron.importance.layers import BlockImportance
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
-from hf_minitron.pruning.compensate import moments_path
+from hf_minitron.importance.routed import observer
+from hf_minitron.pruning.compensate import OUTPUT, moments_path
 
 
 class Metric(Protocol):
@@ -40,19 +41,13 @@ class Metric(Protocol):
         """Return the score of every index."""
 
 
-METRICS: dict[str, type[Metric]] = {
-    "ffn": ActivationNorm,
-    "dense_ffn": ActivationNorm,
-    "shared_ffn": ActivationNorm,
-    "heads": ActivationNorm,
-    "hidden": ActivationNorm,
-    "layers": BlockImportance,
-    "experts": RoutedOutputNorm,
-}
-
+# The papers' metric for every width axis (2407.14679, table 11), and the axes that it is for.
+DEFAULT = "l2_mean"
+WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
 
 # What corrections need, read at the taps of the same axis; their readings' axis is named so.
 MOMENT = ".moment"
+READERS = f"readers{MOMENT}"
 MOMENTS: dict[str, type[Metric]] = {
     "ffn": SecondMoment,
     "dense_ffn": SecondMoment,
@@ -71,12 +66,14 @@ class Reading:
         layer (`int`, *optional*): The model's layer; `None` outside of the layers.
         module (`str`): Full name of the module.
         metrics (`list`): Its metrics.
+        dim (`Dim`, *optional*): The pattern of the last dimension of what the tap reads, to view it by axis.
     """
 
     axis: str
     layer: int | None
     module: str
     metrics: list[Metric]
+    dim: axes.Dim | None = None
 
     def add_up_processes(self) -> None:
         """Let the totals of all processes of `accelerate launch` be everybody's."""
@@ -95,11 +92,13 @@ class Taps:
     """The open taps of a model.
 
     Args:
+        sizes (`Mapping[str, int]`): The size of every axis.
         readings (`list[Reading]`): One per axis and place.
         mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding in the batch that is under way.
         batch_shape (`tuple[int, int]`): `(batch, seq)` of that batch.
     """
 
+    sizes: Mapping[str, int]
     readings: list[Reading] = field(default_factory=list)
     mask: Tensor | None = None
     batch_shape: tuple[int, int] = (0, 0)
@@ -120,6 +119,8 @@ class Taps:
         """Hand an activation to a reading, with the mask, in the batch's shape (a mixture flattens its tokens)."""
         if isinstance(activation, Tensor):
             activation = activation.reshape(*self.batch_shape, -1)
+            if reading.dim is not None:
+                activation = axes.by_axis(activation, reading.dim, reading.axis, self.sizes)
         device = (activation if isinstance(activation, Tensor) else activation[1]).device
         reading.metrics[0].update(activation, None if self.mask is None else self.mask.to(device))
 
@@ -142,7 +143,13 @@ class Taps:
 
 
 @contextmanager
-def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int], moments: bool = False) -> Iterator[Taps]:
+def open_taps(
+    model: PreTrainedModel,
+    family: Family,
+    sizes: Mapping[str, int],
+    moments: bool = False,
+    metrics: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Taps]:
     """Feed metrics from a model's forward passes until the context ends.
 
     Args:
@@ -150,33 +157,38 @@ def open_taps(model: PreTrainedModel, family: Family, sizes: Mapping[str, int], 
         family (`Family`): Its family.
         sizes (`Mapping[str, int]`): The size of every axis.
         moments (`bool`, *optional*, defaults to `False`): Whether to read what corrections need as well.
+        metrics (`Mapping[str, str]`, *optional*): Width axis to the name of its metric; `l2_mean` where left out.
     """
-    taps, hooks, observed = Taps(), [], {}
+    taps, hooks, observed = Taps(sizes), [], {}
     base = model.base_model
     modules = dict(base.named_modules())
 
-    def tap(axis: str, layer: int | None, name: str, kind: type[Metric]) -> None:
+    def tap(axis: str, layer: int | None, name: str, kind: Callable[..., Metric]) -> None:
         module, routed = modules[name.removeprefix(f"{base_prefix(model.config)}.")], name.endswith(".experts")
-        count = sizes["experts"] if routed and axis == "ffn" else 1
-        reading = Reading(axis, layer, name, [kind() for _ in range(count)])
+        dim = _dim_of(family, name, axis) if axis in WIDTHS and axis != "hidden" else None
+        if kind in OUTGOING.values():
+            made = [kind(outgoing) for outgoing in _outgoing(module, family, name, axis, sizes)]
+        else:
+            made = [kind() for _ in range(sizes["experts"] if routed and axis == "ffn" else 1)]
+        reading = Reading(axis, layer, name, made, dim)
         taps.readings.append(reading)
         if routed:
             observed.setdefault(module, {})[axis] = reading
         else:
-            hooks.append(module.register_forward_hook(_hook(taps, reading, family, sizes), with_kwargs=True))
+            hooks.append(module.register_forward_hook(_hook(taps, reading), with_kwargs=True))
 
     for axis, places in family.taps_of(model.config).items():
         for layer, name in places:
-            tap(axis, layer, name, METRICS[axis])
+            tap(axis, layer, name, _metric(axis, metrics.get(axis, DEFAULT)))
             if moments and axis in MOMENTS and not name.endswith(".experts"):
                 tap(f"{axis}{MOMENT}", layer, name, MOMENTS[axis])
     for layer, name in dict.fromkeys(family.readers_of(model.config).values()) if moments else ():
-        tap(f"readers{MOMENT}", layer, name, SecondMoment)
+        tap(READERS, layer, name, SecondMoment)
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:
             for module, readings in observed.items():
-                module.observe = _observer(taps, readings)
+                module.observe = observer(taps, readings)
             base.set_experts_implementation("hf_minitron")
         yield taps
     finally:
@@ -194,7 +206,8 @@ def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Readi
     for reading in readings:
         if reading.axis.endswith(MOMENT):
             reading.add_up_processes()
-            by_layer.setdefault(reading.layer, {})[reading.module] = reading.finish().cpu().contiguous()
+            name = f"{reading.module}{OUTPUT if reading.axis == READERS else ''}"
+            by_layer.setdefault(reading.layer, {})[name] = reading.finish().cpu().contiguous()
     if by_layer and PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for layer, tensors in by_layer.items():
@@ -202,74 +215,51 @@ def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Readi
     return [reading for reading in readings if not reading.axis.endswith(MOMENT)]
 
 
-def _hook(taps: Taps, reading: Reading, family: Family, sizes: Mapping[str, int]):
-    if reading.axis.endswith(MOMENT):
-
-        def hook(module, args, kwargs, output):
-            taps.update(reading, args[0] if args else kwargs["hidden_states"])
-
-    elif reading.axis == "hidden":
-
-        def hook(module, args, kwargs, output):
-            taps.update(reading, output)
-
-    elif reading.axis == "layers":
+def _hook(taps: Taps, reading: Reading):
+    if reading.axis == "layers":
 
         def hook(module, args, kwargs, output):
             before = args[0] if args else kwargs["hidden_states"]
             taps.update(reading, (before, output[0] if isinstance(output, tuple) else output))
 
-    else:  # read before the projection, whose input is the axis
-        row, _ = axes.match(f"{reading.module}.weight", family.rows)
-        dim = axes.dim_of(family.rows[row], reading.axis)
+    elif reading.axis in ("hidden", READERS):  # what a norm gives
 
         def hook(module, args, kwargs, output):
-            taps.update(reading, axes.norm_along(args[0], dim, reading.axis, sizes))
+            taps.update(reading, output)
+
+    else:  # what a projection (or, for energies, a norm) is given
+
+        def hook(module, args, kwargs, output):
+            taps.update(reading, args[0] if args else kwargs["hidden_states"])
 
     return hook
 
 
-def _observer(taps: Taps, readings: Mapping[str, Reading]):
-    """Return what `_observed_experts` calls for every expert, and once with `None` when it has been through all."""
-    norms: list[Tensor] = []
-
-    def observe(expert: int | None, tokens: Tensor | None = None, inner: Tensor | None = None, output: Tensor | None = None):
-        batch, seq = taps.batch_shape
-        if expert is None:
-            taps.update(readings["experts"], torch.stack(norms, -1))
-            norms.clear()
-            return
-        norm = torch.zeros(batch * seq, device=output.device)
-        norms.append(norm.index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1)))
-        mask, lengths = None, seq
-        if taps.mask is not None:
-            mask = taps.mask.to(inner.device).flatten()[tokens]
-            lengths = taps.mask.to(inner.device).sum(1, keepdim=True).clamp(min=1)
-            inner = inner * mask[:, None].to(inner.dtype)
-        by_sample = pad_sequence(inner.split(torch.bincount(tokens // seq, minlength=batch).tolist()), batch_first=True)
-        readings["ffn"].metrics[expert].update(by_sample, lengths=lengths)
-
-    return observe
+def _metric(axis: str, name: str) -> Callable[..., Metric]:
+    """Return what makes the metric of an axis."""
+    if axis not in WIDTHS:
+        return {"layers": BlockImportance, "experts": RoutedOutputNorm}[axis]
+    return OUTGOING[name] if name in OUTGOING else partial(Activation, *REDUCTIONS[name])
 
 
-def _observed_experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run a layer's experts one by one and show each what passes through it; `self` is the module that holds them."""
-    result = torch.zeros_like(hidden_states)
-    for expert in range(self.num_experts):
-        tokens, slots = torch.where(top_k_index == expert)  # ascending tokens
-        inner = _projected(self, hidden_states[tokens], "gate_up_proj", expert)
-        inner = self._apply_gate(inner)  # (tokens, ffn)
-        output = _projected(self, inner, "down_proj", expert) * top_k_weights[tokens, slots, None]
-        result.index_add_(0, tokens, output.to(result.dtype))
-        self.observe(expert, tokens, inner, output)
-    self.observe(None)
-    return result
+def _projection(family: Family, name: str) -> tuple[str, str]:
+    """Return the parameter that takes up what a tap reads, and its pattern."""
+    parameter = f"{name}.down_proj" if name.endswith(".experts") else f"{name}.weight"
+    return parameter.rpartition(".")[2], family.rows[axes.match(parameter, family.rows)[0]]
 
 
-def _projected(experts, states: Tensor, name: str, expert: int) -> Tensor:
-    weight = getattr(experts, name)[expert]
-    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return torch.nn.functional.linear(states, weight.T if experts.is_transposed else weight, bias)
+def _dim_of(family: Family, name: str, axis: str) -> axes.Dim:
+    return axes.dim_of(_projection(family, name)[1], axis)
 
 
-ALL_EXPERTS_FUNCTIONS.register("hf_minitron", _observed_experts)
+def _outgoing(module: nn.Module, family: Family, name: str, axis: str, sizes: Mapping[str, int]) -> list[Tensor]:
+    """Return the norms of the columns that an axis goes out through, viewed by axis; one tensor per routed expert."""
+    parameter, pattern = _projection(family, name)
+    weight, dims = getattr(module, parameter), axes.parse(pattern)
+    if weight.device.type == "meta":
+        raise ValueError(f"{name!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean")
+    dim = axes.dim_of(pattern, axis)
+    routed = dims[0] == (("experts",),)
+    others = [at for at in range(weight.dim()) if at != dims.index(dim) and not (routed and at == 0)]
+    norms = torch.linalg.vector_norm(weight.detach().float(), dim=others)  # (dim,) or (experts, dim)
+    return [axes.by_axis(norm, dim, axis, sizes) for norm in (norms if routed else [norms])]

@@ -16,6 +16,9 @@ from hf_minitron import axes
 from hf_minitron.families.family import Family
 from hf_minitron.plan import Plan
 
+# What a norm gives is stored beside what it is given, under the norm's name and this.
+OUTPUT = ".output"
+
 CORRECTIONS = {
     "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
     "norm_ratio": "the weights of norms allow for the energy of the hidden channels that are gone",
@@ -70,7 +73,7 @@ class Corrections:
             dims = axes.parse(pattern)
             position = dims.index(axes.dim_of(pattern, axis))
             kept = axes.dim_index(dims[position], {axis: keep[axis]}, sizes)
-            corrected = least_squares(tensor.movedim(position, -1), self._read(stored, layer), kept, self.ridge)
+            corrected = least_squares(tensor.movedim(position, -1), self._read(stored, layer)[:-1], kept, self.ridge)
             left = {other: index for other, index in keep.items() if other != axis}
             return corrected.movedim(-1, position).contiguous(), left, {**sizes, axis: len(keep[axis])}
         return tensor, keep, sizes
@@ -92,12 +95,20 @@ def corrections_for(
         if not module.endswith(".experts")
     }
     norms = frozenset(module for module, (axis, *_) in taps.items() if axis == "hidden")
-    taps |= {module: ("hidden", layer, stored) for module, (layer, stored) in family.readers_of(config).items()}
+    taps |= {module: ("hidden", layer, f"{norm}{OUTPUT}") for module, (layer, norm) in family.readers_of(config).items()}
+    taps |= {alias: taps[module] for module in taps for alias in _aliases(family, module)}
     check_names(names)
     for layer in {layer for _, layer, _ in taps.values()}:
         if names and not moments_path(moments, layer).is_file():
             raise ValueError(f"Corrections need {moments_path(moments, layer)}, which is missing: score with moments: true")
     return Corrections(moments, names, taps, norms, plan, family.norm_offset)
+
+
+def _aliases(family: Family, module: str) -> list[str]:
+    """Return the names under which a checkpoint may store a module."""
+    found = axes.match(f"{module}.weight", family.rows)
+    stored = family.stored.get(found[0], ()) if found else ()
+    return [row.format_map(found[1]).removesuffix(".weight") for row in stored]
 
 
 def check_names(names: Sequence[str]) -> None:
