@@ -64,6 +64,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.yaxis.set_major_formatter("{x:,.4g}")
         axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
         axes.margins(x=0.12, y=0.15)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.set_xlabel("million parameters")
         axes.set_ylabel("perplexity")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.2)
@@ -91,7 +92,8 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         for y, row in enumerate(sizes.values()) if layers <= 64 else ():
             for x, size in enumerate(row):
                 ink = "white" if shares[y][x] > 0.6 else "#1f2937"
-                axes.text(x, y, size, ha="center", va="center", fontsize=8, color=ink, rotation=90 if upright else 0)
+                turned = 90 if upright and size > 99 else 0
+                axes.text(x, y, size, ha="center", va="center", fontsize=8, color=ink, rotation=turned)
         axes.set_yticks(range(len(sizes)), list(sizes))
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))

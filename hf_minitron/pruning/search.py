@@ -93,7 +93,9 @@ def limits_of(budget: Mapping[str, object], teacher: Mapping[str, float]) -> dic
             except ValueError:
                 number = None
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-            raise ValueError(f"budget: {name}: {value!r} is neither a number above 0 nor a share of the teacher's such as '50%'")
+            raise ValueError(
+                f"budget: {name}: {value!r} is neither a number above 0 nor a share of the teacher's such as '50%'"
+            )
         limits[name] = number
     if not limits:
         raise ValueError(f"budget is empty: set any of {', '.join(teacher)}")

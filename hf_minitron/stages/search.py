@@ -37,7 +37,9 @@ class Args:
     """The `search:` section."""
 
     budget: dict = field(
-        metadata={"help": f"Any of {', '.join([*search.COSTS, *search.SPEEDS])}: a number, or a share of the teacher's ('50%')."}
+        metadata={
+            "help": f"Any of {', '.join([*search.COSTS, *search.SPEEDS])}: a number, or a share of the teacher's ('50%')."
+        }
     )
     grid: dict | None = field(
         default=None, metadata={"help": "Sizes to try by axis, the others as they are; when left out, some of the usual axes."}
@@ -115,7 +117,9 @@ def run(args: Args, run: Run, out: Path) -> None:
 def report(run: Run) -> str:
     """Write every candidate's recipe, share the finished scores with it, and say how to run it."""
     args, found = bind(run, "search", Args), load(run)
-    lines = [f"{found['near_the_budget']:,} shapes near the budget; the best by score, to be judged after a short distillation:"]
+    lines = [
+        f"{found['near_the_budget']:,} shapes near the budget; the best by score, to be judged after a short distillation:"
+    ]
     for entry in found["candidates"]:
         child = candidate(run, entry["name"], entry["target"], args)
         start(child, run)
