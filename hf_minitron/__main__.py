@@ -43,8 +43,8 @@ small one, evaluate both, publish the result. A recipe (a YAML file with one sec
   hf-minitron prune recipe.yaml     one stage
   hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
 
-Which target? `search` (after `score`) turns a budget into a handful of shapes, each a recipe for a short run; when these have run,
-`select` ranks them and writes the recipe of the best:
+Which target? `search` (after `score`) turns a budget into a handful of shapes, each a recipe for a short run; when these have
+run, `select` ranks them and writes the recipe of the best:
 
   hf-minitron search recipe.yaml --search.budget.parameters 50%
   hf-minitron select recipe.yaml

@@ -55,8 +55,10 @@ def allocate(
         raise ValueError(f"The least possible cost is {_words(least)}, more than the budget of {_words(limits)}")
     chosen = _solve(costs, errors, limits, counts)
     if chosen is None:
-        raise ValueError(f"The budgets of {_words(limits)} can be met one by one, but not all at once. The least possible costs "
-                         f"are {_words(least)}; raise one budget")  # fmt: skip
+        raise ValueError(
+            f"The budgets of {_words(limits)} can be met one by one, but not all at once. The least possible costs are "
+            f"{_words(least)}; raise one budget"
+        )
     return dict(zip(options, (chosen - starts).tolist(), strict=True))
 
 

@@ -205,7 +205,7 @@ def _measured(found: Iterable[Candidate], space: _Space, limits: Mapping[str, fl
     if looked_at and not near:
         nearest = min(used, key=lambda use: abs(use - 1))
         raise ShapeError(
-            f"Measured, none of the {len(looked_at)} best shapes is within {args.tolerance:.0%} of the budget; the nearest needs "
-            f"{nearest:.0%} of it. Raise search.tolerance, or measure on a machine that does nothing else"
+            f"Measured, none of the {len(looked_at)} best shapes is within {args.tolerance:.0%} of the budget; the nearest "
+            f"needs {nearest:.0%} of it. Raise search.tolerance, or measure on a machine that does nothing else"
         )
     return near
