@@ -21,7 +21,7 @@ from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, done_digest, finish, load_recipe, read_yaml
 from hf_minitron.shape import Shape
-from hf_minitron.stages import distill, evaluate, prune, publish, score
+from hf_minitron.stages import distill, evaluate, prune, publish, score, search, select
 
 STAGES: dict[str, ModuleType] = {
     "score": score,
@@ -30,6 +30,9 @@ STAGES: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "publish": publish,
 }
+# What looks for the target rather than making a model: not part of `run`.
+SEARCH: dict[str, ModuleType] = {"search": search, "select": select}
+VERBS = STAGES | SEARCH
 
 INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
@@ -39,6 +42,12 @@ small one, evaluate both, publish the result. A recipe (a YAML file with one sec
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
   hf-minitron prune recipe.yaml     one stage
   hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
+
+Which target? `search` (after `score`) turns a budget into a handful of shapes, each a recipe for a short run; when these have
+run, `select` ranks them and writes the recipe of the best:
+
+  hf-minitron search recipe.yaml --search.budget.parameters 50%
+  hf-minitron select recipe.yaml
 """
 
 
@@ -47,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     args, rest = _parser().parse_known_args(argv)
     try:
-        run = load_recipe(args.recipe, _overrides(rest), {name: module.Args for name, module in STAGES.items()})
+        run = load_recipe(args.recipe, _overrides(rest), {name: module.Args for name, module in VERBS.items()})
         if args.verb == "plan":
             print(plan_text(run))
             return 0
@@ -57,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_all(run, args.push)
         else:
             run_stages(run, [args.verb], getattr(args, "push", False))
+        if args.verb in SEARCH and PartialState().is_main_process:
+            print("\n" + SEARCH[args.verb].report(run))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -103,14 +114,14 @@ def run_all(run: Run, push: bool) -> None:
 def run_stages(run: Run, stages: Sequence[str], push: bool, estimate: bool = False) -> None:
     """Do some stages in order: all their checks first, on every process of `accelerate launch`, then the work."""
     state = PartialState()
-    bound = {name: bind(run, name, STAGES[name].Args) for name in stages}
+    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     if state.is_main_process:
         run.check_owner()
         for name, args in bound.items():
             try:
-                STAGES[name].check(args, run)
+                VERBS[name].check(args, run)
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
         run.claim()  # only a run whose checks all pass
@@ -141,9 +152,11 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 
 def _do(run: Run, name: str, args: object) -> None:
     """Do one stage unless it is done. All processes of `accelerate launch` score and train; one does the rest."""
-    state, module, start = PartialState(), STAGES[name], time.time()
+    state, module, start = PartialState(), VERBS[name], time.time()
     if state.is_main_process:
         _check_needs(run, name)
+        if module is select:  # always anew: it takes seconds, and other candidates may have come in
+            (run.path(name) / "done.json").unlink(missing_ok=True)
     folder = [begin(run, name, module.NEEDS) if state.is_main_process else None]
     broadcast_object_list(folder)
     if folder[0] is None:
@@ -161,9 +174,9 @@ def _do(run: Run, name: str, args: object) -> None:
 
 def _check_needs(run: Run, name: str) -> None:
     """Refuse to build on a stage that was done with other settings than the recipe's."""
-    for need in STAGES[name].NEEDS:
+    for need in VERBS[name].NEEDS:
         _check_needs(run, need)
-        if done_digest(run.path(need)) not in (None, run.digest(need, STAGES[need].NEEDS)):
+        if done_digest(run.path(need)) not in (None, run.digest(need, VERBS[need].NEEDS)):
             raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
 
 
@@ -191,7 +204,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    texts = {name: _summary(module) for name, module in STAGES.items()}
+    texts = {name: _summary(module) for name, module in VERBS.items()}
     texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
     texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
     for name, text in texts.items():
@@ -208,9 +221,9 @@ def _keys(name: str) -> str:
     """List what a stage's section knows, for its help."""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
-    for stage in [stage for stage in STAGES if name in (stage, "run")]:
-        known = set(STAGES[stage].Args.__annotations__) | set(distill.OWN_ARGUMENTS)  # not all of TrainingArguments
-        fields = [field for field in dataclasses.fields(STAGES[stage].Args) if field.name in known]
+    for stage in STAGES if name == "run" else [name] if name in VERBS else []:
+        known = set(VERBS[stage].Args.__annotations__) | set(distill.OWN_ARGUMENTS)  # not all of TrainingArguments
+        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if field.name in known]
         lines += [f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}" for field in fields]
         if stage == "distill":
             lines.append("  distill.*                and every field of transformers.TrainingArguments")

@@ -29,7 +29,8 @@ class Shape:
 
     Args:
         sizes (`Mapping[str, int]`): Number of entries of each axis of `AXES`; with them, what a family's patterns or its router
-            need and no cut changes (`qkv`, `experts_per_token`).
+            need and no cut changes (`qkv`, `experts_per_token`). NumPy arrays of sizes make it many shapes, whose costs are
+            then counted at once.
     """
 
     sizes: Mapping[str, int]
@@ -61,9 +62,9 @@ class Shape:
             looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
             if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
                 continue
-            share = self["experts_per_token"] / self["experts"] if routed else 1
-            flops += 2 * self._copies(row) * math.prod(axes.tensor_shape(pattern, self.sizes)) * share
-        return round(flops)
+            weights = self._copies(row) * math.prod(axes.tensor_shape(pattern, self.sizes))
+            flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
+        return flops
 
     def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
         """Count the bytes that one token adds to the KV cache: in every layer a key and a value for each KV head.
@@ -98,7 +99,7 @@ class Shape:
         if bad:
             raise ShapeError(f"multiple_of: {bad[0]!r}: {multiple_of[bad[0]]!r} is not an axis of {', '.join(CUTTABLE)} with a "
                              "whole number from 1 on")  # fmt: skip
-        problems = [p for axis, size in target.items() for p in self._problems(axis, size, multiple_of)]
+        problems = [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
         after = Shape(self._followed({**self.sizes, **target}, target))
@@ -155,7 +156,8 @@ class Shape:
             f"use {least} or more{step}"
         ]
 
-    def _problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
+    def size_problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
+        """Say what is wrong with the new size of one axis, whatever the others are."""
         known = [known for known in CUTTABLE if known in self.sizes]
         if axis not in known:
             near = difflib.get_close_matches(str(axis), known, n=1)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
+from hf_minitron.shape import Shape
 
 
 @torch.inference_mode()
@@ -47,6 +48,24 @@ def tokens_per_second(
                 times[name]["prefill"].append(prompt_tokens / prefill)
                 times[name]["decode"].append(new_tokens / max(long - short, 1e-9))
     return {name: {kind: statistics.median(values) for kind, values in kinds.items()} for name, kinds in times.items()}
+
+
+def shape_tokens_per_second(
+    config: PreTrainedConfig, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Measure prefill and decoding of a random model of some shape: how fast a student would be, before there is one.
+
+    Args:
+        config (`PreTrainedConfig`): The teacher's config.
+        shape (`Shape`): The shape to measure, the teacher's or what it can be cut to.
+        dtype (`torch.dtype`): The dtype it will run in.
+        device (`torch.device`): Where it will run.
+    """
+    family = family_of(config)
+    config = student_config(config, family, Plan(family.shape_of(config), shape, {"layers": list(range(shape["layers"]))}))
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return tokens_per_second({"": model})[""]
 
 
 @torch.inference_mode()

@@ -18,6 +18,8 @@ from hf_minitron.shape import CUTTABLE, Shape
 
 NEEDS = ("score",)
 
+MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
+
 
 @dataclass(frozen=True)
 class Args:
@@ -25,7 +27,7 @@ class Args:
 
     target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
     multiple_of: dict = field(
-        default_factory=lambda: {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8},
+        default_factory=lambda: dict(MULTIPLE_OF),
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
     )
     corrections: list = field(

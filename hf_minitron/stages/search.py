@@ -1,0 +1,211 @@
+"""search: the shapes near a budget that keep most of what matters, each as a recipe for a short run."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.evaluation.speed import shape_tokens_per_second
+from hf_minitron.families.family import Family, family_of
+from hf_minitron.families.student import check_target
+from hf_minitron.pruning import search
+from hf_minitron.pruning.search import Candidate
+from hf_minitron.run import Run, bind, done_digest
+from hf_minitron.scores import Scores
+from hf_minitron.shape import Shape, ShapeError
+from hf_minitron.stages import distill, evaluate
+from hf_minitron.stages.prune import MULTIPLE_OF
+
+NEEDS = ("score",)
+
+# Candidates live beside the stages' folders: a search that is done again replaces its own folder, never a candidate's run.
+FOLDER = "candidates"
+PROBES = 5  # random models, and the teacher's shape, whose measured speed predicts that of the others
+
+
+@dataclass(frozen=True)
+class Args:
+    """The `search:` section."""
+
+    budget: dict = field(
+        metadata={
+            "help": f"Any of {', '.join([*search.COSTS, *search.SPEEDS])}: a number, or a share of the teacher's ('50%')."
+        }
+    )
+    grid: dict | None = field(
+        default=None, metadata={"help": "Sizes to try by axis, the others as they are; when left out, some of the usual axes."}
+    )
+    multiple_of: dict | None = field(default=None, metadata={"help": "Divisors of new sizes; prune.multiple_of when left out."})
+    tensor_parallel: int = field(
+        default=1, metadata={"min": 1, "help": "Devices that heads, KV heads and MLP widths shall divide over."}
+    )
+    tolerance: float = field(default=0.05, metadata={"min": 0, "help": "How far from the budget, as a share of it."})
+    top: int = field(default=5, metadata={"min": 1, "help": "Candidates, the best by score."})
+    steps: int = field(default=300, metadata={"min": 1, "help": "distill.max_steps of a candidate; 2407.14679, figure 9."})
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What a search looks at: the teacher's config and family, the legal shapes and what they may cost."""
+
+    config: PreTrainedConfig
+    family: Family
+    before: Shape
+    rows: Mapping[str, str]
+    legal: Sequence[tuple[dict[str, int], Shape]]
+    costs: Mapping[str, Callable[[Shape], float]]
+
+    def holds(self, shape: Shape) -> bool:
+        """Return whether a stock class holds a shape."""
+        try:
+            check_target(self.config, self.family, shape)
+        except ShapeError:
+            return False
+        return True
+
+    def speeds(self, shape: Shape) -> dict[str, float]:
+        """Measure a shape on this machine."""
+        device = best_device()
+        measured = shape_tokens_per_second(self.config, shape, best_dtype(device), device)
+        return {f"{kind}_tokens_per_second": value for kind, value in measured.items()}
+
+
+def check(args: Args, run: Run) -> None:
+    """Refuse a budget, a grid or sections that no candidate could be run with."""
+    space = _space(args, run)
+    named = {name: 1.0 for name in search.SPEEDS if name in args.budget}
+    limits = search.limits_of(args.budget, {name: cost(space.before) for name, cost in space.costs.items()} | named)
+    if not named:  # what is measured is known later
+        search.candidates(space.legal, limits, space.costs, args.tolerance)
+    for name, stage in {"distill": distill, "evaluate": evaluate}.items():  # every candidate needs them
+        bind(run, name, stage.Args)
+
+
+def run(args: Args, run: Run, out: Path) -> None:
+    """Write `candidates.json`."""
+    space, scores = _space(args, run), Scores.load(run.path("score") / "scores.safetensors")
+    speeds = any(name in args.budget for name in search.SPEEDS)
+    teacher = {name: cost(space.before) for name, cost in space.costs.items()} | (space.speeds(space.before) if speeds else {})
+    limits = search.limits_of(args.budget, teacher)
+    costs = {**space.costs, **(_predicted(space, teacher) if speeds else {})}
+    found = search.rank(search.candidates(space.legal, limits, costs, args.tolerance), scores, space.before)
+    best = (candidate for candidate in found if space.holds(candidate.shape))
+    if speeds:
+        best = _measured(best, space, limits, args)
+    best = list(itertools.islice(best, args.top))
+    if not best:
+        raise ShapeError(f"No stock class holds any of the {len(found):,} shapes near the budget; give another grid")
+    every = [replace(c, costs={name: cost(c.shape) for name, cost in space.costs.items()} | dict(c.costs)) for c in best]
+    content = {
+        "budget": limits,
+        "near_the_budget": len(found),
+        "teacher": {"shape": space.before.axes, "costs": teacher},
+        "candidates": [{"name": c.name, **asdict(replace(c, shape=c.shape.axes))} for c in every],
+    }
+    (out / "candidates.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def report(run: Run) -> str:
+    """Write every candidate's recipe, share the finished scores with it, and say how to run it."""
+    args, found = bind(run, "search", Args), load(run)
+    lines = [
+        f"{found['near_the_budget']:,} shapes near the budget; the best by score, to be judged after a short distillation:"
+    ]
+    for entry in found["candidates"]:
+        child = candidate(run, entry["name"], entry["target"], args)
+        start(child, run)
+        costs = ", ".join(f"{name} {entry['costs'][name]:,.6g}" for name in found["budget"])
+        lines.append(f"  hf-minitron run {child.recipe_path}    # score {entry['score']:.4f}, {costs}")
+    others = {path.name for path in (run.folder / FOLDER).iterdir()} - {entry["name"] for entry in found["candidates"]}
+    if others:
+        lines.append(f"Left from another search in {run.folder / FOLDER}: {', '.join(sorted(others))}")
+    return "\n".join([*lines, f"Then: hf-minitron select {run.recipe_path}"])
+
+
+def load(run: Run) -> dict:
+    """Read what the search found."""
+    return json.loads((run.path("search") / "candidates.json").read_text(encoding="utf-8"))
+
+
+def child_recipe(run: Run, folder: Path, target: Mapping[str, int], args: Args) -> dict[str, Any]:
+    """Return the recipe with another target, in another folder; relative paths stay relative to the working directory."""
+    recipe = {key: value for key, value in run.recipe.items() if key not in ("search", "select")}
+    prune = {**run.section("prune"), "target": dict(target), "multiple_of": _multiple_of(args, run)}
+    return {**recipe, "run": str(folder), "prune": prune}
+
+
+def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run:
+    """Return a candidate's run: a short distillation, perplexity only, nowhere to push to."""
+    folder = run.folder / FOLDER / name
+    recipe = child_recipe(run, folder, target, args)
+    recipe["distill"] = {**run.section("distill"), "max_steps": args.steps}
+    recipe["evaluate"] = {**run.section("evaluate"), "tasks": [], "speed": False}
+    recipe["publish"] = {key: value for key, value in run.section("publish").items() if key != "repo_id"}
+    return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
+
+
+def start(child: Run, run: Run) -> None:
+    """Claim a child's folder and share the finished scores with it; its digest of them is the same."""
+    child.claim()
+    if done_digest(child.path("score")) == done_digest(run.path("score")):
+        return
+    part = child.folder / "score.part"  # named score only when complete
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(run.path("score"), part, copy_function=_link)
+    shutil.rmtree(child.path("score"), ignore_errors=True)
+    part.rename(child.path("score"))
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; stages replace whole folders and never write into a finished file."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _multiple_of(args: Args, run: Run) -> dict[str, int]:
+    return dict(args.multiple_of if args.multiple_of is not None else run.section("prune").get("multiple_of", MULTIPLE_OF))
+
+
+def _space(args: Args, run: Run) -> _Space:
+    config = AutoConfig.from_pretrained(resolve(run.model))
+    family = family_of(config)
+    before, rows = family.shape_of(config), family.rows_of(config)
+    size, multiple_of = (config.dtype or torch.float32).itemsize, _multiple_of(args, run)
+    before.cut_to({}, multiple_of)  # refuses what is no divisor
+    grid = search.default_grid(before, multiple_of) if args.grid is None else args.grid
+    legal = search.legal_shapes(before, grid, multiple_of, args.tensor_parallel)
+    costs = {name: partial(cost, rows=rows, size=size) for name, cost in search.COSTS.items()}
+    return _Space(config, family, before, rows, legal, costs)
+
+
+def _predicted(space: _Space, teacher: Mapping[str, float]) -> dict[str, Callable[[Shape], float]]:
+    """Return what predicts the speeds, from measuring a few shapes between the smallest and the teacher's."""
+    probes = search.ladder(space.legal, space.holds, space.rows, PROBES)
+    measured = [teacher, *map(space.speeds, probes)]
+    shapes = [space.before, *probes]
+    return {name: search.fit_speed(shapes, [speed[name] for speed in measured], space.rows) for name in search.SPEEDS}
+
+
+def _measured(found: Iterable[Candidate], space: _Space, limits: Mapping[str, float], args: Args) -> list[Candidate]:
+    """Measure the best candidates, twice as many as are wanted, and keep those that meet the budget in truth."""
+    looked_at = [replace(c, costs={**c.costs, **space.speeds(c.shape)}) for c in itertools.islice(found, 2 * args.top)]
+    used = [float(search.use_of(c.costs, limits)) for c in looked_at]
+    near = [c for c, use in zip(looked_at, used, strict=True) if abs(use - 1) <= args.tolerance]
+    if looked_at and not near:
+        nearest = min(used, key=lambda use: abs(use - 1))
+        raise ShapeError(
+            f"Measured, none of the {len(looked_at)} best shapes is within {args.tolerance:.0%} of the budget; the nearest "
+            f"needs {nearest:.0%} of it. Raise search.tolerance, or measure on a machine that does nothing else"
+        )
+    return near
