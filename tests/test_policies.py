@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 axes shape scores plan families.llama families.gpt families.moe families.family families.student data memory checkpoint
-pruning.compensate pruning.prune pruning.allocate pruning.search importance.moments
+pruning.compensate pruning.rotate pruning.prune pruning.allocate pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
-importance.routed importance.taps importance.streamed importance.calibrate
+importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked distillation.signals distillation.teacher distillation.config
 distillation.trainer evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__

@@ -26,11 +26,16 @@ from hf_minitron.checkpoint import (
 from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of
 from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import CORRECTIONS, Corrections, corrections_for
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, Corrections, check_names, corrections_for
+from hf_minitron.pruning.rotate import rotation_for, untied
 
 
 def prune_model(
-    model: PreTrainedModel, plan: Plan, moments: str | Path | None = None, corrections: Sequence[str] = tuple(CORRECTIONS)
+    model: PreTrainedModel,
+    plan: Plan,
+    moments: str | Path | None = None,
+    corrections: Sequence[str] = DEFAULT_CORRECTIONS,
+    gaps: str | Path | None = None,
 ) -> PreTrainedModel:
     """Return the student of a model in memory; the model stays unchanged.
 
@@ -38,7 +43,9 @@ def prune_model(
         model (`PreTrainedModel`): The teacher.
         plan (`Plan`): What is kept, from `make_plan`.
         moments (`str` or `Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
-        corrections (`Sequence[str]`, *optional*): Which corrections to make: least_squares, norm_ratio; all by default.
+        corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; those that
+            cost no parameter by default.
+        gaps (`str` or `Path`, *optional*): The folder that `read_gaps` wrote, for layer_merge.
 
     Returns:
         `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape.
@@ -60,14 +67,14 @@ def prune_model(
         raise ValueError(UNTIED)
     stored = parameters_of(config).keys()
     state = {name: t.detach() for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if name in stored}
-    student = student_config(config, family, plan)
-    correct = None if moments is None else corrections_for(config, family, plan, Path(moments), corrections)
     names = {name: name for name in state}
-    pruned = dict(prune_tensors(names, state.__getitem__, family.rows_of(config), plan, correct=correct))
+    config, plan, correct, read = _corrected(config, family, plan, names, state.__getitem__, moments, corrections, gaps)
+    student = student_config(config, family, plan)
+    pruned = dict(prune_tensors(names, read, family.rows_of(config), plan, correct=correct))
     # a tensor of which nothing is cut is the teacher's own, perhaps under another layer's name: the student must not share it
     originals = {id(tensor) for tensor in state.values()}
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
-    kind = type(model) if type(student) is type(config) else AutoModelForCausalLM._model_mapping[type(student)]
+    kind = type(model) if type(student) is type(model.config) else AutoModelForCausalLM._model_mapping[type(student)]
     made = kind.from_pretrained(None, config=student, state_dict=own, dtype=model.dtype)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).train(model.training)
@@ -79,7 +86,8 @@ def prune_checkpoint(
     target: Path,
     max_shard_bytes: int = 5_000_000_000,
     moments: Path | None = None,
-    corrections: Sequence[str] = tuple(CORRECTIONS),
+    corrections: Sequence[str] = DEFAULT_CORRECTIONS,
+    gaps: Path | None = None,
 ) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
 
@@ -91,6 +99,7 @@ def prune_checkpoint(
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
         moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
         corrections (`Sequence[str]`, *optional*): Which corrections to make, as for `prune_model`.
+        gaps (`Path`, *optional*): As for `prune_model`.
 
     Raises:
         ValueError: for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
@@ -98,19 +107,22 @@ def prune_checkpoint(
     config = AutoConfig.from_pretrained(source)
     family = family_of(config)
     _check_plan(config, family, plan)
-    student = student_config(config, family, plan)
-    correct = None if moments is None else corrections_for(config, family, plan, moments, corrections)
     checkpoint = Checkpoint(source)
     names = stored_names(checkpoint, config, family)
+    config, plan, correct, read = _corrected(config, family, plan, names, checkpoint.read, moments, corrections, gaps)
+    student = student_config(config, family, plan)
     rows = family.stored_rows(family.rows_of(config))
     specs, keep_at = {}, functools.lru_cache(maxsize=8)(plan.keep_at)
     for stored, name in names.items():
         row, new_name, _ = _rename(name, rows, plan, keep_at)
         if new_name is not None:
-            specs[new_name] = TensorSpec(checkpoint.specs[stored].dtype, axes.tensor_shape(rows[row], plan.after.sizes))
+            dtype = checkpoint.specs.get(
+                stored, checkpoint.specs[next(iter(names))]
+            ).dtype  # a head that was tied is not stored
+            specs[new_name] = TensorSpec(dtype, axes.tensor_shape(rows[row], plan.after.sizes))
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
-        write_tensors(folder, specs, prune_tensors(names, checkpoint.read, rows, plan, axes.pieces, correct), max_shard_bytes)
+        write_tensors(folder, specs, prune_tensors(names, read, rows, plan, axes.pieces, correct), max_shard_bytes)
         student.save_pretrained(folder)
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
@@ -118,6 +130,38 @@ def prune_checkpoint(
 
 UNTIED = ("The config ties the output head to the embedding, but they are different: set tie_word_embeddings to false in "
           "config.json")  # fmt: skip
+
+
+def _corrected(
+    config: PreTrainedConfig,
+    family: Family,
+    plan: Plan,
+    names: dict[str, str],
+    read: Callable[[str], Tensor],
+    moments: str | Path | None,
+    corrections: Sequence[str],
+    gaps: str | Path | None,
+) -> tuple[PreTrainedConfig, Plan, Corrections | None, Callable[[str], Tensor]]:
+    """Return the config, the plan, the corrections and what reads a tensor; a rotation changes them all, and adds a head."""
+    check_names(corrections)
+    if moments is None or not corrections:
+        return config, plan, None, read
+    rotation, turned = None, read
+    if "rotation" in corrections and "hidden" in plan.keep:
+        tied, config = config.tie_word_embeddings, untied(config, family)
+        full, rows = {name: stored for stored, name in names.items()}, family.rows_of(config)
+        if tied:
+            names["lm_head.weight"] = "lm_head.weight"
+            full["lm_head.weight"] = full[next(name for name in full if rows[axes.match(name, rows)[0]] == "vocab hidden")]
+        rotation = rotation_for(config, family, Path(moments), lambda name: read(full[name]))
+        plan = rotation.plan(plan)
+
+        def turned(stored: str) -> Tensor:
+            name = names[stored]
+            return rotation(name, rows[axes.match(name, rows)[0]], read(full[name]))
+
+    made = corrections_for(config, family, plan, Path(moments), corrections, rotation, None if gaps is None else Path(gaps))
+    return config, plan, made, turned
 
 
 def _check_plan(config: PreTrainedConfig, family: Family, plan: Plan) -> None:
@@ -193,13 +237,14 @@ def prune_tensors(
         take (`Callable`, *optional*): `axes.take` for tensors, `axes.pieces` for their pieces.
         correct (`Corrections`, *optional*): What corrects the tensors on the way.
     """
+    by_name = {name: stored for stored, name in names.items()}
     keep_at = functools.lru_cache(maxsize=8)(plan.keep_at)  # the tensors of a layer or an expert lie together
     for stored, name in names.items():
         row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:
             tensor, sizes = read(stored), plan.before.sizes
             if correct is not None:
-                tensor, keep, sizes = correct(name, rows[row], tensor, keep)
+                tensor, keep, sizes = correct(name, tensor, keep, lambda other: read(by_name[other]))
             yield new_name, take(tensor, rows[row], keep, sizes)
 
 

@@ -10,7 +10,7 @@ from hf_minitron.checkpoint import Checkpoint, require_space, resolve
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import CORRECTIONS, check_names
+from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
@@ -31,7 +31,7 @@ class Args:
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
     )
     corrections: list = field(
-        default_factory=lambda: list(CORRECTIONS),
+        default_factory=lambda: list(DEFAULT_CORRECTIONS),
         metadata={
             "help": f"What kept weights take over from dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
         },

@@ -1,0 +1,100 @@
+"""What dropped layers added to the residual stream, seen from the MLP before them, so that it can take it over.
+
+ReplaceMe (2505.02819) folds a linear map of the MLP's output into it; here the whole projection is fitted, by its inputs.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_minitron.families.family import base_prefix, family_of
+from hf_minitron.importance.moments import SecondMoment
+from hf_minitron.plan import Plan
+from hf_minitron.pruning.compensate import GAP, moments_path
+
+
+@torch.inference_mode()
+def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str | Path, batch_size: int = 4) -> Path:
+    """Write E[x yᵀ] and E[y] of every layer that stays before layers that go: x enters its down projection, y is what they add.
+
+    Args:
+        model (`PreTrainedModel`): The teacher.
+        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where blocks are padded.
+        plan (`Plan`): What is kept; dropped layers before the first that stays are not merged.
+        folder (`str` or `Path`): Where to write, for `prune_model(..., gaps=...)`; one file per gap.
+        batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: for a family whose MLPs are not added to the stream as they are.
+    """
+    family = family_of(model.config)
+    if not family.plain_stream:
+        raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
+    taps, modules = family.taps_of(model.config), dict(model.base_model.named_modules())
+    prefix = f"{base_prefix(model.config)}."
+    layers, projections = dict(taps["layers"]), dict(taps.get("ffn", ()))
+    kept = [layer for layer in plan.kept_layers if layer in projections]
+    gaps = {layer: range(layer + 1, end) for layer, end in zip(kept, [*kept[1:], len(layers)], strict=True) if end > layer + 1}
+    seen = {layer: _Gap() for layer in gaps}
+    hooks = []
+    for layer, dropped in gaps.items():
+        hooks.append(modules[projections[layer].removeprefix(prefix)].register_forward_pre_hook(seen[layer].enter))
+        for other in dropped:
+            module = modules[layers[other].removeprefix(prefix)]
+            hooks.append(module.register_forward_hook(seen[layer].add, with_kwargs=True))
+    try:
+        for batch in tqdm(list(blocks.with_format("torch").iter(batch_size)), desc="Reading dropped layers", unit="batch"):
+            _run(model, batch, seen)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, gap in seen.items():
+        save_file({f"{projections[layer]}{GAP}": gap.finish()}, moments_path(folder, layer))
+    return folder
+
+
+def _run(model: PreTrainedModel, batch: Mapping[str, Tensor], seen: Mapping[int, "_Gap"]) -> None:
+    device = model.get_input_embeddings().weight.device
+    mask = batch.get("attention_mask")
+    moved = None if mask is None else mask.to(device)
+    model.base_model(input_ids=batch["input_ids"].to(device), attention_mask=moved, use_cache=False)
+    for gap in seen.values():
+        gap.update(mask)
+
+
+class _Gap:
+    """One kept layer and the dropped ones behind it."""
+
+    def __init__(self):
+        self.entered: Tensor | None = None
+        self.added: Tensor | float = 0.0
+        self.totals: list[Tensor | float] = [0.0, 0.0, 0]
+
+    def enter(self, module, args):
+        self.entered, self.added = args[0], 0.0
+
+    def add(self, module, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        self.added = self.added + ((output[0] if isinstance(output, tuple) else output) - before).float()
+
+    def update(self, mask: Tensor | None) -> None:
+        x, y = self.entered.flatten(0, 1), self.added.flatten(0, 1)
+        if mask is not None:
+            x, y = x[mask.flatten() > 0], y[mask.flatten() > 0]
+        x, y = x[:: SecondMoment.every].float(), y[:: SecondMoment.every].to(x.device)  # the tokens of the moments
+        self.totals = [self.totals[0] + x.T @ y, self.totals[1] + y.sum(0), self.totals[2] + len(x)]
+
+    def finish(self) -> Tensor:
+        """Return E[x yᵀ] with E[y] as its last row, shape `(ffn + 1, hidden)`."""
+        return (torch.cat([self.totals[0], self.totals[1][None]]) / self.totals[2]).cpu().contiguous()
