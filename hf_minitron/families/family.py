@@ -112,12 +112,12 @@ class Family:
         return {axis: places for axis, places in taps.items() if places}
 
     def readers_of(self, config: PreTrainedConfig) -> dict[str, tuple[int | None, str]]:
-        """Return the projections that read hidden channels through a norm: to each its layer and the norm."""
-        found, parameters = {}, parameters_of(config)
+        """Return the projections that read hidden channels through a norm, a tied head too: to each its layer and the norm."""
+        found = {}
         for norm, readers in self.readers.items():
             norms = dict(self._places(config, norm))
             for layer, module in [place for reader in readers for place in self._places(config, reader)]:
-                if layer in norms and f"{module}.weight" in parameters:
+                if layer in norms:
                     found[module] = (layer, norms[layer])
         return found
 
