@@ -64,7 +64,7 @@ def calibrate(
     >>> scores.save("scores.safetensors")
     ```
     """
-    batches = _own_batches(blocks, batch_size)
+    batches = own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
@@ -75,8 +75,8 @@ def calibrate(
     return Scores(_by_axis(readings, shape), _provenance(config, dtype, blocks))
 
 
-def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
-    """Return the batches of this process's share of the blocks."""
+def own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
+    """Return the batches of this process's share of the blocks (`accelerate launch`)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
         if len(blocks) < processes:
@@ -85,11 +85,16 @@ def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     return list(blocks.with_format("torch").iter(batch_size))
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a model wants its token ids."""
+    device = model.get_input_embeddings().weight.device
+    return model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
+
+
 def _read_model(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
     family = family_of(model.config)
-    device = model.get_input_embeddings().weight.device
-    device = model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
+    device = input_device(model)
     with torch.inference_mode(), open_taps(model, family, family.shape_of(model.config).sizes, moments) as taps:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
             taps.run(model, batch, device)
