@@ -17,7 +17,8 @@ axes shape scores plan families.llama families.gpt families.moe families.family 
 pruning.compensate pruning.prune importance.moments
 importance.activation importance.layers importance.experts importance.taps importance.streamed importance.calibrate
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.signals distillation.teacher distillation.config distillation.trainer evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
+distillation.signals distillation.teacher distillation.config distillation.trainer
+evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
 stages.score stages.prune stages.distill stages.evaluate stages.publish __main__
 """.split()
 

@@ -15,12 +15,14 @@ from hf_minitron.shape import Shape
 
 METRICS = ("block_importance", "loss", "perplexity", "logit_mse")
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "gemma3_text", "phi", "qwen3_moe", "smollm3", "gpt_oss")
+MIXTURES = ("qwen3_moe", "gpt_oss")
 LAYERS = 4
 
 
 def deep(model_type="llama", layers=LAYERS, **changes):
     own = {"smollm3": {"no_rope_layers": [1, 0, 1, 1]}}.get(model_type, {})
-    return tiny.model(model_type, num_hidden_layers=layers, **own, **changes)
+    dtype = torch.float32 if model_type in MIXTURES else torch.float64  # experts have no float64
+    return tiny.model(model_type, dtype, num_hidden_layers=layers, **own, **changes)
 
 
 def student(model, removed):
@@ -36,7 +38,7 @@ def student(model, removed):
 
 def full(model, rows):
     with torch.no_grad():
-        return [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        return [model(input_ids=row[None], use_cache=False).logits[0].double() for row in rows]
 
 
 def states(model, rows):
@@ -182,7 +184,7 @@ def test_a_model_without_layers_is_the_student(model_type):
             expected = student(model, removed)
             settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
             with without_layers(model, removed):
-                assert torch.allclose(model(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-6)
+                assert torch.allclose(model(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5)
                 assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))  # with its cache
         with pytest.raises(RuntimeError, match="stop"), without_layers(model, [1]), without_layers(model, [1, 2]):
             raise RuntimeError("stop")
