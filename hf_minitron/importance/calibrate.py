@@ -127,6 +127,7 @@ def _provenance(config: PreTrainedConfig, dtype: torch.dtype, blocks: Dataset) -
         "tokens": str(sum(int(m.sum()) for m in blocks["attention_mask"]) if "attention_mask" in blocks.column_names
                       else len(blocks) * len(blocks[0]["input_ids"])),
         "blocks": str(len(blocks)),
+        "layers": "block_importance",
         "hf_minitron": hf_minitron.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,

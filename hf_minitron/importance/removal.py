@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.distillation.losses.chunked import head_of
+from hf_minitron.distillation.losses.chunked import check_logits
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
 from hf_minitron.importance.without import WholePass, layers_of, without_layers
@@ -144,6 +144,8 @@ def check_removal(layers: int, metric: str | None = None, size: int = 1, count: 
 def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[range]) -> Tensor:
     """Return the cost of every removal from the model as it is, float32."""
     sums_of, finish = METRICS[metric]
+    if metric != "block_importance":
+        check_logits(model.config)
     device, batches = input_device(model), own_batches(blocks, batch_size)
     totals = torch.zeros(len(removals) + 2, dtype=torch.float64)
     with torch.inference_mode(), tqdm(total=len(batches) * len(removals), desc=f"Removing layers ({metric})") as bar:
@@ -170,7 +172,6 @@ def _state_sums(run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
 
 def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
-    head_of(run.model)  # refuses logits that the class changes after its head
     head, ids = run.model.get_output_embeddings(), run.inputs["input_ids"]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
