@@ -52,9 +52,9 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
     >>> scores.by_axis["layers"] = layer_scores(costs, size=4)
     ```
     """
-    check_removal(len(layers_of(model)), metric, size)
-    starts = range(len(layers_of(model)) - size + 1)
-    return _measure(model, blocks, metric, batch_size, [range(start, start + size) for start in starts])
+    layers = len(layers_of(model))
+    check_removal(layers, metric, size)
+    return _measure(model, blocks, metric, batch_size, _side_by_side(layers, size))
 
 
 def remove_one_by_one(
@@ -97,11 +97,11 @@ def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedM
     """
     layers = len(layers_of(model))
     check_removal(layers, size=size)
-    whole, costs = measure(model), []
-    for start in tqdm(range(layers - size + 1), desc="Removing layers", unit="block"):
-        with without_layers(model, range(start, start + size)):
+    whole, costs, removals = measure(model), [], _side_by_side(layers, size)
+    for block in tqdm(removals, desc="Removing layers (task)"):
+        with without_layers(model, block):
             costs.append(whole - measure(model))
-    return _finite(torch.tensor(costs), "task", [range(start, start + size) for start in range(len(costs))], model)
+    return _finite(torch.tensor(costs), "task", removals, model)
 
 
 def layer_scores(costs: Tensor, size: int = 1) -> Tensor:
@@ -139,6 +139,10 @@ def check_removal(layers: int, metric: str | None = None, size: int = 1, count: 
     for number, what in ((size, "a block of"), (count, "the removal of")):
         if not 0 < number < layers:
             raise ValueError(f"{what} {number} layers, of {layers}: 1 to {layers - 1} can be removed")
+
+
+def _side_by_side(layers: int, size: int) -> list[range]:
+    return [range(start, start + size) for start in range(layers - size + 1)]
 
 
 def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[range]) -> Tensor:

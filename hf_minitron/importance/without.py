@@ -68,6 +68,7 @@ class WholePass:
 
     Args:
         model (`PreTrainedModel`): The model.
+        layers (`list[Module]`): Its layers.
         inputs (`Mapping`): What its base model is called with.
         real (`Tensor` of shape `(batch, seq)`): Where there is text and no padding.
         states (`list[Tensor]`): The input of every layer and the output of the last, each `(batch, seq, hidden)`.
@@ -75,6 +76,7 @@ class WholePass:
     """
 
     model: PreTrainedModel
+    layers: list[Module]
     inputs: Mapping
     real: Tensor
     states: list[Tensor]
@@ -85,24 +87,24 @@ class WholePass:
         """Run a batch and keep the states."""
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) > 0
-        states = []
+        layers, states = layers_of(model), []
 
         def keep(module, args, kwargs, output):
             if not isinstance(output, Tensor):
                 raise ValueError(f"{type(module).__name__} returns a {type(output).__name__}, not states: it cannot be removed")
             states[-1:] = [args[0] if args else kwargs["hidden_states"], output]  # the last output is this input
 
-        hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers_of(model)]
+        hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
         try:
             last = model.base_model(**inputs, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        return cls(model, inputs, real, states, last[real.to(last.device)])
+        return cls(model, layers, inputs, real, states, last[real.to(last.device)])
 
     def without(self, block: range) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""
-        kept, before = self.states[block.start], layers_of(self.model)[: block.stop]
-        with _forwards(dict.fromkeys(before, lambda *args, **kwargs: kept)):
+        kept = self.states[block.start]
+        with _forwards(dict.fromkeys(self.layers[: block.stop], lambda *args, **kwargs: kept)):
             last = self.model.base_model(**self.inputs, use_cache=False).last_hidden_state
         return last[self.real.to(last.device)]
