@@ -97,11 +97,13 @@ def check(args: Args, run: Run) -> None:
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
     """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
+    if not _apart(args):
+        return
     task, metric = _task(args.layers)
     if args.layers_block > 1 and args.layers_remove:
         raise ValueError("layers_block removes layers side by side, layers_remove one by one: set one of them")
     check_removal(family_of(config).shape_of(config)["layers"], size=args.layers_block, count=args.layers_remove or 1)
-    if _apart(args) and args.layer_by_layer:
+    if args.layer_by_layer:
         raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
     if args.layers in METRICS:
         if args.layers != "block_importance":
