@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from hf_minitron import Scores, calibrate
+from hf_minitron.importance.removal import removal_costs
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,28 @@ def test_scores_of_two_processes_equal_those_of_one(tmp_path):
             assert two.meta["tokens"] == one.meta["tokens"] and set(two.by_axis) == set(one.by_axis)
             for axis, values in one.by_axis.items():
                 assert torch.allclose(two.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), (model_type, source, axis)
+
+
+COSTS = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import tiny
+from accelerate import PartialState
+from hf_minitron.importance.removal import METRICS, removal_costs
+state = PartialState(cpu=True)
+costs = {{metric: removal_costs(tiny.model(), tiny.blocks(7), metric, batch_size=2).tolist() for metric in METRICS}}
+print("COSTS" + json.dumps(costs))
+"""
+
+
+def test_costs_of_removal_in_two_processes_equal_those_of_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(COSTS.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
+    lines = [line for line in launch(2, script).splitlines() if line.startswith("COSTS")]
+    assert len(lines) == 2
+    for line in lines:
+        for metric, costs in json.loads(line.removeprefix("COSTS")).items():
+            assert costs == pytest.approx(removal_costs(tiny.model(), tiny.blocks(7), metric).tolist(), rel=1e-5), metric
 
 
 def test_the_command_distills_in_two_processes(project, tmp_path):

@@ -269,3 +269,61 @@ def test_corrections_are_made_unless_told_otherwise(project, tmp_path, capsys):
     assert "corrections: 'magic' is none of least_squares, norm_ratio" in capsys.readouterr().err
     assert run(project, tmp_path / "a", "--score.moments", "false") == 1
     assert "corrections need what score measures with moments: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        (["--score.layers", "loss"], {"layers": "loss", "layers_block": "1"}),
+        (["--score.layers_block", 2, "--prune.target.layers", 1], {"layers": "block_importance", "layers_block": "2"}),
+        (
+            ["--score.layers", "logit_mse", "--score.layers_remove", 2, "--prune.target.layers", 1],
+            {"layers": "logit_mse", "layers_block": "1"},
+        ),
+        (["--score.layers", "tiny_last_word", "--score.layers_limit", 4], {"layers": "tiny_last_word", "layers_block": "1"}),
+    ],
+)
+def test_layers_are_ranked_by_what_the_model_loses(project, tmp_path, changes, how):
+    target = [] if "--prune.target.layers" in changes else ["--prune.target.layers", 2]
+    changes = [*changes, *target, "--score.include_path", project["folder"] / "tasks", "--score.moments", "false"]
+    for stage in ("score", "prune"):
+        assert run(project, tmp_path / "run", *changes, "--prune.corrections", "[]", verb=stage) == 0
+    scores, plan = (tmp_path / "run" / path for path in ("score/scores.safetensors", "prune/student/plan.json"))
+    scores, kept = Scores.load(scores), json.loads(plan.read_text())["keep"]["layers"]
+    assert how.items() <= scores.meta.items() and scores.by_axis["layers"].shape == (3,)
+    if removed := scores.meta.get("layers_removed"):
+        assert sorted(kept + [int(layer) for layer in removed.split(", ")]) == [0, 1, 2]
+    if how["layers"] == "tiny_last_word":
+        values = [value * 4 for value in scores.by_axis["layers"].tolist()]
+        assert values == pytest.approx([round(value) for value in values], abs=1e-5)  # of four documents
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["--score.layers", "lsos"],
+            "'lsos' is none of block_importance, loss, perplexity, logit_mse, and lm-eval knows no such",
+        ),
+        (["--score.layers", "tiny_last_word:word_perplexity"], "is better when it is lower"),
+        (["--score.layers", "tiny_last_word", "--score.layers_remove", 1], "layers_remove takes one of block_importance"),
+        (["--score.layers", "loss", "--score.layers_block", 3], "a block of 3 layers, of 3: 1 to 2 can be removed"),
+        (["--score.layers_remove", 3], "the removal of 3 layers, of 3"),
+        (["--score.layers_remove", 1, "--score.layers_block", 2], "set one of them"),
+        (["--score.layers", "loss", "--score.layer_by_layer", "true"], "layer_by_layer holds one: set one of them"),
+        (["--score.layers_block", 2, "--prune.target.layers", 2], "ranks blocks of 2 of 3 layers: set the target to 1"),
+        (["--score.layers_remove", 1, "--prune.target.layers", 1], "ranks 1 layers to drop: set it to 2"),
+        (["--score.layers_block", 0], "score.layers_block: 0 must be at least 1"),
+    ],
+)
+def test_a_ranking_of_layers_that_cannot_work_is_refused(project, tmp_path, capsys, changes, message):
+    changes = [*changes, "--score.include_path", project["folder"] / "tasks"]
+    for verb in ("score", "prune") if "--prune.target.layers" in changes else ("score",):
+        assert run(project, tmp_path / "run", *changes, verb=verb) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_too_large_for_memory_is_not_run_without_layers(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
+    assert run(project, tmp_path / "run", "--score.layers", "loss", verb="score") == 1
+    assert "loss needs the whole model, which does not fit in memory" in capsys.readouterr().err

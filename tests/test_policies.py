@@ -17,8 +17,9 @@ axes shape scores plan families.llama families.gpt families.moe families.family 
 pruning.compensate pruning.rotate pruning.prune pruning.allocate pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
-distillation.losses.tokens distillation.losses.chunked distillation.signals distillation.teacher distillation.config
-distillation.trainer evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
+distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
+distillation.signals distillation.teacher distillation.config distillation.trainer
+evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()
 

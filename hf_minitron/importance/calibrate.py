@@ -76,7 +76,7 @@ def calibrate(
     """
     metrics = check_metric(metric)
     read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
-    batches = _own_batches(blocks, batch_size)
+    batches = own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
@@ -106,8 +106,8 @@ def check_metric(metric: str | Mapping[str, str]) -> dict[str, str]:
     return by_axis
 
 
-def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
-    """Return the batches of this process's share of the blocks."""
+def own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
+    """Return the batches of this process's share of the blocks (`accelerate launch`)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
         if len(blocks) < processes:
@@ -116,13 +116,17 @@ def _own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     return list(blocks.with_format("torch").iter(batch_size))
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a model wants its token ids."""
+    device = model.get_input_embeddings().weight.device
+    return model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
+
+
 def _read_model(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool, metrics: Mapping[str, str]
 ) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
-    family = family_of(model.config)
-    device = model.get_input_embeddings().weight.device
-    device = model.device if device.type == "meta" else device  # offloaded: its hooks move what it needs
+    family, device = family_of(model.config), input_device(model)
     sizes = family.shape_of(model.config).sizes
     with torch.inference_mode(), open_taps(model, family, sizes, moments, metrics) as taps:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
@@ -156,6 +160,7 @@ def _provenance(config: PreTrainedConfig, dtype: torch.dtype, blocks: Dataset) -
         "tokens": str(sum(int(m.sum()) for m in blocks["attention_mask"]) if "attention_mask" in blocks.column_names
                       else len(blocks) * len(blocks[0]["input_ids"])),
         "blocks": str(len(blocks)),
+        "layers": "block_importance",
         "hf_minitron": hf_minitron.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,

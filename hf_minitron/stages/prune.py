@@ -15,6 +15,7 @@ from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.stages.score import check_layers_target
 
 NEEDS = ("score",)
 
@@ -61,7 +62,8 @@ def check(args: Args, run: Run) -> None:
     check_names(args.corrections)
     if args.corrections and run.section("score").get("moments", True) is False:
         raise ValueError("corrections need what score measures with moments: true; set that, or corrections: []")
-    _, after, rows = shapes(args, run.model)
+    full, after, rows = shapes(args, run.model)
+    check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
     config = AutoConfig.from_pretrained(folder)
     checkpoint = Checkpoint(folder)

@@ -1,6 +1,8 @@
 """score: one forward pass over some text that says how much every layer, head and channel matters."""
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,12 +10,25 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoTokenizer
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.distillation.losses.chunked import check_logits
+from hf_minitron.evaluation.compare import lm_eval_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.removal import (
+    METRICS,
+    check_removal,
+    layer_scores,
+    removal_costs,
+    removal_scores,
+    remove_one_by_one,
+    task_costs,
+)
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 
@@ -33,6 +48,18 @@ class Args:
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
+    layers: str = field(
+        default="block_importance",
+        metadata={"help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm."},
+    )
+    layers_block: int = field(default=1, metadata={"min": 1, "help": "Layers that go together, side by side."})
+    layers_remove: int | None = field(
+        default=None, metadata={"min": 1, "help": "Remove so many layers one by one, each time measuring without those before."}
+    )
+    layers_limit: int | None = field(
+        default=None, metadata={"min": 1, "help": "Blocks of text, or a task's documents, that rank layers; all when left out."}
+    )
+    include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     moments: bool = field(
         default=True, metadata={"help": "Measure what prune.corrections need as well; takes disk and some time."}
     )
@@ -61,11 +88,58 @@ def check(args: Args, run: Run) -> None:
     longest = getattr(config, "max_position_embeddings", None) or args.block_size
     if args.block_size > longest:
         raise ValueError(f"block_size: {args.block_size} is more than the {longest} positions of the model")
+    check_layers(args, config)
+    target = run.section("prune").get("target")
+    if isinstance(target, dict) and "layers" in target:
+        check_layers_target(run.section("score"), family_of(config).shape_of(config)["layers"], target["layers"])
     stored_names(Checkpoint(folder), config, family_of(config))
 
 
+def check_layers(args: Args, config: PreTrainedConfig) -> None:
+    """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
+    if not _apart(args):
+        return
+    task, metric = _task(args.layers)
+    if args.layers_block > 1 and args.layers_remove:
+        raise ValueError("layers_block removes layers side by side, layers_remove one by one: set one of them")
+    check_removal(family_of(config).shape_of(config)["layers"], size=args.layers_block, count=args.layers_remove or 1)
+    if args.layer_by_layer:
+        raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
+    if args.layers in METRICS:
+        if args.layers != "block_importance":
+            check_logits(config)
+        return
+    if args.include_path and not Path(args.include_path).expanduser().is_dir():
+        raise ValueError(f"include_path: no folder at {args.include_path}")
+    if task not in task_manager(args.include_path).all_tasks:
+        raise ValueError(f"layers: {task!r} is none of {', '.join(METRICS)}, and lm-eval knows no such task; see `lm-eval ls "
+                         "tasks`, or set include_path")  # fmt: skip
+    if args.layers_remove:
+        raise ValueError(f"layers_remove takes one of {', '.join(METRICS)}; a task ranks single layers or a layers_block")
+    from lm_eval.api.registry import is_higher_better  # seconds to import
+
+    if is_higher_better(metric) is False:
+        raise ValueError(f"layers: {args.layers} is better when it is lower; name a metric that is better when it is higher")
+
+
+def check_layers_target(score: Mapping, layers: int, target: object) -> None:
+    """Refuse a number of layers that the scores of a `score:` section do not rank."""
+    size, count = score.get("layers_block", 1), score.get("layers_remove") or 0
+    if not all(isinstance(number, int) for number in (size, count, target)):
+        return  # refused where it is read
+    if size > 1 and target not in (layers, layers - size):
+        raise ValueError(f"prune.target.layers is {target}, but score.layers_block ranks blocks of {size} of {layers} layers: "
+                         f"set the target to {layers - size}, or the block to the number of layers to drop")  # fmt: skip
+    if count and target < layers - count:
+        raise ValueError(f"prune.target.layers is {target} of {layers}, but score.layers_remove ranks {count} layers to drop: "
+                         f"set it to {layers - target}")  # fmt: skip
+
+
 def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens pass through each model, counting a forward pass as one and a training step as three."""
+    """Return how many tokens pass through each model, counting a forward pass as one and a training step as three.
+
+    What `layers` asks for beyond Block Importance is not counted: it depends on the number of layers.
+    """
     return {"teacher": args.tokens}
 
 
@@ -80,13 +154,54 @@ def run(args: Args, run: Run, out: Path) -> None:
     if streamed is None:
         decision = [args.device_map is None and not fits(folder, dtype, device)]
         (streamed,) = broadcast_object_list(decision)  # all processes must do the same
+    if streamed and _apart(args):
+        raise ValueError(f"layers: {args.layers} needs the whole model, which does not fit in memory. Set device_map: auto, or "
+                         "rank layers by block_importance, one at a time")  # fmt: skip
     if streamed:
         scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments)
     else:
         model = load_model(folder, dtype, args.device_map or device)
         scores = calibrate(model, blocks, args.batch_size, moments=moments)
+        if _apart(args):
+            layers, how = score_layers(args, model, blocks, tokenizer)
+            scores = dataclasses.replace(scores, by_axis={**scores.by_axis, "layers": layers}, meta={**scores.meta, **how})
     if PartialState().is_main_process:
         scores.save(out / "scores.safetensors")
+
+
+def score_layers(
+    args: Args, model: PreTrainedModel, blocks: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, dict[str, str]]:
+    """Score layers by what the model loses without them; return the scores and, for their provenance, how they were made."""
+    how = {"layers": args.layers, "layers_block": str(args.layers_block)}
+    if args.layers not in METRICS:
+        task, metric = _task(args.layers)
+
+        def measure(model: PreTrainedModel) -> float:
+            limit, batch_size = args.layers_limit, args.batch_size
+            found = lm_eval_tasks(model, tokenizer, [task], args.include_path, limit, batch_size)[task]
+            if metric not in found:
+                raise ValueError(f"layers: {task} has no {metric!r}; it has {', '.join(found)}")
+            return found[metric]["value"]
+
+        return layer_scores(task_costs(model, args.layers_block, measure), args.layers_block), how
+    blocks = blocks.select(range(min(args.layers_limit or len(blocks), len(blocks))))
+    if args.layers_remove:
+        removed, costs = remove_one_by_one(model, blocks, args.layers, args.layers_remove, args.batch_size)
+        return removal_scores(removed, costs), how | {"layers_removed": ", ".join(map(str, removed))}
+    costs = removal_costs(model, blocks, args.layers, args.layers_block, args.batch_size)
+    return layer_scores(costs, args.layers_block), how
+
+
+def _apart(args: Args) -> bool:
+    """Return whether ranking layers takes more than the one pass that scores every axis."""
+    return args.layers != "block_importance" or args.layers_block > 1 or args.layers_remove is not None
+
+
+def _task(layers: str) -> tuple[str, str]:
+    """Split the name of a task and its metric."""
+    task, _, metric = layers.partition(":")
+    return task, metric or "acc"
 
 
 def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:

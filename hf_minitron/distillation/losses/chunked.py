@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # (logits of a chunk, its rows) -> named losses, each of shape (rows,)
 ChunkLoss = Callable[[Tensor, slice], Mapping[str, Tensor]]
@@ -38,17 +38,22 @@ class Head:
         return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the output head of a causal language model; refuse one that changes its logits after the head.
+def check_logits(config: PreTrainedConfig) -> None:
+    """Refuse a model that changes its logits after the head, from its config alone.
 
     Raises:
-        ValueError: for a model with a logit softcap or scale, which a plain head would leave out.
+        ValueError: for a logit softcap or scale, which a plain head would leave out.
     """
     for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        value = getattr(model.config, key, neutral)
+        value = getattr(config, key, neutral)
         if value not in (None, neutral):
-            raise ValueError(f"{key} = {value} changes the logits of {model.config.model_type} after the head; "
+            raise ValueError(f"{key} = {value} changes the logits of {config.model_type} after the head; "
                              "models with it cannot be distilled or evaluated chunk by chunk yet")  # fmt: skip
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the output head of a causal language model; refuse one that changes its logits after the head."""
+    check_logits(model.config)
     layer = model.get_output_embeddings()
     return Head(layer.weight, layer.bias)
 

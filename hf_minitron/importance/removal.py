@@ -1,0 +1,229 @@
+"""What a model loses with a layer or a contiguous block of layers: measured by running it without them.
+
+Removing each of L layers costs L + L (L - 1) / 2 layer forwards, about half of L passes. It must not know where a text comes
+from, nor what a plan makes of the scores.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from accelerate.utils import reduce
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_minitron.distillation.losses.chunked import check_logits
+from hf_minitron.importance.calibrate import input_device, own_batches
+from hf_minitron.importance.layers import BlockImportance
+from hf_minitron.importance.without import WholePass, layers_of, without_layers
+
+CHUNK = 256  # tokens whose logits exist at the same time
+
+
+def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: int = 1, batch_size: int = 4) -> Tensor:
+    """Measure what removing each contiguous block of layers costs.
+
+    Under `accelerate launch` every process calls it with all blocks, reads its share of them, and gets the same costs.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model of a known family, in memory.
+        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where blocks are padded.
+        metric (`str`): `block_importance`: one minus the cosine of the block's input and output (2407.14679, section 2.2).
+            `loss`, `perplexity`: how much the mean next-token loss of the model, or its exponential, rises. `logit_mse`: the
+            squared change of the logits over the squared logits (2511.16664).
+        size (`int`, *optional*, defaults to 1): Layers per block.
+        batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass. The states between all layers of one
+            batch are held in memory, twice unless the metric is `block_importance`.
+
+    Returns:
+        `Tensor` of shape `(layers - size + 1,)`: float32, the cost of the block that starts at each layer.
+
+    Raises:
+        ValueError: for an unknown metric, a size that leaves no layer, logits that the class changes after its head, or costs
+            that are NaN or infinite.
+
+    Example:
+
+    ```python
+    >>> costs = removal_costs(model, blocks, "loss", size=4)
+    >>> scores.by_axis["layers"] = layer_scores(costs, size=4)
+    ```
+    """
+    layers = len(layers_of(model))
+    check_removal(layers, metric, size)
+    return _measure(model, blocks, metric, batch_size, _side_by_side(layers, size))
+
+
+def remove_one_by_one(
+    model: PreTrainedModel, blocks: Dataset, metric: str, count: int, batch_size: int = 4
+) -> tuple[list[int], Tensor]:
+    """Remove the layer that costs least, measure again without it, and so on; the model stays unchanged.
+
+    Args:
+        model (`PreTrainedModel`): As for `removal_costs`.
+        blocks (`Dataset`): As for `removal_costs`.
+        metric (`str`): As for `removal_costs`.
+        count (`int`): How many layers to remove.
+        batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass.
+
+    Returns:
+        `tuple[list[int], Tensor]`: The layers in the order of their removal, and every layer's cost of shape `(layers,)` in the
+            last round that it took part in.
+    """
+    layers, removed = len(layers_of(model)), []
+    check_removal(layers, metric, count=count)
+    costs = torch.zeros(layers)
+    while len(removed) < count:
+        left = [layer for layer in range(layers) if layer not in removed]
+        with without_layers(model, removed):
+            costs[left] = _measure(model, blocks, metric, batch_size, [range(layer, layer + 1) for layer in left])
+        removed.append(min(left, key=lambda layer: float(costs[layer])))
+    return removed, costs
+
+
+def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedModel], float]) -> Tensor:
+    """Measure what removing each contiguous block of layers costs on a task (2408.11796: Winogrande).
+
+    Args:
+        model (`PreTrainedModel`): A causal language model of a known family, in memory.
+        size (`int`): Layers per block.
+        measure (`Callable`): Returns a model's score; higher is better.
+
+    Returns:
+        `Tensor` of shape `(layers - size + 1,)`: float32, how far the score falls without the block that starts at each layer.
+    """
+    layers = len(layers_of(model))
+    check_removal(layers, size=size)
+    whole, costs, removals = measure(model), [], _side_by_side(layers, size)
+    for block in tqdm(removals, desc="Removing layers (task)"):
+        with without_layers(model, block):
+            costs.append(whole - measure(model))
+    return _finite(torch.tensor(costs), "task", removals, model)
+
+
+def layer_scores(costs: Tensor, size: int = 1) -> Tensor:
+    """Turn the costs of blocks into scores of layers, so that the `size` lowest are those of the cheapest block.
+
+    Args:
+        costs (`Tensor` of shape `(layers - size + 1,)`): From `removal_costs` or `task_costs`.
+        size (`int`, *optional*, defaults to 1): Layers per block.
+
+    Returns:
+        `Tensor` of shape `(layers,)`: The least cost of a block that holds the layer. Of blocks that cost the same the first is
+            the cheapest: its layers score a little lower.
+    """
+    absent = costs.new_full((size - 1,), torch.inf)
+    scores = torch.cat([absent, costs, absent]).unfold(0, size, 1).amin(1)
+    cheapest = int(costs.argmin())
+    scores[cheapest : cheapest + size] = torch.nextafter(costs[cheapest], costs.new_tensor(-torch.inf))
+    return scores
+
+
+def removal_scores(removed: Sequence[int], costs: Tensor) -> Tensor:
+    """Turn what `remove_one_by_one` returns into scores of shape `(layers,)`: removed layers below all others, in order."""
+    scores = costs.clone()
+    left = [layer for layer in range(len(costs)) if layer not in removed]
+    lowest = costs[left].min()
+    steps = torch.arange(len(removed), 0, -1, dtype=costs.dtype)
+    scores[list(removed)] = lowest - steps * lowest.abs().clamp(min=1)  # a float32 step that does not vanish
+    return scores
+
+
+def check_removal(layers: int, metric: str | None = None, size: int = 1, count: int = 1) -> None:
+    """Refuse an unknown metric, and a block or a count that leaves a model of so many layers without any."""
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"{metric!r} is no metric of layers; there are {', '.join(METRICS)}")
+    for number, what in ((size, "a block of"), (count, "the removal of")):
+        if not 0 < number < layers:
+            raise ValueError(f"{what} {number} layers, of {layers}: 1 to {layers - 1} can be removed")
+
+
+def _side_by_side(layers: int, size: int) -> list[range]:
+    return [range(start, start + size) for start in range(layers - size + 1)]
+
+
+def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[range]) -> Tensor:
+    """Return the cost of every removal from the model as it is, float32."""
+    sums_of, finish = METRICS[metric]
+    if metric != "block_importance":
+        check_logits(model.config)
+    device, batches = input_device(model), own_batches(blocks, batch_size)
+    totals = torch.zeros(len(removals) + 2, dtype=torch.float64)
+    with torch.inference_mode(), tqdm(total=len(batches) * len(removals), desc=f"Removing layers ({metric})") as bar:
+        for batch in batches:
+            sums = sums_of(WholePass.of(model, batch, device), removals, bar)
+            totals += torch.tensor([float(number) for number in sums], dtype=torch.float64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        totals = reduce(totals.to(device), "sum").cpu()
+    *without, whole, tokens = totals
+    return _finite(finish(torch.stack(without), whole, tokens).float(), metric, removals, model)
+
+
+def _state_sums(run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
+    """Return each block's change of its states, 0, and the number of tokens."""
+    sums = []
+    for block in removals:
+        metric = BlockImportance()
+        after = run.states[block.stop]
+        metric.update((run.states[block.start].to(after.device), after), run.real.to(after.device))
+        sums.append(metric.totals[0])
+        bar.update()
+    return [*sums, 0, run.real.sum()]
+
+
+def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
+    """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
+    head, ids = run.model.get_output_embeddings(), run.inputs["input_ids"]
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
+    targets = following[run.real].to(run.last.device)
+    states = []
+    for block in removals:
+        states.append(run.without(block))
+        bar.update()
+    sums = [0] * (len(removals) + 1)
+    for start in range(0, len(targets), CHUNK):
+        rows = slice(start, start + CHUNK)
+        whole = _logits(head, run.last[rows])
+        each = (_logits(head, state[rows]) for state in states)  # one after the other
+        for i, logits in enumerate(itertools.chain(each, [reference(whole)])):
+            sums[i] = sums[i] + token_sum(logits, whole, targets[rows].to(logits.device))
+    return [*sums, (targets != -100).sum()]
+
+
+def _logits(head: Callable, hidden: Tensor) -> Tensor:
+    logits = head(hidden)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _loss_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64)
+
+
+def _square_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
+    return (logits - whole).square().sum(dtype=torch.float64)
+
+
+def _finite(costs: Tensor, metric: str, removals: Sequence[range], model: PreTrainedModel) -> Tensor:
+    """Refuse costs that are no numbers, naming the first block."""
+    for cost, block in zip(costs, removals, strict=True):
+        if not cost.isfinite():
+            raise ValueError(
+                f"{metric} without the layers {list(block)} is {float(cost)}: weights hold NaN or infinity, the text has no "
+                f"token to predict, or {model.dtype} is too narrow for this model (dtype: float32)"
+            )
+    return costs
+
+
+# metric: what is summed over a batch for every block, the whole model and its tokens; the costs made of these sums
+_LOSSES = partial(_logit_sums, _loss_sum, lambda whole: whole)
+METRICS: dict[str, tuple[Callable, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "block_importance": (_state_sums, lambda without, whole, tokens: without / tokens),
+    "loss": (_LOSSES, lambda without, whole, tokens: (without - whole) / tokens),
+    "perplexity": (_LOSSES, lambda without, whole, tokens: (without / tokens).exp() - (whole / tokens).exp()),
+    # beside logits of zeros, whose squared error is the square of the whole model's logits
+    "logit_mse": (partial(_logit_sums, _square_sum, torch.zeros_like), lambda without, whole, tokens: without / whole),
+}
