@@ -76,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan_text(run: Run) -> str:
     """Say what the target shape costs beside the teacher, from `config.json` alone."""
-    before, after, rows = prune.shapes(bind(run, "prune", prune.Args), run.model)
+    args = bind(run, "prune", prune.Args)
+    before, after, rows = prune.shapes(args, run.model)
     stored = AutoConfig.from_pretrained(resolve(run.model)).dtype or torch.float32
     size = stored.itemsize
 
-    def costs(shape: Shape) -> dict[str, int]:
+    def costs(shape: Shape, rows: Mapping[str, str]) -> dict[str, int]:
         parameters = shape.num_parameters(rows)
         return shape.axes | {
             "parameters": parameters,
@@ -90,9 +91,13 @@ def plan_text(run: Run) -> str:
         }
 
     table = [["", "before", "after", ""]]
-    for (name, old), new in zip(costs(before).items(), costs(after).values(), strict=True):
+    for (name, old), new in zip(
+        costs(before, rows).items(), costs(after, prune.student_rows(args, run.model)).values(), strict=True
+    ):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
     inexact = prune.inexact(run.model, before, after)
+    if prune.rotates(args):
+        inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
 

@@ -264,9 +264,15 @@ def test_corrections_are_made_unless_told_otherwise(project, tmp_path, capsys):
     corrected, plain = (load_file(tmp_path / n / "prune/student/model.safetensors") for n in ("corrected", "plain"))
     changed = {key.rpartition("layers.")[2] for key in plain if not torch.equal(plain[key], corrected[key])}
     projections = ("down_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
-    assert {c.split(".")[-2] for c in changed} == {*projections, "input_layernorm", "post_attention_layernorm", "norm"}
+    assert {c.split(".")[-2] for c in changed} == {
+        *projections,
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "lm_head",
+    }
     assert run(project, tmp_path / "a", "--prune.corrections", "[magic]") == 1
-    assert "corrections: 'magic' is none of least_squares, norm_ratio" in capsys.readouterr().err
+    assert "corrections: 'magic' is none of least_squares, bias, norm_ratio" in capsys.readouterr().err
     assert run(project, tmp_path / "a", "--score.moments", "false") == 1
     assert "corrections need what score measures with moments: true" in capsys.readouterr().err
 

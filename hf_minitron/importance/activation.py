@@ -46,7 +46,7 @@ class Activation:
         if activation.dim() == 4:
             activation = torch.linalg.vector_norm(activation.float(), dim=-1)
         activation, lengths = _text(activation, mask, lengths)
-        reduced = _OVER_SEQUENCE[self.sequence](activation, lengths)  # (batch, size)
+        reduced = OVER[self.sequence](activation, lengths)  # (batch, size)
         # float64 because a variance is the difference of two sums; a few numbers per batch
         added = (reduced.sum(0, dtype=torch.float64), reduced.double().square().sum(0), reduced.new_tensor(len(reduced)))
         self.totals = [total + new for total, new in zip(self.totals, added, strict=True)]
@@ -138,14 +138,14 @@ def _by_index(scores: Tensor) -> Tensor:
 
 
 # Of (batch, seq, size) and the samples' lengths. On a CPU, abs and sum are ten times as fast as vector_norm along the middle.
-_OVER_SEQUENCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+OVER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda activation, lengths: activation.abs().sum(1, dtype=torch.float32) / lengths,
     "l2": lambda activation, lengths: activation.float().square().sum(1).sqrt(),
     "variance": _variance,
 }
 
 # The paper's nine, named batch first.
-REDUCTIONS: dict[str, tuple[str, str]] = {f"{b}_{s}": (b, s) for b in _OVER_SEQUENCE for s in _OVER_SEQUENCE}
+REDUCTIONS: dict[str, tuple[str, str]] = {f"{b}_{s}": (b, s) for b in OVER for s in OVER}
 
 # Metrics that need the outgoing columns, for axes that go out through one projection.
 OUTGOING: dict[str, Callable[[Tensor], Contribution | Fluctuation]] = {

@@ -29,7 +29,7 @@ def observer(taps, readings: Mapping):
             return
         norm = torch.zeros(batch * seq, device=output.device)
         norms.append(norm.index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1)))
-        mask, lengths = None, seq
+        mask, lengths = None, torch.full((batch, 1), seq, device=inner.device)
         if taps.mask is not None:
             mask = taps.mask.to(inner.device).flatten()[tokens]
             lengths = taps.mask.to(inner.device).sum(1, keepdim=True).clamp(min=1)

@@ -1,21 +1,25 @@
 """prune: keep the best-scored part of every axis and write the student as a stock checkpoint."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import AutoConfig
 
-from hf_minitron.checkpoint import Checkpoint, require_space, resolve
+from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, require_space, resolve
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import check_target
+from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
+from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
-from hf_minitron.stages.score import check_layers_target
+from hf_minitron.stages.score import BLOCKS, check_layers_target
 
 NEEDS = ("score",)
 
@@ -48,6 +52,24 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     after = before.cut_to(args.target, args.multiple_of)
     check_target(config, family, after)
     return before, after, family.rows_of(config)
+
+
+def student_rows(args: Args, model: str) -> dict[str, str]:
+    """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
+    config = AutoConfig.from_pretrained(resolve(model))
+    family = family_of(config)
+    return family.rows_of(untied(config, family) if rotates(args) else config)
+
+
+def rotates(args: Args) -> bool:
+    """Return whether the student's stream is rotated."""
+    return "rotation" in args.corrections and "hidden" in args.target
+
+
+def merges(args: Args, model: str) -> bool:
+    """Return whether to read what dropped layers added, with another pass over the text; some families cannot take it over."""
+    plain = family_of(AutoConfig.from_pretrained(resolve(model))).plain_stream
+    return "layer_merge" in args.corrections and "layers" in args.target and plain
 
 
 def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
@@ -83,6 +105,13 @@ def tokens(args: Args) -> dict[str, int]:
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/`."""
     before, after, _ = shapes(args, run.model)
-    scores = Scores.load(run.path("score") / "scores.safetensors")
-    plan, moments = make_plan(scores, before, after), run.path("score") / "moments" if args.corrections else None
-    prune_checkpoint(resolve(run.model), plan, out / "student", args.max_shard_bytes, moments, args.corrections)
+    scores, source = Scores.load(run.path("score") / "scores.safetensors"), resolve(run.model)
+    plan, gaps = make_plan(scores, before, after), None
+    moments = run.path("score") / "moments" if args.corrections else None
+    if merges(args, run.model):
+        device = best_device()
+        blocks = Dataset.from_parquet(str(run.path("score") / BLOCKS), keep_in_memory=True)
+        gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
+    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, moments, args.corrections, gaps)
+    if gaps is not None:
+        shutil.rmtree(gaps)

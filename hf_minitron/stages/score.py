@@ -12,14 +12,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.distillation.losses.chunked import check_logits
 from hf_minitron.evaluation.compare import lm_eval_tasks, task_manager
 from hf_minitron.families.family import family_of
-from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.activation import OUTGOING, OVER
+from hf_minitron.importance.baselines import BASELINES
+from hf_minitron.importance.calibrate import calibrate, check_metric
 from hf_minitron.importance.removal import (
     METRICS,
     check_removal,
@@ -29,10 +31,14 @@ from hf_minitron.importance.removal import (
     remove_one_by_one,
     task_costs,
 )
+from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 
 NEEDS = ()
+
+# The text that was read, for corrections that look at it again.
+BLOCKS = "blocks.parquet"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,13 @@ class Args:
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
+    metric: str | dict = field(
+        default=DEFAULT,
+        metadata={
+            "help": f"How widths are ranked, for all axes or axis: name: BATCH_SEQUENCE of {', '.join(OVER)}; "
+            f"{', '.join([*OUTGOING, *BASELINES])}."
+        },
+    )
     layers: str = field(
         default="block_importance",
         metadata={"help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm."},
@@ -76,6 +89,7 @@ def check(args: Args, run: Run) -> None:
     """Refuse what can be refused before any weight is read."""
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {args.dtype!r} is none of auto, float32, bfloat16, float16")
+    check_metric(args.metric)
     if args.device_map not in (None, "auto"):
         raise ValueError(f"device_map: {args.device_map!r} is neither auto nor left out")
     if args.device_map and PartialState().num_processes > 1:
@@ -144,11 +158,12 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `scores.safetensors` and `moments/`. Under `accelerate launch` every process reads its share of the text."""
+    """Write `scores.safetensors`, `moments/` and the text. Under `accelerate launch` every process reads its share of it."""
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
+    set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed, moments = args.layer_by_layer, out / "moments" if args.moments else None
     if streamed is None:
@@ -158,14 +173,15 @@ def run(args: Args, run: Run, out: Path) -> None:
         raise ValueError(f"layers: {args.layers} needs the whole model, which does not fit in memory. Set device_map: auto, or "
                          "rank layers by block_importance, one at a time")  # fmt: skip
     if streamed:
-        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments)
+        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments, args.metric)
     else:
         model = load_model(folder, dtype, args.device_map or device)
-        scores = calibrate(model, blocks, args.batch_size, moments=moments)
+        scores = calibrate(model, blocks, args.batch_size, moments=moments, metric=args.metric)
         if _apart(args):
             layers, how = score_layers(args, model, blocks, tokenizer)
             scores = dataclasses.replace(scores, by_axis={**scores.by_axis, "layers": layers}, meta={**scores.meta, **how})
     if PartialState().is_main_process:
+        blocks.to_parquet(out / BLOCKS)
         scores.save(out / "scores.safetensors")
 
 
