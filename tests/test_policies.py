@@ -13,8 +13,9 @@ PACKAGE = ROOT / "hf_minitron"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
+modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 axes shape scores plan families.llama families.gpt families.moe families.family families.student data memory checkpoint
-pruning.compensate pruning.prune importance.moments
+pruning.compensate pruning.prune pruning.export importance.moments
 importance.activation importance.layers importance.experts importance.taps importance.streamed importance.calibrate
 distillation.losses.tokens distillation.losses.chunked distillation.signals distillation.teacher distillation.config
 distillation.trainer evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
