@@ -57,8 +57,8 @@ class PrunedConfig(PreTrainedConfig):
         attention_bias (`bool`, *optional*): Biases of q, k and v.
         attention_output_bias (`bool`, *optional*): Bias of o; as `attention_bias` when not given.
         qk_norm (`bool`, *optional*): Queries and keys are normalised per head (Qwen3).
-        layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per layer (`moe`, transformers' word, where
-            there is no attention); all sliding when there is a `sliding_window`.
+        layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per layer, `moe` (transformers' word)
+            without attention; all sliding when there is a `sliding_window`.
         no_rope_layers (`list[int]`, *optional*): 1 for a layer with rotary positions, 0 without (SmolLM3).
         attention_multiplier (`float`, *optional*): Factor of the attention logits; 1 / sqrt(head_dim) when not given.
         stock_model_type (`str`, *optional*): The stock model type it was made from, which `export` writes.
@@ -133,7 +133,8 @@ class PrunedConfig(PreTrainedConfig):
             self.layer_types = [FULL if self.sliding_window is None else SLIDING] * layers
         self._check_layers()
         self.layer_types = [
-            kind if heads else NO_ATTENTION for kind, heads in zip(self.layer_types, self.layer_num_attention_heads, strict=True)
+            kind if heads else NO_ATTENTION
+            for kind, heads in zip(self.layer_types, self.layer_num_attention_heads, strict=True)
         ]
         self.base_model_tp_plan = (Qwen3Config if self.qk_norm else LlamaConfig).base_model_tp_plan
         kwargs["auto_map"] = kwargs.get("auto_map") or {
@@ -156,8 +157,8 @@ class PrunedConfig(PreTrainedConfig):
         pairs = zip(self.layer_num_attention_heads, self.layer_num_key_value_heads, strict=True)
         for layer, (heads, kv_heads) in enumerate(pairs):
             if bool(heads) != bool(kv_heads) or (heads and heads % kv_heads):
-                raise ValueError(f"Layer {layer} has {heads} attention heads and {kv_heads} KV heads; the first must be a multiple "
-                                 "of the second, or both 0")  # fmt: skip
+                raise ValueError(f"Layer {layer} has {heads} attention heads and {kv_heads} KV heads; the first must be a "
+                                 "multiple of the second, or both 0")  # fmt: skip
 
     def _check_layers(self) -> None:
         """Refuse lists of layer kinds that do not fit the layers."""
@@ -203,7 +204,9 @@ class PrunedConfig(PreTrainedConfig):
             **changes: Anything that `PrunedConfig` takes, such as `layer_num_attention_heads`.
         """
         if config.model_type not in STOCK:
-            raise ValueError(f"PrunedConfig cannot hold model type {config.model_type!r}; it can hold {', '.join(sorted(STOCK))}")
+            raise ValueError(
+                f"PrunedConfig cannot hold model type {config.model_type!r}; it can hold {', '.join(sorted(STOCK))}"
+            )
         names = {field.name for field in fields(cls)} - {"architectures", "transformers_version"}
         values = {key: value for key, value in config.to_dict().items() if key in names}
         for key, name in LIST_OF.items():

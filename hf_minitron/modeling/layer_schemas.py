@@ -99,7 +99,7 @@ def to_layer_lists(sizes: Sizes) -> dict[str, list[int]]:
 
 
 def from_layer_lists(layer_head_num: Sequence[int], layer_inter_size: Sequence[int], largest: Mapping[str, int]) -> Sizes:
-    """Return the sizes that two layer lists describe; KV heads stay as many, or follow the query heads of a model without groups.
+    """Return the sizes that two layer lists describe; KV heads stay as many, or follow query heads that share none.
 
     Args:
         layer_head_num (`Sequence[int]`): Query heads per layer.

@@ -6,6 +6,7 @@ nothing of hf_minitron; what layers share with Llama is Llama's, taken from tran
 
 import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -143,6 +144,9 @@ class PrunedModel(PrunedPreTrainedModel):
 
     def __init__(self, config: PrunedConfig):
         super().__init__(config)
+        if {NO_ATTENTION, FULL, SLIDING} <= set(config.layer_types) and not hasattr(cache_utils, "DummyLayer"):
+            raise ImportError("Before 5.24, transformers measures the wrong cache where some layers slide, some do not and "
+                              "some have no attention; pip install -U transformers")  # fmt: skip
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(PrunedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -17,6 +17,7 @@ from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, c
 from hf_minitron.families.family import FAMILIES, class_name, parameters_of
 from hf_minitron.families.llama import LLAMA_ROWS
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
+from hf_minitron.modeling.layer_schemas import LIST_OF
 from hf_minitron.shape import ShapeError
 
 
@@ -75,7 +76,9 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     """
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, PrunedConfig):
-        raise ValueError(f"{source} holds a {config.model_type!r}, which is a stock model already; export takes nonuniform ones")
+        raise ValueError(
+            f"{source} holds a {config.model_type!r}, which is a stock model already; export takes nonuniform ones"
+        )
     padding, checkpoint = _padding_of(config), Checkpoint(source)
     dtype = checkpoint.specs["model.embed_tokens.weight"].dtype
     shapes, present = parameters_of(padding.config), parameters_of(config)
@@ -113,9 +116,9 @@ def _padding_of(config: PrunedConfig) -> _Padding:
         ShapeError: when neither class holds the shape.
     """
     if config.stock_model_type not in CONFIG_MAPPING:
-        raise ValueError(f"stock_model_type in config.json is {config.stock_model_type!r}; export needs the stock model type that "
-                         "this model is a cut of, such as 'llama'")  # fmt: skip
-    fixed = {"head_dim": config.head_dim, "hidden": config.hidden_size, "vocab": config.vocab_size}
+        raise ValueError(f"stock_model_type in config.json is {config.stock_model_type!r}; export needs the stock model type "
+                         "that this model is a cut of, such as 'llama'")  # fmt: skip
+    fixed = {"head_dim": config.head_dim, "hidden": config.hidden_size}
     lists = zip(*config.layer_sizes.values(), strict=True)
     before = tuple(
         {**fixed, "kv_heads": kv_heads, "group": heads // max(kv_heads, 1), "ffn": ffn} for heads, kv_heads, ffn in lists
@@ -126,7 +129,7 @@ def _padding_of(config: PrunedConfig) -> _Padding:
     for changes in [{}, held_by] if held_by else [{}]:
         try:
             stock = _stock_config(config, after, changes)
-            wrong = _unlike(parameters_of(stock), parameters_of(config))
+            wrong = _unlike(stock, config)
         except Exception as error:  # config classes and modules raise their own kinds
             wrong = " ".join(str(error).split())
         if not wrong:
@@ -154,7 +157,16 @@ def _stock_config(config: PrunedConfig, after: Mapping[str, int], changes: Mappi
     return stock
 
 
-def _unlike(stock: Mapping[str, object], own: Mapping[str, object]) -> str:
-    """Return why a stock model's parameters are not those of a nonuniform one, padded; empty when they are."""
-    parts = [{axes.match(name, LLAMA_ROWS) and axes.match(name, LLAMA_ROWS)[0] for name in names} for names in (stock, own)]
-    return "" if parts[0] == parts[1] else f"it has {sorted(map(str, parts[0] ^ parts[1]))[0]!r} on one side only"
+def _unlike(stock: PreTrainedConfig, config: PrunedConfig) -> str:
+    """Return what a stock config cannot say of a nonuniform one, sizes apart; empty when its model gives equal logits."""
+    parameters_of(stock)  # its class may refuse the shape only now
+    back = PrunedConfig.from_stock(stock)
+    pairs = zip(config.layer_types, back.layer_types, strict=True)
+    wrong = [] if all(kind in (NO_ATTENTION, other) for kind, other in pairs) else ["layer_types"]
+    settings = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }
+    settings -= {*LIST_OF, *LIST_OF.values(), "layer_types", "stock_model_type"}
+    wrong += sorted(key for key in settings if getattr(config, key) != getattr(back, key))
+    name = type(stock).__name__
+    return f"{name} has {wrong[0]} {getattr(back, wrong[0])!r}, not {getattr(config, wrong[0])!r}" if wrong else ""
