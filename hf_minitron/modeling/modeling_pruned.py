@@ -145,8 +145,8 @@ class PrunedModel(PrunedPreTrainedModel):
     def __init__(self, config: PrunedConfig):
         super().__init__(config)
         if {NO_ATTENTION, FULL, SLIDING} <= set(config.layer_types) and not hasattr(cache_utils, "DummyLayer"):
-            raise ImportError("Before 5.24, transformers measures the wrong cache where some layers slide, some do not and "
-                              "some have no attention; pip install -U transformers")  # fmt: skip
+            raise ImportError("This version of transformers measures the cache wrongly where some layers slide, some do not "
+                              "and some have no attention; pip install -U transformers")  # fmt: skip
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(PrunedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -211,6 +211,7 @@ class PrunedForCausalLM(PrunedPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: PrunedConfig):
         super().__init__(config)

@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, copy_side_files, require_space, write_tensors
+from hf_minitron.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorSpec,
+    complete_or_absent,
+    copy_side_files,
+    require_space,
+    write_tensors,
+)
 from hf_minitron.families.family import FAMILIES, class_name, parameters_of
 from hf_minitron.families.llama import LLAMA_ROWS
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
@@ -105,7 +113,7 @@ def _padded_tensors(
             yield name, [padding.pad(checkpoint.read(name), row, axes.layer_in(indices))]
         else:
             fill = torch.ones if "norm" in row else torch.zeros
-            yield name, [fill(spec.shape, dtype=checkpoint.read("model.embed_tokens.weight").dtype)]
+            yield name, [fill(spec.shape, dtype=DTYPES[spec.dtype])]
 
 
 def _padding_of(config: PrunedConfig) -> _Padding:
