@@ -2,6 +2,8 @@
 
 import importlib
 
+import hf_minitron.modeling  # noqa: F401  transformers' Auto classes know nonuniform models from here on
+
 __version__ = "0.1.0"
 
 # Loaded at first use, so that importing one part does not import all.

@@ -13,8 +13,10 @@ PACKAGE = ROOT / "hf_minitron"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
+modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 axes shape scores plan families.llama families.gpt families.moe families.family families.student data memory checkpoint
-pruning.compensate pruning.rotate pruning.prune pruning.allocate pruning.search importance.moments
+pruning.compensate pruning.rotate pruning.prune pruning.export
+pruning.allocate pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal

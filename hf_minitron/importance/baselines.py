@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.checkpoint import Checkpoint, resolve
-from hf_minitron.families.family import family_of
+from hf_minitron.families.family import family_of, parameters_of
 from hf_minitron.pruning.prune import stored_names
 
 
@@ -54,7 +54,8 @@ def chance(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor]) ->
 def _tensors(model: PreTrainedModel | str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield full name and values of every tensor."""
     if isinstance(model, PreTrainedModel):
-        yield from ((name, parameter.detach().cpu()) for name, parameter in model.named_parameters())
+        own = parameters_of(model.config)  # stored buffers too, a tied head once
+        yield from ((name, tensor.cpu()) for name, tensor in model.state_dict().items() if name in own)
         return
     checkpoint, config = Checkpoint(resolve(model)), AutoConfig.from_pretrained(resolve(model))
     for stored, name in stored_names(checkpoint, config, family_of(config)).items():
