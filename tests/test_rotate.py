@@ -1,0 +1,179 @@
+"""The rotated stream, merged layers, biases and head residuals, each against what they claim."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_minitron import axes
+from hf_minitron.families.family import FAMILIES, family_of
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.gaps import read_gaps
+from hf_minitron.plan import Plan, make_plan
+from hf_minitron.pruning.compensate import OUTPUT, moments_path
+from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.pruning.rotate import rotation_for, untied
+
+PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].plain_stream]
+IDS = tiny.blocks(40)["input_ids"][:]
+
+
+def shape_of(model):
+    return family_of(model.config).shape_of(model.config)
+
+
+def rotated(model, moments):
+    family = family_of(model.config)
+    config, state = untied(model.config, family), dict(model.state_dict())
+    rotation = rotation_for(config, family, moments, state.__getitem__)
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    rows = family.rows_of(config)
+    turned = {name: rotation(name, rows[axes.match(name, rows)[0]], tensor) for name, tensor in state.items()}
+    made = AutoModelForCausalLM.from_config(config).to(model.dtype).eval()
+    made.load_state_dict(turned)
+    return made, rotation
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", PLAIN)
+def test_a_rotated_teacher_says_the_same(model_type, tied, tmp_path):
+    model = tiny.model(model_type, tie_word_embeddings=tied)
+    calibrate(model, tiny.blocks(40), moments=tmp_path / "m")
+    made, rotation = rotated(model, tmp_path / "m")
+    with torch.no_grad():
+        expected, found = (m(input_ids=IDS, use_cache=False).logits for m in (model, made))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max())  # norms compute in float32
+    assert torch.allclose(rotation.basis.T @ rotation.basis, torch.eye(40, dtype=torch.float64), atol=1e-12)
+    assert not torch.equal(made.lm_head.weight, made.model.embed_tokens.weight)
+
+
+def test_moments_of_the_rotated_teacher_are_those_that_it_has(tmp_path):
+    model = tiny.model(tie_word_embeddings=True)
+    calibrate(model, tiny.blocks(40), moments=tmp_path / "m")
+    made, rotation = rotated(model, tmp_path / "m")
+    calibrate(made, tiny.blocks(40), moments=tmp_path / "r")
+    energies = 0
+    for norm, layer in (("model.layers.1.input_layernorm", 1), ("model.norm", None)):
+        old, new = (load_file(moments_path(tmp_path / folder, layer))[norm + OUTPUT] for folder in ("m", "r"))
+        found = rotation.moment(norm, old)
+        assert torch.allclose(found.float(), new, rtol=1e-3, atol=1e-4)
+        energies = energies + found[:-1].diagonal()
+    assert energies[:10].sum() > 2 * energies[-10:].sum()  # by falling energy
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3", "gemma"])
+def test_rotation_on_disk_equals_that_in_memory_and_loses_less(model_type, tied, tmp_path):
+    teacher = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    scores = calibrate(teacher, tiny.blocks(40), moments=tmp_path / "m")
+    shape = shape_of(teacher)
+    plan = make_plan(scores, shape, shape.cut_to({"hidden": 24, "ffn": 48}))
+    names = ("rotation", "least_squares", "norm_ratio")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", moments=tmp_path / "m", corrections=names)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    made = prune_model(teacher, plan, tmp_path / "m", names)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not loaded.config.tie_word_embeddings
+    for name, value in made.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
+    assert Plan.load(tmp_path / "student" / "plan.json").keep["hidden"] == list(range(24))
+
+
+def test_a_stream_that_cannot_be_rotated_is_refused(tmp_path):
+    model = tiny.model("gemma2", dtype=torch.float32)
+    scores = calibrate(model, tiny.blocks(), moments=tmp_path)
+    shape = shape_of(model)
+    plan = make_plan(scores, shape, shape.cut_to({"hidden": 24}))
+    with pytest.raises(ValueError, match="rotation is not for gemma2: it needs RMS norms .*Leave rotation out"):
+        prune_model(model, plan, tmp_path, ["rotation"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3"])
+def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
+    """The state behind dropped layers must err less, on the text that was read, than when they are only dropped."""
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    shape, blocks = shape_of(teacher), tiny.blocks(400)
+    scores = calibrate(teacher, blocks, moments=tmp_path / "m")
+    for kept in ([0, 2], [0], [1, 2]):
+        after = shape.cut_to({"layers": len(kept), "ffn": 64})
+        plan = make_plan(scores, shape, shape.cut_to({"ffn": 64}))
+        plan = Plan(shape, after, {"layers": kept, "ffn": [plan.keep["ffn"][layer] for layer in kept]})
+        gaps = read_gaps(teacher, blocks, plan, tmp_path / f"gaps{kept}")
+        assert len(list(gaps.iterdir())) == (0 if kept[0] == 1 else 1)  # nothing stands before the first layer
+        plain, merged = (prune_model(teacher, plan, tmp_path / "m", gaps=g) for g in (None, gaps))
+
+        def state(model, layer):  # behind the first gap, before what follows
+            found = []
+            hook = model.model.layers[layer].register_forward_hook(lambda m, a, out: found.append(out))
+            with torch.no_grad():
+                model(input_ids=blocks["input_ids"][:], use_cache=False)
+            hook.remove()
+            return found[0]
+
+        if kept[0] == 0:
+            expected = state(teacher, kept[1] - 1 if len(kept) > 1 else 2)
+            errors = [(state(student, 0) - expected).square().mean() for student in (plain, merged)]
+            assert errors[1] < 0.97 * errors[0]
+            prune_checkpoint(tmp_path / "teacher", plan, tmp_path / f"s{kept}", moments=tmp_path / "m", gaps=gaps)
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"s{kept}").state_dict()
+            assert all(torch.allclose(loaded[n], v, rtol=1e-3, atol=1e-4) for n, v in merged.state_dict().items())
+
+
+def test_gaps_are_means_over_the_text_and_not_over_padding(tmp_path):
+    model = tiny.model(dtype=torch.float32)
+    rows = [tiny.blocks(1, 12, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    short = {"input_ids": rows}
+    padded = {"input_ids": [row + [7] * 4 for row in rows], "attention_mask": [[1] * 12 + [0] * 4] * 4}
+    shape = shape_of(model)
+    plan = Plan(shape, shape.cut_to({"layers": 2}), {"layers": [0, 2]})
+    for name, content in {"short": short, "padded": padded}.items():
+        read_gaps(model, Dataset.from_dict(content).with_format("torch"), plan, tmp_path / name)
+    (path,) = (tmp_path / "short").iterdir()
+    for key, value in load_file(path).items():
+        assert torch.allclose(load_file(tmp_path / "padded" / path.name)[key], value, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "starcoder2", "phi", "qwen2"])
+@pytest.mark.parametrize("names", [("bias",), ("bias", "least_squares")])
+def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    shape = shape_of(teacher)
+    target = {"hidden": 24} if model_type == "qwen2" else {"ffn": 32}
+    ids = tiny.blocks(200, 4)  # every fourth token is read, the first of every block here
+    plan = make_plan(calibrate(teacher, ids, moments=tmp_path), shape, shape.cut_to(target))
+    family = family_of(teacher.config)
+    if model_type == "qwen2":
+        name = "model.layers.0.self_attn.k_proj"
+    else:
+        (_, name), *_ = family.taps_of(teacher.config)["ffn"]
+
+    def mean(model):
+        found = []
+        hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: found.append(out))
+        with torch.no_grad():
+            model(input_ids=ids["input_ids"][:], use_cache=False)
+        hook.remove()
+        return found[0][:, 0].mean(0)
+
+    expected = mean(teacher)
+    without = tuple(n for n in names if n != "bias")
+    plain, biased = ((mean(prune_model(teacher, plan, tmp_path, n)) - expected).abs().max() for n in (without, names))
+    if model_type == "qwen2":  # its norm sees fewer channels: not the very same input
+        assert biased < plain
+    else:
+        assert biased < 1e-5 and plain > 100 * biased
+
+
+def test_head_residuals_pair_the_weakest_that_stays_with_the_strongest_that_goes(tmp_path):
+    teacher = tiny.model(dtype=torch.float32)
+    shape = shape_of(teacher)
+    scores = calibrate(teacher, tiny.blocks(), moments=tmp_path)
+    plan = make_plan(scores, shape, shape.cut_to({"heads": 2, "kv_heads": 2}))
+    student = prune_model(teacher, plan, tmp_path, ["head_residual"])
+    for layer in range(3):
+        query = teacher.model.layers[layer].self_attn.q_proj.weight.view(4, 6, 40)
+        expected = [2 * query[h] - query[h ^ 1] for h in plan.keep["heads"][layer]]  # two heads a group: one stays, one goes
+        assert torch.allclose(student.model.layers[layer].self_attn.q_proj.weight.view(2, 6, 40), torch.stack(expected))
