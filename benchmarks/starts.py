@@ -3,7 +3,7 @@
     python benchmarks/starts.py --text ../shared/data/text/c4_1.jsonl --held-out ../shared/data/text/c4_2.jsonl
 
 Prunes one shape twice, from the same scores and, for the corrected start, the statistics of the same pass; then distils each
-start anew for every budget, with the learning rate's whole schedule inside it. Both starts see the same blocks in the same order.
+start anew for every budget, with the learning rate's whole schedule inside it. Both see the same blocks in the same order.
 """
 
 import argparse

@@ -16,6 +16,9 @@ from torch import Tensor
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
 
+# Axes whose size may differ from layer to layer.
+BY_LAYER = ("heads", "kv_heads", "ffn")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,8 +28,9 @@ class Plan:
         before (`Shape`): The teacher's shape.
         after (`Shape`): The student's shape.
         keep (`Mapping[str, list]`): Ascending kept indices of every axis that is cut: `layers` and `hidden` one list; the
-            others one list per kept layer, in the order of `layers`, empty where a layer has no such axis. Of a routed
-            `ffn` that list holds one list per kept expert.
+            others one list per kept layer, in the order of `layers`, empty where a layer has no such axis (or loses it: its
+            MLP or its attention goes). Of a routed `ffn` that list holds one list per kept expert. Lists may differ in length
+            from layer to layer; `after` has the largest then.
     """
 
     before: Shape
@@ -37,6 +41,18 @@ class Plan:
     def kept_layers(self) -> list[int]:
         """The teacher's layers that stay, ascending."""
         return self.keep.get("layers", list(range(self.before["layers"])))
+
+    @cached_property
+    def by_layer(self) -> dict[str, list[int]]:
+        """The sizes of `heads`, `kv_heads` and `ffn` in every kept layer, where layers differ; else nothing."""
+        if "experts" in self.before.sizes:
+            return {}
+        sizes = {
+            axis: [len(kept) for kept in self.keep[axis]] if axis in self.keep else [self.before[axis]] * len(self.kept_layers)
+            for axis in BY_LAYER
+            if axis in self.before.sizes
+        }
+        return sizes if any(len(set(found)) > 1 for found in sizes.values()) else {}
 
     def keep_at(self, layer: int | None, expert: int | None = None) -> dict[str, Tensor] | None:
         """Return the index tensors in force at one place of the teacher, or `None` when nothing of that place is kept.
@@ -57,7 +73,8 @@ class Plan:
                 return None
             if "ffn" in kept:
                 kept["ffn"] = kept["ffn"][self.position("experts", expert, layer)]
-        return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices} | hidden
+        lost = bool(self.by_layer)  # an empty list is a half that goes, not one that this layer never had
+        return {axis: torch.tensor(indices, dtype=torch.long) for axis, indices in kept.items() if indices or lost} | hidden
 
     @cached_property
     def _hidden(self) -> Tensor:
@@ -124,6 +141,48 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
     return Plan(before, _with_layer_kinds(after, scores, layers), keep)
+
+
+def make_nonuniform_plan(scores: Scores, before: Shape, sizes: Mapping[str, list[int]], hidden: int | None = None) -> Plan:
+    """Choose the indices that stay when every layer has sizes of its own.
+
+    Args:
+        scores (`Scores`): Importance of every index.
+        before (`Shape`): The teacher's shape, of a model without experts.
+        sizes (`Mapping[str, list[int]]`): `heads`, `kv_heads` and `ffn`, each with one size per layer of the teacher. 0 drops
+            the layer's attention or its MLP; a layer that loses both goes.
+        hidden (`int`, *optional*): The new hidden size; as it is when left out.
+
+    Returns:
+        `Plan`: Within a layer the best-scored indices, as `make_plan` takes them.
+
+    Raises:
+        ValueError: for sizes that are no sizes of this model.
+    """
+    sizes = {axis: sizes.get(axis, [before[axis]] * before["layers"]) for axis in BY_LAYER}
+    group = before["heads"] // before.kv_groups
+    for axis, found in sizes.items():
+        if len(found) != before["layers"] or not all(0 <= size <= before[axis] for size in found):
+            raise ValueError(f"{axis}: {found} are not {before['layers']} sizes from 0 to {before[axis]}, one for each layer")
+    for layer, (heads, groups) in enumerate(zip(sizes["heads"], sizes["kv_heads"], strict=True)):
+        if bool(heads) != bool(groups) or (groups and (heads % groups or heads // groups > group)):
+            raise ValueError(f"layer {layer}: {heads} heads do not divide over {groups} KV heads with at most {group} for each")
+    for axis in ("heads", "ffn", *(() if hidden is None else ("hidden",))):
+        _check_scores(scores, axis, before)
+    layers = [layer for layer in range(before["layers"]) if sizes["heads"][layer] or sizes["ffn"][layer]]
+    keep: dict[str, list] = {"heads": [], "kv_heads": [], "ffn": []}
+    for layer in layers:
+        own = Shape({**before.sizes, **{axis: found[layer] for axis, found in sizes.items()}})
+        heads, groups = _best_heads(scores.by_axis["heads"][layer], before, own) if own["heads"] else ([], [])
+        keep["heads"].append(heads)
+        keep["kv_heads"].append(groups)
+        keep["ffn"].append(_best(scores.by_axis["ffn"][layer], own["ffn"]))
+    after = {**before.sizes, "layers": len(layers), **{axis: max(map(len, kept)) for axis, kept in keep.items()}}
+    if len(layers) < before["layers"]:
+        keep["layers"] = layers
+    if hidden is not None:
+        keep["hidden"], after["hidden"] = _best(scores.by_axis["hidden"], hidden), hidden
+    return Plan(before, Shape(after), keep)
 
 
 def _check_scores(scores: Scores, axis: str, before: Shape) -> None:

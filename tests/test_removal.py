@@ -8,7 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron import Scores, calibrate, family_of, make_plan, prune_model
 from hf_minitron.importance import removal
-from hf_minitron.importance.removal import layer_scores, removal_costs, removal_scores, remove_one_by_one, task_costs
+from hf_minitron.importance.removal import (
+    half_costs,
+    layer_scores,
+    removal_costs,
+    removal_scores,
+    remove_one_by_one,
+    task_costs,
+)
 from hf_minitron.importance.without import layers_of, without_layers
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape
@@ -231,3 +238,24 @@ def test_what_cannot_be_measured_is_told():
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"loss without the layers \[0\] is nan: weights hold NaN or infinity"):
         removal_costs(model, blocks, "loss")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
+def test_halves_cost_what_a_model_without_them_loses(model_type):
+    model = tiny.model(model_type)
+    ids = tiny.blocks()["input_ids"][:]
+    found = half_costs(model, tiny.blocks(), "loss")
+    taps = family_of(model.config).taps_of(model.config)
+
+    def loss():
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+
+    whole = loss()
+    for axis in ("heads", "ffn"):
+        for layer, name in taps[axis]:
+            hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+            assert found[axis][layer].item() == pytest.approx(loss() - whole, abs=1e-5)
+            hook.remove()
+    assert loss() == whole

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.families.family import family_of
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,20 @@ def compare(
             "path": str(source),
             "parameters": model.num_parameters(),
             "bytes": sum(spec.num_bytes for spec in Checkpoint(folder).specs.values()),
-            "shape": family_of(model.config).shape_of(model.config).axes,
+            "shape": shape_of(model.config),
             "perplexity": perplexity(model, blocks, batch_size, f"Perplexity of {name}"),
             "tasks": lm_eval_tasks(model, tokenizer, tasks, include_path, limit, batch_size) if tasks else {},
         }
         del model
     text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
     return Report(results, text)
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
+    """Return the size of every axis; of a nonuniform model, lists for what differs from layer to layer."""
+    if isinstance(config, PrunedConfig):
+        return {"layers": config.num_hidden_layers, "hidden": config.hidden_size, **config.layer_sizes}
+    return family_of(config).shape_of(config).axes
 
 
 @torch.inference_mode()

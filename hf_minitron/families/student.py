@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families.family import Family, class_name, parameters_of
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
 
@@ -31,7 +32,8 @@ def check_target(config: PreTrainedConfig, family: Family, after: Shape) -> None
 def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreTrainedConfig:
     """Return the student's config: the teacher's with the new sizes, `head_dim` written out, layer lists cut.
 
-    The teacher's class when it holds the shape, else one with equal logits that does (`Family.held_by`).
+    The teacher's class when it holds the shape, else one with equal logits that does (`Family.held_by`); `PrunedConfig` when
+    layers differ.
 
     Args:
         config (`PreTrainedConfig`): The teacher's config; it stays unchanged.
@@ -41,11 +43,33 @@ def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreT
     Raises:
         ShapeError: when no class holds the shape.
     """
+    if plan.by_layer:
+        return _nonuniform(config, plan)
     student, reason = _hold(config, family, plan.after, plan.kept_layers)
     if student is None and family.held_by:
         student, _ = _hold(config, family, plan.after, plan.kept_layers, family.held_by)
     if student is None:
         raise ShapeError(_advice(config, family, plan.after, reason))
+    return student
+
+
+def _nonuniform(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """Return the config of a model whose layers differ; refuse a model type that `PrunedConfig` cannot hold."""
+    try:
+        lists = {key: [getattr(config, key)[i] for i in plan.kept_layers] for key in LAYER_LISTS if getattr(config, key, None)}
+        student = PrunedConfig.from_stock(
+            config,
+            num_hidden_layers=plan.after["layers"],
+            hidden_size=plan.after["hidden"],
+            head_dim=plan.after["head_dim"],
+            layer_num_attention_heads=plan.by_layer["heads"],
+            layer_num_key_value_heads=plan.by_layer["kv_heads"],
+            layer_intermediate_size=plan.by_layer["ffn"],
+            **lists,
+        )
+    except ValueError as error:
+        raise ShapeError(str(error)) from error
+    student.architectures, student.dtype, student.name_or_path = ["PrunedForCausalLM"], config.dtype, ""
     return student
 
 

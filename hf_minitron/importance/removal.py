@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_minitron.distillation.losses.chunked import check_logits
+from hf_minitron.families.family import base_prefix, family_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
-from hf_minitron.importance.without import WholePass, layers_of, without_layers
+from hf_minitron.importance.without import Removal, WholePass, layers_of, without_layers
 
 CHUNK = 256  # tokens whose logits exist at the same time
 
@@ -79,7 +80,7 @@ def remove_one_by_one(
     while len(removed) < count:
         left = [layer for layer in range(layers) if layer not in removed]
         with without_layers(model, removed):
-            costs[left] = _measure(model, blocks, metric, batch_size, [range(layer, layer + 1) for layer in left])
+            costs[left] = _measure(model, blocks, metric, batch_size, [Removal(range(layer, layer + 1)) for layer in left])
         removed.append(min(left, key=lambda layer: float(costs[layer])))
     return removed, costs
 
@@ -99,7 +100,7 @@ def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedM
     check_removal(layers, size=size)
     whole, costs, removals = measure(model), [], _side_by_side(layers, size)
     for block in tqdm(removals, desc="Removing layers (task)"):
-        with without_layers(model, block):
+        with without_layers(model, block.block):
             costs.append(whole - measure(model))
     return _finite(torch.tensor(costs), "task", removals, model)
 
@@ -141,11 +142,34 @@ def check_removal(layers: int, metric: str | None = None, size: int = 1, count: 
             raise ValueError(f"{what} {number} layers, of {layers}: 1 to {layers - 1} can be removed")
 
 
-def _side_by_side(layers: int, size: int) -> list[range]:
-    return [range(start, start + size) for start in range(layers - size + 1)]
+def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", batch_size: int = 4) -> dict[str, Tensor]:
+    """Measure what removing the attention, and what removing the MLP, of each layer costs.
+
+    Args:
+        model (`PreTrainedModel`): As for `removal_costs`.
+        blocks (`Dataset`): As for `removal_costs`.
+        metric (`str`, *optional*, defaults to `"loss"`): loss, perplexity or logit_mse.
+        batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass.
+
+    Returns:
+        `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without such a half.
+    """
+    taps, prefix = family_of(model.config).taps_of(model.config), f"{base_prefix(model.config)}."
+    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in taps[axis]]
+    modules = [model.base_model.get_submodule(name.removeprefix(prefix)) for *_, name in places]
+    pairs = zip(places, modules, strict=True)
+    removals = [Removal(range(layer, layer), (module,)) for (_, layer, _), module in pairs]
+    costs = {axis: torch.zeros(len(layers_of(model))) for axis in ("heads", "ffn")}
+    for (axis, layer, _), cost in zip(places, _measure(model, blocks, metric, batch_size, removals), strict=True):
+        costs[axis][layer] = cost
+    return costs
 
 
-def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[range]) -> Tensor:
+def _side_by_side(layers: int, size: int) -> list[Removal]:
+    return [Removal(range(start, start + size)) for start in range(layers - size + 1)]
+
+
+def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[Removal]) -> Tensor:
     """Return the cost of every removal from the model as it is, float32."""
     sums_of, finish = METRICS[metric]
     if metric != "block_importance":
@@ -162,10 +186,10 @@ def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: i
     return _finite(finish(torch.stack(without), whole, tokens).float(), metric, removals, model)
 
 
-def _state_sums(run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
+def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return each block's change of its states, 0, and the number of tokens."""
     sums = []
-    for block in removals:
+    for block, _ in removals:
         metric = BlockImportance()
         after = run.states[block.stop]
         metric.update((run.states[block.start].to(after.device), after), run.real.to(after.device))
@@ -174,15 +198,15 @@ def _state_sums(run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
     return [*sums, 0, run.real.sum()]
 
 
-def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[range], bar: tqdm) -> list:
+def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
     head, ids = run.model.get_output_embeddings(), run.inputs["input_ids"]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
     targets = following[run.real].to(run.last.device)
     states = []
-    for block in removals:
-        states.append(run.without(block))
+    for removal in removals:
+        states.append(run.without(removal))
         bar.update()
     sums = [0] * (len(removals) + 1)
     for start in range(0, len(targets), CHUNK):
@@ -207,12 +231,13 @@ def _square_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
     return (logits - whole).square().sum(dtype=torch.float64)
 
 
-def _finite(costs: Tensor, metric: str, removals: Sequence[range], model: PreTrainedModel) -> Tensor:
+def _finite(costs: Tensor, metric: str, removals: Sequence[Removal], model: PreTrainedModel) -> Tensor:
     """Refuse costs that are no numbers, naming the first block."""
-    for cost, block in zip(costs, removals, strict=True):
+    for cost, (block, silent) in zip(costs, removals, strict=True):
         if not cost.isfinite():
+            what = f"a half of layer {block.start}" if silent else f"the layers {list(block)}"
             raise ValueError(
-                f"{metric} without the layers {list(block)} is {float(cost)}: weights hold NaN or infinity, the text has no "
+                f"{metric} without {what} is {float(cost)}: weights hold NaN or infinity, the text has no "
                 f"token to predict, or {model.dtype} is too narrow for this model (dtype: float32)"
             )
     return costs

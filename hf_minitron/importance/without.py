@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,18 @@ def _forwards(forward_of: Mapping[Module, Callable]) -> Iterator[None]:
                 module.forward = forward
 
 
+class Removal(NamedTuple):
+    """What a model is run without.
+
+    Args:
+        block (`range`): Contiguous layers; an empty one says where `silent` begins to matter.
+        silent (`tuple[Module, ...]`): Projections behind it that give zeros: a layer's attention or its MLP is gone then.
+    """
+
+    block: range
+    silent: tuple[Module, ...] = ()
+
+
 @dataclass(frozen=True)
 class WholePass:
     """One batch through the whole model, with the states that it leaves between the layers.
@@ -102,9 +115,10 @@ class WholePass:
                 hook.remove()
         return cls(model, layers, inputs, real, states, last[real.to(last.device)])
 
-    def without(self, block: range) -> Tensor:
+    def without(self, removal: Removal) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""
-        kept = self.states[block.start]
-        with _forwards(dict.fromkeys(self.layers[: block.stop], lambda *args, **kwargs: kept)):
+        kept = self.states[removal.block.start]
+        given = dict.fromkeys(self.layers[: removal.block.stop], lambda *args, **kwargs: kept)
+        with _forwards(given | dict.fromkeys(removal.silent, lambda states: torch.zeros_like(kept).to(states.device))):
             last = self.model.base_model(**self.inputs, use_cache=False).last_hidden_state
         return last[self.real.to(last.device)]

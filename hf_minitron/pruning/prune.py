@@ -48,7 +48,8 @@ def prune_model(
         gaps (`str` or `Path`, *optional*): The folder that `read_gaps` wrote, for layer_merge.
 
     Returns:
-        `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape.
+        `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape;
+            `PrunedForCausalLM` when layers differ.
 
     Example:
 
@@ -114,12 +115,11 @@ def prune_checkpoint(
     rows = family.stored_rows(family.rows_of(config))
     specs, keep_at = {}, functools.lru_cache(maxsize=8)(plan.keep_at)
     for stored, name in names.items():
-        row, new_name, _ = _rename(name, rows, plan, keep_at)
+        row, new_name, keep = _rename(name, rows, plan, keep_at)
         if new_name is not None:
-            dtype = checkpoint.specs.get(
-                stored, checkpoint.specs[next(iter(names))]
-            ).dtype  # a head that was tied is not stored
-            specs[new_name] = TensorSpec(dtype, axes.tensor_shape(rows[row], plan.after.sizes))
+            dtype = checkpoint.specs.get(stored, checkpoint.specs[next(iter(names))]).dtype  # a tied head is not stored
+            kept = {axis: index.shape[-1] for axis, index in keep.items()}
+            specs[new_name] = TensorSpec(dtype, axes.tensor_shape(rows[row], {**plan.after.sizes, **kept}))
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, prune_tensors(names, read, rows, plan, axes.pieces, correct), max_shard_bytes)
@@ -127,6 +127,9 @@ def prune_checkpoint(
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
 
+
+# What goes with a half of a layer, in the families that `PrunedConfig` holds: all have Llama's names.
+HALVES = {"heads": (".self_attn.", ".input_layernorm."), "ffn": (".mlp.", ".post_attention_layernorm.")}
 
 UNTIED = ("The config ties the output head to the embedding, but they are different: set tie_word_embeddings to false in "
           "config.json")  # fmt: skip
@@ -255,7 +258,10 @@ def _rename(
     row, indices = axes.match(name, rows)
     layer = axes.layer_in(indices)
     keep = keep_at(layer, indices.get("experts"))
-    if keep is None:
+    lost = (
+        () if keep is None else [part for axis, parts in HALVES.items() if len(keep.get(axis, "kept")) == 0 for part in parts]
+    )
+    if keep is None or any(part in name for part in lost):
         return row, None, None
     places = {}
     for axis, index in indices.items():

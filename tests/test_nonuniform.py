@@ -1,0 +1,101 @@
+"""Students whose layers differ: against the masked teacher, on disk and in memory, and padded to a stock model."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_minitron.evaluation.compare import compare
+from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.modeling import PrunedForCausalLM
+from hf_minitron.plan import Plan, make_nonuniform_plan
+from hf_minitron.pruning.export import export
+from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.shape import ShapeError
+
+IDS = tiny.blocks()["input_ids"][:]
+SIZES = {
+    "differing": {"ffn": [72, 48, 8], "heads": [2, 4, 2], "kv_heads": [1, 2, 2]},
+    "halves": {"ffn": [72, 0, 32], "heads": [2, 4, 0], "kv_heads": [1, 2, 0]},
+    "a layer": {"ffn": [64, 0, 32], "heads": [4, 0, 4], "kv_heads": [2, 0, 2]},
+    "attention first": {"ffn": [72, 72, 40], "heads": [0, 4, 4], "kv_heads": [0, 2, 2]},
+}
+
+
+def scored(model_type, **changes):
+    teacher = tiny.model(model_type, **changes)
+    return teacher, calibrate(teacher, tiny.blocks()), family_of(teacher.config).shape_of(teacher.config)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ministral"])
+def test_a_nonuniform_student_is_the_masked_teacher(model_type, sizes):
+    teacher, scores, shape = scored(model_type)
+    plan = make_nonuniform_plan(scores, shape, SIZES[sizes])
+    student = prune_model(teacher, plan)
+    assert type(student) is PrunedForCausalLM
+    lists = student.config.layer_sizes
+    assert lists["layer_intermediate_size"] == [
+        n for n, h in zip(SIZES[sizes]["ffn"], SIZES[sizes]["heads"], strict=True) if n or h
+    ]
+    for place, layer in enumerate(plan.kept_layers):
+        block, kept = teacher.model.layers[layer], {axis: plan.keep[axis][place] for axis in ("heads", "ffn")}
+        gone = torch.ones(72, dtype=torch.bool)
+        gone[kept["ffn"]] = False
+        heads = torch.ones(4, dtype=torch.bool)
+        heads[kept["heads"]] = False
+        with torch.no_grad():
+            block.mlp.down_proj.weight[:, gone] = 0
+            block.self_attn.o_proj.weight.view(40, 4, 6)[:, heads] = 0
+            for module in (block.mlp.down_proj,) if not kept["ffn"] else ():
+                assert module.bias is None
+    for layer in set(range(3)) - set(plan.kept_layers):
+        with torch.no_grad():
+            teacher.model.layers[layer].mlp.down_proj.weight.zero_()
+            teacher.model.layers[layer].self_attn.o_proj.weight.zero_()
+    with torch.no_grad():
+        expected, found = (model(input_ids=IDS, use_cache=False).logits for model in (teacher, student))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_disk_equals_memory_with_corrections_and_the_padded_model_says_the_same(sizes, tmp_path):
+    teacher, _, shape = scored("llama", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    scores = calibrate(teacher, tiny.blocks(40), moments=tmp_path / "m")
+    plan = make_nonuniform_plan(scores, shape, SIZES[sizes], hidden=24)
+    student = prune_model(teacher, plan, tmp_path / "m")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", moments=tmp_path / "m")
+    export(tmp_path / "student", tmp_path / "stock")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not any(info.values()) and Plan.load(tmp_path / "student/plan.json") == plan
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(stock).__name__ in ("LlamaForCausalLM", "MistralForCausalLM")
+    with torch.no_grad():
+        found, disk, padded, plain = (m(input_ids=IDS).logits for m in (student, loaded, stock, prune_model(teacher, plan)))
+    assert torch.allclose(disk, found, rtol=1e-4, atol=1e-5) and torch.allclose(padded, found, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, found, rtol=1e-2)
+    report = compare({"student": tmp_path / "student"}, tiny.blocks())
+    assert report.models["student"]["shape"]["layer_intermediate_size"] == student.config.layer_intermediate_size
+
+
+def test_sizes_that_are_none_are_refused():
+    _, scores, shape = scored("llama")
+    for sizes, words in (
+        ({"ffn": [72, 72]}, r"ffn: \[72, 72\] are not 3 sizes from 0 to 72"),
+        ({"ffn": [72, 72, 80]}, "are not 3 sizes from 0 to 72"),
+        ({"heads": [4, 3, 4]}, "layer 1: 3 heads do not divide over 2 KV heads with at most 2 for each"),
+        ({"heads": [4, 0, 4]}, "layer 1: 0 heads do not divide over 2 KV heads"),
+        ({"heads": [4, 4, 4], "kv_heads": [1, 2, 2]}, "layer 0: 4 heads do not divide over 1 KV heads"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_nonuniform_plan(scores, shape, sizes)
+
+
+def test_a_model_type_that_the_class_cannot_hold_is_refused():
+    teacher, scores, shape = scored("phi3")
+    plan = make_nonuniform_plan(scores, shape, SIZES["differing"])
+    with pytest.raises(ShapeError, match="cannot hold model type 'phi3'; it can hold granite, llama"):
+        prune_model(teacher, plan)
