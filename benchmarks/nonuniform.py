@@ -1,0 +1,97 @@
+"""Nonuniform against uniform students with the same number of parameters: right after pruning and after the same distillation.
+
+    python benchmarks/nonuniform.py --text ../shared/data/text/c4_1.jsonl --held-out ../shared/data/text/c4_2.jsonl
+
+The uniform student is cut in `ffn` and, in the same proportion where they allow it, in heads; both keep the hidden size and get
+the same corrections, the same blocks and the same seed.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import figure
+import torch
+from starts import BLOCK, distil
+from transformers import AutoTokenizer
+
+from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
+from hf_minitron.checkpoint import load_model
+from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.hub.plots import plot_kept
+from hf_minitron.importance.removal import half_costs
+from hf_minitron.memory import keep_freed_memory
+from hf_minitron.plan import make_nonuniform_plan
+from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, half_parameters
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
+    parser.add_argument("--text", required=True, help="split into calibration and training text")
+    parser.add_argument("--held-out", required=True, nargs="+")
+    parser.add_argument("--cuts", type=float, nargs="+", default=[0.25, 0.5], help="shares of the body that go")
+    parser.add_argument("--tokens", type=int, default=24_576, help="of the distillation; 0 for none")
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=Path, help="a folder for the heat maps of kept sizes")
+    parser.add_argument("--json", type=Path, help="where to write the figures for the README")
+    args = parser.parse_args()
+    keep_freed_memory()
+    teacher = load_model(args.model, torch.bfloat16)
+    tokenizer, family = AutoTokenizer.from_pretrained(Path(args.model).expanduser()), family_of(teacher.config)
+    documents = load_text(args.text).train_test_split(test_size=0.2, seed=args.seed)
+    calibration = token_blocks(documents["test"], tokenizer, 512, 16_384, seed=args.seed)
+    training = token_blocks(documents["train"], tokenizer, BLOCK, max(args.tokens, BLOCK), seed=args.seed)
+    texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, 8_192, seed=1) for t in args.held_out}
+    before, rows, lines = family.shape_of(teacher.config), family.rows_of(teacher.config), []
+    whole = {"ffn": half_parameters(rows, before, {"ffn": before["ffn"]})}
+    whole["heads"] = half_parameters(rows, before, {axis: before[axis] for axis in ("heads", "kv_heads")})
+    with tempfile.TemporaryDirectory() as folder:
+        moments = Path(folder) / "moments"
+        scores = calibrate(teacher, calibration, moments=moments)
+        costs = half_costs(teacher, calibration.select(range(8)))
+        curves = error_curves(teacher.config, family, scores, moments, teacher.state_dict().__getitem__)
+        for cut in args.cuts:
+            uniform = make_plan(scores, before, before.cut_to(uniform_target(rows, before, cut)))
+            budget = sum(halves(rows, before, uniform.after.sizes)) * before["layers"]
+            nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, rows, before, budget))
+            if args.pictures:
+                kept = {axis: [0] * before["layers"] for axis in nonuniform.by_layer}
+                for axis, sizes in nonuniform.by_layer.items():
+                    for layer, size in zip(nonuniform.kept_layers, sizes, strict=True):
+                        kept[axis][layer] = size
+                plot_kept(before, kept, args.pictures / f"kept-{cut:.0%}.png")
+            found = {}
+            for name, plan in {"uniform": uniform, "nonuniform": nonuniform}.items():
+                student = prune_model(teacher, plan, moments)
+                found[name] = [[perplexity(student.eval(), blocks)["value"] for blocks in texts.values()]]
+                if args.tokens:
+                    distil(student, teacher, training, args.tokens, args, Path(folder) / "out")
+                    found[name].append([perplexity(student.eval(), blocks)["value"] for blocks in texts.values()])
+                body = student.num_parameters() - student.get_input_embeddings().weight.numel()
+                print(f"{cut:.0%} {name:10} body {body:,}", *(f"{p:.1f}" for row in found[name] for p in row), flush=True)
+            pairs = [f"{n[0]:.1f} vs {u[0]:.1f}" for u, n in zip(found["uniform"], found["nonuniform"], strict=True)]
+            lines.append(f"{cut:.0%} of the body cut: {', then '.join(pairs)}")
+    when = f"before and after {args.tokens:,} tokens" if args.tokens else "after pruning"
+    result = f"{next(iter(texts))} perplexity {when}, nonuniform vs uniform: {'; '.join(lines)}"
+    figure.save(args.json, "layers of different sizes", "benchmarks/nonuniform.py", result)
+
+
+def halves(rows, before, sizes) -> list[int]:
+    """Return the parameters of a layer's attention and of its MLP."""
+    return [half_parameters(rows, before, {axis: sizes[axis] for axis in found}) for found in (("heads", "kv_heads"), ("ffn",))]
+
+
+def uniform_target(rows, before, cut: float) -> dict[str, int]:
+    """Return the uniform cut of `ffn` (multiples of 8), and from a half of the body on of heads, nearest to a share."""
+    heads = {"heads": before["heads"] * 2 // 3, "kv_heads": before["kv_heads"]} if cut >= 0.5 else {}
+    wanted = (1 - cut) * sum(halves(rows, before, before.sizes))
+    options = range(8, before["ffn"] + 1, 8)
+    best = min(options, key=lambda ffn: abs(sum(halves(rows, before, {**before.sizes, **heads, "ffn": ffn})) - wanted))
+    return {**heads, "ffn": best}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Sizes that differ from layer to layer: what every size of a layer's MLP and attention would cost, and the best for a budget.
+
+An error curve says how much of a projection's output is lost at several sizes after least squares; removing the whole half
+tells what that output is worth. It must not run a model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+
+from hf_minitron import axes
+from hf_minitron.families.family import Family
+from hf_minitron.plan import Plan, make_nonuniform_plan
+from hf_minitron.pruning.allocate import allocate
+from hf_minitron.pruning.compensate import least_squares, moments_path
+from hf_minitron.pruning.prune import HALVES
+from hf_minitron.scores import Scores
+from hf_minitron.shape import Shape
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One size of one half of a layer.
+
+    Args:
+        sizes (`Mapping[str, int]`): `ffn`, or `heads` and `kv_heads`; 0 for none.
+        lost (`float`): Share of the projection's output energy that is lost, from 0 to 1.
+    """
+
+    sizes: Mapping[str, int]
+    lost: float
+
+
+def error_curves(
+    config: PreTrainedConfig,
+    family: Family,
+    scores: Scores,
+    moments: str | Path,
+    read: Callable[[str], Tensor],
+    steps: int = 8,
+    ridge: float = 0.1,
+) -> dict[tuple[str, int], list[Choice]]:
+    """Return, for the MLP and the attention of every layer, the sizes that it may have and what each loses.
+
+    Args:
+        config (`PreTrainedConfig`): The teacher's config; of a model without experts.
+        family (`Family`): Its family.
+        scores (`Scores`): Importance of every index.
+        moments (`str` or `Path`): The folder that `calibrate(..., moments=...)` wrote.
+        read (`Callable`): Returns the teacher's parameter of a name.
+        steps (`int`, *optional*, defaults to 8): Widths of an MLP, evenly spaced, beside none.
+        ridge (`float`, *optional*, defaults to 0.1): That of the corrections.
+
+    Returns:
+        `dict`: `("ffn", layer)` and `("heads", layer)` to choices, the smallest first.
+    """
+    before, rows = family.shape_of(config), family.rows_of(config)
+    curves: dict[tuple[str, int], list[Choice]] = {}
+    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in family.taps_of(config)[axis]]
+    for axis, layer, name in tqdm(places, desc="Error curves", unit="half"):
+        row, _ = axes.match(f"{name}.weight", rows)
+        dim = axes.dim_of(rows[row], axis)
+        weight = read(f"{name}.weight").double().movedim(axes.parse(rows[row]).index(dim), -1)
+        with safe_open(moments_path(Path(moments), layer), framework="pt") as file:
+            moment = file.get_tensor(name)[:-1].double()
+        whole = ((weight @ moment) * weight).sum()
+        found = [Choice(dict.fromkeys(sizes, 0), 1.0) for sizes in _sizes(before, axis, steps)[:1]]
+        for sizes in _sizes(before, axis, steps):
+            lists = {key: [size] * before["layers"] for key, size in sizes.items()}
+            kept = make_nonuniform_plan(scores, before, lists).keep[axis][layer]
+            index = axes.dim_index(dim, {axis: torch.tensor(kept)}, before.sizes)
+            rest = weight.clone()
+            rest[:, index] -= least_squares(weight, moment, index, ridge)
+            found.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
+        curves[axis, layer] = found
+    return curves
+
+
+def half_parameters(rows: Mapping[str, str], before: Shape, sizes: Mapping[str, int]) -> int:
+    """Count the parameters of a half of a layer, its norm included.
+
+    Args:
+        rows (`Mapping[str, str]`): The teacher's rows.
+        before (`Shape`): The teacher's shape.
+        sizes (`Mapping[str, int]`): `ffn`, or `heads` and `kv_heads`; 0 for none.
+    """
+    axis = "ffn" if "ffn" in sizes else "heads"
+    if not sizes[axis]:
+        return 0
+    own = [pattern for row, pattern in rows.items() if any(part in row for part in HALVES[axis])]
+    return sum(math.prod(axes.tensor_shape(pattern, {**before.sizes, **sizes})) for pattern in own)
+
+
+def allocate_layers(
+    curves: Mapping[tuple[str, int], Sequence[Choice]],
+    half_costs: Mapping[str, Tensor],
+    rows: Mapping[str, str],
+    before: Shape,
+    parameters: int,
+) -> dict[str, list[int]]:
+    """Spend a budget of parameters so that the losses add up to the least.
+
+    What a size costs in quality is taken as the share of the output that it loses times what the whole half is worth.
+
+    Args:
+        curves (`Mapping`): From `error_curves`.
+        half_costs (`Mapping[str, Tensor]`): `heads` and `ffn`, what the model loses without that half of each layer.
+        rows (`Mapping[str, str]`): The teacher's rows.
+        before (`Shape`): The teacher's shape.
+        parameters (`int`): Budget for all halves together: the body without the last norm.
+
+    Returns:
+        `dict[str, list[int]]`: `heads`, `kv_heads` and `ffn`, for `make_nonuniform_plan`.
+    """
+    options = {
+        (axis, layer): [
+            # what a removal seems to gain is noise, but a little is always lost
+            (half_parameters(rows, before, choice.sizes), choice.lost * max(float(half_costs[axis][layer]), 1e-6))
+            for choice in choices
+        ]
+        for (axis, layer), choices in curves.items()
+    }
+    chosen = allocate(options, parameters)
+    sizes: dict[str, list[int]] = {axis: [0] * before["layers"] for axis in ("heads", "kv_heads", "ffn")}
+    for (axis, layer), place in chosen.items():
+        for key, size in curves[axis, layer][place].sizes.items():
+            sizes[key][layer] = size
+    return sizes
+
+
+def nonuniform_plan(
+    config: PreTrainedConfig,
+    family: Family,
+    scores: Scores,
+    moments: str | Path,
+    half_costs: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    parameters: int,
+) -> Plan:
+    """Return the plan with the least expected loss among those whose halves have at most so many parameters."""
+    curves = error_curves(config, family, scores, moments, read)
+    before, rows = family.shape_of(config), family.rows_of(config)
+    return make_nonuniform_plan(scores, before, allocate_layers(curves, half_costs, rows, before, parameters))
+
+
+def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:
+    """Return the sizes that a half may have beside none: even steps of an MLP; fewer KV groups, or fewer heads in each."""
+    if axis == "ffn":
+        return [{"ffn": before["ffn"] * step // steps} for step in range(1, steps + 1)]
+    group, groups = before["heads"] // before.kv_groups, before.kv_groups
+    pairs = {(n * group, n) for n in range(1, groups + 1)} | {(groups * n, groups) for n in range(1, group + 1)}
+    return [{"heads": heads, "kv_heads": kv_heads} for heads, kv_heads in sorted(pairs)]
