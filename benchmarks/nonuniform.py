@@ -58,11 +58,7 @@ def main() -> None:
             budget = sum(halves(rows, before, uniform.after.sizes)) * before["layers"]
             nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, rows, before, budget))
             if args.pictures:
-                kept = {axis: [0] * before["layers"] for axis in nonuniform.by_layer}
-                for axis, sizes in nonuniform.by_layer.items():
-                    for layer, size in zip(nonuniform.kept_layers, sizes, strict=True):
-                        kept[axis][layer] = size
-                plot_kept(before, kept, args.pictures / f"kept-{cut:.0%}.png")
+                plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept-{cut:.0%}.png")
             found = {}
             for name, plan in {"uniform": uniform, "nonuniform": nonuniform}.items():
                 student = prune_model(teacher, plan, moments)

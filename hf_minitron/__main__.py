@@ -96,6 +96,9 @@ def plan_text(run: Run) -> str:
     ):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
     inexact = prune.inexact(run.model, before, after)
+    if args.nonuniform is not None:
+        share = f"{args.nonuniform:.0%} of the layers' parameters stay"
+        inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact
     if prune.rotates(args):
         inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())

@@ -54,6 +54,15 @@ class Plan:
         }
         return sizes if any(len(set(found)) > 1 for found in sizes.values()) else {}
 
+    @property
+    def sizes_by_layer(self) -> dict[str, list[int]]:
+        """`by_layer` with every layer of the teacher; 0 for those that go."""
+        kept = self.kept_layers
+        return {
+            axis: [sizes[kept.index(layer)] if layer in kept else 0 for layer in range(self.before["layers"])]
+            for axis, sizes in self.by_layer.items()
+        }
+
     def keep_at(self, layer: int | None, expert: int | None = None) -> dict[str, Tensor] | None:
         """Return the index tensors in force at one place of the teacher, or `None` when nothing of that place is kept.
 

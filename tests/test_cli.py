@@ -333,3 +333,48 @@ def test_a_model_too_large_for_memory_is_not_run_without_layers(project, tmp_pat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
     assert run(project, tmp_path / "run", "--score.layers", "loss", verb="score") == 1
     assert "loss needs the whole model, which does not fit in memory" in capsys.readouterr().err
+
+
+def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys):
+    more = ["--score.halves", "true", "--prune.target", "{}", "--prune.nonuniform", "0.5"]
+    assert run(project, tmp_path / "run", *more) == 0
+    assert "50% of the layers' parameters stay" in capsys.readouterr().out
+    folder = tmp_path / "run/publish/model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "minitron_pruned" and (folder / "modeling_pruned.py").is_file()
+    report = json.loads((folder / "report.json").read_text())["models"]
+    assert report["distilled"]["shape"]["layer_intermediate_size"] == config["layer_intermediate_size"]
+    assert 0.3 < report["distilled"]["parameters"] / report["teacher"]["parameters"] < 0.8
+    assert (folder / "shapes.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--prune.nonuniform", "1.5"], "nonuniform: 1.5 is not a share between 0 and 1"),
+        (["--prune.nonuniform", "0.5"], r"set target: {}, or leave nonuniform out"),
+        (["--prune.nonuniform", "0.5", "--prune.target", "{}"], "halves: true and moments: true; set both in score:"),
+    ],
+)
+def test_a_nonuniform_cut_that_cannot_be_made_is_refused_before_any_work(project, tmp_path, capsys, more, words):
+    assert run(project, tmp_path / "run", *more) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_rotation_and_merging_go_through_the_command(project, tmp_path, capsys, monkeypatch):
+    more = [
+        "--prune.target",
+        "{hidden: 24, layers: 2}",
+        "--prune.corrections",
+        "[least_squares, norm_ratio, rotation, layer_merge]",
+    ]
+    for stage in ("score", "prune"):
+        assert run(project, tmp_path / "run", *more, verb=stage) == 0
+    assert run(project, tmp_path / "run", *more, verb="plan") == 0
+    assert "unties the output head" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "run/prune/student/plan.json").read_text())
+    assert plan["keep"]["hidden"] == list(range(24)) and len(plan["keep"]["layers"]) == 2
+    assert sorted(path.name for path in (tmp_path / "run/prune").iterdir()) == ["done.json", "student"]
+    monkeypatch.setattr("hf_minitron.stages.prune.fits", lambda *args: False)
+    assert run(project, tmp_path / "run", *more, "--prune.max_shard_bytes", "1000", verb="prune") == 1
+    assert "layer_merge runs the whole model, which does not fit in memory" in capsys.readouterr().err

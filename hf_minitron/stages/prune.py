@@ -6,20 +6,23 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, require_space, resolve
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.importance.gaps import read_gaps
-from hf_minitron.plan import make_plan
+from hf_minitron.modeling.configuration_pruned import STOCK
+from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
+from hf_minitron.pruning.nonuniform import half_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
-from hf_minitron.stages.score import BLOCKS, check_layers_target
+from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
 
 NEEDS = ("score",)
 
@@ -31,6 +34,12 @@ class Args:
     """The `prune:` section."""
 
     target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
+    nonuniform: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the layers' parameters that stays, each layer's heads and ffn as they matter; target: {} then."
+        },
+    )
     multiple_of: dict = field(
         default_factory=lambda: dict(MULTIPLE_OF),
         metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
@@ -84,9 +93,14 @@ def check(args: Args, run: Run) -> None:
     check_names(args.corrections)
     if args.corrections and run.section("score").get("moments", True) is False:
         raise ValueError("corrections need what score measures with moments: true; set that, or corrections: []")
-    full, after, rows = shapes(args, run.model)
+    if args.nonuniform is not None:
+        check_nonuniform(args, run)
+    full, after, _ = shapes(args, run.model)
+    rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
+    if merges(args, run.model) and not fits(folder, best_dtype(device), device):
+        raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     config = AutoConfig.from_pretrained(folder)
     checkpoint = Checkpoint(folder)
     stored = [checkpoint.specs[name] for name in stored_names(checkpoint, config, family_of(config))]
@@ -95,6 +109,21 @@ def check(args: Args, run: Run) -> None:
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
         left = sum(path.stat().st_size for path in run.folder.glob("prune.tmp/**/*") if path.is_file())
         require_space(run.folder, num_bytes - left, "the student")
+
+
+def check_nonuniform(args: Args, run: Run) -> None:
+    """Refuse what a nonuniform cut cannot be made with."""
+    config, score = AutoConfig.from_pretrained(resolve(run.model)), run.section("score")
+    if not 0 < args.nonuniform < 1:
+        raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
+    if args.target:
+        raise ValueError(f"nonuniform chooses the sizes of layers, target {args.target} gives them: set target: {{}}, or leave "
+                         "nonuniform out")  # fmt: skip
+    if config.model_type not in STOCK:
+        raise ValueError(f"nonuniform: {config.model_type} is none of the model types that PrunedConfig holds: "
+                         f"{', '.join(sorted(STOCK))}")  # fmt: skip
+    if score.get("halves") is not True or score.get("moments", True) is False:
+        raise ValueError("nonuniform needs what score measures with halves: true and moments: true; set both in score:")
 
 
 def tokens(args: Args) -> dict[str, int]:
@@ -106,12 +135,37 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/`."""
     before, after, _ = shapes(args, run.model)
     scores, source = Scores.load(run.path("score") / "scores.safetensors"), resolve(run.model)
-    plan, gaps = make_plan(scores, before, after), None
-    moments = run.path("score") / "moments" if args.corrections else None
+    moments, gaps = run.path("score") / "moments", None
+    if args.nonuniform is not None:
+        plan = _nonuniform_plan(args, run, scores)
+    else:
+        plan = make_plan(scores, before, after)
     if merges(args, run.model):
         device = best_device()
         blocks = Dataset.from_parquet(str(run.path("score") / BLOCKS), keep_in_memory=True)
         gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
-    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, moments, args.corrections, gaps)
+    used = moments if args.corrections else None
+    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, args.corrections, gaps)
     if gaps is not None:
         shutil.rmtree(gaps)
+
+
+def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
+    """Return the plan that spends `nonuniform` of the parameters of all layers."""
+    source = resolve(run.model)
+    config, checkpoint = AutoConfig.from_pretrained(source), Checkpoint(source)
+    family = family_of(config)
+    before, rows = family.shape_of(config), family.rows_of(config)
+    stored = {name: stored for stored, name in stored_names(checkpoint, config, family).items()}
+    layer = sum(
+        half_parameters(rows, before, {axis: before[axis] for axis in half}) for half in (("heads", "kv_heads"), ("ffn",))
+    )
+    return nonuniform_plan(
+        config,
+        family,
+        scores,
+        run.path("score") / "moments",
+        load_file(run.path("score") / HALF_COSTS),
+        lambda name: checkpoint.read(stored[name]),
+        int(args.nonuniform * layer * before["layers"]),
+    )

@@ -49,7 +49,10 @@ def run(args: Args, run: Run, out: Path) -> None:
     shutil.copyfile(run.path("evaluate") / "report.json", folder / "report.json")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(run.recipe), sort_keys=False), encoding="utf-8")
     plan, log = Plan.load(folder / "plan.json"), load_log(run.path("distill") / "log.json")
-    plots.plot_shapes(plan.before, plan.after, folder / "shapes.png")
+    if plan.by_layer:
+        plots.plot_kept(plan.before, plan.sizes_by_layer, folder / "shapes.png")
+    else:
+        plots.plot_shapes(plan.before, plan.after, folder / "shapes.png")
     plots.plot_loss(log, folder / "loss.png")
     facts = {
         "name": args.repo_id or run.folder.name,

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -25,6 +26,7 @@ from hf_minitron.importance.calibrate import calibrate, check_metric
 from hf_minitron.importance.removal import (
     METRICS,
     check_removal,
+    half_costs,
     layer_scores,
     removal_costs,
     removal_scores,
@@ -39,6 +41,8 @@ NEEDS = ()
 
 # The text that was read, for corrections that look at it again.
 BLOCKS = "blocks.parquet"
+# What each layer's attention and MLP is worth.
+HALF_COSTS = "halves.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Args:
         default=None, metadata={"min": 1, "help": "Blocks of text, or a task's documents, that rank layers; all when left out."}
     )
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
+    halves: bool = field(
+        default=False, metadata={"help": "Measure what each layer's attention and MLP is worth, for prune.nonuniform."}
+    )
     moments: bool = field(
         default=True, metadata={"help": "Measure what prune.corrections need as well; takes disk and some time."}
     )
@@ -111,6 +118,10 @@ def check(args: Args, run: Run) -> None:
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
     """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
+    if args.halves:
+        check_logits(config)
+        if args.layer_by_layer:
+            raise ValueError("halves: true runs the whole model, layer_by_layer holds one layer: set one of them")
     if not _apart(args):
         return
     task, metric = _task(args.layers)
@@ -169,8 +180,9 @@ def run(args: Args, run: Run, out: Path) -> None:
     if streamed is None:
         decision = [args.device_map is None and not fits(folder, dtype, device)]
         (streamed,) = broadcast_object_list(decision)  # all processes must do the same
-    if streamed and _apart(args):
-        raise ValueError(f"layers: {args.layers} needs the whole model, which does not fit in memory. Set device_map: auto, or "
+    if streamed and (_apart(args) or args.halves):
+        what = f"layers: {args.layers}" if _apart(args) else "halves: true"
+        raise ValueError(f"{what} needs the whole model, which does not fit in memory. Set device_map: auto, or "
                          "rank layers by block_importance, one at a time")  # fmt: skip
     if streamed:
         scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments, args.metric)
@@ -180,8 +192,11 @@ def run(args: Args, run: Run, out: Path) -> None:
         if _apart(args):
             layers, how = score_layers(args, model, blocks, tokenizer)
             scores = dataclasses.replace(scores, by_axis={**scores.by_axis, "layers": layers}, meta={**scores.meta, **how})
+        halves = half_costs(model, _limited(args, blocks), batch_size=args.batch_size) if args.halves else None
     if PartialState().is_main_process:
         blocks.to_parquet(out / BLOCKS)
+        if args.halves:
+            save_file(halves, out / HALF_COSTS)
         scores.save(out / "scores.safetensors")
 
 
@@ -201,12 +216,16 @@ def score_layers(
             return found[metric]["value"]
 
         return layer_scores(task_costs(model, args.layers_block, measure), args.layers_block), how
-    blocks = blocks.select(range(min(args.layers_limit or len(blocks), len(blocks))))
+    blocks = _limited(args, blocks)
     if args.layers_remove:
         removed, costs = remove_one_by_one(model, blocks, args.layers, args.layers_remove, args.batch_size)
         return removal_scores(removed, costs), how | {"layers_removed": ", ".join(map(str, removed))}
     costs = removal_costs(model, blocks, args.layers, args.layers_block, args.batch_size)
     return layer_scores(costs, args.layers_block), how
+
+
+def _limited(args: Args, blocks: Dataset) -> Dataset:
+    return blocks.select(range(min(args.layers_limit or len(blocks), len(blocks))))
 
 
 def _apart(args: Args) -> bool:
