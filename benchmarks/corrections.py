@@ -2,7 +2,8 @@
 
     python benchmarks/corrections.py --calibration ../shared/data/text/c4_1.jsonl --held-out ../shared/data/text/c4_2.jsonl
 
-Calibrates once, then prunes every shape twice and reads the same held-out blocks; the ratio is that of the perplexities.
+Calibrates once, then prunes every shape twice and reads the same held-out blocks; the ratio is that of the perplexities. The
+body is all parameters but the embedding.
 """
 
 import argparse
@@ -16,14 +17,21 @@ from transformers import AutoTokenizer
 from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.memory import keep_freed_memory
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 
-SHAPES = {
-    "ffn 768": {"ffn": 768},
-    "hidden 448": {"hidden": 448},
-    "heads 6": {"heads": 6, "kv_heads": 3},
-    "hidden 504, ffn 1152": {"hidden": 504, "ffn": 1152},
-}
+# A name, the target and the corrections beyond the default.
+CASES = [
+    ("ffn 768", {"ffn": 768}, ()),
+    ("hidden 448, tied", {"hidden": 448}, ()),
+    ("hidden 448, rotated and untied", {"hidden": 448}, ("rotation",)),
+    ("heads 9 to 6", {"heads": 6, "kv_heads": 3}, ()),
+    ("heads 9 to 6, head residual too", {"heads": 6, "kv_heads": 3}, ("head_residual",)),
+    ("22 of 30 layers", {"layers": 22}, ()),
+    ("hidden 504, ffn 1152", {"hidden": 504, "ffn": 1152}, ()),
+    ("all axes, half of the body", {"layers": 27, "hidden": 480, "ffn": 960, "heads": 6, "kv_heads": 3}, ()),
+]
 
 
 def main() -> None:
@@ -43,16 +51,19 @@ def main() -> None:
     blocks = token_blocks(load_text(args.calibration), tokenizer, 512, args.tokens, seed=0)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, args.held_out_tokens, seed=1) for t in args.held_out}
     shape, results = family_of(model.config).shape_of(model.config), {}
-    with tempfile.TemporaryDirectory() as moments:
+    with tempfile.TemporaryDirectory() as folder:
+        moments = Path(folder) / "moments"
         scores = calibrate(model, blocks, moments=moments)
-        for name, target in SHAPES.items():
+        for name, target, more in CASES:
             plan = make_plan(scores, shape, shape.cut_to(target))
-            plain, corrected = prune_model(model, plan), prune_model(model, plan, moments)
+            gaps = read_gaps(model, blocks, plan, Path(folder) / name) if "layers" in target else None
+            plain = prune_model(model, plan)
+            corrected = prune_model(model, plan, moments, (*DEFAULT_CORRECTIONS, *more), gaps)
             for text, held_out in texts.items():
                 before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
                 results[name, text] = after / before
-                print(f"{name:22} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
-    first = next(iter(texts))
+                print(f"{name:32} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
+    first, *_ = texts
     result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
     figure.save(args.json, "perplexity right after pruning, corrected over plain", "benchmarks/corrections.py", result)
 

@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"
         scores = calibrate(teacher, calibration, moments=moments)
-        costs = half_costs(teacher, calibration.select(range(8)))
+        costs = half_costs(teacher, calibration.select(range(3)), batch_size=3)
         curves = error_curves(teacher.config, family, scores, moments, teacher.state_dict().__getitem__)
         for cut in args.cuts:
             uniform = make_plan(scores, before, before.cut_to(uniform_target(rows, before, cut)))
