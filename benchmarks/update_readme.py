@@ -12,11 +12,14 @@ import re
 import shutil
 from pathlib import Path
 
+from claims import PAPER
+
 from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
 from hf_minitron.hub.card import load_log, markdown_table, quality_rows, speed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
+CLAIMS = ROOT / "benchmarks/results/claims.json"
 
 
 def demo_block(run: Path, recipe: Path) -> str:
@@ -43,8 +46,29 @@ def benchmark_block(results: Path) -> str:
     rows = [["what", "command", "result"]]
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
+        if path == CLAIMS:
+            continue
         rows.append([found["what"], f"`{found['command']}`", found["result"]])
     return markdown_table(rows)
+
+
+def claims_block(claims: dict) -> str:
+    """Return the papers' claims beside ours: reductions, rounds of estimation, choices of layers."""
+    order = sorted(claims["reductions"], key=claims["reductions"].get)
+    paper = sorted(PAPER, key=PAPER.get)
+    rows = [["metric", "perplexity", "place among the nine", "paper's loss", "paper's place"]]
+    ours = [name for name in order if name in PAPER]
+    for name in order:
+        places = [str(ours.index(name) + 1), f"{PAPER[name]}", str(paper.index(name) + 1)] if name in PAPER else [""] * 3
+        rows.append([f"`{name}`", f"{claims['reductions'][name]:,.1f}", *places])
+    target = ", ".join(f"{axis} {size}" for axis, size in claims["target"].items())
+    rounds = ", ".join(f"{count} round{'s' * (count != '1')} {value:,.1f}" for count, value in claims["rounds"].items())
+    depth = [["8 of 30 layers dropped, chosen by", "perplexity"]]
+    depth += [[name, f"{value:,.1f}"] for name, value in claims["depth"].items()]
+    return (
+        f"Cut to {target}; the teacher has {claims['teacher']}.\n\n{markdown_table(rows)}\n\n"
+        f"Iterative estimation (ffn 768): {rounds}; the paper found no gain that lasts.\n\n{markdown_table(depth)}"
+    )
 
 
 def main() -> None:
@@ -60,7 +84,10 @@ def main() -> None:
         shutil.copyfile(run / "publish/model" / name, card / name)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, block in {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(ROOT / "benchmarks/results")}.items():
+    blocks = {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(CLAIMS.parent)}
+    if CLAIMS.is_file():
+        blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         assert pattern.search(text), f"README.md has no {begin} ... {end}"
