@@ -29,6 +29,7 @@ from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.compare import perplexity
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.memory import keep_freed_memory
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 
 BLOCK = 256
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--target", type=json.loads, default={"ffn": 768, "hidden": 504, "layers": 26})
     parser.add_argument("--budgets", type=int, nargs="+", default=[8_192, 24_576, 73_728], help="tokens")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--merge", action="store_true", help="layer_merge in the corrected start as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures for the README")
     args = parser.parse_args()
@@ -57,11 +59,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"
         plan = make_plan(calibrate(teacher, calibration, moments=moments), shape, shape.cut_to(args.target))
-        gaps = read_gaps(teacher, calibration, plan, Path(folder) / "gaps") if "layers" in args.target else None
+        gaps = read_gaps(teacher, calibration, plan, Path(folder) / "gaps") if args.merge else None
+        names = (*DEFAULT_CORRECTIONS, *(("layer_merge",) if args.merge else ()))
         for tokens in [0, *sorted(args.budgets)]:
             found = []
-            for corrections in ((), None):
-                start = prune_model(teacher, plan) if corrections == () else prune_model(teacher, plan, moments, gaps=gaps)
+            for corrections in ((), names):
+                start = prune_model(teacher, plan, moments, corrections, gaps)
                 if tokens:
                     distil(start, teacher, training, tokens, args, Path(folder) / "out")
                 found.append([perplexity(start.eval(), blocks)["value"] for blocks in texts.values()])

@@ -12,11 +12,12 @@ from hf_minitron.families.family import FAMILIES, family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.plan import Plan, make_plan
-from hf_minitron.pruning.compensate import OUTPUT, moments_path
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, OUTPUT, moments_path
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.rotate import rotation_for, untied
 
 PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].plain_stream]
+MERGING = (*DEFAULT_CORRECTIONS, "layer_merge")
 IDS = tiny.blocks(40)["input_ids"][:]
 
 
@@ -103,7 +104,7 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
         plan = Plan(shape, after, {"layers": kept, "ffn": [plan.keep["ffn"][layer] for layer in kept]})
         gaps = read_gaps(teacher, blocks, plan, tmp_path / f"gaps{kept}")
         assert len(list(gaps.iterdir())) == (0 if kept[0] == 1 else 1)  # nothing stands before the first layer
-        plain, merged = (prune_model(teacher, plan, tmp_path / "m", gaps=g) for g in (None, gaps))
+        plain, merged = (prune_model(teacher, plan, tmp_path / "m", MERGING, g) for g in (None, gaps))
 
         def state(model, layer):  # behind the first gap, before what follows
             found = []
@@ -117,7 +118,9 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
             expected = state(teacher, kept[1] - 1 if len(kept) > 1 else 2)
             errors = [(state(student, 0) - expected).square().mean() for student in (plain, merged)]
             assert errors[1] < 0.97 * errors[0]
-            prune_checkpoint(tmp_path / "teacher", plan, tmp_path / f"s{kept}", moments=tmp_path / "m", gaps=gaps)
+            prune_checkpoint(
+                tmp_path / "teacher", plan, tmp_path / f"s{kept}", moments=tmp_path / "m", corrections=MERGING, gaps=gaps
+            )
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"s{kept}").state_dict()
             assert all(torch.allclose(loaded[n], v, rtol=1e-3, atol=1e-4) for n, v in merged.state_dict().items())
 

@@ -27,8 +27,8 @@ CORRECTIONS = {
     "head_residual": "query heads that stay lean away from those that go (2407.14679, section 2.3)",
     "rotation": "hidden channels are principal components of the stream before they are cut (unties the head, a matrix more)",
 }
-# What helps on every axis (benchmarks/corrections.py) and costs no parameter.
-DEFAULT_CORRECTIONS = ("least_squares", "bias", "norm_ratio", "layer_merge")
+# What helps on text of the calibration's domain and of another one (benchmarks/corrections.py), and costs no parameter.
+DEFAULT_CORRECTIONS = ("least_squares", "bias", "norm_ratio")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Corrections:
     def _gap(self, module: str) -> Path | None:
         """Return the file with what the layers that were dropped behind a module's layer added, where there is one."""
         axis, layer, _ = self.taps.get(module, (None, None, ""))
-        path = None if self.gaps is None or axis != "ffn" else moments_path(self.gaps, layer)
+        wanted = self.gaps is not None and axis == "ffn" and "layer_merge" in self.names
+        path = moments_path(self.gaps, layer) if wanted else None
         return path if path is not None and path.is_file() else None
 
     def _pattern(self, name: str) -> str:
