@@ -58,7 +58,7 @@ def main() -> None:
             budget = sum(halves(rows, before, uniform.after.sizes)) * before["layers"]
             nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, rows, before, budget))
             if args.pictures:
-                plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept-{cut:.0%}.png")
+                plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept_{cut * 100:.0f}.png")
             found = {}
             for name, plan in {"uniform": uniform, "nonuniform": nonuniform}.items():
                 student = prune_model(teacher, plan, moments)
