@@ -22,7 +22,7 @@ from hf_minitron.hub.plots import plot_kept
 from hf_minitron.importance.removal import half_costs
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import make_nonuniform_plan
-from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, half_parameters
+from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, layer_parameters
 
 
 def main() -> None:
@@ -46,8 +46,6 @@ def main() -> None:
     training = token_blocks(documents["train"], tokenizer, BLOCK, max(args.tokens, BLOCK), seed=args.seed)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, 8_192, seed=1) for t in args.held_out}
     before, rows, lines = family.shape_of(teacher.config), family.rows_of(teacher.config), []
-    whole = {"ffn": half_parameters(rows, before, {"ffn": before["ffn"]})}
-    whole["heads"] = half_parameters(rows, before, {axis: before[axis] for axis in ("heads", "kv_heads")})
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"
         scores = calibrate(teacher, calibration, moments=moments)
@@ -55,7 +53,7 @@ def main() -> None:
         curves = error_curves(teacher.config, family, scores, moments, teacher.state_dict().__getitem__)
         for cut in args.cuts:
             uniform = make_plan(scores, before, before.cut_to(uniform_target(rows, before, cut)))
-            budget = sum(halves(rows, before, uniform.after.sizes)) * before["layers"]
+            budget = layer_parameters(rows, before, uniform.after.sizes) * before["layers"]
             nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, rows, before, budget))
             if args.pictures:
                 plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept_{cut * 100:.0f}.png")
@@ -75,17 +73,12 @@ def main() -> None:
     figure.save(args.json, "layers of different sizes", "benchmarks/nonuniform.py", result)
 
 
-def halves(rows, before, sizes) -> list[int]:
-    """Return the parameters of a layer's attention and of its MLP."""
-    return [half_parameters(rows, before, {axis: sizes[axis] for axis in found}) for found in (("heads", "kv_heads"), ("ffn",))]
-
-
 def uniform_target(rows, before, cut: float) -> dict[str, int]:
     """Return the uniform cut of `ffn` (multiples of 8), and from a half of the body on of heads, nearest to a share."""
     heads = {"heads": before["heads"] * 2 // 3, "kv_heads": before["kv_heads"]} if cut >= 0.5 else {}
-    wanted = (1 - cut) * sum(halves(rows, before, before.sizes))
+    wanted = (1 - cut) * layer_parameters(rows, before, before.sizes)
     options = range(8, before["ffn"] + 1, 8)
-    best = min(options, key=lambda ffn: abs(sum(halves(rows, before, {**before.sizes, **heads, "ffn": ffn})) - wanted))
+    best = min(options, key=lambda ffn: abs(layer_parameters(rows, before, {**before.sizes, **heads, "ffn": ffn}) - wanted))
     return {**heads, "ffn": best}
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.families.family import base_prefix, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import input_device
 from hf_minitron.importance.moments import SecondMoment
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import GAP, moments_path
@@ -39,17 +40,16 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
     family = family_of(model.config)
     if not family.plain_stream:
         raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
-    taps, modules = family.taps_of(model.config), dict(model.base_model.named_modules())
-    prefix = f"{base_prefix(model.config)}."
+    taps = family.taps_of(model.config)
     layers, projections = dict(taps["layers"]), dict(taps.get("ffn", ()))
     kept = [layer for layer in plan.kept_layers if layer in projections]
     gaps = {layer: range(layer + 1, end) for layer, end in zip(kept, [*kept[1:], len(layers)], strict=True) if end > layer + 1}
     seen = {layer: _Gap() for layer in gaps}
     hooks = []
     for layer, dropped in gaps.items():
-        hooks.append(modules[projections[layer].removeprefix(prefix)].register_forward_pre_hook(seen[layer].enter))
+        hooks.append(model.get_submodule(projections[layer]).register_forward_pre_hook(seen[layer].enter))
         for other in dropped:
-            module = modules[layers[other].removeprefix(prefix)]
+            module = model.get_submodule(layers[other])
             hooks.append(module.register_forward_hook(seen[layer].add, with_kwargs=True))
     try:
         for batch in tqdm(list(blocks.with_format("torch").iter(batch_size)), desc="Reading dropped layers", unit="batch"):
@@ -65,7 +65,7 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
 
 
 def _run(model: PreTrainedModel, batch: Mapping[str, Tensor], seen: Mapping[int, "_Gap"]) -> None:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     mask = batch.get("attention_mask")
     moved = None if mask is None else mask.to(device)
     model.base_model(input_ids=batch["input_ids"].to(device), attention_mask=moved, use_cache=False)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_minitron.distillation.losses.chunked import check_logits
-from hf_minitron.families.family import base_prefix, family_of
+from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
 from hf_minitron.importance.without import Removal, WholePass, layers_of, without_layers
@@ -154,11 +154,9 @@ def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", ba
     Returns:
         `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without such a half.
     """
-    taps, prefix = family_of(model.config).taps_of(model.config), f"{base_prefix(model.config)}."
+    taps = family_of(model.config).taps_of(model.config)
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in taps[axis]]
-    modules = [model.base_model.get_submodule(name.removeprefix(prefix)) for *_, name in places]
-    pairs = zip(places, modules, strict=True)
-    removals = [Removal(range(layer, layer), (module,)) for (_, layer, _), module in pairs]
+    removals = [Removal(range(layer, layer), (model.get_submodule(name),)) for _, layer, name in places]
     costs = {axis: torch.zeros(len(layers_of(model))) for axis in ("heads", "ffn")}
     for (axis, layer, _), cost in zip(places, _measure(model, blocks, metric, batch_size, removals), strict=True):
         costs[axis][layer] = cost

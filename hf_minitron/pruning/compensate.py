@@ -30,6 +30,9 @@ CORRECTIONS = {
 # What helps on text of the calibration's domain and of another one (benchmarks/corrections.py), and costs no parameter.
 DEFAULT_CORRECTIONS = ("least_squares", "bias", "norm_ratio")
 
+# On SmolLM2-135M, 0.001 to 0.1 are alike on text like the calibration's, but on other text only 0.1 and more help.
+RIDGE = 0.1
+
 
 @dataclass(frozen=True)
 class Corrections:
@@ -47,9 +50,8 @@ class Corrections:
         offset (`float`): What the family's norms add to their weights.
         rotation (`Rotation`, *optional*): The basis in which the teacher's tensors are read.
         gaps (`Path`, *optional*): The folder that `read_gaps` wrote.
-        ridge (`float`, *optional*, defaults to 0.1): Weight of a projection's change beside its error, relative to the mean
-            energy of an input. On SmolLM2-135M, 0.001 to 0.1 are alike on text like the calibration's, but on other text only
-            0.1 and more help (benchmarks/corrections.py).
+        ridge (`float`, *optional*, defaults to `RIDGE`): Weight of a projection's change beside its error, relative to the
+            mean energy of an input.
     """
 
     moments: Path
@@ -62,7 +64,7 @@ class Corrections:
     offset: float
     rotation: "Rotation | None" = None  # noqa: F821 (stands below this module)
     gaps: Path | None = None
-    ridge: float = 0.1
+    ridge: float = RIDGE
 
     def __call__(
         self, name: str, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
@@ -105,7 +107,7 @@ class Corrections:
         extra = torch.zeros(*weight.shape[:-1], 1, dtype=torch.float64).expand(weight.shape)
         shift = extra[..., 0]
         if gap := self._gap(module):
-            found = self._read(gap, module + GAP).double()
+            found = read_moment(self.gaps, layer, module + GAP).double()
             found = found if self.rotation is None else found @ self.rotation.basis
             extra, shift = found[:-1].T, found[-1]
         if "bias" in self.names and module in self.biased:
@@ -121,7 +123,7 @@ class Corrections:
         if "norm_ratio" not in self.names:
             return tensor
         if self.rotation is None:
-            energy = self._read(moments_path(self.moments, layer), stored)
+            energy = read_moment(self.moments, layer, stored)
         else:
             energy = self._moment(f"{stored}{OUTPUT}", layer)[:-1].diagonal()
         ratio = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor)
@@ -146,24 +148,18 @@ class Corrections:
 
     def _moment(self, stored: str, layer: int | None) -> Tensor:
         """Return E[x xᵀ] and E[x] (the last row) of a projection's input."""
-        found = self._read(moments_path(self.moments, layer), stored)
+        found = read_moment(self.moments, layer, stored)
         turned = self.rotation is not None and stored.endswith(OUTPUT)
         return self.rotation.moment(stored.removesuffix(OUTPUT), found) if turned else found
 
-    def _gap(self, module: str) -> Path | None:
-        """Return the file with what the layers that were dropped behind a module's layer added, where there is one."""
+    def _gap(self, module: str) -> bool:
+        """Return whether it was read what the layers that were dropped behind a module's layer added."""
         axis, layer, _ = self.taps.get(module, (None, None, ""))
         wanted = self.gaps is not None and axis == "ffn" and "layer_merge" in self.names
-        path = moments_path(self.gaps, layer) if wanted else None
-        return path if path is not None and path.is_file() else None
+        return wanted and moments_path(self.gaps, layer).is_file()
 
     def _pattern(self, name: str) -> str:
         return self.rows[axes.match(name, self.rows)[0]]
-
-    @staticmethod
-    def _read(path: Path, name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
 
 
 def corrections_for(
@@ -212,6 +208,12 @@ def check_names(names: Sequence[str]) -> None:
 def moments_path(folder: Path, layer: int | None) -> Path:
     """Return the file that holds the moments of a layer, or of what lies outside of the layers."""
     return folder / ("outside.safetensors" if layer is None else f"layer-{layer:05}.safetensors")
+
+
+def read_moment(folder: Path, layer: int | None, name: str) -> Tensor:
+    """Read one tensor of what `calibrate(..., moments=...)` or `read_gaps` wrote."""
+    with safe_open(moments_path(folder, layer), framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, extra: Tensor | None = None) -> Tensor:

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families.family import Family
-from hf_minitron.plan import Plan, make_nonuniform_plan
+from hf_minitron.plan import BY_LAYER, Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
-from hf_minitron.pruning.compensate import least_squares, moments_path
+from hf_minitron.pruning.compensate import RIDGE, least_squares, read_moment
 from hf_minitron.pruning.prune import HALVES
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
@@ -45,7 +44,7 @@ def error_curves(
     moments: str | Path,
     read: Callable[[str], Tensor],
     steps: int = 8,
-    ridge: float = 0.1,
+    ridge: float = RIDGE,
 ) -> dict[tuple[str, int], list[Choice]]:
     """Return, for the MLP and the attention of every layer, the sizes that it may have and what each loses.
 
@@ -56,26 +55,26 @@ def error_curves(
         moments (`str` or `Path`): The folder that `calibrate(..., moments=...)` wrote.
         read (`Callable`): Returns the teacher's parameter of a name.
         steps (`int`, *optional*, defaults to 8): Widths of an MLP, evenly spaced, beside none.
-        ridge (`float`, *optional*, defaults to 0.1): That of the corrections.
+        ridge (`float`, *optional*, defaults to `RIDGE`): That of the corrections.
 
     Returns:
         `dict`: `("ffn", layer)` and `("heads", layer)` to choices, the smallest first.
     """
     before, rows = family.shape_of(config), family.rows_of(config)
     curves: dict[tuple[str, int], list[Choice]] = {}
+    plans = {
+        axis: [(sizes, _alike(scores, before, sizes)) for sizes in _sizes(before, axis, steps)] for axis in ("heads", "ffn")
+    }
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in family.taps_of(config)[axis]]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="half"):
         row, _ = axes.match(f"{name}.weight", rows)
         dim = axes.dim_of(rows[row], axis)
         weight = read(f"{name}.weight").double().movedim(axes.parse(rows[row]).index(dim), -1)
-        with safe_open(moments_path(Path(moments), layer), framework="pt") as file:
-            moment = file.get_tensor(name)[:-1].double()
+        moment = read_moment(Path(moments), layer, name)[:-1].double()
         whole = ((weight @ moment) * weight).sum()
-        found = [Choice(dict.fromkeys(sizes, 0), 1.0) for sizes in _sizes(before, axis, steps)[:1]]
-        for sizes in _sizes(before, axis, steps):
-            lists = {key: [size] * before["layers"] for key, size in sizes.items()}
-            kept = make_nonuniform_plan(scores, before, lists).keep[axis][layer]
-            index = axes.dim_index(dim, {axis: torch.tensor(kept)}, before.sizes)
+        found = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
+        for sizes, plan in plans[axis]:
+            index = axes.dim_index(dim, {axis: torch.tensor(plan.keep[axis][layer])}, before.sizes)
             rest = weight.clone()
             rest[:, index] -= least_squares(weight, moment, index, ridge)
             found.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
@@ -96,6 +95,13 @@ def half_parameters(rows: Mapping[str, str], before: Shape, sizes: Mapping[str, 
         return 0
     own = [pattern for row, pattern in rows.items() if any(part in row for part in HALVES[axis])]
     return sum(math.prod(axes.tensor_shape(pattern, {**before.sizes, **sizes})) for pattern in own)
+
+
+def layer_parameters(rows: Mapping[str, str], before: Shape, sizes: Mapping[str, int]) -> int:
+    """Count the parameters of a layer, both of its halves, with the sizes that `sizes` has."""
+    return sum(
+        half_parameters(rows, before, {axis: sizes[axis] for axis in half}) for half in (("heads", "kv_heads"), ("ffn",))
+    )
 
 
 def allocate_layers(
@@ -128,7 +134,7 @@ def allocate_layers(
         for (axis, layer), choices in curves.items()
     }
     chosen = allocate(options, parameters)
-    sizes: dict[str, list[int]] = {axis: [0] * before["layers"] for axis in ("heads", "kv_heads", "ffn")}
+    sizes: dict[str, list[int]] = {axis: [0] * before["layers"] for axis in BY_LAYER}
     for (axis, layer), place in chosen.items():
         for key, size in curves[axis, layer][place].sizes.items():
             sizes[key][layer] = size
@@ -148,6 +154,11 @@ def nonuniform_plan(
     curves = error_curves(config, family, scores, moments, read)
     before, rows = family.shape_of(config), family.rows_of(config)
     return make_nonuniform_plan(scores, before, allocate_layers(curves, half_costs, rows, before, parameters))
+
+
+def _alike(scores: Scores, before: Shape, sizes: Mapping[str, int]) -> Plan:
+    """Return the plan that gives every layer the same sizes."""
+    return make_nonuniform_plan(scores, before, {axis: [size] * before["layers"] for axis, size in sizes.items()})
 
 
 def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:

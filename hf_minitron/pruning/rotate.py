@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families.family import Family, parameters_of
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import OUTPUT, moments_path
+from hf_minitron.pruning.compensate import OUTPUT, read_moment
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Rotation:
             pattern (`str`): Its axes.
             tensor (`Tensor`): The teacher's values.
         """
-        module, kind = name.rsplit(".", 1)
+        module = name.rpartition(".")[0]
         dims = axes.parse(pattern)
         if (("hidden",),) not in dims:
             return tensor
@@ -81,9 +80,8 @@ def rotation_for(config: PreTrainedConfig, family: Family, moments: Path, read: 
     norms = {norm: read(f"{norm}.weight").cpu().double() + family.norm_offset for _, norm in set(readers.values())}
     total = 0.0
     for layer, norm in sorted(set(readers.values()), key=str):
-        with safe_open(moments_path(moments, layer), framework="pt") as file:
-            scale = _unscaled(norms[norm])
-            total = total + scale[:, None] * file.get_tensor(f"{norm}{OUTPUT}")[:-1].double() * scale
+        scale = _unscaled(norms[norm])
+        total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
     _, basis = torch.linalg.eigh(total)
     return Rotation(basis.flip(1), norms, {reader: norm for reader, (_, norm) in readers.items()}, family.norm_offset)
 

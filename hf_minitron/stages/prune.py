@@ -16,7 +16,7 @@ from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
-from hf_minitron.pruning.nonuniform import half_parameters, nonuniform_plan
+from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
@@ -157,9 +157,6 @@ def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
     family = family_of(config)
     before, rows = family.shape_of(config), family.rows_of(config)
     stored = {name: stored for stored, name in stored_names(checkpoint, config, family).items()}
-    layer = sum(
-        half_parameters(rows, before, {axis: before[axis] for axis in half}) for half in (("heads", "kv_heads"), ("ffn",))
-    )
     return nonuniform_plan(
         config,
         family,
@@ -167,5 +164,5 @@ def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
         run.path("score") / "moments",
         load_file(run.path("score") / HALF_COSTS),
         lambda name: checkpoint.read(stored[name]),
-        int(args.nonuniform * layer * before["layers"]),
+        int(args.nonuniform * layer_parameters(rows, before, before.sizes) * before["layers"]),
     )
