@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, require_space, resolve
-from hf_minitron.families.family import family_of
+from hf_minitron.families.family import Family, family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.modeling.configuration_pruned import STOCK
@@ -55,18 +55,21 @@ class Args:
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     """Return the shapes before and after and the rows of the model, from `config.json` alone; refuse an illegal target."""
-    config = AutoConfig.from_pretrained(resolve(model))
-    family = family_of(config)
+    config, family = _teacher(model)
     before = family.shape_of(config)
     after = before.cut_to(args.target, args.multiple_of)
     check_target(config, family, after)
     return before, after, family.rows_of(config)
 
 
+def _teacher(model: str) -> tuple[PreTrainedConfig, Family]:
+    config = AutoConfig.from_pretrained(resolve(model))
+    return config, family_of(config)
+
+
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
-    config = AutoConfig.from_pretrained(resolve(model))
-    family = family_of(config)
+    config, family = _teacher(model)
     return family.rows_of(untied(config, family) if rotates(args) else config)
 
 
@@ -77,14 +80,13 @@ def rotates(args: Args) -> bool:
 
 def merges(args: Args, model: str) -> bool:
     """Return whether to read what dropped layers added, with another pass over the text; some families cannot take it over."""
-    plain = family_of(AutoConfig.from_pretrained(resolve(model))).plain_stream
-    return "layer_merge" in args.corrections and "layers" in args.target and plain
+    return "layer_merge" in args.corrections and "layers" in args.target and _teacher(model)[1].plain_stream
 
 
 def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
     """Return the axes of a cut that changes more than masking would, with the reason."""
-    config = AutoConfig.from_pretrained(resolve(model))
-    reasons = family_of(config).inexact_of(config)
+    config, family = _teacher(model)
+    reasons = family.inexact_of(config)
     return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
 
 
@@ -101,9 +103,9 @@ def check(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     if merges(args, run.model) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
-    config = AutoConfig.from_pretrained(folder)
+    config, family = _teacher(run.model)
     checkpoint = Checkpoint(folder)
-    stored = [checkpoint.specs[name] for name in stored_names(checkpoint, config, family_of(config))]
+    stored = [checkpoint.specs[name] for name in stored_names(checkpoint, config, family)]
     before = sum(torch.Size(spec.shape).numel() for spec in stored)
     num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
@@ -113,7 +115,7 @@ def check(args: Args, run: Run) -> None:
 
 def check_nonuniform(args: Args, run: Run) -> None:
     """Refuse what a nonuniform cut cannot be made with."""
-    config, score = AutoConfig.from_pretrained(resolve(run.model)), run.section("score")
+    (config, _), score = _teacher(run.model), run.section("score")
     if not 0 < args.nonuniform < 1:
         raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
     if args.target:
@@ -152,9 +154,7 @@ def run(args: Args, run: Run, out: Path) -> None:
 
 def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
-    source = resolve(run.model)
-    config, checkpoint = AutoConfig.from_pretrained(source), Checkpoint(source)
-    family = family_of(config)
+    (config, family), checkpoint = _teacher(run.model), Checkpoint(resolve(run.model))
     before, rows = family.shape_of(config), family.rows_of(config)
     stored = {name: stored for stored, name in stored_names(checkpoint, config, family).items()}
     return nonuniform_plan(
