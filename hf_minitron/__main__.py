@@ -19,7 +19,8 @@ from hf_minitron.evaluation.compare import Report
 from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.run import TOP_LEVEL, RecipeError, Run, begin, bind, done_digest, finish, load_recipe, read_yaml
+from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
+from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of
 from hf_minitron.shape import Shape
 from hf_minitron.stages import distill, evaluate, prune, publish, score, search, select
 
@@ -106,7 +107,7 @@ def plan_text(run: Run) -> str:
 
 def run_all(run: Run, push: bool) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
-    stages = list(STAGES)
+    stages = [name for name, module in STAGES.items() if name in run.recipe or not getattr(module, "OPTIONAL", False)]
     if PartialState().is_main_process:
         print(plan_text(run), flush=True)
     run_stages(run, stages, push, estimate=True)
@@ -165,7 +166,7 @@ def _do(run: Run, name: str, args: object) -> None:
         _check_needs(run, name)
         if module is select:  # always anew: it takes seconds, and other candidates may have come in
             (run.path(name) / "done.json").unlink(missing_ok=True)
-    folder = [begin(run, name, module.NEEDS) if state.is_main_process else None]
+    folder = [begin(run, name, needs_of(run, module)) if state.is_main_process else None]
     broadcast_object_list(folder)
     if folder[0] is None:
         state.print(f"{name}: done before, skipped", flush=True)
@@ -182,9 +183,9 @@ def _do(run: Run, name: str, args: object) -> None:
 
 def _check_needs(run: Run, name: str) -> None:
     """Refuse to build on a stage that was done with other settings than the recipe's."""
-    for need in VERBS[name].NEEDS:
+    for need in needs_of(run, VERBS[name]):
         _check_needs(run, need)
-        if done_digest(run.path(need)) not in (None, run.digest(need, VERBS[need].NEEDS)):
+        if done_digest(run.path(need)) not in (None, run.digest(need, needs_of(run, VERBS[need]))):
             raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
 
 

@@ -1,40 +1,25 @@
-"""One run's files: its recipe, its folder, what is done and what must be done again.
+"""One run's files: its folder, what is done and what must be done again.
 
-It knows no stage: `__main__` hands it the table of stages. A stage writes into `<stage>.tmp/`, which is renamed once
+It knows no stage. A stage writes into `<stage>.tmp/`, which is renamed once
 `done.json` lies in it; so a stage's folder is complete or absent. `done.json` holds a hash of the stage's section and of
 all that it read; when that changes, the stage and those after it run again.
 """
 
-import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import time
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
-TOP_LEVEL = {"run": "folder for everything the run makes", "model": "the teacher: a folder or a Hub id", "seed": "random seed"}
-
-
 # Where a stage keeps what it needs to be resumed; deleted once the stage is done.
 CHECKPOINTS = "checkpoints"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 class RecipeError(ValueError):
@@ -103,74 +88,14 @@ class Run:
         return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
-    """Read a recipe, apply overrides, and refuse what no stage knows.
-
-    Args:
-        path (`Path`): The YAML file.
-        overrides (`Mapping[str, Any]`): Values by dotted key, such as `{"prune.target.ffn": 1152}`.
-        stages (`Mapping[str, type]`): Name of every stage to the dataclass of its section.
-
-    Raises:
-        RecipeError: for an unreadable file, an unknown stage or key (with the nearest one), or a missing model.
-    """
-    if not path.is_file():
-        raise RecipeError(f"No recipe at {path}")
-    recipe = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{path} holds a {type(recipe).__name__}, not sections by name")
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        section = recipe
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
-        section[last] = value
-    _check_keys("recipe", recipe, [*TOP_LEVEL, *stages])
-    for stage, args in stages.items():
-        if not isinstance(recipe.get(stage) or {}, dict):
-            raise RecipeError(f"{stage}: {recipe[stage]!r} is not a section of key: value lines")
-        _check_keys(stage, recipe.get(stage) or {}, [field.name for field in dataclasses.fields(args) if field.init])
-    if not recipe.get("model"):
-        raise RecipeError(f"{path} names no model: add `model:` with a folder or a Hub id")
-    seed = recipe.get("seed", 0)
-    if type(seed) is not int or seed < 0:
-        raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
-    folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
-    return Run(folder, str(recipe["model"]), seed, recipe, path)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Read YAML, with an error that says where it stands."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not YAML: {error}") from error
-
-
-def bind(run: Run, stage: str, args_type: type) -> Any:
-    """Make a stage's arguments from its section.
-
-    Raises:
-        RecipeError: naming the section, for a missing or an ill-typed value.
-    """
-    section, values = run.section(stage), {}
-    for field in dataclasses.fields(args_type):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.name in section:
-            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], field.type, field.metadata.get("min"))
-        elif required and field.init:
-            raise RecipeError(f"{stage}.{field.name} is missing: {field.metadata.get('help', '')}")
-    try:
-        return args_type(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{stage}: {error}") from error
-
-
 def done_digest(folder: Path) -> str | None:
     """Return the hash in a stage's `done.json`, or `None` when the stage is not done."""
     return _read_json(folder / "done.json").get("digest")
+
+
+def needs_of(run: Run, stage: ModuleType) -> tuple[str, ...]:
+    """Return the stages whose folders a stage reads: those it always needs, and those it uses if the recipe has them."""
+    return (*stage.NEEDS, *(name for name in getattr(stage, "USES", ()) if name in run.recipe))
 
 
 def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
@@ -240,44 +165,6 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
-    for key in found:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
-
-
-def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> Any:
-    """Refuse a value that is not of the declared type; types beyond YAML's own are left to the dataclass."""
-    union = typing.get_origin(declared) in (typing.Union, types.UnionType)
-    kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
-    if not kinds <= _KINDS.keys():
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and int in kinds and math.isfinite(value) and value == int(value):
-        value = int(value)
-    elif number and float in kinds:
-        value = float(value)
-    elif type(value) not in kinds:
-        raise RecipeError(f"{name}: {value!r} is not {' or '.join(words for kind, words in _KINDS.items() if kind in kinds)}")
-    if least is not None and value is not None and value < least:
-        raise RecipeError(f"{name}: {value} must be at least {least}")
-    return value
-
-
-# The types of YAML, in words.
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    dict: "a section of key: value lines",
-    types.NoneType: "null",
-}
 
 
 def _strings(value: Any) -> list[str]:

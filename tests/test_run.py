@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 import yaml
 
-from hf_minitron.run import RecipeError, begin, bind, done_digest, finish, load_recipe, read_yaml
+from hf_minitron.recipe import bind, load_recipe, read_yaml
+from hf_minitron.run import RecipeError, begin, done_digest, finish
 
 
 @dataclass(frozen=True)

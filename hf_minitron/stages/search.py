@@ -19,7 +19,8 @@ from hf_minitron.families.family import Family, family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.pruning import search
 from hf_minitron.pruning.search import Candidate
-from hf_minitron.run import Run, bind, done_digest
+from hf_minitron.recipe import bind
+from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape, ShapeError
 from hf_minitron.stages import distill, evaluate

@@ -10,7 +10,8 @@ import yaml
 from hf_minitron.evaluation.compare import Report
 from hf_minitron.hub.card import markdown_table, measured
 from hf_minitron.hub.plots import plot_candidates
-from hf_minitron.run import Run, bind, done_digest, read_yaml
+from hf_minitron.recipe import bind, read_yaml
+from hf_minitron.run import Run, done_digest, needs_of
 from hf_minitron.stages import distill, evaluate, prune, score, search
 
 NEEDS = ("search",)
@@ -43,7 +44,7 @@ def candidates(run: Run) -> dict[str, Run]:
 
 def finished(child: Run) -> bool:
     """Return whether a candidate is evaluated, and all of it done as its recipe says."""
-    return all(done_digest(child.path(name)) == child.digest(name, stage.NEEDS) for name, stage in STAGES.items())
+    return all(done_digest(child.path(name)) == child.digest(name, needs_of(child, stage)) for name, stage in STAGES.items())
 
 
 def run(args: Args, run: Run, out: Path) -> None:
