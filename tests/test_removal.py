@@ -232,9 +232,6 @@ def test_what_cannot_be_measured_is_told():
             removal_costs(model, blocks, "loss", size)
     with pytest.raises(ValueError, match="the removal of 4 layers, of 4"):
         remove_one_by_one(model, blocks, "loss", 4)
-    with pytest.raises(ValueError, match="final_logit_softcapping = 5.0 changes the logits of gemma2"):
-        removal_costs(deep("gemma2"), blocks, "loss")
-    assert removal_costs(deep("gemma2"), blocks, "block_importance").shape == (4,)
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"loss without the layers \[0\] is nan: weights hold NaN or infinity"):
         removal_costs(model, blocks, "loss")

@@ -9,9 +9,12 @@ import torch
 from transformers import TrainingArguments
 
 from hf_minitron.checkpoint import best_dtype
+from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
+from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
 
 CROSS_ENTROPY = "cross_entropy"
+BALANCES = ("static", "minitron")
 
 
 @dataclass
@@ -30,11 +33,30 @@ class DistillationArguments(TrainingArguments):
 
     losses: dict | str | None = field(
         default_factory=lambda: {"forward_kl": 1.0},
-        metadata={"help": "Weight of every loss: forward_kl (alone by default: 2407.14679, table 15), cross_entropy."},
+        metadata={
+            "help": f"Weight of every loss: {', '.join(TOKEN_LOSSES)}, {CROSS_ENTROPY}; on states {', '.join(STATE_LOSSES)}. "
+            "forward_kl alone by default (2407.14679, table 15); where many layers go, block and embedding too (section 4.1)."
+        },
     )
     temperature: float = field(
         default=1.0,
         metadata={"help": "Divides both models' logits; the loss is multiplied by its square. 1 was best (2407.14679, A.5)."},
+    )
+    beta: float = field(default=0.5, metadata={"help": "The teacher's share of jsd's mixture; at 0 forward, at 1 reverse KL."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Compare the teacher's most likely tokens only, all others as one (hurts: 2407.14679, A.5)."},
+    )
+    layer_pairs: str | list = field(
+        default="last-2",
+        metadata={"help": f"Layers compared: {', '.join(LAYER_RULES)}, or [[teacher, student], ...] (2407.14679, table 17)."},
+    )
+    state_distance: str = field(default="cosine", metadata={"help": f"Between states: {', '.join(DISTANCES)}."})
+    balance: str = field(
+        default="minitron",
+        metadata={
+            "help": "minitron: state losses are scaled to the sum of the others at every step (2407.14679, section 3); static."
+        },
     )
     chunk_size: int = field(default=256, metadata={"help": "Tokens whose logits exist at the same time."})
     teacher_model_init_kwargs: dict | str | None = field(
@@ -56,7 +78,7 @@ class DistillationArguments(TrainingArguments):
             device = "cpu" if self.use_cpu else torch.accelerator.current_accelerator()
             self.bf16 = not self.fp16 and best_dtype(device) == torch.bfloat16
         super().__post_init__()
-        known = [*TOKEN_LOSSES, CROSS_ENTROPY]
+        known = [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES]
         numbers = isinstance(self.losses, dict) and all(isinstance(weight, int | float) for weight in self.losses.values())
         if not numbers:
             raise ValueError(f"losses: {self.losses!r} is not a table of weights, such as {{forward_kl: 1.0}}")
@@ -67,5 +89,25 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"losses: {self.losses} must have at least one positive weight and none below zero")
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature} must be above zero")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: {self.beta} must lie between 0 and 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: {self.top_k} must be at least 1, or left out")
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size: {self.chunk_size} must be at least 1")
+        self._check_states()
+
+    def _check_states(self) -> None:
+        """Refuse settings of the losses on states that no model could have."""
+        states = [name for name in self.losses if name in STATE_LOSSES]
+        if isinstance(self.layer_pairs, str) and self.layer_pairs not in LAYER_RULES:
+            raise ValueError(f"layer_pairs: {self.layer_pairs!r} is none of {', '.join(LAYER_RULES)}, nor a list of pairs")
+        if self.state_distance not in DISTANCES:
+            raise ValueError(f"state_distance: {self.state_distance!r} is none of {', '.join(DISTANCES)}")
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}")
+        if states and self.balance == "minitron" and len(states) == len(self.losses):
+            raise ValueError(f"losses: {', '.join(states)} are all on states, and balance: minitron scales them to the others; "
+                             "add forward_kl, or set balance: static")  # fmt: skip
+        if states and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("gradient_checkpointing_kwargs: use_reentrant: true hides states from losses; leave it out")

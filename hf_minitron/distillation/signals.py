@@ -5,6 +5,7 @@ It must not know a loss formula: losses get two tables of log-probabilities on o
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_minitron.distillation.losses.chunked import Head
@@ -17,10 +18,12 @@ class DenseSignal:
     Args:
         hidden (`Tensor` of shape `(tokens, hidden)`): The teacher's last hidden states.
         head (`Head`): The teacher's head.
+        top_k (`int`, *optional*): Compare only the teacher's most likely tokens, and all others as one.
     """
 
     hidden: Tensor
     head: Head
+    top_k: int | None = None
 
     def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of student and teacher for some rows.
@@ -35,11 +38,29 @@ class DenseSignal:
             temperature (`float`): Divides both models' logits.
 
         Returns:
-            `tuple[Tensor, Tensor]`: Each of shape `(rows, shared vocab)`.
+            `tuple[Tensor, Tensor]`: Each of shape `(rows, shared vocab)`, or `(rows, top_k + 1)`.
         """
         teacher_logits = self.head.logits(self.hidden[rows])
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
         if temperature != 1:
             student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-        student_logp = student_logits.log_softmax(-1)[:, :shared]
-        return student_logp, teacher_logits[:, :shared].log_softmax(-1)
+        teacher_logits = teacher_logits[:, :shared]
+        if self.top_k is None or self.top_k >= shared:
+            return student_logits.log_softmax(-1)[:, :shared], teacher_logits.log_softmax(-1)
+        values, ids = teacher_logits.topk(self.top_k)
+        teacher_logp = values - teacher_logits.logsumexp(-1, keepdim=True)
+        student_logp = student_logits.gather(-1, ids) - student_logits.logsumexp(-1, keepdim=True)
+        return with_rest(student_logp), with_rest(teacher_logp)
+
+
+def with_rest(logp: Tensor) -> Tensor:
+    """Add a last column: the log-probability of all that the others leave.
+
+    Args:
+        logp (`Tensor` of shape `(rows, k)`): Log-probabilities of some tokens.
+
+    Returns:
+        `Tensor` of shape `(rows, k + 1)`.
+    """
+    rest = 1 - logp.exp().sum(-1, keepdim=True)
+    return torch.cat([logp, rest.clamp(min=torch.finfo(logp.dtype).eps).log()], -1)

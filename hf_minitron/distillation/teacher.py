@@ -3,41 +3,120 @@
 A live teacher is frozen, in eval mode and in its own dtype; it is never part of the student or of its checkpoints.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
 
+# What a model is asked for beside its labels.
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 
 class LiveTeacher:
     """A model that is run on every batch.
 
     Args:
-        model (`PreTrainedModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the device has it).
+        model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the
+            device has it); a folder with a PEFT adapter means its base model with the adapter.
         device (`torch.device`): Where it runs.
         init_kwargs (`dict`, *optional*): Passed to `from_pretrained` when a path or Hub id is given.
+        top_k (`int`, *optional*): Compare only its most likely tokens, and all others as one.
     """
 
-    def __init__(self, model: PreTrainedModel | str | Path, device: torch.device, init_kwargs: dict | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | str | Path,
+        device: torch.device,
+        init_kwargs: dict | None = None,
+        top_k: int | None = None,
+    ):
         if isinstance(model, str | Path):
-            kwargs = {"dtype": best_dtype(device), **(init_kwargs or {})}
-            model = load_model(model, device=device, **kwargs)
-        self.model = model.to(device).eval().requires_grad_(False)
+            model = _load(model, device, {"dtype": best_dtype(device), **(init_kwargs or {})})
+        self.model = base_of(model).to(device).eval().requires_grad_(False)
         self.config = self.model.config
+        self._top_k = top_k
+        self.hidden = LastHidden(self.model)
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Shard the teacher as accelerate shards the student, where it does (FSDP2, ZeRO-3)."""
+        if accelerator.is_fsdp2:
+            self.model = fsdp2_prepare_model(accelerator, self.model)
+        elif (plugin := accelerator.state.deepspeed_plugin) is not None and plugin.zero_stage == 3:
+            import deepspeed  # an optional dependency
+
+            settings = dict(plugin.deepspeed_config) | {"optimizer": None, "scheduler": None}
+            self.model = deepspeed.initialize(model=self.model, config=settings)[0].module
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> DenseSignal:
-        """Return what the teacher says about the labelled tokens of a batch."""
+        """Return what the teacher says about the labelled tokens of a batch; its head must be `gathered` to be used."""
         with torch.autocast(self.model.device.type, enabled=False):
-            kwargs = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-            hidden = self.model.base_model(**kwargs, use_cache=False).last_hidden_state
-            rows, _ = next_token_rows(hidden, inputs["labels"])
-            return DenseSignal(rows, head_of(self.model))
+            kwargs = {name: inputs[name] for name in INPUTS if name in inputs}
+            self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
+            rows, _ = next_token_rows(self.hidden.take(), inputs["labels"])
+            return DenseSignal(rows, head_of(self.model), self._top_k)
+
+
+class LastHidden:
+    """Keeps the last hidden states of a causal language model, which its head is not given where no logits are asked for."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._hidden: Tensor | None = None
+        model.base_model.register_forward_hook(self._keep)
+
+    def take(self) -> Tensor:
+        """Return and forget them, shape `(batch, seq, hidden)`."""
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+    def _keep(self, module, args, output) -> None:
+        self._hidden = output.last_hidden_state
+
+
+def no_tokens(like: Tensor) -> Tensor:
+    """Return a value of `logits_to_keep` that keeps the logits of no token."""
+    return torch.empty(0, dtype=torch.long, device=like.device)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the Transformers model inside of a PEFT model, its adapters in place; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def gathered(model: PreTrainedModel) -> Iterator[bool]:
+    """Let the weights of a model's head be whole until the context ends; yield whether the model is sharded at all."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+        yield True
+        model.reshard()
+    elif hasattr(weight := model.get_output_embeddings().weight, "ds_id"):
+        import deepspeed  # an optional dependency
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield True
+    else:
+        yield False
+
+
+def _load(model: str | Path, device: torch.device, kwargs: dict) -> PreTrainedModel:
+    adapter = Path(model).expanduser() / "adapter_config.json"
+    if not adapter.is_file():
+        return load_model(model, device=device, **kwargs)
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return PeftModel.from_pretrained(load_model(base, device=device, **kwargs), adapter.parent).merge_and_unload()
 
 
 def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

@@ -26,6 +26,7 @@ class Family:
             list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         taps (`Mapping[str, tuple[str, ...]]`): Axis to the modules where its activations are read.
         readers (`Mapping[str, tuple[str, ...]]`): Norm to the projections that read what it gives.
+        attention (`Mapping[str, tuple[str, ...]]`): `query`, `key` and `value`, to the modules that give them.
         plain_stream (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added to
             the residual stream as they are; rotating it and merging layers take that for granted.
         config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
@@ -47,6 +48,7 @@ class Family:
     norm_offset: float = 0.0
     held_by: Mapping[str, object] = field(default_factory=dict)
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     plain_stream: bool = False
 
     def shape_of(self, config: PreTrainedConfig) -> Shape:
@@ -121,6 +123,25 @@ class Family:
                     found[module] = (layer, norms[layer])
         return found
 
+    def norms_of(self, config: PreTrainedConfig) -> tuple[list[str], list[str], str | None]:
+        """Return the norms that attention reads, those that MLPs read (the same where both read one), and the last norm.
+
+        The lists are empty for a family whose norms stand elsewhere.
+        """
+        rows = [norm for norm in self.readers if axes.placeholders(norm)]
+        places = [[name for _, name in self._places(config, row)] for row in rows[:1] + rows[-1:]]
+        last = [name for norm in self.readers if norm not in rows for _, name in self._places(config, norm)]
+        return *(places or ([], [])), last[0] if last else None
+
+    def attention_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[str, axes.Dim]]]:
+        """Return the modules that give queries, keys and values, one per layer, and the pattern of what they give."""
+        found = {}
+        for part, modules in self.attention.items():
+            places = sorted(place for module in modules for place in self._places(config, module))
+            rows = [(name, self.rows[axes.match(f"{name}.weight", self.rows)[0]]) for _, name in places]
+            found[part] = [(name, axes.dim_of(pattern, "head_dim")) for name, pattern in rows]
+        return {part: places for part, places in found.items() if places}
+
     def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
         """Return layer and name of the modules of a model that a row of names stands for."""
         modules = _meta(type(config), config.to_json_string(use_diff=False)).modules
@@ -129,9 +150,18 @@ class Family:
         return [place for place in places if place[1] in modules]
 
 
-LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, readers=llama.LLAMA_READERS)
+LLAMA = Family(
+    llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, readers=llama.LLAMA_READERS, attention=llama.LLAMA_ATTENTION
+)
 PLAIN = replace(LLAMA, plain_stream=True)
-MOE = Family(moe.MOE_ROWS, moe.MOE_TAPS, moe.QWEN_MOE_KEYS, moe.STORED, readers=moe.MOE_READERS)
+MOE = Family(
+    moe.MOE_ROWS,
+    moe.MOE_TAPS,
+    moe.QWEN_MOE_KEYS,
+    moe.STORED,
+    readers=moe.MOE_READERS,
+    attention=llama.LLAMA_ATTENTION,
+)
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
 GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}, "norm_offset": 1.0}
@@ -152,15 +182,34 @@ FAMILIES: dict[str, Family] = {
         inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM),
     ),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
-    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_TAPS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT, readers=gpt.GPT2_READERS),
-    "gpt_neox": Family(
-        gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_TAPS, gpt.GPT_NEOX_KEYS, gpt.GPT_NEOX_STORED, readers=gpt.GPT_NEOX_READERS
+    "gpt2": Family(
+        gpt.GPT2_ROWS,
+        gpt.GPT2_TAPS,
+        gpt.GPT2_KEYS,
+        inexact_if=gpt.GPT2_INEXACT,
+        readers=gpt.GPT2_READERS,
+        attention=gpt.GPT2_ATTENTION,
     ),
-    "opt": Family(gpt.OPT_ROWS, gpt.OPT_TAPS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS, readers=gpt.OPT_READERS),
+    "gpt_neox": Family(
+        gpt.GPT_NEOX_ROWS,
+        gpt.GPT_NEOX_TAPS,
+        gpt.GPT_NEOX_KEYS,
+        gpt.GPT_NEOX_STORED,
+        readers=gpt.GPT_NEOX_READERS,
+        attention=gpt.GPT_NEOX_ATTENTION,
+    ),
+    "opt": Family(
+        gpt.OPT_ROWS,
+        gpt.OPT_TAPS,
+        gpt.OPT_KEYS,
+        follows=gpt.OPT_FOLLOWS,
+        readers=gpt.OPT_READERS,
+        attention=gpt.OPT_ATTENTION,
+    ),
     "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
     "qwen2_moe": MOE,
     "qwen3_moe": MOE,
-    "gpt_oss": Family(moe.GPT_OSS_ROWS, moe.MOE_TAPS, moe.MIXTRAL_KEYS, readers=moe.MOE_READERS),
+    "gpt_oss": replace(MOE, rows=moe.GPT_OSS_ROWS, config_keys=moe.MIXTRAL_KEYS, stored={}),
     "deepseek_v3": Family(
         moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS, readers=moe.MOE_READERS
     ),

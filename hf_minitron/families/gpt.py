@@ -35,6 +35,7 @@ GPT2_READERS = {
     "transformer.h.{layers}.ln_2": ("transformer.h.{layers}.mlp.c_fc",),
     "transformer.ln_f": ("lm_head",),
 }
+GPT2_ATTENTION = dict.fromkeys(("query", "key", "value"), ("transformer.h.{layers}.attn.c_attn",))
 
 GPT2_INEXACT = {
     "layers": ("scale_attn_by_inverse_layer_idx", "attention is divided by the number of the layer, which a cut changes")
@@ -81,6 +82,7 @@ GPT_NEOX_READERS = {
     "gpt_neox.layers.{layers}.post_attention_layernorm": ("gpt_neox.layers.{layers}.mlp.dense_h_to_4h",),
     "gpt_neox.final_layer_norm": ("lm_head",),
 }
+GPT_NEOX_ATTENTION = dict.fromkeys(("query", "key", "value"), ("gpt_neox.layers.{layers}.attention.query_key_value",))
 
 OPT_KEYS = {
     "layers": "num_hidden_layers",
@@ -129,5 +131,6 @@ OPT_READERS = {
     "model.decoder.layers.{layers}.final_layer_norm": ("model.decoder.layers.{layers}.fc1",),
     "model.decoder.final_layer_norm": ("lm_head",),
 }
+OPT_ATTENTION = {part: (f"model.decoder.layers.{{layers}}.self_attn.{part[0]}_proj",) for part in ("query", "key", "value")}
 # Keys of config.json that repeat an axis.
 OPT_FOLLOWS = {"word_embed_proj_dim": "hidden"}

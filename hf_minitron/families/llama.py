@@ -99,6 +99,12 @@ LLAMA_TAPS = {
     "layers": ("model.layers.{layers}",),
 }
 
+# What gives queries, keys and values.
+LLAMA_ATTENTION = {
+    part: (f"model.layers.{{layers}}.self_attn.{part[0]}_proj", "model.layers.{layers}.self_attn.qkv_proj")
+    for part in ("query", "key", "value")
+}
+
 # Norms, to the projections that read what they give. A model has only some of the names.
 _LAYER = "model.layers.{layers}"
 _ATTENTION = tuple(f"{_LAYER}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))

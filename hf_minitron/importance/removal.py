@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.distillation.losses.chunked import check_logits
+from hf_minitron.distillation.losses.chunked import head_of
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
@@ -43,7 +43,7 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
         `Tensor` of shape `(layers - size + 1,)`: float32, the cost of the block that starts at each layer.
 
     Raises:
-        ValueError: for an unknown metric, a size that leaves no layer, logits that the class changes after its head, or costs
+        ValueError: for an unknown metric, a size that leaves no layer, or costs
             that are NaN or infinite.
 
     Example:
@@ -170,8 +170,6 @@ def _side_by_side(layers: int, size: int) -> list[Removal]:
 def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: int, removals: Sequence[Removal]) -> Tensor:
     """Return the cost of every removal from the model as it is, float32."""
     sums_of, finish = METRICS[metric]
-    if metric != "block_importance":
-        check_logits(model.config)
     device, batches = input_device(model), own_batches(blocks, batch_size)
     totals = torch.zeros(len(removals) + 2, dtype=torch.float64)
     with torch.inference_mode(), tqdm(total=len(batches) * len(removals), desc=f"Removing layers ({metric})") as bar:
@@ -198,7 +196,8 @@ def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
 
 def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
-    head, ids = run.model.get_output_embeddings(), run.inputs["input_ids"]
+    layer, finish = run.model.get_output_embeddings(), head_of(run.model).finish
+    ids = run.inputs["input_ids"]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
     targets = following[run.real].to(run.last.device)
@@ -209,16 +208,16 @@ def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, remova
     sums = [0] * (len(removals) + 1)
     for start in range(0, len(targets), CHUNK):
         rows = slice(start, start + CHUNK)
-        whole = _logits(head, run.last[rows])
-        each = (_logits(head, state[rows]) for state in states)  # one after the other
+        whole = _logits(layer, finish, run.last[rows])
+        each = (_logits(layer, finish, state[rows]) for state in states)  # one after the other
         for i, logits in enumerate(itertools.chain(each, [reference(whole)])):
             sums[i] = sums[i] + token_sum(logits, whole, targets[rows].to(logits.device))
     return [*sums, (targets != -100).sum()]
 
 
-def _logits(head: Callable, hidden: Tensor) -> Tensor:
-    logits = head(hidden)
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _logits(layer: Callable, finish: Callable, hidden: Tensor) -> Tensor:
+    logits = layer(hidden)  # called as a module, which may be offloaded
+    return finish(logits if logits.dtype == torch.float64 else logits.float())
 
 
 def _loss_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:

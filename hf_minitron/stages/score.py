@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
-from hf_minitron.distillation.losses.chunked import check_logits
 from hf_minitron.evaluation.compare import lm_eval_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
@@ -118,10 +117,8 @@ def check(args: Args, run: Run) -> None:
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
     """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
-    if args.halves:
-        check_logits(config)
-        if args.layer_by_layer:
-            raise ValueError("halves: true runs the whole model, layer_by_layer holds one layer: set one of them")
+    if args.halves and args.layer_by_layer:
+        raise ValueError("halves: true runs the whole model, layer_by_layer holds one layer: set one of them")
     if not _apart(args):
         return
     task, metric = _task(args.layers)
@@ -131,8 +128,6 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
     if args.layer_by_layer:
         raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
     if args.layers in METRICS:
-        if args.layers != "block_importance":
-            check_logits(config)
         return
     if args.include_path and not Path(args.include_path).expanduser().is_dir():
         raise ValueError(f"include_path: no folder at {args.include_path}")

@@ -6,11 +6,12 @@ once. It must not know a loss formula or a trainer.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 # (logits of a chunk, its rows) -> named losses, each of shape (rows,)
 ChunkLoss = Callable[[Tensor, slice], Mapping[str, Tensor]]
@@ -23,39 +24,43 @@ class Head:
     Args:
         weight (`Tensor` of shape `(vocab, hidden)`): Its matrix; the embedding itself when they are tied.
         bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
+        scale (`float`, *optional*, defaults to 1): What logits are multiplied by (Cohere, Granite).
+        softcap (`float`, *optional*): What a tanh keeps logits under (Gemma 2).
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (float64 for float64 inputs) of shape `(rows, vocab)` for `(rows, hidden)`."""
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return what the matrix gives, before scale and softcap."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def finish(self, projected: Tensor) -> Tensor:
+        """Return logits from what `project` gave."""
+        logits = projected if self.scale == 1 else projected * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
     def to(self, dtype: torch.dtype) -> "Head":
         """Return the head in another dtype."""
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
-def check_logits(config: PreTrainedConfig) -> None:
-    """Refuse a model that changes its logits after the head, from its config alone.
-
-    Raises:
-        ValueError: for a logit softcap or scale, which a plain head would leave out.
-    """
-    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        value = getattr(config, key, neutral)
-        if value not in (None, neutral):
-            raise ValueError(f"{key} = {value} changes the logits of {config.model_type} after the head; "
-                             "models with it cannot be distilled or evaluated chunk by chunk yet")  # fmt: skip
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Return the output head of a causal language model; refuse one that changes its logits after the head."""
-    check_logits(model.config)
-    layer = model.get_output_embeddings()
-    return Head(layer.weight, layer.bias)
+    """Return the output head of a causal language model; refuse one with an adapter, whose part would be left out."""
+    layer, config = model.get_output_embeddings(), model.config
+    if isinstance(layer, BaseTunerLayer):
+        raise ValueError(
+            "The output head has a PEFT adapter, which the chunked loss does not see: leave it out of target_modules"
+        )
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def next_token_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,31 +104,32 @@ def chunked_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # inside forward grad mode is always off, so it is asked here: evaluation makes no gradients
     settings = (dtype, chunk_loss, tuple(weights.values()), names, num_items, chunk_size, torch.is_grad_enabled())
-    total, parts = _ChunkedLoss.apply(hidden, head.weight, head.bias, settings)
+    total, parts = _ChunkedLoss.apply(hidden, head.weight, head.bias, (head, *settings))
     return total, dict(zip(names, parts, strict=True))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings):
-        dtype, chunk_loss, weights, names, num_items, chunk_size, grad_enabled = settings
+        head, dtype, chunk_loss, weights, names, num_items, chunk_size, grad_enabled = settings
         wants_grad = grad_enabled and any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(t) if t is not None and wants_grad else None for t in (hidden, weight, bias)]
+        wanted = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)  # not of a frozen head beside an adapter
+        grads = [torch.zeros_like(t) if needed and wants_grad else None for t, needed in wanted]
         with torch.autocast(hidden.device.type, enabled=False):
-            rows_of, head = hidden.to(dtype), Head(weight, bias).to(dtype)
+            rows_of, head = hidden.to(dtype), replace(head, weight=weight, bias=bias).to(dtype)
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             parts = torch.zeros(len(names), dtype=sum_dtype, device=hidden.device)
             for start in range(0, len(hidden), chunk_size):
                 rows = slice(start, start + chunk_size)
-                logits = head.logits(rows_of[rows]).requires_grad_(wants_grad)
+                projected = head.project(rows_of[rows]).requires_grad_(wants_grad)
                 with torch.set_grad_enabled(wants_grad):
-                    by_name = chunk_loss(logits, rows)
+                    by_name = chunk_loss(head.finish(projected), rows)
                     sums = [by_name[name].sum() / num_items for name in names]
                     total = sum(weight * part for weight, part in zip(weights, sums, strict=True))
                 parts += torch.stack([part.detach() for part in sums])
                 if wants_grad:
-                    (grad,) = torch.autograd.grad(total, logits)
-                    del logits, by_name, sums, total  # before the next chunk's are made
+                    (grad,) = torch.autograd.grad(total, projected)
+                    del projected, by_name, sums, total  # before the next chunk's are made
                     _accumulate(grads, grad, rows_of, rows, head)
         ctx.save_for_backward(*grads)
         return (parts * parts.new_tensor(weights)).sum(), parts
@@ -139,7 +145,10 @@ def _accumulate(grads: list, grad_logits: Tensor, hidden: Tensor, rows: slice, h
     if grad_bias is not None:
         grad_bias += grad_logits.sum(0)
     grad_logits = grad_logits.to(hidden.dtype)
-    grad_hidden[rows] = grad_logits @ head.weight
+    if grad_hidden is not None:
+        grad_hidden[rows] = grad_logits @ head.weight
+    if grad_weight is None:
+        return
     if grad_weight.dtype == hidden.dtype:
         grad_weight.addmm_(grad_logits.T, hidden[rows])
     else:
