@@ -110,7 +110,9 @@ class StateLosses(nn.Module):
         lifted = [name for name in names if name in VECTORS and widths[0] != widths[1]]
         with torch.random.fork_rng(devices=[]):  # the same on every process, and no draw that the data would miss
             torch.manual_seed(seed)
-            self.projections = nn.ModuleDict({name: nn.Linear(*widths) for name in lifted}).to(student.device)
+            self.projections = nn.ModuleDict({name: nn.Linear(*widths) for name in lifted}).to(
+                student.device, torch.promote_types(student.dtype, torch.float32)
+            )
         self._optimizer = torch.optim.AdamW(self.projections.parameters()) if lifted else None
 
     @contextmanager

@@ -223,7 +223,7 @@ def _visible(inputs: dict[str, Tensor]) -> Tensor | None:
         document = (inputs["position_ids"] == 0).cumsum(-1)
         visible = document[:, :, None] == document[:, None]
     if "attention_mask" in inputs:
-        mask = inputs["attention_mask"][:, None].bool()
+        mask = inputs["attention_mask"][:, None].bool().expand(-1, inputs["attention_mask"].shape[1], -1)
         visible = mask if visible is None else visible & mask
     return visible
 

@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import input_device
-from hf_minitron.importance.moments import SecondMoment
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import GAP, moments_path
 
 
 @torch.inference_mode()
 def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str | Path, batch_size: int = 4) -> Path:
-    """Write E[x yᵀ] and E[y] of every layer that stays before layers that go: x enters its down projection, y is what they add.
+    """Write E[x yᵀ], E[y], E[x xᵀ] and E[x] of every layer that stays before layers that go.
+
+    x enters its down projection, y is what they add. Every token counts: from the quarter that other moments are made
+    of, merging did nothing for text of another domain.
 
     Args:
         model (`PreTrainedModel`): The teacher.
@@ -60,7 +62,8 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for layer, gap in seen.items():
-        save_file({f"{projections[layer]}{GAP}": gap.finish()}, moments_path(folder, layer))
+        added, entered = gap.finish()
+        save_file({f"{projections[layer]}{GAP}": added, projections[layer]: entered}, moments_path(folder, layer))
     return folder
 
 
@@ -79,7 +82,7 @@ class _Gap:
     def __init__(self):
         self.entered: Tensor | None = None
         self.added: Tensor | float = 0.0
-        self.totals: list[Tensor | float] = [0.0, 0.0, 0]
+        self.totals: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0, 0]
 
     def enter(self, module, args):
         self.entered, self.added = args[0], 0.0
@@ -92,9 +95,11 @@ class _Gap:
         x, y = self.entered.flatten(0, 1), self.added.flatten(0, 1)
         if mask is not None:
             x, y = x[mask.flatten() > 0], y[mask.flatten() > 0]
-        x, y = x[:: SecondMoment.every].float(), y[:: SecondMoment.every].to(x.device)  # the tokens of the moments
-        self.totals = [self.totals[0] + x.T @ y, self.totals[1] + y.sum(0), self.totals[2] + len(x)]
+        x, y = x.float(), y.to(x.device)
+        found = (x.T @ y, y.sum(0), x.T @ x, x.sum(0), len(x))
+        self.totals = [total + more for total, more in zip(self.totals, found, strict=True)]
 
-    def finish(self) -> Tensor:
-        """Return E[x yᵀ] with E[y] as its last row, shape `(ffn + 1, hidden)`."""
-        return (torch.cat([self.totals[0], self.totals[1][None]]) / self.totals[2]).cpu().contiguous()
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return E[x yᵀ] with E[y] as its last row, shape `(ffn + 1, hidden)`, and E[x xᵀ] with E[x], `(ffn + 1, ffn)`."""
+        xy, y, xx, x, count = self.totals
+        return tuple((torch.cat([table, row[None]]) / count).cpu().contiguous() for table, row in ((xy, y), (xx, x)))

@@ -102,11 +102,12 @@ class Corrections:
         kept = axes.dim_index(
             dim, keep if axis in keep else {axis: torch.arange(self.plan.before[axis])}, self.plan.before.sizes
         )
-        read = self._moment(stored, layer)
+        gap = self._gap(module)
+        read = read_moment(self.gaps, layer, module) if gap else self._moment(stored, layer)
         moment, mean = read[:-1].double(), read[-1].double()
         extra = torch.zeros(*weight.shape[:-1], 1, dtype=torch.float64).expand(weight.shape)
         shift = extra[..., 0]
-        if gap := self._gap(module):
+        if gap:
             found = read_moment(self.gaps, layer, module + GAP).double()
             found = found if self.rotation is None else found @ self.rotation.basis
             extra, shift = found[:-1].T, found[-1]
