@@ -42,16 +42,14 @@ def check_text(source: str, block_size: int = 1) -> Path | None:
     return path
 
 
-def load_text(
-    source: str, split: str = "train", column: str = "text", streaming: bool = False
-) -> Dataset | IterableDataset:
+def load_text(source: str, split: str = "train", column: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
     """Load documents: a local .jsonl, .json, .parquet, .csv or .txt file, or a dataset on the Hub.
 
     Args:
         source (`str`): A path, or a Hub id, with a configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
         split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
         column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
-        streaming (`bool`, *optional*, defaults to `False`): Read documents when they are asked for, rather than all of them now.
+        streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
 
     Returns:
         `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`.
@@ -105,7 +103,7 @@ def token_blocks(
     if wanted == 0:
         raise ValueError(f"{name}: {max_tokens:,} tokens are not one block of {block_size:,}. Ask for more, or smaller blocks")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to put between documents: set eos_token")
+        raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
     settings = {"tokenizer": tokenizer, "block_size": block_size, "cross_documents": cross_documents, "name": name}
     if isinstance(documents, IterableDataset):
         if seed is not None:
