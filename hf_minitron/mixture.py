@@ -74,10 +74,13 @@ def check_sources(sources: Sequence[Source], block_size: int, max_tokens: int | 
     for source in sources:
         check_text(source.name, block_size)
     if max_tokens is not None:
-        order = _order(_shares(sources), max_tokens // block_size)
-        for number, source in enumerate(sources):
-            if number not in order:
-                raise ValueError(f"{source.name} would give none of {len(order):,} blocks: give it more weight, or want more")
+        wanted, waiting = max_tokens // block_size, dict(enumerate(sources))
+        for number in islice(_turns(_shares(sources)), wanted):
+            waiting.pop(number, None)
+            if not waiting:
+                return
+        name = next(iter(waiting.values())).name
+        raise ValueError(f"{name} would give none of {wanted:,} blocks: give it more weight, or want more")
 
 
 def mixed_blocks(
@@ -120,21 +123,21 @@ def mixed_blocks(
     ```
     """
     check_sources(sources, block_size, max_tokens)
-    shares = _shares(sources)
-    order = None if max_tokens is None else _order(shares, max_tokens // block_size)
+    shares, order = _shares(sources), None
+    tokens = [max_tokens if len(sources) == 1 else None] * len(sources)
+    if len(sources) > 1 and max_tokens is not None and not streaming:
+        order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
+        tokens = [int(number) * block_size for number in np.bincount(order)]
     parts = []
-    for number, source in enumerate(sources):
-        tokens = None if order is None or streaming else int((order == number).sum()) * block_size
+    for source, wanted in zip(sources, tokens, strict=True):
         documents = load_text(source.name, source.split, source.column, streaming)
         settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "name": source.name}
-        parts.append(token_blocks(documents, tokenizer, block_size, tokens, seed, **settings))
-    if streaming:
-        blocks = parts[0]
-        if len(parts) > 1:
-            blocks = IterableDataset.from_generator(_take_turns, gen_kwargs={"streams": tuple(parts), "shares": shares})
-        return (blocks if order is None else blocks.take(len(order))).with_format("torch")
+        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, **settings))
     if len(parts) == 1:
         return parts[0]
+    if streaming:
+        stream = IterableDataset.from_generator(_take_turns, gen_kwargs={"streams": tuple(parts), "shares": shares})
+        return (stream if max_tokens is None else stream.take(max_tokens // block_size)).with_format("torch")
     sizes = np.array([len(part) for part in parts])
     if order is None:
         order = _until_one_ends(shares, sizes, sources)
@@ -144,11 +147,6 @@ def mixed_blocks(
 def _shares(sources: Sequence[Source]) -> np.ndarray:
     weights = np.array([source.weight for source in sources], float)
     return weights / weights.sum()
-
-
-def _order(shares: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Return which source each of so many blocks is of."""
-    return np.fromiter(islice(_turns(shares), num_blocks), int)
 
 
 def _turns(shares: np.ndarray) -> Iterator[int]:
@@ -161,7 +159,7 @@ def _turns(shares: np.ndarray) -> Iterator[int]:
 
 
 def _take_turns(streams: Sequence[IterableDataset], shares: np.ndarray) -> Iterator[dict]:
-    streams = [iter(stream) for stream in streams]
+    streams = [iter(stream.with_format(None)) for stream in streams]
     for number in _turns(shares):
         yield next(streams[number])
 

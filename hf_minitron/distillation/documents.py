@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def check_documents_apart(model: PreTrainedModel) -> None:
-    """Refuse a model whose attention crosses documents in spite of `position_ids` that start again (OPT's does).
+    """Refuse a model whose attention crosses documents in spite of `position_ids` that start again (OPT's and gpt-oss's does).
 
     Three tokens say it: the last, a document of its own, must come out as it does alone.
 
