@@ -137,6 +137,8 @@ def _pack(
     num_documents, num_blocks, end = 0, 0, 0
     index = np.arange(block_size, dtype=np.int32)
     for rows in batches:
+        if wrong := [number for number, text in enumerate(rows["text"], num_documents) if not isinstance(text, str)]:
+            raise ValueError(f"{name}: document {wrong[0]:,} (from 0) holds no text. Leave it out, or set text_column")
         ids = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [np.asarray([*document, tokenizer.eos_token_id], np.int32) for document in ids]
         tokens = np.concatenate([tokens[end:], *pieces])

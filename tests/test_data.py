@@ -105,6 +105,22 @@ def test_which_models_keep_documents_apart(model_type):
                 check_documents_apart(subject)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_token_is_lost_between_batches_of_documents(streaming):
+    texts = documents(LENGTHS * 9)  # more than the tokenizer gets at a time
+    blocks = token_blocks(texts.to_iterable_dataset() if streaming else texts, tiny.tokenizer(), 16, 768, cross_documents=False)
+    ids = [ids for text in texts["text"] for ids in [*tiny.tokenizer()(text)["input_ids"], tiny.tokenizer().eos_token_id]]
+    assert [token for row in ids_of(blocks) for token in row] == ids[:768] and len(ids) < 800
+    ends = [token == tiny.tokenizer().eos_token_id for token in ids]
+    starts = [i % 16 == 0 or ends[i - 1] for i in range(768)]
+    assert [position == 0 for row in blocks for position in row["position_ids"].tolist()] == starts
+
+
+def test_a_document_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match=r"The text: document 70 \(from 0\) holds no text"):
+        token_blocks(Dataset.from_dict({"text": ["w1"] * 70 + [None]}), tiny.tokenizer(), 8)
+
+
 def test_positions_start_again_at_documents_and_blocks():
     assert "position_ids" not in token_blocks(documents(), tiny.tokenizer(), 16).column_names
     blocks = token_blocks(documents((3, 9, 0, 5)), tiny.tokenizer(), 8, cross_documents=False)
