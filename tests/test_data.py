@@ -326,6 +326,12 @@ def test_a_model_that_mixes_documents_is_refused_before_it_works(project, tmp_pa
     assert not (tmp_path / "run/score").exists()
 
 
+def test_a_nonuniform_teacher_may_keep_documents_apart(project, pruned, tmp_path):
+    nonuniform(0).float().save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    assert run(project, pruned, ("teacher", str(tmp_path / "teacher")), ("cross_documents", False)) == 0
+
+
 def test_a_changed_source_of_a_mixture_makes_the_stage_run_again(project, pruned, tmp_path, capsys):
     source = tmp_path / "more.jsonl"
     source.write_text((project["folder"] / "train.jsonl").read_text())

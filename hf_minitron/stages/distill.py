@@ -19,6 +19,7 @@ from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.speed import random_layer
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import CHECKPOINTS, Run
 
 NEEDS = ("prune",)
@@ -62,7 +63,7 @@ def check(args: Args, run: Run) -> None:
     if args.teacher:
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
     for config in map(AutoConfig.from_pretrained, models):
-        if not args.cross_documents:
+        if not args.cross_documents and not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
             check_documents_apart(random_layer(config, torch.float32))
     text = 0 if args.streaming else (_max_tokens(args) or 0) * (4 if args.cross_documents else 8)  # int32 ids, positions
     weights = sum(spec.num_bytes * 4 // DTYPES[spec.dtype].itemsize for spec in Checkpoint(folder).specs.values())
