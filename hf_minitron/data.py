@@ -1,20 +1,24 @@
 """Text to token blocks: the one form in which calibration, distillation and perplexity read text.
 
 It must not know a model. Documents are packed one after another with the end token between them and cut into blocks of equal
-length, so that no block is padded.
+length, so that no block is padded. Blocks are made at once, or, of a stream, as they are asked for.
 """
 
 import hashlib
 import logging
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from math import ceil
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+_READ_TOGETHER = 64  # documents handed to the tokenizer at a time
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -38,72 +42,118 @@ def check_text(source: str, block_size: int = 1) -> Path | None:
     return path
 
 
-def load_text(source: str, split: str = "train", column: str = "text") -> Dataset:
+def load_text(source: str, split: str = "train", column: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
     """Load documents: a local .jsonl, .json, .parquet, .csv or .txt file, or a dataset on the Hub.
 
     Args:
         source (`str`): A path, or a Hub id, with a configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
         split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
         column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
+        streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
 
     Returns:
-        `Dataset`: One document per row, in a column `text`.
+        `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`.
     """
     path = check_text(source)
     if path is None:
         name, _, configuration = source.partition(":")
-        documents = load_dataset(name, configuration or None, split=split)
+        documents = load_dataset(name, configuration or None, split=split, streaming=streaming)
     else:
-        documents = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-    if column not in documents.column_names:
-        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(documents.column_names)}. Set text_column")
-    return documents.select_columns(column).rename_column(column, "text") if column != "text" else documents
+        documents = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
+    columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know before its first row
+    if column not in columns:
+        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(columns)}. Set text_column")
+    return documents.select_columns(column).rename_column(column, "text") if columns != ["text"] else documents
 
 
 def token_blocks(
-    documents: Dataset,
+    documents: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     max_tokens: int | None = None,
     seed: int | None = None,
-) -> Dataset:
+    cross_documents: bool = True,
+    shuffle_buffer: int = 10_000,
+    name: str = "The text",
+) -> Dataset | IterableDataset:
     """Pack documents into blocks of tokens.
 
     Args:
-        documents (`Dataset`): One document per row, in a column `text`.
+        documents (`Dataset` or `IterableDataset`): One document per row, in a column `text`. Of a stream, blocks are made as
+            they are asked for; it never ends: when the documents do, they are read again in another order, so that a Trainer
+            sees one long epoch and finds its place in it after an interruption.
         tokenizer (`PreTrainedTokenizerBase`): The teacher's; its end token separates documents.
         block_size (`int`): Tokens per block.
-        max_tokens (`int`, *optional*): Stop when this many tokens are packed; all text when left out.
+        max_tokens (`int`, *optional*): Stop when this many tokens are packed; all text (a stream: never) when left out.
         seed (`int`, *optional*): Shuffle the documents with it first.
+        cross_documents (`bool`, *optional*, defaults to `True`): Whether tokens attend to the documents before theirs in the
+            block, as is usual in pretraining (Megatron's default, and so the papers'). Otherwise every row has `position_ids`
+            that start again at each document, from which Transformers makes the attention mask.
+        shuffle_buffer (`int`, *optional*, defaults to 10,000): Documents among which a stream is shuffled; they are in memory.
+        name (`str`, *optional*): What errors and warnings call the text.
 
     Returns:
-        `Dataset`: One block per row, `input_ids` of length `block_size`; the incomplete last block is left out.
+        `Dataset` or `IterableDataset`: One block per row, `input_ids` of length `block_size`, and `position_ids` of the same
+            length when documents are kept apart; the incomplete last block is left out.
 
     Raises:
-        ValueError: when the text is too short for one block.
+        ValueError: when the text is too short for one block (a stream's: when the first block is asked for).
     """
+    wanted = None if max_tokens is None else max_tokens // block_size
+    if wanted == 0:
+        raise ValueError(f"{name}: {max_tokens:,} tokens are not one block of {block_size:,}. Ask for more, or smaller blocks")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
+    settings = {"tokenizer": tokenizer, "block_size": block_size, "cross_documents": cross_documents, "name": name}
+    if isinstance(documents, IterableDataset):
+        if seed is not None:
+            documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        stream = IterableDataset.from_generator(_again_and_again, gen_kwargs={"documents": documents, **settings})
+        return (stream if wanted is None else stream.take(wanted)).with_format("torch")
     if seed is not None:
         documents = documents.shuffle(seed=seed)
-    wanted = float("inf") if max_tokens is None else max_tokens
-    pieces, count = [], 0
-    with tqdm(desc="Tokenizing", unit=" documents", total=len(documents), leave=False) as bar:
-        for rows in documents.iter(batch_size=64):
-            for ids in tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]:
-                pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
-                count += len(pieces[-1])
-            bar.update(len(rows["text"]))
-            if count >= wanted:
-                break
-    num_blocks = int(min(count, wanted)) // block_size
+    batches, number = documents.iter(_READ_TOGETHER), ceil(len(documents) / _READ_TOGETHER)
+    with tqdm(batches, "Tokenizing", number, unit=" documents", unit_scale=_READ_TOGETHER, leave=False) as batches:
+        blocks = list(islice(_pack(batches, **settings), wanted))
+    if wanted is not None and len(blocks) < wanted:
+        logger.warning("%s holds only %s of the %s blocks asked for", name, f"{len(blocks):,}", f"{wanted:,}")
+    return Dataset.from_dict({key: [block[key] for block in blocks] for key in blocks[0]}).with_format("torch")
+
+
+def _again_and_again(documents: IterableDataset, name: str, **settings) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the blocks of a stream, pass after pass; every pass has its own order when the stream is shuffled."""
+    for epoch in count():
+        if epoch == 1:
+            logger.warning("%s is at its end and is read again", name)
+        documents.set_epoch(epoch)
+        yield from _pack(documents.iter(_READ_TOGETHER), name=name, **settings)
+
+
+def _pack(
+    batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase, block_size: int, cross_documents: bool, name: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the blocks of one pass; what waits for the next batch of documents is shorter than a block."""
+    tokens, starts = np.empty(0, np.int32), np.empty(0, bool)  # whether a document starts at a token
+    num_documents, num_blocks, end = 0, 0, 0
+    index = np.arange(block_size, dtype=np.int32)
+    for rows in batches:
+        if wrong := [number for number, text in enumerate(rows["text"], num_documents) if not isinstance(text, str)]:
+            raise ValueError(f"{name}: document {wrong[0]:,} (from 0) holds no text. Leave it out, or set text_column")
+        ids = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [np.asarray([*document, tokenizer.eos_token_id], np.int32) for document in ids]
+        tokens = np.concatenate([tokens[end:], *pieces])
+        starts = np.concatenate([starts[end:], *(np.arange(len(piece)) == 0 for piece in pieces)])
+        end = len(tokens) // block_size * block_size
+        for start in range(0, end, block_size):
+            block = slice(start, start + block_size)
+            positions = index - np.maximum.accumulate(np.where(starts[block], index, 0))  # a block's start counts as one
+            yield {"input_ids": tokens[block]} | ({} if cross_documents else {"position_ids": positions})
+        num_documents, num_blocks = num_documents + len(pieces), num_blocks + end // block_size
     if num_blocks == 0:
         raise ValueError(
-            f"Text too short for one block: {count:,} tokens in {len(documents):,} documents, block_size {block_size:,}, "
-            f"max_tokens {'unlimited' if max_tokens is None else max_tokens}. Give more text or a smaller block_size"
+            f"{name} is too short for one block: {len(tokens):,} tokens in {num_documents:,} documents, block_size "
+            f"{block_size:,}. Give more text or a smaller block_size"
         )
-    if max_tokens is not None and num_blocks < max_tokens // block_size:
-        logger.warning("The text holds only %s of the %s tokens asked for", f"{count:,}", f"{max_tokens:,}")
-    tokens = np.concatenate(pieces)[: num_blocks * block_size].reshape(num_blocks, block_size)
-    return Dataset.from_dict({"input_ids": list(tokens)}).with_format("torch")
 
 
 def text_hash(blocks: Dataset) -> str:

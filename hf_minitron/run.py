@@ -168,8 +168,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _strings(value: Any) -> list[str]:
+    """Return what may name a file: all text values, and keys with a suffix (sources of a mixture; no option has one)."""
     if isinstance(value, dict):
-        return [text for item in value.values() for text in _strings(item)]
+        value = [*(key for key in value if Path(str(key)).suffix), *value.values()]
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
     return [value] if isinstance(value, str) else []

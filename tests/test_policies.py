@@ -14,13 +14,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-axes shape scores plan families.llama families.gpt families.moe families.family families.student data memory checkpoint
+axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory checkpoint
 pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.signals distillation.teacher
+distillation.losses.states distillation.signals distillation.teacher distillation.documents
 distillation.states distillation.config distillation.trainer
 evaluation.compare evaluation.speed hub.card hub.plots hub.publish run recipe
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__

@@ -77,6 +77,15 @@ def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch
         dtype (`torch.dtype`): The dtype it will run in.
         device (`torch.device`): Where it will run.
     """
+    layer = random_layer(config, dtype).to(device)
+    tokens = torch.zeros(4, min(512, config.max_position_embeddings), dtype=torch.long, device=device)
+    seconds = min(_seconds(lambda: layer.base_model(input_ids=tokens, use_cache=False)) for _ in range(3))
+    family = family_of(layer.config)
+    return tokens.numel() * family.shape_of(layer.config).flops_per_token(family.rows_of(layer.config)) / seconds
+
+
+def random_layer(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a random model of one layer, few experts and a vocabulary of 8: to try things before any weight is read."""
     family = family_of(config)
     shape = family.shape_of(config)
     target = {"layers": 1}
@@ -84,10 +93,7 @@ def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
     config = student_config(config, family, Plan(shape, shape.cut_to(target), {"layers": [shape["layers"] - 1]}))
     config.vocab_size, config.pad_token_id = 8, None
-    layer = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-    tokens = torch.zeros(4, min(512, config.max_position_embeddings), dtype=torch.long, device=device)
-    seconds = min(_seconds(lambda: layer.base_model(input_ids=tokens, use_cache=False)) for _ in range(3))
-    return tokens.numel() * family.shape_of(config).flops_per_token(family.rows_of(config)) / seconds
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:

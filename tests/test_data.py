@@ -1,0 +1,374 @@
+"""Training text: documents kept apart, mixtures, streams; what is read twice and what is not."""
+
+import json
+from itertools import islice
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from test_accelerate import launch
+from test_distillation import arguments, full_loss
+from transformers import AutoModelForCausalLM
+
+from hf_minitron import DistillationTrainer, token_blocks
+from hf_minitron.__main__ import main
+from hf_minitron.data import text_hash
+from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.trainer import collate
+from hf_minitron.evaluation.speed import random_layer
+from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
+from hf_minitron.modeling import PrunedConfig
+from hf_minitron.stages import distill
+
+LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
+
+
+def documents(lengths=LENGTHS):
+    words = iter(tiny.WORDS * 9)
+    return Dataset.from_dict({"text": [" ".join(islice(words, length)) for length in lengths]})
+
+
+def apart(block_size=16):
+    return token_blocks(documents(), tiny.tokenizer(), block_size, cross_documents=False)
+
+
+def pieces(blocks):
+    """The documents of every block, cut where the text says so: after an end token."""
+    for row in blocks["input_ids"][:].tolist():
+        piece = []
+        for token in row:
+            piece.append(token)
+            if token == tiny.tokenizer().eos_token_id:
+                yield torch.tensor([piece])
+                piece = []
+        if piece:
+            yield torch.tensor([piece])
+
+
+def nonuniform(seed):
+    torch.manual_seed(seed)
+    stock = tiny.config(initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(PrunedConfig.from_stock(stock, layer_intermediate_size=[72, 0, 40])).double().eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "nonuniform"])
+def test_a_block_of_documents_is_worth_what_they_are_alone(tmp_path, model_type):
+    """Student and teacher: every logit, and the loss, which predicts no document's first token."""
+    student, teacher = (nonuniform(s) if model_type == "nonuniform" else tiny.model(model_type, seed=s) for s in (1, 0))
+    batch, alone = collate(list(apart())), list(pieces(apart()))
+    assert len(alone) > len(batch["input_ids"]) + 5 and max(piece.shape[1] for piece in alone) > 7  # longer than the window
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    for model in (student, teacher):
+        together = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        assert torch.allclose(together, torch.cat([model(input_ids=ids).logits[0] for ids in alone]), atol=1e-10)
+    losses = {"forward_kl": 0.7, "cross_entropy": 0.3}
+    trainer = DistillationTrainer(student, teacher, arguments(tmp_path, losses=losses), train_dataset=apart())
+    found, count = trainer.compute_loss(student, dict(batch)), 0
+    expected = torch.zeros((), dtype=torch.float64)
+    for ids in alone:
+        if (predicted := ids.shape[1] - 1) > 0:
+            expected += full_loss(student, teacher, {"input_ids": ids, "labels": ids}, losses) * predicted
+            count += predicted
+    assert found.item() == pytest.approx(expected.item() / count, abs=1e-10)
+    crossing = collate([{"input_ids": row["input_ids"]} for row in apart()])
+    assert abs(trainer.compute_loss(student, crossing).item() - found.item()) > 1e-3
+
+
+def test_rows_of_documents_are_padded_with_what_sees_nothing(tmp_path):
+    student, teacher = tiny.model(seed=1), tiny.model()
+    trainer = DistillationTrainer(student, teacher, arguments(tmp_path), train_dataset=apart())
+    rows = [{name: values[:length] for name, values in row.items()} for row, length in zip(apart(), (16, 5, 9), strict=False)]
+    alone = [collate([row]) for row in rows]
+    counts = torch.tensor([int((batch["labels"][:, 1:] != -100).sum()) for batch in alone])
+    expected = sum(trainer.compute_loss(student, dict(b)) * n for b, n in zip(alone, counts, strict=True)) / counts.sum()
+    batch = collate(rows)
+    assert batch["input_ids"].shape == (3, 16) and "attention_mask" not in batch
+    assert torch.allclose(trainer.compute_loss(student, batch), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_type", [*tiny.MODEL_TYPES, "nonuniform"])
+def test_which_models_keep_documents_apart(model_type):
+    model = nonuniform(0) if model_type == "nonuniform" else tiny.model(model_type, dtype=torch.float32)
+    ids, positions = (apart()[name][:] for name in ("input_ids", "position_ids"))
+    with torch.no_grad():
+        found = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
+        alone = torch.cat([model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in pieces(apart())])
+    holds = torch.allclose(found, alone, atol=1e-3)
+    assert holds == (model_type not in ("opt", "gpt_oss"))
+    subjects = [model] if model_type == "nonuniform" else [model, random_layer(model.config, torch.float32)]
+    for subject in subjects:
+        if holds:
+            check_documents_apart(subject)
+        else:
+            with pytest.raises(ValueError, match="takes no notice of where a document starts: set cross_documents to true"):
+                check_documents_apart(subject)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_token_is_lost_between_batches_of_documents(streaming):
+    texts = documents(LENGTHS * 9)  # more than the tokenizer gets at a time
+    blocks = token_blocks(texts.to_iterable_dataset() if streaming else texts, tiny.tokenizer(), 16, 768, cross_documents=False)
+    ids = [ids for text in texts["text"] for ids in [*tiny.tokenizer()(text)["input_ids"], tiny.tokenizer().eos_token_id]]
+    assert [token for row in ids_of(blocks) for token in row] == ids[:768] and len(ids) < 800
+    ends = [token == tiny.tokenizer().eos_token_id for token in ids]
+    starts = [i % 16 == 0 or ends[i - 1] for i in range(768)]
+    assert [position == 0 for row in blocks for position in row["position_ids"].tolist()] == starts
+
+
+def test_a_document_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match=r"The text: document 70 \(from 0\) holds no text"):
+        token_blocks(Dataset.from_dict({"text": ["w1"] * 70 + [None]}), tiny.tokenizer(), 8)
+
+
+def test_positions_start_again_at_documents_and_blocks():
+    assert "position_ids" not in token_blocks(documents(), tiny.tokenizer(), 16).column_names
+    blocks = token_blocks(documents((3, 9, 0, 5)), tiny.tokenizer(), 8, cross_documents=False)
+    assert blocks["position_ids"][:].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 0]]
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Three sources of words of their own: 35, 20 and 3 documents of 40 tokens with the end token."""
+    monkeypatch.chdir(tmp_path)
+    for number, (name, count) in enumerate({"a": 35, "b": 20, "c": 3}.items()):
+        words = tiny.WORDS[number * 30 : number * 30 + 30]
+        rows = [json.dumps({"text": " ".join(words[(i + j) % 30] for j in range(39))}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def shares(blocks):
+    """Blocks of every source, told by its words; each block is of one source."""
+    found = [{(int(token) - 3) // 30 for token in row if token > 2} for row in blocks]
+    assert all(len(sources) == 1 for sources in found)
+    order = [sources.pop() for sources in found]
+    return order, [order.count(number) for number in range(3)]
+
+
+def mix(text, streaming=False, **changes):
+    settings = {"block_size": 20, "seed": 3} | changes
+    return mixed_blocks(read_sources(text), tiny.tokenizer(), streaming=streaming, **settings)
+
+
+def ids_of(blocks, count=None):
+    return [row["input_ids"].tolist() for row in islice(blocks, count)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weights_are_shares_of_tokens_and_a_short_source_is_read_again(texts, caplog, streaming):
+    text = {"a.jsonl": 6, "b.jsonl": 3, "c.jsonl": 1}
+    rows = ids_of(mix(text, streaming, max_tokens=20 * 100))
+    order, counts = shares(rows)
+    assert counts == [60, 30, 10] and sorted(order[:10]) == [0] * 6 + [1] * 3 + [2]
+    warned = "c.jsonl is at its end and is read again" if streaming else "c.jsonl is read 1.7 times"
+    assert warned in caplog.text and "a.jsonl" not in caplog.text
+    assert rows == ids_of(mix(text, streaming, max_tokens=20 * 100)) != ids_of(mix(text, streaming, max_tokens=2000, seed=4))
+
+
+def test_an_epoch_of_a_mixture_reads_nothing_twice(texts, caplog):
+    rows = ids_of(mix({"a.jsonl": 1, "c.jsonl": 1}, max_tokens=None))
+    order, counts = shares(rows)
+    assert counts == [7, 0, 6] and "13 blocks: c.jsonl ends first, of the others 63 blocks" in caplog.text
+    assert len(set(map(tuple, rows))) == 13
+
+
+def test_a_source_may_have_its_own_column(texts):
+    (texts / "d.jsonl").write_text("".join(json.dumps({"body": "w60 w61 w62 " * 20, "more": 1}) + "\n" for _ in range(9)))
+    blocks = mix({"a.jsonl": 0.5, "d.jsonl": {"weight": 0.5, "column": "body"}}, max_tokens=400)
+    assert shares(blocks["input_ids"][:])[1] == [10, 0, 10]
+    with pytest.raises(ValueError, match="d.jsonl has no column 'text'; it has body, more"):
+        mix({"a.jsonl": 0.5, "d.jsonl": 0.5}, streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "text is missing"),
+        ({}, "text is missing"),
+        ({"a.jsonl": 0}, "a.jsonl: weight 0 is not a number above zero"),
+        ({"a.jsonl": 1, "b.jsonl": "half"}, "b.jsonl: weight 'half'"),
+        ({"a.jsonl": float("nan")}, "a.jsonl: weight nan"),
+        ({"a.jsonl": True}, "a.jsonl: weight True"),
+        ({"a.jsonl": {"split": "test"}}, "a.jsonl: weight None"),
+        ({"a.jsonl": {"weight": 1, "colunm": "x"}}, "a.jsonl: 'colunm' is none of weight, split, column"),
+        ({"a.jsonl": {"weight": 1, "column": 2}}, "a.jsonl: split 'train' and column 2 must be text"),
+        ({"a.jsonl": 1, "none.jsonl": 1}, "No text at 'none.jsonl'"),
+        ({"a.jsonl": 1, "b.jsonl": 1e-6}, "b.jsonl would give none of 40 blocks"),
+    ],
+)
+def test_bad_mixtures_are_refused_by_name(texts, text, message):
+    with pytest.raises(ValueError, match=message):
+        check_sources(read_sources(text), 20, 800)
+
+
+def test_a_source_too_short_is_named(texts):
+    with pytest.raises(ValueError, match="c.jsonl is too short for one block: 120 tokens in 3 documents, block_size 121"):
+        mix({"a.jsonl": 1, "c.jsonl": 1}, block_size=121, max_tokens=2 * 121)
+    with pytest.raises(ValueError, match="c.jsonl is too short for one block"):
+        ids_of(mix({"a.jsonl": 1, "c.jsonl": 1}, streaming=True, block_size=121), 9)
+
+
+@pytest.mark.parametrize("cross_documents", [True, False])
+@pytest.mark.parametrize("text", ["b.jsonl", {"a.jsonl": 2, "b.jsonl": 1}])
+def test_a_stream_gives_the_blocks_of_the_text_in_memory(texts, text, cross_documents):
+    same = {"seed": None, "max_tokens": 600, "cross_documents": cross_documents}
+    stream, memory = mix(text, True, **same), mix(text, False, **same)
+    assert isinstance(stream, IterableDataset) and len(memory) == 30
+    for found, expected in zip(stream, memory, strict=True):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_stream_is_shuffled_within_its_buffer_and_anew_at_every_pass(texts):
+    first = ids_of(mix("b.jsonl", True), 80)
+    plain = ids_of(mix("b.jsonl", True, seed=None), 80)
+    assert first == ids_of(mix("b.jsonl", True), 80) and plain[:40] == plain[40:]
+    assert sorted(first[:40]) == sorted(first[40:]) == sorted(plain[:40]) and first[:40] != first[40:]
+    assert ids_of(mix("b.jsonl", True, shuffle_buffer=1), 80) == plain
+
+
+def trainer_on(blocks, folder, **changes):
+    values = {
+        "max_steps": 9,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    teacher, student = tiny.model(), tiny.model(seed=1, hidden_size=24)
+    return DistillationTrainer(student, teacher, arguments(folder, **(values | changes)), train_dataset=blocks)
+
+
+def losses_of(trainer, **kwargs):
+    trainer.train(**kwargs)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_goes_on_where_training_was_interrupted(texts, workers):
+    """In the third pass over its text; workers make the same blocks."""
+    text = {"a.jsonl": 0.5, "c.jsonl": 0.5}
+    expected = losses_of(trainer_on(mix(text, True), texts / "whole"))
+    changes = {"dataloader_num_workers": workers, "dataloader_prefetch_factor": 2 if workers else None}
+    again = trainer_on(mix(text, True), texts / "again", **changes)
+    assert losses_of(again, resume_from_checkpoint=str(texts / "whole/checkpoint-6")) == expected
+    other = trainer_on(mix(text, True, seed=4), texts / "other")
+    assert losses_of(other, resume_from_checkpoint=str(texts / "whole/checkpoint-6")) != expected
+
+
+def run(project, folder, *more):
+    overrides = [item for name, value in more for item in (f"--distill.{name}", json.dumps(value))]
+    return main(["distill", str(project["path"]), "--run", str(folder), *overrides])
+
+
+@pytest.fixture(scope="module")
+def pruned(project, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned") / "run"
+    for stage in ("score", "prune"):
+        assert main([stage, str(project["path"]), "--run", str(folder)]) == 0
+    return folder
+
+
+def test_the_stage_streams_a_mixture_of_documents_kept_apart(project, pruned):
+    sources = [str(project["folder"] / f"{name}.jsonl") for name in ("train", "calibration")]
+    keys = [("text", dict.fromkeys(sources, 0.5)), ("cross_documents", False)]
+    logs = {}
+    for streaming in (True, False):
+        assert run(project, pruned, *keys, ("streaming", streaming)) == 0
+        logs[streaming] = json.loads((pruned / "distill/log.json").read_text())
+    for log in logs.values():
+        history = [entry["loss"] for entry in log["history"] if "loss" in entry]
+        assert len(history) == 6 and history[-1] < history[0] and log["tokens"] == 6 * 2 * 16
+
+
+def test_the_stage_makes_blocks_once(project, pruned, monkeypatch):
+    made, train = [], DistillationTrainer.train
+    original = mixed_blocks
+
+    def count(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(distill, "mixed_blocks", count)
+    monkeypatch.setattr(DistillationTrainer, "train", lambda *args, **kwargs: 1 / 0)
+    change = ("learning_rate", 2e-3)
+    with pytest.raises(ZeroDivisionError):
+        run(project, pruned, change)
+    seen = []
+    monkeypatch.setattr(DistillationTrainer, "train", lambda self, **kw: (seen.append(self.train_dataset), train(self, **kw)))
+    assert run(project, pruned, change) == 0 and len(made) == 1
+    assert text_hash(seen[0]) == text_hash(made[0]) and not (pruned / "distill/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [("streaming", True), ("max_steps", -1), ("num_train_epochs", 1)],
+            "streaming: a stream has no end, so max_steps says",
+        ),
+        ([("text", {"./none.jsonl": 1})], "No text at './none.jsonl'"),
+        ([("text", {"none": "much"})], "none: weight 'much' is not a number above zero"),
+        ([("text", 3)], "distill.text: 3 is not text or a section"),
+    ],
+)
+def test_the_stage_refuses_before_it_works(project, pruned, capsys, changes, message):
+    assert run(project, pruned, *changes) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_mixes_documents_is_refused_before_it_works(project, tmp_path, capsys):
+    tiny.model("opt", dtype=torch.float32).save_pretrained(tmp_path / "opt")
+    tiny.tokenizer().save_pretrained(tmp_path / "opt")
+    arguments = ["--model", str(tmp_path / "opt"), "--run", str(tmp_path / "run"), "--prune.target", "{ffn: 32}"]
+    assert main(["run", str(project["path"]), *arguments, "--distill.cross_documents", "false"]) == 1
+    assert "distill: opt takes no notice of where a document starts" in capsys.readouterr().err
+    assert not (tmp_path / "run/score").exists()
+
+
+def test_a_nonuniform_teacher_may_keep_documents_apart(project, pruned, tmp_path):
+    nonuniform(0).float().save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    assert run(project, pruned, ("teacher", str(tmp_path / "teacher")), ("cross_documents", False)) == 0
+
+
+def test_a_changed_source_of_a_mixture_makes_the_stage_run_again(project, pruned, tmp_path, capsys):
+    source = tmp_path / "more.jsonl"
+    source.write_text((project["folder"] / "train.jsonl").read_text())
+    keys = [("text", {str(source): 1})]
+    assert run(project, pruned, *keys) == 0 and run(project, pruned, *keys) == 0
+    assert "distill: done before, skipped" in capsys.readouterr().out
+    source.write_text(source.read_text() * 2)
+    assert run(project, pruned, *keys) == 0
+    assert "done before" not in capsys.readouterr().out
+
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import test_data, tiny
+os.chdir({texts!r})
+rank = int(os.environ["RANK"])
+for name, more in dict(dispatched={{}}, own={{"accelerator_config": {{"dispatch_batches": False}}}}).items():
+    blocks = test_data.mix({{"a.jsonl": 0.5, "c.jsonl": 0.5}}, True, cross_documents=False)
+    changes = {{"per_device_train_batch_size": int(sys.argv[1]), **more}}
+    trainer = test_data.trainer_on(blocks, f"{{name}}{{sys.argv[1]}}", **changes)
+    losses = test_data.losses_of(trainer)
+    blocks = test_data.mix({{"a.jsonl": 0.5, "c.jsonl": 0.5}}, True, cross_documents=False)
+    again = test_data.trainer_on(blocks, f"{{name}}{{sys.argv[1]}}", **changes)
+    resumed = test_data.losses_of(again, resume_from_checkpoint=f"{{name}}{{sys.argv[1]}}/checkpoint-6")
+    with open(f"{{name}}-{{sys.argv[1]}}-{{rank}}.json", "w") as file:
+        json.dump([losses, resumed], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(texts):
+    script = texts / "script.py"
+    script.write_text(SCRIPT.format(tests=str(tiny.Path(tiny.__file__).parent), texts=str(texts)))
+    for processes, batch in ((1, 2), (2, 1)):
+        launch(processes, script, batch)
+    for name in ("dispatched", "own"):
+        one, two = (json.loads((texts / f"{name}-{batch}-0.json").read_text()) for batch in (2, 1))
+        assert two[0] == pytest.approx(one[0], rel=1e-6) and len(one[0]) == 9
+        assert one[1] == one[0] and two[1] == pytest.approx(two[0], rel=1e-9)
