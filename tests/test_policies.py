@@ -20,8 +20,8 @@ pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.signals distillation.teacher distillation.config distillation.trainer
-evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
+distillation.signals distillation.teacher distillation.config hub.training_card distillation.trainer
+evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()
 

@@ -17,6 +17,7 @@ from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 
 
@@ -99,6 +100,12 @@ class DistillationTrainer(Trainer):
                 logs[name] = self.accelerator.reduce(total, "mean").item() / self._num_steps
             self._part_sums, self._num_steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Write the card of a model that is pushed from training; `kwargs` as for `Trainer.create_model_card`."""
+        if self.is_world_process_zero():
+            card = write_training_card(self.args, self.state, self.teacher.config, **kwargs)
+            card.save(Path(self.args.output_dir) / "README.md")
 
     def _chunk_loss(self, signal: DenseSignal, targets: Tensor, logits: Tensor, rows: slice) -> dict[str, Tensor]:
         temperature, losses = self.args.temperature, {}

@@ -14,10 +14,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import hf_minitron
 from hf_minitron.evaluation.compare import Report
+from hf_minitron.hub.training_card import TAGS
 from hf_minitron.shape import Shape
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-TAGS = ["hf_minitron", "minitron", "pruning", "structured-pruning", "knowledge-distillation"]
 
 
 def write_card(
