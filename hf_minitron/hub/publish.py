@@ -59,13 +59,9 @@ class Target:
             raise ValueError(f"repo_id: {self.repo_id!r} is not owner/name")
         validate_repo_id(self.repo_id)
         if self.create_pr and self.revision is not None:
-            raise ValueError(
-                f"revision: {self.revision!r} and create_pr: true: a pull request goes to main; leave one of them out"
-            )
+            raise ValueError(f"revision: {self.revision!r} and create_pr: true: a pull request goes to main; leave one out")
         if self.create_pr and self.collection is not None:
-            raise ValueError(
-                "collection and create_pr: true: there may be no model to show yet; add it once the request is merged"
-            )
+            raise ValueError("collection and create_pr: true: there may be no model to show yet; add it once it is merged")
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
@@ -94,16 +90,16 @@ def files_to_push(folder: Path) -> dict[str, int]:
     sizes = {name: (folder / name).stat().st_size for name in names}
     for name, size in sizes.items():
         if size > MAX_FILE_BYTES:
-            raise ValueError(f"{name} has {size:,} bytes, and the Hub takes {MAX_FILE_BYTES:,} in a file: save it in smaller shards "
-                             "(max_shard_size of save_pretrained)")  # fmt: skip
+            raise ValueError(f"{name} has {size:,} bytes, and the Hub takes {MAX_FILE_BYTES:,} in a file: save it in smaller "
+                             "shards (max_shard_size of save_pretrained)")  # fmt: skip
     parents = [name.rpartition("/")[0] for name in names]
     for parent in set(parents):
         if (count := parents.count(parent)) > MAX_FILES_PER_FOLDER:
             raise ValueError(f"{folder / parent} holds {count:,} files; the Hub takes {MAX_FILES_PER_FOLDER:,} in a folder")
     for name in REQUIRED:
         if TOKEN.search((folder / name).read_text(encoding="utf-8")):
-            raise ValueError(f"{name} holds an access token (hf_...), which everybody could read: take it out of the recipe, renew "
-                             "it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
+            raise ValueError(f"{name} holds an access token (hf_...), which everybody could read: take it out of the recipe, "
+                             "renew it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
     return sizes
 
 
@@ -146,8 +142,8 @@ def push(folder: Path, target: Target) -> str:
     commit = persist(lambda: _commit(api, folder, files, target), target.repo_id)
     seen = persist(lambda: api.model_info(target.repo_id, revision=commit.pr_revision or commit.oid), target.repo_id)
     if lost := files.keys() - {file.rfilename for file in seen.siblings}:
-        raise OSError(f"{target.repo_id} did not take {', '.join(sorted(lost))}: is there a .gitignore in the repository? Do not use "
-                      "what is there now; delete the .gitignore and push again")  # fmt: skip
+        raise OSError(f"{target.repo_id} did not take {', '.join(sorted(lost))}: is there a .gitignore in the repository? "
+                      "Do not use what is there now; delete the .gitignore and push again")  # fmt: skip
     address = commit.pr_url or f"{api.endpoint}/{target.repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
     if target.collection is not None:
         persist(lambda: _collect(api, target), target.repo_id, f"The model is at {address}, but not in {target.collection!r}. ")
@@ -182,8 +178,8 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) 
     except HTTPError as error:
         if target.create_pr and (status_of(error) or 500) in (500, 502, 504):
             # its answer may be lost, and a second request would be a second pull request
-            raise OSError(f"{scrub(error)}\nLook at {api.endpoint}/{target.repo_id}/discussions whether the pull request is there "
-                          "before you push again; what has arrived is not sent again") from None  # fmt: skip
+            raise OSError(f"{scrub(error)}\nLook at {api.endpoint}/{target.repo_id}/discussions whether the pull request is "
+                          "there before you push again; what has arrived is not sent again") from None  # fmt: skip
         raise
 
 

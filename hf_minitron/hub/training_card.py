@@ -24,8 +24,8 @@ TEMPLATE = """\
 # {{ name }}
 
 Taught by {{ teacher }} with knowledge distillation, the Minitron way ([2407.14679](https://arxiv.org/abs/2407.14679),
-[2408.11796](https://arxiv.org/abs/2408.11796)), using hf_minitron {{ version }}. Pushed from training: **its quality has not been
-measured.** `hf-minitron evaluate` measures it beside its teacher, and `hf-minitron publish` writes a card with both.
+[2408.11796](https://arxiv.org/abs/2408.11796)), using hf_minitron {{ version }}. Pushed from training: **its quality has not
+been measured.** `hf-minitron evaluate` measures it beside its teacher, and `hf-minitron publish` writes a card with both.
 
 ## Training
 
