@@ -1,8 +1,8 @@
 """As much of the Hub as publishing and loading need, on 127.0.0.1, with faults on demand.
 
-Repositories are lists of commits, a commit is a table of path to content, and large files lie aside by their SHA-256, as on the
-Hub. Rules that the tests lean on are the Hub's: a commit needs all its large files, and its parent where it names one; a private
-repository is not there for who may not see it.
+A repository is its commits, a commit is a table of path to content, and large files lie aside by their SHA-256. Rules that the
+tests lean on are the Hub's: a commit needs all its large files, and its parent where it names one; a private repository is not
+there for who may not see it.
 """
 
 import base64
@@ -97,24 +97,20 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if fault and fault[2] == CUT:
             self.rfile.read(length // 2)
-            self.connection.close()
             return
         self.body = self.rfile.read(length)
         if fault and fault[2] != LOST:
             body = fault[4] + (self.headers.get("Authorization", "") if self.server.echo else "")
-            return self.answer(body.encode(), fault[2], {"Content-Type": "text/plain" if self.server.echo else "application/json",
-                                                         **fault[3]})  # fmt: skip
+            self.answer(body.encode(), fault[2], {"Content-Type": "text/plain", **fault[3]})
+            return
         try:
             with self.server.lock:
                 content, headers = self.route(self.command, path)
             status = 200
         except _Answer as error:
             content, headers, status = error.content, {"X-Error-Code": error.kind}, error.status
-        if fault:
-            self.connection.close()
-            return
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.answer(body, status, headers)
+        if not fault:
+            self.answer(content if isinstance(content, bytes) else json.dumps(content).encode(), status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
@@ -180,21 +176,17 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id, write="create_pr" not in self.query)
         _, files = self.at(repo, revision)
         ignored = files.get(".gitignore", b"").decode().split()
-
-        def oid(content):
-            return content if isinstance(content, str) else content and hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-        return {"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
-                           "shouldIgnore": f["path"] in ignored, "oid": oid(files.get(f["path"]))}
-                          for f in json.loads(self.body)["files"]]}  # fmt: skip
+        return {"files": [{"path": path, "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
+                           "shouldIgnore": path in ignored, "oid": _oid(files.get(path))}
+                          for path in (file["path"] for file in json.loads(self.body)["files"])]}  # fmt: skip
 
     def batch(self, repo_id):
         self.repo(repo_id)
-        missing = [o for o in json.loads(self.body)["objects"]]
-        return {"transfer": "basic", "objects": [
-            o if o["oid"] in self.server.objects else
-            {**o, "actions": {"upload": {"href": f"{self.server.address}/lfs/{o['oid']}", "header": {}}}} for o in missing
-        ]}  # fmt: skip
+        objects = json.loads(self.body)["objects"]
+        for o in objects:
+            if o["oid"] not in self.server.objects:
+                o["actions"] = {"upload": {"href": f"{self.server.address}/lfs/{o['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
 
     def store(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -249,7 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def list_collections(self):
         owners = self.query.get("owner")
-        return [c for c in self.server.collections.values() if not owners or c["owner"]["name"] in owners]
+        found = [c for c in self.server.collections.values() if not owners or c["owner"]["name"] in owners]
+        return [{key: value for key, value in c.items() if key != "position"} for c in found]
 
     def create_collection(self):
         asked = json.loads(self.body)
@@ -273,6 +266,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(409)
         found["items"].append({"_id": str(len(found["items"])), "position": 0, **item})
         return found
+
+
+def _oid(content):
+    """Return what a client compares to know an unchanged file: git's hash, or the SHA-256 of a large one."""
+    if isinstance(content, bytes):
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return content
 
 
 REPO = r"([\w.-]+/[\w.-]+)"

@@ -34,7 +34,7 @@ def write_card(
         command (`str`): What was typed to make the model.
         log (`Mapping`): The training log: `tokens` and `history`.
         facts (`Mapping`): `name`, `base_model`, and where known `license`, `license_name`, `license_link`, `language`,
-            `datasets`, `notes` and the `pictures` beside the card (name to file).
+            `datasets`, `notes`, the `pictures` beside the card (name to file), and `remote_code`: whether code lies beside it.
 
     Returns:
         `ModelCard`: Ready to `save` as README.md.

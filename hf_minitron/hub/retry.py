@@ -46,12 +46,13 @@ def persist(call: Callable[[], T], repo_id: str, done: str = "") -> T:
     for wait in (*WAITS, None):
         try:
             return call()
-        except (HTTPError, RuntimeError, json.JSONDecodeError) as error:  # the last: a proxy's page instead of an answer
-            reason = _reason(error)
+        except (HTTPError, RuntimeError, json.JSONDecodeError) as caught:  # the last: a proxy's page instead of an answer
+            error, reason = caught, _reason(caught)
         status = status_of(reason)
         asked = _asked(reason)
         passing = status in PASSING or (status is None and not isinstance(reason, RuntimeError))
-        if wait is None or not passing or asked > LONGEST_WAIT:
+        tried = reason is not error  # by a thread that uploads, which huggingface_hub makes patient itself
+        if wait is None or tried or not passing or asked > LONGEST_WAIT:
             message = done + _explained(reason, status, repo_id, asked) + f"\n{scrub(reason)}"
             raise OSError(message) if passing or status is None else ValueError(message)
         logger.warning("%s; once more in %d s", scrub(reason).splitlines()[0], max(wait, asked))

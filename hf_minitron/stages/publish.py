@@ -63,6 +63,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         "language": args.language,
         "datasets": args.datasets,
         "notes": args.notes,
+        "remote_code": bool(plan.by_layer),
         "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
     }
     report, command = Report.load(folder / "report.json"), f"hf-minitron run {run.recipe_path}"
