@@ -1,9 +1,11 @@
 """The card from facts, and pushing with the real client to a server on 127.0.0.1."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import traceback
 
 import pytest
 import tiny
@@ -380,32 +382,21 @@ def test_a_name_that_is_taken_and_a_missing_login_are_told(hub, folder, monkeypa
         push(folder, Target("me/small"))
 
 
-def test_no_output_holds_the_token(hub, folder, tmp_path):
-    hub.fail("PUT", "/lfs/", 500, headers={"X-Error-Message": "no"})
-    hub.fail("POST", "/commit/", 500, 403)
+def test_no_output_holds_the_token(hub, folder, tmp_path, monkeypatch, caplog, capfd):
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(constants, "HF_DEBUG", True)  # requests are logged as curl commands
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "level", logging.DEBUG)
     hub.echo = True
-    code = """
-import logging, sys
-logging.basicConfig(level=logging.DEBUG, filename=sys.argv[2])
-from pathlib import Path
-from huggingface_hub.utils.logging import set_verbosity_debug
-set_verbosity_debug()
-from hf_minitron.hub.publish import Target, push
-try:
-    push(Path(sys.argv[1]), Target("me/small"))
-except ValueError as error:
-    print(error)
-print(push(Path(sys.argv[1]), Target("me/small")))
-"""
-    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_DEBUG": "1",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}  # fmt: skip
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "log")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith(f"{hub.address}/me/small\n"), done.stderr
-    assert "may not write" in done.stdout and "curl -X POST" in done.stderr
-    texts = [done.stdout, done.stderr, *(path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())]
-    assert not any(TOKEN in text for text in texts)
-    assert not any(TOKEN.encode() in content for content in published(hub).values())
+    hub.fail("PUT", "/lfs/", 500)
+    hub.fail("POST", "/commit/", 500, 403)
+    with pytest.raises(ValueError, match="may not write") as caught:
+        push(folder, Target("me/small"))
+    push(folder, Target("me/small"))
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
+    assert "Bearer <token>" in shown and "curl -X POST" in shown and "once more in" in shown
+    assert TOKEN not in shown
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in content for content in [*files, *hub.files().values()])
 
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65]])
@@ -413,27 +404,28 @@ LOAD = """
 import sys, torch
 sys.modules["hf_minitron"] = None  # any import of it fails
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("me/small", revision=sys.argv[2], trust_remote_code=sys.argv[3] == "True")
-assert torch.equal(model(torch.tensor([[3, 14, 15, 92, 65]])).logits, torch.load(sys.argv[1]))
-print(type(model).__module__)
+for name, more in {"uniform": {}, "nonuniform": {"trust_remote_code": True}}.items():
+    model = AutoModelForCausalLM.from_pretrained(f"me/{name}", revision="v2", **more)
+    assert torch.equal(model(torch.tensor([[3, 14, 15, 92, 65]])).logits, torch.load(name + ".pt"))
+    print(type(model).__module__)
 """
 
 
-@pytest.mark.parametrize("nonuniform", [False, True])
-def test_a_published_model_is_loaded_by_its_name_with_transformers_alone(hub, tmp_path, nonuniform):
-    model = tiny.model(dtype=torch.float32)
-    if nonuniform:
-        model = PrunedForCausalLM(PrunedConfig.from_stock(tiny.config(), layer_intermediate_size=[72, 0, 30])).eval()
-    folder = model_folder(tmp_path / "model", model=model, remote_code=nonuniform)
-    push(folder, Target("me/small", revision="v2"))
-    torch.save(model(PROMPT).logits, tmp_path / "logits.pt")
+def test_published_models_are_loaded_by_name_with_transformers_alone(hub, tmp_path):
+    config = PrunedConfig.from_stock(tiny.config(), layer_intermediate_size=[72, 0, 30])
+    models = {"uniform": tiny.model(dtype=torch.float32), "nonuniform": PrunedForCausalLM(config).eval()}
+    for name, model in models.items():
+        folder = model_folder(tmp_path / name, model=model, remote_code=name == "nonuniform")
+        assert ("trust_remote_code=True" in (folder / "README.md").read_text()) is (name == "nonuniform")
+        push(folder, Target(f"me/{name}", revision="v2"))
+        torch.save(model(PROMPT).logits, tmp_path / f"{name}.pt")
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}  # fmt: skip
-    command = [sys.executable, "-I", "-c", LOAD, str(tmp_path / "logits.pt"), "v2", str(nonuniform)]
+    command = [sys.executable, "-I", "-c", LOAD]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("transformers_modules.me.small" if nonuniform else "transformers.models.llama")
-    assert ("trust_remote_code=True" in (folder / "README.md").read_text()) is nonuniform
+    stock, own = done.stdout.splitlines()
+    assert stock.startswith("transformers.models.llama") and own.startswith("transformers_modules.me.nonuniform")
 
 
 def test_the_trainer_pushes_with_our_card(hub, tmp_path):
