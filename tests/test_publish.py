@@ -1,6 +1,5 @@
 """The card from facts, and pushing with the real client to a server on 127.0.0.1."""
 
-import json
 import logging
 import os
 import subprocess
@@ -11,11 +10,10 @@ import pytest
 import tiny
 import torch
 import yaml
-from hub_server import CUT, LOST, OTHER_TOKEN, TOKEN, hub_server
+from hub_server import CUT, LOST, OTHER_TOKEN, TOKEN
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from hf_minitron.__main__ import main
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.compare import Report
@@ -70,20 +68,6 @@ def test_values_are_written_to_the_precision_of_their_error(value, stderr, text)
 
 def test_tables_are_aligned():
     assert markdown_table([["a", "bb"], ["ccc", "1"]]).splitlines() == ["| a   | bb |", "| --- | -: |", "| ccc |  1 |"]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that this process takes for the real one, and the seconds that anybody waited."""
-    with hub_server() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.address, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not spoken here
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        server.waits = []
-        monkeypatch.setattr("time.sleep", server.waits.append)
-        yield server
 
 
 @pytest.fixture
@@ -471,9 +455,3 @@ def test_a_teacher_from_a_folder_leaves_no_path_in_the_card(tmp_path, hub):
     trainer.create_model_card(model_name="small")
     text = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in text and "base_model" not in yaml.safe_load(text.split("---")[1]) and "a llama model" in text
-
-
-def test_the_command_previews_only_what_it_is_asked_to_push(tmp_path, capsys):
-    (tmp_path / "recipe.yaml").write_text(json.dumps({"model": "owner/big", "run": str(tmp_path / "run")}))
-    assert main(["run", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 1
-    assert "--dry-run says what --push would upload, so give both" in capsys.readouterr().err
