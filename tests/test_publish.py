@@ -448,10 +448,13 @@ def test_the_trainer_pushes_with_our_card(hub, tmp_path):
     assert published(hub).keys() - {"training_args.bin"} == contents(folder).keys()
 
 
-def test_a_teacher_from_a_folder_leaves_no_path_in_the_card(tmp_path, hub):
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_teacher_from_a_folder_leaves_no_path_in_the_card(tmp_path, monkeypatch, absolute):
+    monkeypatch.chdir(tmp_path)
     args = DistillationArguments(str(tmp_path / "out"), report_to="none", bf16=False)
-    tiny.model(dtype=torch.float32).save_pretrained(tmp_path / "teacher")
-    trainer = DistillationTrainer(tiny.model(dtype=torch.float32), tmp_path / "teacher", args, train_dataset=tiny.blocks())
+    tiny.model(dtype=torch.float32).save_pretrained(tmp_path / "private" / "teacher")
+    teacher = tmp_path / "private" / "teacher" if absolute else "private/teacher"  # the latter looks like a Hub id
+    trainer = DistillationTrainer(tiny.model(dtype=torch.float32), teacher, args, train_dataset=tiny.blocks())
     trainer.create_model_card(model_name="small")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert str(tmp_path) not in text and "base_model" not in yaml.safe_load(text.split("---")[1]) and "a llama model" in text
+    assert "private" not in text and "base_model" not in yaml.safe_load(text.split("---")[1]) and "a llama model" in text
