@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -63,16 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         keep_freed_memory()
         PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
+        push = _push(args)
         if args.verb == "run":
-            run_all(run, args.push)
+            run_all(run, push)
         else:
-            run_stages(run, [args.verb], getattr(args, "push", False))
+            run_stages(run, [args.verb], push)
         if args.verb in SEARCH and PartialState().is_main_process:
             print("\n" + SEARCH[args.verb].report(run))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None:
+    """Return what follows the stages: a push, its preview, or nothing."""
+    if getattr(args, "dry_run", False) and not args.push:
+        raise RecipeError("--dry-run says what --push would upload, so give both; all stages would run without it too")
+    return (publish.preview if args.dry_run else publish.push) if getattr(args, "push", False) else None
 
 
 def plan_text(run: Run) -> str:
@@ -105,7 +113,7 @@ def plan_text(run: Run) -> str:
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
 
-def run_all(run: Run, push: bool) -> None:
+def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
     stages = [name for name, module in STAGES.items() if name in run.recipe or not getattr(module, "OPTIONAL", False)]
     if PartialState().is_main_process:
@@ -120,7 +128,9 @@ def run_all(run: Run, push: bool) -> None:
         print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
 
 
-def run_stages(run: Run, stages: Sequence[str], push: bool, estimate: bool = False) -> None:
+def run_stages(
+    run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None = None, estimate: bool = False
+) -> None:
     """Do some stages in order: all their checks first, on every process of `accelerate launch`, then the work."""
     state = PartialState()
     bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
@@ -140,7 +150,7 @@ def run_stages(run: Run, stages: Sequence[str], push: bool, estimate: bool = Fal
     for name, args in bound.items():
         _do(run, name, args)
     if push and state.is_main_process:
-        print(f"Pushed to {publish.push(bound['publish'], run)}")
+        print(push(bound["publish"], run))
 
 
 def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
@@ -223,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", type=Path, help="the recipe, a YAML file")
         if name in ("run", "publish"):
             verb.add_argument("--push", action="store_true", help="upload to publish.repo_id (private unless told)")
+            verb.add_argument("--dry-run", action="store_true", help="with --push: list what it would upload, send nothing")
     return parser
 
 

@@ -21,14 +21,15 @@ sys.path.insert(0, {tests!r})
 import tiny
 from test_distillation import CONSTANT, RAGGED
 from hf_minitron import DistillationArguments, DistillationTrainer
-out, batch = sys.argv[1], int(sys.argv[2])
+out, batch, losses = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 args = DistillationArguments(out, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
-                             max_steps=4, per_device_train_batch_size=batch, train_sampling_strategy="sequential", **CONSTANT)
+                             max_steps=4, per_device_train_batch_size=batch, train_sampling_strategy="sequential",
+                             losses=losses, layer_pairs="uniform", **CONSTANT)
 trainer = DistillationTrainer(tiny.model(seed=1, hidden_size=24), tiny.model(), args, train_dataset=RAGGED)
 trainer.train()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    print("HISTORY" + json.dumps([[e["loss"], e["forward_kl"], e["grad_norm"]] for e in history]))
+    open(out + ".json", "w").write(json.dumps([[e[key] for key in ("loss", "grad_norm", *losses)] for e in history]))
 """
 
 
@@ -44,19 +45,65 @@ def launch(processes, *command):
     return done.stdout
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Rows have different lengths, so the processes hold different numbers of tokens."""
+@pytest.mark.parametrize("losses", [{"forward_kl": 1.0}, {"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}])
+def test_two_processes_equal_one(tmp_path, losses):
+    """Rows have different lengths, so the processes hold different numbers of tokens. States are balanced over both."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
     histories = []
     for processes, batch in ((1, 2), (2, 1)):
-        out = launch(processes, script, tmp_path / "out", batch)
-        (line,) = [line for line in out.splitlines() if line.startswith("HISTORY")]
-        histories.append(json.loads(line.removeprefix("HISTORY")))
+        launch(processes, script, tmp_path / "out", batch, json.dumps(losses))
+        histories.append(json.loads((tmp_path / "out.json").read_text()))
     one, two = histories
     assert len(one) == 4
     for first, second in zip(one, two, strict=True):
         assert second == pytest.approx(first, rel=1e-4)
+
+
+SHARDED = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import tiny, torch
+from accelerate import PartialState
+from torch.distributed.fsdp import fully_shard
+from test_distillation import RAGGED
+from hf_minitron import DistillationArguments, DistillationTrainer
+from hf_minitron.distillation.trainer import collate
+state, out, losses = PartialState(cpu=True), sys.argv[1], json.loads(sys.argv[2])
+student, teacher = tiny.model(seed=1, hidden_size=24, tie_word_embeddings=True).train(), tiny.model()
+if state.num_processes > 1:
+    for model in (student, teacher):
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=True)
+args = DistillationArguments(out, bf16=False, report_to="none", losses=losses, layer_pairs="uniform")
+trainer = DistillationTrainer(student, teacher, args)
+optimizer, history = torch.optim.AdamW(student.parameters(), lr=1e-2), []
+for start in (0, 2, 4, 6):
+    rows = [RAGGED[start], RAGGED[start + 1]]
+    count = torch.tensor(sum(len(row["input_ids"]) - 1 for row in rows))
+    own = [rows[state.process_index]] if state.num_processes > 1 else rows
+    loss = trainer.compute_loss(student, collate(own), num_items_in_batch=count)
+    loss.backward()
+    if trainer._states:
+        trainer._states.step(1e-2, 0.0, state.num_processes)
+    optimizer.step()
+    optimizer.zero_grad()
+    history.append((trainer.accelerator.reduce(loss.detach(), "mean")).item())
+if state.is_main_process:
+    open(out + ".json", "w").write(json.dumps(history))
+"""
+
+
+@pytest.mark.parametrize("losses", [{"forward_kl": 1.0}, {"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}])
+def test_sharded_student_and_teacher_equal_one_process(tmp_path, losses):
+    """FSDP2, by torch's own fully_shard: accelerate leaves it off on a CPU."""
+    script, histories = tmp_path / "script.py", []
+    script.write_text(SHARDED.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
+    for processes in (1, 2):
+        launch(processes, script, tmp_path / "out", json.dumps(losses))
+        histories.append(json.loads((tmp_path / "out.json").read_text()))
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4) and histories[0][-1] < histories[0][0]
 
 
 SCORES = """

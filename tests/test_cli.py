@@ -65,6 +65,29 @@ def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, don
     assert out.count("done before, skipped") == 3 and "evaluate: done in" in out and "publish: done in" in out
 
 
+def test_push_and_its_dry_run(project, done, tmp_path, capsys, hub):
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    mark = {"recipe": os.path.relpath(project["path"], folder), "model": project["recipe"]["model"]}
+    (folder / "run.json").write_text(json.dumps(mark))
+    where = ["--publish.repo_id", "me/small", "--publish.collection", "Small models"]
+    assert run(project, folder, *where, "--dry-run", verb="publish") == 1
+    assert "--dry-run says what --push would upload, so give both" in capsys.readouterr().err
+    assert run(project, folder, *where, "--push", "--dry-run", verb="publish") == 0
+    out = capsys.readouterr().out
+    files = {path.name: path for path in (folder / "publish/model").iterdir()}
+    assert all(f"| {name} " in out for name in files) and "main of me/small" in out and not hub.requests
+    assert run(project, folder, *where, "--push", verb="publish") == 0
+    assert f"Pushed to {hub.address}/me/small\n" in capsys.readouterr().out
+    assert {n: c for n, c in hub.files().items() if n in files} == {n: path.read_bytes() for n, path in files.items()}
+    assert [made["title"] for made in hub.collections.values()] == ["Small models"]
+    hub.commit("me/small", "main", {"config.json": b"{}"})
+    assert run(project, folder, *where, "--push", verb="publish") == 1
+    assert "holds a model that hf_minitron did not make" in capsys.readouterr().err
+    assert run(project, folder, *where, "--push", "--publish.create_pr", "true", verb="publish") == 1
+    assert "publish: collection and create_pr: true" in capsys.readouterr().err
+
+
 def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
     bare = tmp_path / "teacher"
     bare.mkdir()
@@ -345,7 +368,7 @@ def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys)
     report = json.loads((folder / "report.json").read_text())["models"]
     assert report["distilled"]["shape"]["layer_intermediate_size"] == config["layer_intermediate_size"]
     assert 0.3 < report["distilled"]["parameters"] / report["teacher"]["parameters"] < 0.8
-    assert (folder / "shapes.png").is_file()
+    assert (folder / "shapes.png").is_file() and "trust_remote_code=True" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

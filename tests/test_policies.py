@@ -21,8 +21,8 @@ importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.signals distillation.teacher distillation.documents
-distillation.states distillation.config distillation.trainer
-evaluation.compare evaluation.speed hub.card hub.plots hub.publish run recipe
+distillation.states distillation.config hub.training_card distillation.trainer
+evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run recipe
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()
 

@@ -78,6 +78,10 @@ class DistillationArguments(TrainingArguments):
             device = "cpu" if self.use_cpu else torch.accelerator.current_accelerator()
             self.bf16 = not self.fp16 and best_dtype(device) == torch.bfloat16
         super().__post_init__()
+        if self.hub_token is not None:  # do not show it
+            raise ValueError(
+                "hub_token: the Trainer would write it into every checkpoint; use `hf auth login` or HF_TOKEN instead"
+            )
         known = [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES]
         numbers = isinstance(self.losses, dict) and all(isinstance(weight, int | float) for weight in self.losses.values())
         if not numbers:

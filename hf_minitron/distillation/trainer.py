@@ -22,6 +22,7 @@ from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, gathered, no_tokens
+from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
 
@@ -139,6 +140,12 @@ class DistillationTrainer(Trainer):
                 logs[name] = processes * self.accelerator.reduce(total, "mean").item() / self._num_steps
             self._part_sums, self._num_steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Write the card of a model that is pushed from training; `kwargs` as for `Trainer.create_model_card`."""
+        if self.is_world_process_zero():
+            card = write_training_card(self.args, self.state, self.teacher.config, **kwargs)
+            card.save(Path(self.args.output_dir) / "README.md")
 
     def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:
         args, names = self.args, [name for name in self.args.losses if name in STATE_LOSSES]

@@ -14,10 +14,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import hf_minitron
 from hf_minitron.evaluation.compare import Report
+from hf_minitron.hub.training_card import TAGS
 from hf_minitron.shape import Shape
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-TAGS = ["hf_minitron", "minitron", "pruning", "structured-pruning", "knowledge-distillation"]
 
 
 def write_card(
@@ -34,7 +34,7 @@ def write_card(
         command (`str`): What was typed to make the model.
         log (`Mapping`): The training log: `tokens` and `history`.
         facts (`Mapping`): `name`, `base_model`, and where known `license`, `license_name`, `license_link`, `language`,
-            `datasets`, `notes` and the `pictures` beside the card (name to file).
+            `datasets`, `notes`, the `pictures` beside the card (name to file), and `remote_code`: whether code lies beside it.
 
     Returns:
         `ModelCard`: Ready to `save` as README.md.

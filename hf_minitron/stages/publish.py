@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub.utils import validate_repo_id
 
 from hf_minitron.evaluation.compare import Report
 from hf_minitron.hub import plots, publish
 from hf_minitron.hub.card import load_log, write_card
+from hf_minitron.hub.publish import Target
 from hf_minitron.plan import Plan
 from hf_minitron.run import Run
 
@@ -22,6 +22,10 @@ class Args:
 
     repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
     private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to, made when missing; main when left out."})
+    create_pr: bool = field(default=False, metadata={"help": "Whether --push opens a pull request."})
+    collection: str | None = field(default=None, metadata={"help": "Collection to add the model to: its slug, or a title."})
+    overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
     base_model: str | None = field(default=None, metadata={"help": "Hub id of the teacher; `model` when left out."})
     license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
@@ -30,11 +34,9 @@ class Args:
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse a repository name without an owner."""
+    """Refuse a repository name without an owner, and options of a push that do not go together."""
     if args.repo_id is not None:
-        if args.repo_id.count("/") != 1:
-            raise ValueError(f"repo_id: {args.repo_id!r} is not owner/name")
-        validate_repo_id(args.repo_id)
+        _target(args)
 
 
 def tokens(args: Args) -> dict[str, int]:
@@ -61,6 +63,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         "language": args.language,
         "datasets": args.datasets,
         "notes": args.notes,
+        "remote_code": bool(plan.by_layer),
         "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
     }
     report, command = Report.load(folder / "report.json"), f"hf-minitron run {run.recipe_path}"
@@ -68,11 +71,20 @@ def run(args: Args, run: Run, out: Path) -> None:
 
 
 def push(args: Args, run: Run) -> str:
-    """Upload `model/` and return its address.
+    """Upload `model/` and say where it is.
 
     Raises:
-        ValueError: when no `repo_id` is set.
+        ValueError: when no `repo_id` is set, and as `hub.publish.push`.
     """
+    return f"Pushed to {publish.push(run.path('publish') / 'model', _target(args))}"
+
+
+def preview(args: Args, run: Run) -> str:
+    """Say what `push` would upload; nothing is sent."""
+    return publish.preview(run.path("publish") / "model", _target(args))
+
+
+def _target(args: Args) -> Target:
     if args.repo_id is None:
         raise ValueError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
-    return publish.push(run.path("publish") / "model", args.repo_id, args.private)
+    return Target(args.repo_id, args.private, args.revision, args.create_pr, args.collection, args.overwrite)
