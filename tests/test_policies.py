@@ -21,6 +21,8 @@ importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.signals distillation.teacher distillation.config distillation.trainer
+evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
+evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.publish run
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import yaml
 
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.card import markdown_table, measured, write_card
 from hf_minitron.hub.publish import push
 from hf_minitron.shape import Shape
@@ -25,7 +25,8 @@ def report():
         return {"parameters": parameters, "perplexity": {"value": value, "stderr": 0.34}, "tasks": {"task": {"acc": acc}}}
 
     models = {"teacher": model(2_000_000, 11.0), "pruned": model(1_500_000, 57.0), "distilled": model(1_500_000, 16.0)}
-    speed = {name: {"prefill": 900.0, "decode": 20.0} for name in ("teacher", "distilled")}
+    case = {"batch_size": 1, "prompt": 128, "prefill": {"value": 900.0}, "decode": {"value": 20.0}}
+    speed = {name: [case] for name in ("teacher", "distilled")}
     return Report(models, {"sha256": "ab" * 32, "tokens": 4096, "blocks": 8}, speed)
 
 

@@ -16,6 +16,7 @@ from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
 
+ALL_PROCESSES = True
 NEEDS = ("prune",)
 
 # fields that DistillationArguments adds to TrainingArguments or gives another default

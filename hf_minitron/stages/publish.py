@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import plots, publish
 from hf_minitron.hub.card import load_log, write_card
 from hf_minitron.plan import Plan
