@@ -62,7 +62,7 @@ def test_swapping_the_models_mirrors_everything():
 def test_perplexity_is_of_all_tokens_and_lower_is_better():
     likely, unlikely = rows([-10, -30, -20, -25], [10, 20, 10, 20]), rows([-20, -62, -40, -55], [10, 20, 10, 20])
     found = compare_paired(np.tile(unlikely, (5, 1)), np.tile(likely, (5, 1)), "perplexity", higher_is_better=False)
-    assert found.value == pytest.approx(math.exp(177 / 60)) and found.baseline == pytest.approx(math.exp(85 / 60))
+    assert found.value == pytest.approx(math.exp(177 / 60)) and found.baseline_value == pytest.approx(math.exp(85 / 60))
     assert found.verdict == "worse" and found.retention == pytest.approx(100 * math.exp((85 - 177) / 60))
     bits = compare_paired(unlikely, likely, "bits", higher_is_better=False)
     assert bits.value == pytest.approx(177 / 60 / math.log(2))

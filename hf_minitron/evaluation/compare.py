@@ -70,31 +70,37 @@ def compare(
     if tensor_parallel:
         for path in folders.values():
             check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
+    kept = _measure(folders, blocks, chosen, batch_size, not tensor_parallel, folder)
+    results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
+    for name, source in models.items():
+        results[name] = {"path": str(source), **results[name]}
+    text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
+    text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
+    settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
+    return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
+
+
+def _measure(
+    folders: Mapping[str, Path], blocks: Dataset, tasks: Tasks, batch_size: int | str, split: bool, folder: Path | None
+) -> dict[str, tuple[dict, list[dict]]]:
+    """Return facts and records of every model, measuring those that are not kept in `folder`."""
     tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
     texts = {name: _Text(blocks, tokenizer, next(iter(tokenizers.values()))) for name, tokenizer in tokenizers.items()}
-    kept = {name: _kept(folder, name) for name in models}
-    teacher, split = None, not tensor_parallel
+    kept, teacher = {name: _kept(folder, name) for name in folders}, None
     for number, (name, path) in enumerate(folders.items()):
-        waiting = any(kept[other] is None and not texts[other].other for other in list(models)[1:])
+        waiting = any(kept[other] is None and not texts[other].other for other in list(folders)[1:])
         keep = number == 0 and waiting  # even where it was measured before: the others are compared with its states
         if kept[name] is not None and not keep:
             continue
-        model = open_model(path, tensor_parallel)
+        model = open_model(path, not split)
         facts, rows, reading = texts[name].measure(model, batch_size, teacher, keep, name, split)
         teacher = teacher or reading
         if kept[name] is None:
-            facts = {"path": str(models[name]), **_facts(model, path), **facts, "tasks": {}}
-            if chosen.names:
-                facts["tasks"], more = run_tasks(model, tokenizers[name], chosen, batch_size, split)
-                rows = rows + more
-            kept[name] = facts, rows
-            _keep(folder, name, facts, rows)
+            found, more = run_tasks(model, tokenizers[name], tasks, batch_size, split) if tasks.names else ({}, [])
+            kept[name] = {**_facts(model, path), **facts, "tasks": found}, rows + more
+            _keep(folder, name, *kept[name])
         del model
-    text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
-    text["bytes"] = sum(texts[next(iter(texts))].num_bytes)
-    settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
-    results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
-    return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
+    return kept
 
 
 class _Text:

@@ -36,8 +36,8 @@ class Difference:
 
     Args:
         value (`float`): The model's metric.
-        baseline (`float`): The baseline's.
-        interval (`tuple[float, float]`): 95 % confidence interval of value - baseline.
+        baseline_value (`float`): The baseline's.
+        interval (`tuple[float, float]`): 95 % confidence interval of the difference.
         p (`float`): Two-sided p-value of no difference.
         test (`str`): `"exact McNemar"` for samples that are right or wrong, else `"paired bootstrap"`.
         retention (`float`, *optional*): Percent of the baseline's metric that is kept; baseline over value where lower is
@@ -50,7 +50,7 @@ class Difference:
     """
 
     value: float
-    baseline: float
+    baseline_value: float
     interval: tuple[float, float]
     p: float
     test: str
@@ -63,13 +63,15 @@ class Difference:
     @property
     def difference(self) -> float:
         """The model's metric less the baseline's."""
-        return self.value - self.baseline
+        return self.value - self.baseline_value
 
     def sentence(self, model: str, baseline: str, metric: str) -> str:
         """Say it in plain words."""
         low, high = self.interval
         digits = _digits(high - low)
-        words = f"{self.value:,.{digits}f} against {self.baseline:,.{digits}f}, difference {self.difference:+,.{digits}f}, "
+        words = (
+            f"{self.value:,.{digits}f} against {self.baseline_value:,.{digits}f}, difference {self.difference:+,.{digits}f}, "
+        )
         words += f"95 % interval {low:+,.{digits}f} to {high:+,.{digits}f}, "
         words += "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
         if self.retention is not None:
@@ -170,9 +172,9 @@ def estimate(rows: np.ndarray, aggregation: str = "mean") -> dict[str, float]:
     return {"value": float(AGGREGATIONS[aggregation](mean)), "stderr": float(stderr)}
 
 
-def interval(rows: np.ndarray, aggregation: str = "mean", seed: int = 0) -> tuple[float, float] | None:
+def interval(rows: np.ndarray, aggregation: str = "mean", seed: int = 0) -> list[float] | None:
     """Return the bootstrap's 95 % interval of a metric of one model; `None` for a single sample. Arguments as `estimate`."""
-    return _interval(_resampled([rows], aggregation, seed)[0]) if len(rows) > 1 else None
+    return list(_interval(_resampled([rows], aggregation, seed)[0])) if len(rows) > 1 else None
 
 
 def _metric(rows: np.ndarray, aggregation: str) -> np.ndarray:
