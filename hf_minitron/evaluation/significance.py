@@ -127,8 +127,8 @@ def compare_paired(
     needed = samples_needed(value - baseline, float(differences.std()) * math.sqrt(count))
     if verdict == "not distinguishable" and needed is not None:
         needed = max(needed, count + 1)
-    interval = _interval(differences)
-    return Difference(value, baseline, interval, float(p), test, retention, retention_interval, count, needed, verdict)
+    span = _interval(differences)
+    return Difference(value, baseline, span, float(p), test, retention, retention_interval, count, needed, verdict)
 
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:

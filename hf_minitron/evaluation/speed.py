@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +64,11 @@ class SpeedSettings:
                 raise ValueError(f"speed.{key}: {given!r} is not {wanted}")
         return cls(**{key: tuple(v if isinstance(v, list) else [v]) if key in ("batch_sizes", "prompt") else v
                       for key, v in value.items()})  # fmt: skip
+
+    def within(self, positions: int | None) -> "SpeedSettings":
+        """Return the settings with prompts cut to what a model's positions hold."""
+        longest = max(1, (positions or math.inf) - self.new_tokens)
+        return replace(self, prompt=tuple(dict.fromkeys(int(min(length, longest)) for length in self.prompt)))
 
     def check(self, positions: int | None, name: str) -> None:
         """Refuse more tokens than a model has positions."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import check_text, load_text, token_blocks
@@ -49,7 +49,7 @@ def check(args: Args, run: Run) -> None:
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:
         splits_evenly(args.limit, processes)
-    speed = SpeedSettings.read(args.speed)
+    speed = _speed(args, run)
     for name, source in args.models.items():
         if name in OURS or not re.fullmatch(r"\w[\w.-]*", str(name)):
             raise ValueError(f"models: {name!r} is no name for another model: letters, digits, . - and _, none of {OURS}")
@@ -83,12 +83,20 @@ def run(args: Args, run: Run, out: Path) -> None:
         models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, args.chat_template,
         args.tensor_parallel, out, run.seed,
     )  # fmt: skip
-    speed, main = SpeedSettings.read(args.speed), PartialState().is_main_process
+    speed, main = _speed(args, run), PartialState().is_main_process
     if speed and (main or args.tensor_parallel):  # one process alone, or all of one model
         live = {name: open_model(resolve(models[name]), args.tensor_parallel) for name in _timed(args)}
         report = dataclasses.replace(report, speed=measure_speed(live, speed))
     if main:
         report.save(out / "report.json")
+
+
+def _speed(args: Args, run: Run) -> SpeedSettings | None:
+    """Return what speed is measured at: what was asked for, or for a mere `true` what the teacher's positions hold."""
+    speed = SpeedSettings.read(args.speed)
+    if args.speed is not True:
+        return speed
+    return speed.within(getattr(AutoConfig.from_pretrained(resolve(run.model)), "max_position_embeddings", None))
 
 
 def _timed(args: Args) -> list[str]:
