@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +18,10 @@ from hf_minitron import token_blocks
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
-from hf_minitron.evaluation.tasks import Tasks, run_tasks
+from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks
 from hf_minitron.evaluation.text import in_tokens_of, read_text, text_bytes, text_facts, text_records
 
+ROOT = Path(__file__).resolve().parent.parent
 METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
 EVALUATE = """
 import json, sys
@@ -186,21 +186,27 @@ def test_few_shot_limit_and_chat_template_reach_the_prompts(project, tmp_path, m
     assert all(prompt.startswith("w7 ") and prompt.count("w8") >= 3 for prompt in prompts)
 
 
-def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared(project, tmp_path):
-    task = yaml.safe_load((project["folder"] / "tasks/tiny.yaml").read_text())
-    task |= {"task": "tiny_median", "metric_list": [{"metric": "acc", "aggregation": "median", "higher_is_better": True}]}
-    task["metric_list"].append({"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False})
-    (tmp_path / "median.yaml").write_text(yaml.safe_dump(task))
-    facts, _ = run_tasks(tiny.model(dtype=torch.float32), tiny.tokenizer(), Tasks.find([str(tmp_path / "median.yaml")]))
-    entry = facts["tiny_median"]["perplexity"]
-    assert entry["aggregation"] == "perplexity" and entry["interval"][0] < entry["value"] and not entry["higher_is_better"]
+def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
+    entry = {"value": 0.5, "stderr": 0.1, "samples": 4, "higher_is_better": True}
+    facts = {"task": {name: dict(entry) for name in ("acc", "median", "perplexity", "unknown")}}
+    values = {"acc": [0, 1, 1, 0], "median": [0.5, 0.5, 0.5, 9], "perplexity": [math.log(2)] * 4}
+    _add_samples_view(facts, [
+        {"task": "task", "doc": doc, "metric": name, "value": value, "weight": 1.0}
+        for name, row in values.items() for doc, value in enumerate(row)
+    ])  # fmt: skip
+    found = {name: entry.get("aggregation") for name, entry in facts["task"].items()}
+    assert found == {"acc": "mean", "median": None, "perplexity": "perplexity", "unknown": None}
+    model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
+    assert compare_models({"teacher": model, "student": model}, {"teacher": [], "student": []}) == []
 
 
 def test_old_reports_are_read(tmp_path):
-    shutil.copyfile("model_cards/smollm2-135m-width/report.json", tmp_path / "report.json")
+    content = json.loads((ROOT / "model_cards/smollm2-135m-width/report.json").read_text())
+    content = {key: content[key] for key in ("models", "text")} | {"speed": {"teacher": {"prefill": 900.0, "decode": 20.0}}}
+    (tmp_path / "report.json").write_text(json.dumps(content))
     report = Report.load(tmp_path / "report.json")
     assert list(report.models) == ["teacher", "pruned", "distilled"] and report.comparisons == () and report.settings == {}
-    assert report.speed["teacher"][0]["batch_size"] == 1 and report.speed["teacher"][0]["decode"]["value"] > 0
+    assert report.speed["teacher"][0]["batch_size"] == 1 and report.speed["teacher"][0]["decode"]["value"] == 20
 
 
 def test_records_survive_the_disk(tmp_path):

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import yaml
 
 from hf_minitron.evaluation.report import Report
-from hf_minitron.hub.card import markdown_table, measured, write_card
+from hf_minitron.evaluation.significance import compare_paired
+from hf_minitron.hub.card import comparison_rows, markdown_table, measured, write_card
 from hf_minitron.hub.publish import push
 from hf_minitron.shape import Shape
 
@@ -30,12 +33,14 @@ def report():
     return Report(models, {"sha256": "ab" * 32, "tokens": 4096, "blocks": 8}, speed)
 
 
-def card(**facts):
+def card(measured=None, **facts):
     history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 9}, {"train_runtime": 60.0, "step": 9}]
     before = Shape(tiny.SIZES)
     known = {"name": "me/small", "base_model": "owner/big", "pictures": {"loss": "loss.png"}} | facts
     log = {"tokens": 1234, "history": history}
-    return write_card(report(), before, before.cut_to({"ffn": 8}), {"seed": 5}, "hf-minitron run r.yaml", log, known)
+    return write_card(
+        measured or report(), before, before.cut_to({"ffn": 8}), {"seed": 5}, "hf-minitron run r.yaml", log, known
+    )
 
 
 def test_the_card_holds_the_facts():
@@ -49,6 +54,24 @@ def test_the_card_holds_the_facts():
                  "hf-minitron run r.yaml", "](loss.png)", "2407.14679"):  # fmt: skip
         assert fact in text, fact
     assert "shapes.png" not in text
+
+
+def test_the_card_says_what_is_better_and_what_cannot_be_told():
+    assert "95 % interval" not in str(card()) and "Bits per byte" not in str(card())
+    values = np.stack([np.arange(60) % 2, np.ones(60)], axis=1)
+    worse, same = compare_paired(values * [0, 1], values), compare_paired(values, np.roll(values, 2, axis=0))
+    heading = {"model": "distilled", "baseline": "teacher", "task": "task"}
+    comparisons = [
+        heading | asdict(found) | {"metric": name, "difference": found.difference}
+        | {"sentence": found.sentence("distilled", "teacher", name)}
+        for name, found in (("acc", worse), ("f1", same))
+    ]  # fmt: skip
+    found = replace(report(), comparisons=comparisons, text={**report().text, "bytes": 12345})
+    rows = comparison_rows(found)
+    assert rows[1][0] == "task acc" and rows[1][1] == "-0.50" and rows[1][3] == "< 0.001" and rows[1][-1] == "worse"
+    assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"] and rows[2][-1] == "not distinguishable"
+    text = str(card(found))
+    assert all(c["sentence"] in text for c in comparisons) and "12,345 bytes" in text and "| worse |" in text.replace("  ", "")
 
 
 def test_a_licence_is_never_guessed():
