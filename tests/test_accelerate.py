@@ -156,6 +156,36 @@ def test_evaluation_in_two_processes_equals_that_in_one(project, tmp_path):
             assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-4, abs=1e-6)), key
 
 
+SPLIT_MODEL = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from accelerate import PartialState
+from hf_minitron.evaluation import compare
+state = PartialState(cpu=True)
+compare.best_dtype = lambda device: tiny.torch.float32  # sums in another order differ in bfloat16
+models = {{"teacher": "{folder}/teacher", "student": "{folder}/student"}}
+report = compare.compare(models, tiny.blocks(7), batch_size=2, tensor_parallel=state.num_processes > 1)
+report.save(f"{folder}/{{state.num_processes}}-{{state.process_index}}.json")
+"""
+
+
+def test_a_model_split_over_two_processes_is_measured_as_a_whole_one(tmp_path):
+    for name, changes in {"teacher": {}, "student": {"intermediate_size": 48, "seed": 1}}.items():
+        tiny.model(dtype=torch.float32, **changes).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    script = tmp_path / "script.py"
+    script.write_text(SPLIT_MODEL.format(tests=os.path.dirname(tiny.__file__), folder=tmp_path))  # noqa: PTH120
+    for processes in (1, 2):
+        launch(processes, script)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["models"] for name in ("1-0", "2-0"))
+    for name, facts in one.items():
+        assert two[name]["parameters"] == facts["parameters"] and two[name]["bytes"] == facts["bytes"]
+        found, expected = ([*numbers([m["perplexity"], m.get("agreement")])] for m in (two[name], facts))
+        for (key, value), (_, wanted) in zip(found, expected, strict=True):
+            assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-4)), key
+
+
 def numbers(content, key=""):
     """List everything in a report by its place, but for sentences, which print numbers."""
     if isinstance(content, dict | list):
