@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hf_minitron import Scores, calibrate, family_of, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
-from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.activation import REDUCTIONS
 from hf_minitron.importance.removal import layer_scores, removal_costs, removal_scores, remove_one_by_one
 from hf_minitron.memory import keep_freed_memory

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
-from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS

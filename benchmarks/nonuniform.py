@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
-from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.evaluation.text import perplexity
 from hf_minitron.hub.plots import plot_kept
 from hf_minitron.importance.removal import half_costs
 from hf_minitron.memory import keep_freed_memory

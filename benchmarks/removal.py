@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
 from hf_minitron.checkpoint import load_model
-from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.removal import removal_costs
 from hf_minitron.importance.without import layers_of, without_layers
 

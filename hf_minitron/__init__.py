@@ -12,7 +12,7 @@ _HOME = {
     "DistillationTrainer": "distillation.trainer",
     "Family": "families.family",
     "Plan": "plan",
-    "Report": "evaluation.compare",
+    "Report": "evaluation.report",
     "Scores": "scores",
     "Shape": "shape",
     "calibrate": "importance.calibrate",

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig
 
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
@@ -124,6 +124,8 @@ def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) ->
         print("\n" + markdown_table(quality_rows(report)))
         if report.speed:
             print("\n" + markdown_table(speed_rows(report)))
+        if sentences := [comparison["sentence"] for comparison in report.against("teacher", "distilled")]:
+            print("\n" + "\n".join(sentences))
         folder = run.path("publish") / "model"
         print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
 
@@ -170,7 +172,7 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 
 
 def _do(run: Run, name: str, args: object) -> None:
-    """Do one stage unless it is done. All processes of `accelerate launch` score and train; one does the rest."""
+    """Do one stage unless it is done. All processes of `accelerate launch` take part where it says so; else one does it."""
     state, module, start = PartialState(), VERBS[name], time.time()
     if state.is_main_process:
         _check_needs(run, name)
@@ -182,7 +184,7 @@ def _do(run: Run, name: str, args: object) -> None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
     state.print(f"\n{name}: {_summary(module)}", flush=True)
-    if state.is_main_process or name in ("score", "distill"):
+    if state.is_main_process or getattr(module, "ALL_PROCESSES", False):
         module.run(args, run, folder[0])
     state.wait_for_everyone()
     if state.is_main_process:

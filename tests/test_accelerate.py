@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from hf_minitron import Scores, calibrate
 from hf_minitron.importance.removal import removal_costs
@@ -164,7 +165,78 @@ def test_costs_of_removal_in_two_processes_equal_those_of_one(tmp_path):
 def test_the_command_distills_in_two_processes(project, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**project["recipe"], "run": str(tmp_path / "run")}))
-    for stage in ("score", "prune", "distill"):
+    for stage in ("score", "prune", "distill", "evaluate"):
         assert launch(2, "-m", "hf_minitron", stage, recipe).count(f"{stage}: done in") == 1
     log = json.loads((tmp_path / "run/distill/log.json").read_text())
     assert log["tokens"] == 6 * 2 * 16 * 2 and (tmp_path / "run/distill/student/model.safetensors").is_file()
+    assert set(json.loads((tmp_path / "run/evaluate/report.json").read_text())["speed"]) == {"teacher", "distilled"}
+
+
+EVALUATION = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from accelerate import PartialState
+from hf_minitron import compare
+state = PartialState(cpu=True)
+models = {{"teacher": "{folder}/teacher", "student": "{folder}/student"}}
+report = compare(models, tiny.blocks(7), ["tiny_last_word"], {tasks!r}, batch_size=2)  # seven blocks: one process has more
+report.save(f"{folder}/{{state.num_processes}}-{{state.process_index}}.json")
+"""
+
+
+def test_evaluation_in_two_processes_equals_that_in_one(project, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(project["folder"] / "teacher")
+    for name, changes in {"teacher": {}, "student": {"intermediate_size": 48, "seed": 1}}.items():
+        tiny.model(dtype=torch.float32, **changes).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    script = tmp_path / "script.py"
+    values = {"tests": os.path.dirname(tiny.__file__), "folder": tmp_path, "tasks": str(project["folder"] / "tasks")}  # noqa: PTH120
+    script.write_text(EVALUATION.format(**values))
+    for processes in (1, 2):
+        launch(processes, script)
+    one, *two = ([*numbers(json.loads((tmp_path / f"{name}.json").read_text()))] for name in ("1-0", "2-0", "2-1"))
+    assert len(one) > 100
+    for found in two:
+        assert [key for key, _ in found] == [key for key, _ in one]
+        for (key, value), (_, expected) in zip(found, one, strict=True):
+            assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-4, abs=1e-6)), key
+
+
+SPLIT_MODEL = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from accelerate import PartialState
+from hf_minitron.evaluation import compare
+state = PartialState(cpu=True)
+compare.best_dtype = lambda device: tiny.torch.float32  # sums in another order differ in bfloat16
+models = {{"teacher": "{folder}/teacher", "student": "{folder}/student"}}
+report = compare.compare(models, tiny.blocks(7), batch_size=2, tensor_parallel=state.num_processes > 1)
+report.save(f"{folder}/{{state.num_processes}}-{{state.process_index}}.json")
+"""
+
+
+def test_a_model_split_over_two_processes_is_measured_as_a_whole_one(tmp_path):
+    for name, changes in {"teacher": {}, "student": {"intermediate_size": 48, "seed": 1}}.items():
+        tiny.model(dtype=torch.float32, **changes).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    script = tmp_path / "script.py"
+    script.write_text(SPLIT_MODEL.format(tests=os.path.dirname(tiny.__file__), folder=tmp_path))  # noqa: PTH120
+    for processes in (1, 2):
+        launch(processes, script)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["models"] for name in ("1-0", "2-0"))
+    for name, facts in one.items():
+        assert two[name]["parameters"] == facts["parameters"] and two[name]["bytes"] == facts["bytes"]
+        found, expected = ([*numbers([m["perplexity"], m.get("agreement")])] for m in (two[name], facts))
+        for (key, value), (_, wanted) in zip(found, expected, strict=True):
+            assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-4)), key
+
+
+def numbers(content, key=""):
+    """List everything in a report by its place, but for sentences, which print numbers."""
+    if isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from numbers(value, f"{key}.{name}")
+    elif content is not None and not key.endswith((".sentence", ".samples_needed")):
+        yield key, content

@@ -41,6 +41,11 @@ def test_every_stage_leaves_what_it_promises(done):
     assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}
     for model in report["models"].values():
         assert model["perplexity"]["stderr"] > 0 and model["tasks"]["tiny_last_word"]["acc"]["samples"] == 8
+    pairs = {(found["model"], found["baseline"]) for found in report["comparisons"]}
+    assert pairs == {("pruned", "teacher"), ("distilled", "teacher"), ("distilled", "pruned")}
+    assert {entry["batch_size"] for entry in report["speed"]["teacher"]} == {1, 4}
+    assert {path.name for path in (done / "evaluate").iterdir()} == {"done.json", "report.json", "samples"}
+    assert {path.stem for path in (done / "evaluate/samples").iterdir()} == set(report["models"])
     folder = done / "publish/model"
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert student.num_parameters() == report["models"]["distilled"]["parameters"] and student.config.intermediate_size == 48
@@ -109,6 +114,24 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--distill.learning_rat", "1"), "'learning_rat' in distill; did you mean 'learning_rate'"),
         (("--distil.max_steps", "1"), "'distil' in recipe; did you mean 'distill'"),
         (("--evaluate.tasks", "[tiny_last_wrod]"), "lm-eval knows no 'tiny_last_wrod'"),
+        (("--evaluate.tasks", "[./nowhere.yaml]"), "tasks: no file at nowhere.yaml"),
+        (("--evaluate.tasks", "[7]"), "tasks: 7 is not a name or a path"),
+        (("--evaluate.models", "{teacher: a/b}"), "models: 'teacher' is no name for another model"),
+        (("--evaluate.models", "{a/b: a/b}"), "models: 'a/b' is no name for another model"),
+        (("--evaluate.models", "{other: ./nowhere}"), "No model at './nowhere'"),
+        (("--evaluate.models", "{other: 3}"), "models.other: 3 is not a folder or a Hub id"),
+        (("--evaluate.batch_size", "many"), "batch_size: 'many' is neither a whole number from 1 on nor auto"),
+        (("--evaluate.batch_size", "0"), "batch_size: 0 is neither"),
+        (("--evaluate.block_size", "129"), "block_size: 129 is more than the 128 positions"),
+        (("--evaluate.chat_template", "true"), "has none; leave chat_template out"),
+        (("--evaluate.few_shot", "-1"), "evaluate.few_shot: -1 must be at least 0"),
+        (("--evaluate.tensor_parallel", "true"), "tensor_parallel: true splits models over processes, and there is one"),
+        (
+            ("--evaluate.speed", "{prompt: 120}"),
+            "speed: prompt 120 and 24 new_tokens are more than the 128 positions of teacher",
+        ),
+        (("--evaluate.speed", "{batches: 1}"), "speed: unknown key 'batches'"),
+        (("--evaluate.speed", "fast"), "evaluate.speed: 'fast' is not true or false or a section"),
         (("--score.text", "./nowhere.jsonl"), "score: No text at './nowhere.jsonl'"),
         (("--distill.block_size", "1000000"), "too short for one block"),
         (("--score.tokens", "many"), "score.tokens: 'many' is not a whole number"),
@@ -401,3 +424,24 @@ def test_rotation_and_merging_go_through_the_command(project, tmp_path, capsys, 
     monkeypatch.setattr("hf_minitron.stages.prune.fits", lambda *args: False)
     assert run(project, tmp_path / "run", *more, "--prune.max_shard_bytes", "1000", verb="prune") == 1
     assert "layer_merge runs the whole model, which does not fit in memory" in capsys.readouterr().err
+
+
+def test_other_models_are_evaluated_too(project, done, tmp_path):
+    shutil.copytree(done, tmp_path / "run")
+    mark = {"recipe": os.path.relpath(project["path"], tmp_path / "run"), "model": project["recipe"]["model"]}
+    (tmp_path / "run/run.json").write_text(json.dumps(mark))
+    other = done / "prune/student"
+    more = ["--evaluate.models", f"{{other-1.0: {other}}}", "--evaluate.speed", "{batch_sizes: 2, prompt: [4, 8], rounds: 1}"]
+    task = project["folder"] / "tasks/tiny.yaml"
+    more += ["--evaluate.tasks", f"[{task}]", "--evaluate.batch_size", "auto", "--evaluate.few_shot", 1]
+    assert run(project, tmp_path / "run", *more, verb="evaluate") == 0
+    report = json.loads((tmp_path / "run/evaluate/report.json").read_text())
+    assert set(report["models"]) == {"teacher", "pruned", "distilled", "other-1.0"}
+    assert set(report["speed"]) == {"teacher", "distilled", "other-1.0"}
+    assert [(entry["batch_size"], entry["prompt"]) for entry in report["speed"]["other-1.0"]] == [(2, 4), (2, 8)]
+    (same,) = [
+        found for found in report["comparisons"]
+        if (found["model"], found["baseline"], found["metric"]) == ("other-1.0", "pruned", "perplexity")
+    ]  # fmt: skip
+    assert same["difference"] == 0 and same["p"] == 1 and same["verdict"] == "not distinguishable"
+    assert report["settings"] == {"limit": None, "few_shot": 1, "chat_template": False}

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
-from hf_minitron.evaluation.compare import perplexity
+from hf_minitron.evaluation.text import perplexity
 
 RAGGED = Dataset.from_dict(
     {"input_ids": [tiny.blocks(1, n, seed=n)["input_ids"][0].tolist() for n in (4, 12, 7, 9, 5, 11, 8, 6)]}
@@ -171,7 +171,10 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"losses": {"backward_kl": 1}}, "'backward_kl' is not a loss; there are forward_kl, reverse_kl, .*cross_entropy, embedding"),
+        (
+            {"losses": {"backward_kl": 1}},
+            "'backward_kl' is not a loss; there are forward_kl, reverse_kl, .*cross_entropy, embedding",
+        ),
         ({"losses": {"forward_kl": -1}}, "none below zero"),
         ({"temperature": 0}, "temperature: 0"),
         ({"chunk_size": 0}, "chunk_size: 0"),

@@ -22,6 +22,8 @@ importance.routed importance.taps importance.streamed importance.calibrate impor
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.signals distillation.teacher distillation.documents
 distillation.states distillation.config hub.training_card distillation.trainer
+evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
+evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run recipe
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.significance import compare_paired
 from hf_minitron.hub import publish as publishing
-from hf_minitron.hub.card import markdown_table, measured, write_card
+from hf_minitron.hub.card import comparison_rows, markdown_table, measured, write_card
 from hf_minitron.hub.publish import Target, files_to_push, preview, push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.shape import Shape
@@ -30,16 +33,19 @@ def report():
         return {"parameters": parameters, "perplexity": {"value": value, "stderr": 0.34}, "tasks": {"task": {"acc": acc}}}
 
     models = {"teacher": model(2_000_000, 11.0), "pruned": model(1_500_000, 57.0), "distilled": model(1_500_000, 16.0)}
-    speed = {name: {"prefill": 900.0, "decode": 20.0} for name in ("teacher", "distilled")}
+    case = {"batch_size": 1, "prompt": 128, "prefill": {"value": 900.0}, "decode": {"value": 20.0}}
+    speed = {name: [case] for name in ("teacher", "distilled")}
     return Report(models, {"sha256": "ab" * 32, "tokens": 4096, "blocks": 8}, speed)
 
 
-def card(**facts):
+def card(measured=None, **facts):
     history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 9}, {"train_runtime": 60.0, "step": 9}]
     before = Shape(tiny.SIZES)
     known = {"name": "me/small", "base_model": "owner/big", "pictures": {"loss": "loss.png"}} | facts
     log = {"tokens": 1234, "history": history}
-    return write_card(report(), before, before.cut_to({"ffn": 8}), {"seed": 5}, "hf-minitron run r.yaml", log, known)
+    return write_card(
+        measured or report(), before, before.cut_to({"ffn": 8}), {"seed": 5}, "hf-minitron run r.yaml", log, known
+    )
 
 
 def test_the_card_holds_the_facts():
@@ -53,6 +59,24 @@ def test_the_card_holds_the_facts():
                  "hf-minitron run r.yaml", "](loss.png)", "2407.14679"):  # fmt: skip
         assert fact in text, fact
     assert "shapes.png" not in text
+
+
+def test_the_card_says_what_is_better_and_what_cannot_be_told():
+    assert "95 % interval" not in str(card()) and "Bits per byte" not in str(card())
+    values = np.stack([np.arange(60) % 2, np.ones(60)], axis=1)
+    worse, same = compare_paired(values * [0, 1], values), compare_paired(values, np.roll(values, 2, axis=0))
+    heading = {"model": "distilled", "baseline": "teacher", "task": "task"}
+    comparisons = [
+        heading | asdict(found) | {"metric": name, "difference": found.difference}
+        | {"sentence": found.sentence("distilled", "teacher", name)}
+        for name, found in (("acc", worse), ("f1", same))
+    ]  # fmt: skip
+    found = replace(report(), comparisons=comparisons, text={**report().text, "bytes": 12345})
+    rows = comparison_rows(found)
+    assert rows[1][0] == "task acc" and rows[1][1] == "-0.50" and rows[1][3] == "< 0.001" and rows[1][-1] == "worse"
+    assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"] and rows[2][-1] == "not distinguishable"
+    text = str(card(found))
+    assert all(c["sentence"] in text for c in comparisons) and "12,345 bytes" in text and "| worse |" in text.replace("  ", "")
 
 
 def test_a_licence_is_never_guessed():

@@ -11,7 +11,7 @@ import tiny
 import yaml
 
 from hf_minitron.__main__ import STAGES
-from hf_minitron.evaluation.compare import task_manager
+from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.families.student import check_target
 from hf_minitron.recipe import bind, load_recipe

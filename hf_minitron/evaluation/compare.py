@@ -1,51 +1,27 @@
 """Quality of several models on the same text and tasks, gathered in a `Report`.
 
-It must not know how a model was made. One model is in memory at a time.
+It must not know how a model was made. One model is in memory at a time. Under `accelerate launch` the text and the tasks'
+documents are split over the processes.
 """
 
 import json
-import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import check_logits
+from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
+from hf_minitron.evaluation.tasks import Tasks, run_tasks
+from hf_minitron.evaluation.text import TeacherStates, in_tokens_of, read_text, text_bytes, text_facts, text_records
 from hf_minitron.families.family import family_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was measured: the only source of numbers for tables, cards and README.
-
-    Args:
-        models (`Mapping`): Name to its facts: `path`, `parameters`, `bytes`, `shape`, `perplexity` and `tasks` (each a value
-            with its standard error).
-        text (`Mapping`): The held-out text: source, hash, tokens.
-        speed (`Mapping`): Name to tokens per second, measured in one run.
-    """
-
-    models: Mapping[str, dict]
-    text: Mapping[str, object]
-    speed: Mapping[str, dict] = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Report":
-        """Read what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def compare(
@@ -54,45 +30,149 @@ def compare(
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
+    few_shot: int | None = None,
+    chat_template: bool = False,
+    tensor_parallel: bool = False,
+    folder: Path | None = None,
+    seed: int = 0,
 ) -> Report:
-    """Measure models by perplexity on held-out text and by lm-eval tasks.
+    """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
     Args:
         models (`Mapping[str, str | Path]`): Name to folder or Hub id, teacher first.
-        blocks (`Dataset`): Held-out text from `token_blocks`.
-        tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks.
+        blocks (`Dataset`): Held-out text from `token_blocks`, in the teacher's tokens. A model with another tokenizer reads the
+            same text in its own; it is compared per byte, and not with the teacher's distribution.
+        tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks, or paths of their YAML files.
         include_path (`str` or `Path`, *optional*): A folder with task files of your own.
         limit (`int`, *optional*): Documents per task; all when left out.
-        batch_size (`int`, *optional*, defaults to 8): Sequences per forward pass.
+        batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
+        few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
+        chat_template (`bool`, *optional*, defaults to `False`): Whether questions are wrapped in the chat template.
+        tensor_parallel (`bool`, *optional*, defaults to `False`): Split every model over the processes, not the text.
+        folder (`Path`, *optional*): Where the records of each model are kept, as `samples/<name>.parquet`. A model that an
+            interrupted comparison with this folder has finished is not measured again.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
 
     Returns:
-        `Report`: Without speed.
+        `Report`: Without speed; the same on every process.
 
     Example:
 
     ```python
     >>> report = compare({"teacher": "teacher", "student": "student"}, blocks, tasks=["lambada_openai"])
     >>> report.save("report.json")
+    >>> print("\\n".join(comparison["sentence"] for comparison in report.comparisons))
     ```
     """
-    device = best_device()
-    results = {}
+    chosen = Tasks.find(tasks, include_path, limit=limit, few_shot=few_shot, chat_template=chat_template)
+    folders = {name: resolve(source) for name, source in models.items()}
+    if tensor_parallel:
+        for path in folders.values():
+            check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
+    kept = _measure(folders, blocks, chosen, batch_size, not tensor_parallel, folder)
+    results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
     for name, source in models.items():
-        folder = resolve(source)
-        model = load_model(folder, best_dtype(device), device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        results[name] = {
-            "path": str(source),
-            "parameters": model.num_parameters(),
-            "bytes": sum(spec.num_bytes for spec in Checkpoint(folder).specs.values()),
-            "shape": shape_of(model.config),
-            "perplexity": perplexity(model, blocks, batch_size, f"Perplexity of {name}"),
-            "tasks": lm_eval_tasks(model, tokenizer, tasks, include_path, limit, batch_size) if tasks else {},
-        }
-        del model
+        results[name] = {"path": str(source), **results[name]}
     text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
-    return Report(results, text)
+    text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
+    settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
+    return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
+
+
+def _measure(
+    folders: Mapping[str, Path], blocks: Dataset, tasks: Tasks, batch_size: int | str, split: bool, folder: Path | None
+) -> dict[str, tuple[dict, list[dict]]]:
+    """Return facts and records of every model, measuring those that are not kept in `folder`."""
+    tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
+    texts = {name: _Text(blocks, tokenizer, next(iter(tokenizers.values()))) for name, tokenizer in tokenizers.items()}
+    kept, teacher = {name: _kept(folder, name) for name in folders}, None
+    for number, (name, path) in enumerate(folders.items()):
+        waiting = any(kept[other] is None and not texts[other].other for other in list(folders)[1:])
+        keep = number == 0 and waiting  # even where it was measured before: the others are compared with its states
+        if kept[name] is not None and not keep:
+            continue
+        model = open_model(path, not split)
+        facts, rows, reading = texts[name].measure(model, batch_size, teacher, keep, name, split)
+        teacher = teacher or reading
+        if kept[name] is None:
+            found, more = run_tasks(model, tokenizers[name], tasks, batch_size, split) if tasks.names else ({}, [])
+            kept[name] = {**_facts(model, path), **facts, "tasks": found}, rows + more
+            _keep(folder, name, *kept[name])
+        del model
+    return kept
+
+
+class _Text:
+    """The held-out text in one model's tokens."""
+
+    def __init__(self, blocks: Dataset, tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase):
+        self.other = tokenizer.get_vocab() != teachers.get_vocab()
+        ids = blocks.with_format(None)["input_ids"]
+        self.blocks = in_tokens_of(tokenizer, blocks, teachers) if self.other else [list(map(int, row)) for row in ids]
+        self.num_bytes = text_bytes(self.blocks, tokenizer)
+
+    def measure(
+        self, model: PreTrainedModel, batch_size: int | str, teacher: TeacherStates | None, keep: bool, name: str, split: bool
+    ) -> tuple[dict, list[dict], TeacherStates | None]:
+        """Return facts, records and, where it is to be kept, the model's reading of this process's share of the text."""
+        shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+        first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
+        blocks, known = self.blocks[first:last], None if self.other else teacher
+        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}")
+        rows = text_records(sums, blocks, self.num_bytes[first:last], first)
+        rows = gather_object(rows) if processes > 1 else rows
+        rows.sort(key=lambda row: (row["metric"], row["doc"]))
+        return text_facts(rows) | ({"tokenizer": "another"} if self.other else {}), rows, reading
+
+
+def open_model(folder: Path, tensor_parallel: bool = False) -> PreTrainedModel:
+    """Load a model for evaluation on this process's device, or its share of one that is split over all processes."""
+    device = best_device()
+    return load_model(folder, best_dtype(device), device, **({"tp_plan": "auto"} if tensor_parallel else {}))
+
+
+def check_tensor_parallel(config: PreTrainedConfig, processes: int) -> None:
+    """Refuse a model that cannot be split over the processes.
+
+    Raises:
+        ValueError: for a single process, a model type without a plan, or sizes that do not divide.
+    """
+    if processes < 2:
+        raise ValueError("tensor_parallel: true splits models over processes, and there is one: start it with "
+                         "accelerate launch (one process per GPU), or leave tensor_parallel out")  # fmt: skip
+    if isinstance(config, PrunedConfig) or not getattr(config, "base_model_tp_plan", None):
+        raise ValueError(f"tensor_parallel: Transformers has no tensor-parallel plan for model type {config.model_type!r}; "
+                         "leave it out: every process then holds the model and reads a share of the text")  # fmt: skip
+    for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+        size = getattr(config, key, None)
+        if isinstance(size, int) and size % processes:
+            raise ValueError(f"tensor_parallel: {key} {size} does not divide by the {processes} processes; "
+                             "start as many as divide it, or leave tensor_parallel out")  # fmt: skip
+
+
+def check_model(source: str | Path, block_size: int, chat_template: bool = False) -> PreTrainedConfig:
+    """Refuse, without its weights, a model that cannot be evaluated; return its config.
+
+    Raises:
+        ValueError: when it is missing or damaged, changes its logits after the head, has fewer positions than a block has
+            tokens, or lacks a chat template that is asked for.
+    """
+    local = Path(source).expanduser()
+    if local.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
+        local = resolve(source)
+        Checkpoint(local)
+    else:
+        local = source  # of the Hub: its small files only
+    config = AutoConfig.from_pretrained(local)
+    check_logits(config)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise ValueError(f"block_size: {block_size} is more than the {positions} positions of {source}; set it to that or less")
+    if chat_template and not AutoTokenizer.from_pretrained(local).chat_template:
+        raise ValueError(f"chat_template: the tokenizer of {source} has none; leave chat_template out, or save one with it")
+    return config
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
@@ -102,89 +182,24 @@ def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
     return family_of(config).shape_of(config).axes
 
 
-@torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel,
-    blocks: Dataset,
-    batch_size: int = 8,
-    description: str = "Perplexity",
-    chunk_size: int = 256,
-) -> dict[str, float]:
-    """Return the perplexity of a model on token blocks, with its standard error.
-
-    The error is that of the mean loss over blocks, carried through the exponential: tokens of one block are not independent.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-        blocks (`Dataset`): `input_ids` of equal length.
-        batch_size (`int`, *optional*, defaults to 8): Blocks per forward pass.
-        description (`str`, *optional*): Label of the progress bar.
-        chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
-
-    Returns:
-        `dict[str, float]`: `value`, `stderr`, and the predicted `tokens`.
-    """
-    head, losses = head_of(model), []
-    for batch in tqdm(blocks.with_format("torch").iter(batch_size), desc=description, total=-(-len(blocks) // batch_size)):
-        ids = batch["input_ids"].to(model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        rows, targets = next_token_rows(hidden, ids)
-        chunks = zip(rows.split(chunk_size), targets.split(chunk_size), strict=True)
-        nll = [torch.nn.functional.cross_entropy(head.logits(h), t, reduction="none") for h, t in chunks]
-        losses += torch.cat(nll).view(len(ids), -1).double().mean(1).tolist()
-    mean = torch.tensor(losses, dtype=torch.float64)
-    stderr = (mean.std() / math.sqrt(len(mean))).item() if len(mean) > 1 else float("nan")
-    value = math.exp(mean.mean())
-    return {"value": value, "stderr": value * stderr, "tokens": len(losses) * (len(blocks[0]["input_ids"]) - 1)}
+def _facts(model: PreTrainedModel, folder: Path) -> dict:
+    size = sum(spec.num_bytes for spec in Checkpoint(folder).specs.values())
+    return {"parameters": model.num_parameters(), "bytes": size, "shape": shape_of(model.config)}
 
 
-def lm_eval_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-) -> dict[str, dict]:
-    """Run lm-eval on a model in memory.
-
-    Returns:
-        `dict[str, dict]`: Task to metric to `value`, `stderr` and `samples`.
-    """
-    from lm_eval import simple_evaluate  # seconds to import; only evaluation needs it
-    from lm_eval.models.huggingface import HFLM
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=task_manager(include_path),
-        limit=limit,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
-    return {task: _metrics(metrics, results["n-samples"][task]["effective"]) for task, metrics in results["results"].items()}
+def _kept(folder: Path | None, name: str) -> tuple[dict, list[dict]] | None:
+    """Return what an interrupted comparison has left of a model; every process gets what the first one reads."""
+    found, facts = [None], folder and folder / "checkpoints" / f"{name}.json"
+    if facts and PartialState().is_main_process and facts.is_file():
+        found = [(json.loads(facts.read_text(encoding="utf-8")), load_samples(folder / "samples" / f"{name}.parquet"))]
+    return (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
 
 
-@cache
-def task_manager(include_path: str | Path | None):
-    """Return lm-eval's task manager, which also knows the task files in `include_path`; it takes seconds to make."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=None if include_path is None else str(Path(include_path).expanduser()))
-
-
-def _metrics(metrics: dict, samples: int) -> dict[str, dict]:
-    """Read lm-eval's `metric,filter` keys; of several filters of a metric the first counts."""
-    found = {}
-    for key, value in metrics.items():
-        name, comma, filtered = key.partition(",")
-        if not comma or "_stderr" in key or name in found:
-            continue
-        stderr = metrics.get(f"{name}_stderr,{filtered}")
-        found[name] = {
-            "value": float(value),
-            "stderr": float(stderr) if isinstance(stderr, int | float) else float("nan"),
-            "samples": samples,
-        }
-    return found
+def _keep(folder: Path | None, name: str, facts: dict, rows: Sequence[dict]) -> None:
+    """Write a model's records, then its facts: the facts are there only when all is."""
+    if folder is not None and PartialState().is_main_process:
+        save_samples(rows, folder / "samples" / f"{name}.parquet")
+        path = folder / "checkpoints" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(facts), encoding="utf-8")
+        path.with_suffix(".part").replace(path)

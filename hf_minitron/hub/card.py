@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import hf_minitron
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import TEXT, Report
 from hf_minitron.hub.training_card import TAGS
 from hf_minitron.shape import Shape
 
@@ -61,6 +61,8 @@ def write_card(
         shape_rows=[(axis, before[axis], after[axis]) for axis in before.axes],
         quality=markdown_table(quality_rows(report)),
         speed=markdown_table(speed_rows(report)) if report.speed else "",
+        comparisons=markdown_table(comparison_rows(report)) if report.against("teacher", "distilled") else "",
+        sentences=[found["sentence"] for found in report.against("teacher", "distilled")],
         text=report.text,
         training=_training(log),
         parameters={name: model["parameters"] for name, model in report.models.items()},
@@ -69,20 +71,51 @@ def write_card(
 
 
 def quality_rows(report: Report) -> list[list[str]]:
-    """Return the table of parameters, perplexity and task metrics: a header, then one row per model."""
+    """Return the table of parameters, quality on text and task metrics: a header, then one row per model."""
+    text = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+    text = {key: title for key, title in text.items() if any(key in model for model in report.models.values())}
+    agreement = {"top1_match": "top-1 match", "teacher_kl": "KL to teacher"}
+    agreement = {k: title for k, title in agreement.items() if any(k in m.get("agreement", {}) for m in report.models.values())}
     tasks = {(t, m): None for model in report.models.values() for t, metrics in model["tasks"].items() for m in metrics}
-    rows = [["model", "parameters", "perplexity", *(f"{task} {metric}" for task, metric in tasks)]]
+    titles = [*text.values(), *agreement.values(), *(f"{task} {metric}" for task, metric in tasks)]
+    rows = [["model", "parameters", *titles]]
     for name, model in report.models.items():
-        cells = [measured(model["tasks"].get(task, {}).get(metric)) for task, metric in tasks]
-        rows.append([name, f"{model['parameters'] / 1e6:,.1f} M", measured(model["perplexity"]), *cells])
+        entries = [model.get(key) for key in text] + [model.get("agreement", {}).get(key) for key in agreement]
+        entries += [model["tasks"].get(task, {}).get(metric) for task, metric in tasks]
+        rows.append([name, f"{model['parameters'] / 1e6:,.1f} M", *map(measured, entries)])
     return rows
 
 
 def speed_rows(report: Report) -> list[list[str]]:
-    """Return the table of tokens per second: a header, then one row per model."""
-    kinds = list(next(iter(report.speed.values())))
-    rows = [["model", *(f"{kind}, tokens/s" for kind in kinds)]]
-    return rows + [[name, *(f"{speeds[kind]:,.0f}" for kind in kinds)] for name, speeds in report.speed.items()]
+    """Return the table of speed: a header, then one row per setting and model."""
+    kinds = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
+    more = {"first_token": "first token, ms", "peak_bytes": "peak memory, MB"}
+    every = [entry for entries in report.speed.values() for entry in entries]
+    more = {kind: title for kind, title in more.items() if any(entry.get(kind) for entry in every)}
+    rows = [["model", "batch x prompt", *kinds.values(), *more.values()]]
+    for cases in zip(*report.speed.values(), strict=True):  # models side by side
+        for name, case in zip(report.speed, cases, strict=True):
+            cells = [f"{case[kind]['value']:,.0f}" for kind in kinds]
+            cells += [f"{1e3 * case['first_token']['value']:,.0f}"] if "first_token" in more else []
+            cells += [f"{(case['peak_bytes'] or 0) / 1e6:,.0f}"] if "peak_bytes" in more else []
+            rows.append([name, f"{case['batch_size']} x {case['prompt']}", *cells])
+    return rows
+
+
+def comparison_rows(report: Report, model: str = "distilled", baseline: str = "teacher") -> list[list[str]]:
+    """Return the table of paired differences, or no rows where there are none: a header, then one row per metric."""
+    rows = [["metric", "difference", "95 % interval", "p", "retained", "verdict"]]
+    for found in report.against(baseline, model):
+        low, high = found["interval"]
+        digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 3
+        name = found["metric"] if found["task"] == TEXT else f"{found['task']} {found['metric']}"
+        kept = "" if found["retention"] is None else f"{found['retention']:.1f} %"
+        if found["retention_interval"]:
+            kept += " ({:.1f} to {:.1f})".format(*found["retention_interval"])
+        p = "< 0.001" if found["p"] < 0.001 else f"{found['p']:.2g}"
+        span = f"{low:+,.{digits}f} to {high:+,.{digits}f}"
+        rows.append([name, f"{found['difference']:+,.{digits}f}", span, p, kept, found["verdict"]])
+    return rows if len(rows) > 1 else []
 
 
 def measured(entry: Mapping[str, float] | None) -> str:

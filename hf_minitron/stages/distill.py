@@ -22,6 +22,7 @@ from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_source
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import CHECKPOINTS, Run
 
+ALL_PROCESSES = True
 NEEDS = ("prune",)
 
 # fields that DistillationArguments adds to TrainingArguments or gives another default

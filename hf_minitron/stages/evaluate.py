@@ -1,18 +1,23 @@
-"""evaluate: perplexity, lm-eval tasks and speed of the teacher, the pruned and the distilled student, into report.json."""
+"""evaluate: quality and speed of the teacher, the pruned and the distilled student and any other models, into report.json."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
+from hf_minitron.checkpoint import resolve
 from hf_minitron.data import check_text, load_text, token_blocks
-from hf_minitron.evaluation.compare import compare, task_manager
-from hf_minitron.evaluation.speed import tokens_per_second
+from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
+from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
+from hf_minitron.evaluation.tasks import Tasks, splits_evenly
 from hf_minitron.run import Run
 
+ALL_PROCESSES = True
 NEEDS = ("prune", "distill")
+OURS = ("teacher", "pruned", "distilled")
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,38 @@ class Args:
     split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
-    batch_size: int = field(default=8, metadata={"min": 1, "help": "Sequences per forward pass."})
-    tasks: list = field(default_factory=list, metadata={"help": "Names of lm-eval tasks."})
+    batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
+    models: dict = field(default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id."})
+    tasks: list = field(default_factory=list, metadata={"help": "lm-eval tasks: names, or paths of their YAML files."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
-    speed: bool = field(default=True, metadata={"help": "Measure tokens per second of teacher and student."})
+    few_shot: int | None = field(default=None, metadata={"min": 0, "help": "Examples before a question; else the task's own."})
+    chat_template: bool = field(default=False, metadata={"help": "Ask the tasks' questions in the tokenizer's chat template."})
+    speed: bool | dict = field(default=True, metadata={"help": "true, false, or batch_sizes, prompt, new_tokens, rounds."})
+    tensor_parallel: bool = field(default=False, metadata={"help": "Split models over processes, rather than text and tasks."})
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse a missing text or an unknown task."""
+    """Refuse a missing text or model, an unknown task, and settings that a model or the processes cannot take."""
     check_text(args.text, args.block_size)
-    if args.include_path and not Path(args.include_path).expanduser().is_dir():
-        raise ValueError(f"include_path: no folder at {args.include_path}")
-    unknown = set(args.tasks) - set(task_manager(args.include_path).all_tasks) if args.tasks else set()
-    if unknown:
-        raise ValueError(f"tasks: lm-eval knows no {sorted(unknown)[0]!r}; see `lm-eval ls tasks`, or set include_path")
+    if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
+        raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
+    Tasks.find(args.tasks, args.include_path)
+    processes = PartialState().num_processes
+    if not args.tensor_parallel and args.tasks:
+        splits_evenly(args.limit, processes)
+    speed = _speed(args, run)
+    for name, source in args.models.items():
+        if name in OURS or not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise ValueError(f"models: {name!r} is no name for another model: letters, digits, . - and _, none of {OURS}")
+        if not isinstance(source, str):
+            raise ValueError(f"models.{name}: {source!r} is not a folder or a Hub id")
+    for name, source in {"teacher": run.model, **args.models}.items():
+        config = check_model(source, args.block_size, args.chat_template and bool(args.tasks))
+        if speed and name in _timed(args):
+            speed.check(getattr(config, "max_position_embeddings", None), name)
+        if args.tensor_parallel:
+            check_tensor_parallel(config, processes)
 
 
 def tokens(args: Args) -> dict[str, int]:
@@ -47,18 +69,36 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `report.json`."""
+    """Write `report.json` and `samples/`. Under `accelerate launch` every process does its share."""
     models = {
         "teacher": run.model,
         "pruned": run.path("prune") / "student",
         "distilled": run.path("distill") / "student",
+        **args.models,
     }
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
-    report = compare(models, blocks, args.tasks, args.include_path, args.limit, args.batch_size)
-    if args.speed:
-        device = best_device()
-        live = {name: load_model(models[name], best_dtype(device), device) for name in ("teacher", "distilled")}
-        report = dataclasses.replace(report, speed=tokens_per_second(live))
-    report.save(out / "report.json")
+    report = compare(
+        models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, args.chat_template,
+        args.tensor_parallel, out, run.seed,
+    )  # fmt: skip
+    speed, main = _speed(args, run), PartialState().is_main_process
+    if speed and (main or args.tensor_parallel):  # one process alone, or all of one model
+        live = {name: open_model(resolve(models[name]), args.tensor_parallel) for name in _timed(args)}
+        report = dataclasses.replace(report, speed=measure_speed(live, speed))
+    if main:
+        report.save(out / "report.json")
+
+
+def _speed(args: Args, run: Run) -> SpeedSettings | None:
+    """Return what speed is measured at: what was asked for, or for a mere `true` what the teacher's positions hold."""
+    speed = SpeedSettings.read(args.speed)
+    if args.speed is not True:
+        return speed
+    return speed.within(getattr(AutoConfig.from_pretrained(resolve(run.model)), "max_position_embeddings", None))
+
+
+def _timed(args: Args) -> list[str]:
+    """Return whose speed is measured; the pruned student's is the distilled one's."""
+    return ["teacher", "distilled", *args.models]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import plots, publish
 from hf_minitron.hub.card import load_log, write_card
 from hf_minitron.hub.publish import Target

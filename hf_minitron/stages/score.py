@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
-from hf_minitron.evaluation.compare import lm_eval_tasks, task_manager
+from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
 from hf_minitron.importance.baselines import BASELINES
@@ -36,6 +36,7 @@ from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 
+ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
 NEEDS = ()
 
 # The text that was read, for corrections that look at it again.
@@ -204,8 +205,8 @@ def score_layers(
         task, metric = _task(args.layers)
 
         def measure(model: PreTrainedModel) -> float:
-            limit, batch_size = args.layers_limit, args.batch_size
-            found = lm_eval_tasks(model, tokenizer, [task], args.include_path, limit, batch_size)[task]
+            chosen = Tasks.find([task], args.include_path, limit=args.layers_limit)
+            found = run_tasks(model, tokenizer, chosen, args.batch_size)[0][task]
             if metric not in found:
                 raise ValueError(f"layers: {task} has no {metric!r}; it has {', '.join(found)}")
             return found[metric]["value"]

@@ -149,7 +149,7 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
     folder = run.folder / FOLDER / name
     recipe = child_recipe(run, folder, target, args)
     recipe["distill"] = {**run.section("distill"), "max_steps": args.steps}
-    recipe["evaluate"] = {**run.section("evaluate"), "tasks": [], "speed": False}
+    recipe["evaluate"] = {**run.section("evaluate"), "tasks": [], "speed": False, "models": {}}
     recipe["publish"] = {key: value for key, value in run.section("publish").items() if key != "repo_id"}
     return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_minitron.evaluation.compare import Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.card import markdown_table, measured
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml

@@ -1,0 +1,229 @@
+"""lm-eval's tasks on a model in memory, with a record of every sample.
+
+It must not know how a model was made. Under `accelerate launch` the documents are split over the processes.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_minitron.evaluation.report import samples_of
+from hf_minitron.evaluation.significance import AGGREGATIONS, interval
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which lm-eval tasks to run, and how.
+
+    Args:
+        names (`Sequence[str]`): Tasks known to lm-eval or in `include_paths`.
+        include_paths (`Sequence[str]`, *optional*): Folders with task files.
+        limit (`int`, *optional*): Documents per task; all when left out.
+        few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
+        chat_template (`bool`, *optional*, defaults to `False`): Whether to wrap questions in the tokenizer's chat template.
+    """
+
+    names: Sequence[str] = ()
+    include_paths: Sequence[str] = ()
+    limit: int | None = None
+    few_shot: int | None = None
+    chat_template: bool = False
+
+    @classmethod
+    def find(cls, tasks: Sequence[str], include_path: str | Path | None = None, **settings) -> "Tasks":
+        """Look tasks up: names known to lm-eval or in `include_path`, or paths of YAML files.
+
+        Raises:
+            ValueError: for a missing folder or file, a file that names no task, or a name that lm-eval does not know.
+        """
+        folders, names = [], []
+        if include_path is not None:
+            folders.append(Path(include_path).expanduser())
+            if not folders[0].is_dir():
+                raise ValueError(f"include_path: no folder at {include_path}")
+        for task in tasks:
+            if not isinstance(task, str):
+                raise ValueError(f"tasks: {task!r} is not a name or a path")
+            path = Path(task).expanduser()
+            if path.suffix in (".yaml", ".yml"):
+                names.append(_name_in(path))
+                folders.append(path.parent)
+            else:
+                names.append(task)
+        found = cls(tuple(names), tuple(dict.fromkeys(str(folder.resolve()) for folder in folders)), **settings)
+        known = set(task_manager(found.include_paths).all_tasks) if names else set()
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"tasks: lm-eval knows no {unknown[0]!r}; see `lm-eval ls tasks`, or set include_path")
+        return found
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    batch_size: int | str = 8,
+    split: bool = True,
+) -> tuple[dict[str, dict], list[dict]]:
+    """Run lm-eval on a model in memory.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, the same on every process.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        tasks (`Tasks`): What to run.
+        batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
+        split (`bool`, *optional*, defaults to `True`): Whether processes share the documents; else each runs all of them, as
+            tensor parallelism needs.
+
+    Returns:
+        `tuple[dict[str, dict], list[dict]]`: Task to metric to `value`, `stderr`, 95 % `interval`, `samples` and how the value
+        comes from its samples; and the records of the samples (see `save_samples`). The same on every process.
+    """
+    from lm_eval import simple_evaluate  # seconds to import; only evaluation needs it
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
+    if batch_size == "auto" and model.device.type == "cpu":
+        batch_size = 8  # lm-eval would try 64 sequences: a CPU gains nothing and does not refuse them
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    state = PartialState()
+    if split and state.num_processes > 1:  # lm-eval leaves this to us for a model that is loaded already
+        lm.accelerator, lm._rank, lm._world_size = Accelerator(), state.process_index, state.num_processes
+    results = simple_evaluate(
+        model=lm,
+        tasks=list(tasks.names),
+        task_manager=task_manager(tasks.include_paths),
+        limit=tasks.limit,
+        num_fewshot=tasks.few_shot,
+        apply_chat_template=tasks.chat_template,
+        fewshot_as_multiturn=tasks.chat_template,
+        bootstrap_iters=1000,
+        log_samples=True,
+    )
+    answer = [None]
+    if state.is_main_process:  # the only one that gets results
+        answer = [(_facts(results), _records(results))]
+        for name, shots in results["n-shot"].items():
+            if tasks.few_shot is not None and shots != tasks.few_shot:
+                logger.warning("%s fixes its number of worked examples: %s, not %s", name, shots, tasks.few_shot)
+    facts, records = (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
+    _add_samples_view(facts, records)
+    return facts, records
+
+
+def task_manager(include_paths: Sequence[str] | str | Path | None):
+    """Return lm-eval's task manager, which also knows the task files in some folders; it takes seconds to make."""
+    folders = [include_paths] if isinstance(include_paths, str | Path) else include_paths or ()
+    return _task_manager(tuple(str(Path(folder).expanduser().resolve()) for folder in folders))
+
+
+@cache
+def _task_manager(folders: tuple[str, ...]):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders) or None)
+
+
+def _name_in(path: Path) -> str:
+    from lm_eval.tasks._yaml_loader import load_yaml  # lm-eval's files have tags of their own
+
+    if not path.is_file():
+        raise ValueError(f"tasks: no file at {path}")
+    try:
+        content = load_yaml(path.resolve(), resolve_func=False)
+    except Exception as error:  # of the reader or of a file it includes
+        raise ValueError(f"tasks: {path} cannot be read: {error}") from error
+    name = content.get("group") or content.get("task") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"tasks: {path} has no `task: name` line")
+    return name
+
+
+def _facts(results: Mapping) -> dict[str, dict]:
+    """Read lm-eval's results; a group's metrics name the tasks they are made `of`."""
+    found = {}
+    for task, metrics in results["results"].items():
+        leaves = _leaves(task, results["group_subtasks"])
+        samples = sum(results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"])
+        found[task] = _metrics(metrics, samples)
+        higher = results["higher_is_better"].get(task) or {}
+        for name, entry in found[task].items():
+            entry["higher_is_better"] = higher.get(name, True) is not False
+            if leaves != [task]:
+                entry["of"] = leaves
+    return found
+
+
+def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    children = subtasks.get(task)
+    return [leaf for child in children for leaf in _leaves(child, subtasks)] if children else [task]
+
+
+def _metrics(metrics: Mapping, samples: int) -> dict[str, dict]:
+    """Read lm-eval's `metric,filter` keys; of several filters of a metric the first counts."""
+    found = {}
+    for key, value in metrics.items():
+        name, comma, filtered = key.partition(",")
+        if not comma or "_stderr" in key or name in found or not isinstance(value, int | float):
+            continue
+        stderr = metrics.get(f"{name}_stderr,{filtered}")
+        found[name] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, int | float) else float("nan"),
+            "samples": samples,
+        }
+    return found
+
+
+def _records(results: Mapping) -> list[dict]:
+    """Return the samples' numbers: scores weigh one, pairs are a sum of log-likelihoods and what it is to be divided by."""
+    found: dict[tuple, dict] = {}
+    for task, samples in results["samples"].items():
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            for metric in sample["metrics"]:
+                value, key = sample[metric], (task, sample["doc_id"], metric)
+                pair = value if isinstance(value, tuple | list) else (value, 1)
+                numbers = len(pair) == 2 and all(isinstance(n, int | float | np.number | np.bool_) for n in pair)
+                if numbers and key not in found:  # of several filters the first counts
+                    found[key] = dict(zip(("task", "doc", "metric"), key, strict=True))
+                    found[key] |= {"value": float(pair[0]), "weight": float(pair[1])}
+    return list(found.values())
+
+
+def _add_samples_view(facts: Mapping[str, dict], records: Sequence[Mapping]) -> None:
+    """Add `aggregation` and `interval` to the metrics whose value is some aggregation of their samples.
+
+    lm-eval does not say how it made a value, so the known ways are tried; a metric that none of them gives (a corpus's BLEU,
+    F1) is not compared sample by sample.
+    """
+    arranged = samples_of(records)
+    for task, metrics in facts.items():
+        for metric, entry in metrics.items():
+            rows = [r for leaf in entry.get("of", [task]) for r in arranged.get((leaf, metric), {}).values()]
+            rows = np.array(rows, dtype=float)
+            if len(rows) == 0 or not rows[:, 1].sum() > 0:
+                continue
+            with np.errstate(over="ignore"):
+                ways = {name: finish(rows[:, 0].sum() / rows[:, 1].sum()) for name, finish in AGGREGATIONS.items()}
+            fits = [name for name, value in ways.items() if np.isclose(value, entry["value"], rtol=1e-6, atol=1e-12)]
+            if fits:
+                entry |= {"aggregation": fits[0], "interval": interval(rows, fits[0])}
+
+
+def splits_evenly(limit: int | None, processes: int) -> None:
+    """Refuse a limit that leaves a process without a document: lm-eval cannot wait for it.
+
+    Raises:
+        ValueError: when `limit` is below the number of processes.
+    """
+    if limit is not None and limit < processes:
+        raise ValueError(f"limit: {limit} documents cannot be split over {processes} processes; want at least {processes}")

@@ -1,0 +1,222 @@
+"""Held-out text: perplexity, bits per byte, and agreement with the teacher, block by block.
+
+It must not know how a model was made. Logits exist for a chunk of tokens at a time; the teacher is there as its last hidden
+states and its head, so that one model is in memory at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_minitron.distillation.losses.chunked import Head, head_of, next_token_rows
+from hf_minitron.distillation.losses.tokens import forward_kl
+from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.evaluation.report import TEXT
+from hf_minitron.evaluation.significance import estimate, interval
+
+# Metric to its aggregation and whether higher is better.
+METRICS = {
+    "perplexity": ("perplexity", False),
+    "bits_per_byte": ("bits", False),
+    "top1_match": ("mean", True),
+    "teacher_kl": ("mean", False),
+}
+
+
+def text_bytes(blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Count the bytes of what is predicted in each block: its text in UTF-8, less that of its first token.
+
+    Special tokens, such as the one between documents, are predicted but count no bytes.
+    """
+    # a piece of a character alone decodes to a replacement of up to three bytes, so a block's count can be off by as many
+    whole, first = ([tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                     for ids in blocks] for end in (None, 1))  # fmt: skip
+    return [len(text.encode()) - len(start.encode()) for text, start in zip(whole, first, strict=True)]
+
+
+def in_tokens_of(other: PreTrainedTokenizerBase, blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the blocks in another tokenizer's tokens, documents separated by its own end token."""
+    found = []
+    for ids in _plain(blocks):
+        pieces, start = [], 0
+        for place in [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]:
+            pieces.append((ids[start:place], True))
+            start = place + 1
+        pieces.append((ids[start:], False))
+        tokens: list[int] = []
+        for piece, ended in pieces:
+            text = tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            tokens += other(text, add_special_tokens=False, verbose=False)["input_ids"] + [other.eos_token_id] * ended
+        found.append(tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher's reading of the text: what a student's distribution is compared with.
+
+    Args:
+        hidden (`Tensor` of shape `(tokens, hidden)`): Its last hidden states at all positions that predict, on the CPU.
+        head (`Head`): Its output head.
+    """
+
+    hidden: Tensor
+    head: Head
+
+    def on(self, device: torch.device) -> "TeacherStates":
+        """Return it with the head on a device."""
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        return TeacherStates(self.hidden, Head(self.head.weight.to(device), bias))
+
+
+def read_text(
+    model: PreTrainedModel,
+    blocks: Sequence[Sequence[int]],
+    batch_size: int | str = 8,
+    teacher: TeacherStates | None = None,
+    keep: bool = False,
+    description: str = "Held-out text",
+    chunk_size: int = 256,
+) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
+    """Run a model over token blocks.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        blocks (`Sequence[Sequence[int]]`): Token ids, at least two in each block.
+        batch_size (`int` or `str`, *optional*, defaults to 8): Blocks per forward pass; `"auto"` for what fits, at most 64.
+        teacher (`TeacherStates`, *optional*): The teacher's reading of the same blocks.
+        keep (`bool`, *optional*, defaults to `False`): Whether to return this model's reading, for others to be compared with.
+        description (`str`, *optional*): Label of the progress bar.
+        chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
+
+    Returns:
+        `tuple`: Per-block sums by name, each of shape `(blocks,)`: `loglikelihood` in nats; with a teacher `top1_match` in
+        tokens and `teacher_kl` in nats. And the reading, or `None`.
+    """
+
+    @torch.inference_mode()
+    def read(size: int) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
+        head, sums, kept, start = _whole_head(model), [], [], 0
+        signal = teacher and teacher.on(model.device)
+        for ids, labels in tqdm(_batches(blocks, size), desc=description, total=-(-len(blocks) // size)):
+            hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            rows, targets = next_token_rows(hidden, labels.to(model.device))
+            states = None
+            if signal is not None:
+                states = DenseSignal(signal.hidden[start : start + len(rows)].to(rows.device), signal.head)
+            found = _token_sums(head, rows, targets, states, chunk_size)
+            lengths = (labels[:, 1:] != -100).sum(1).tolist()
+            sums += [[part.sum().item() for part in parts] for parts in zip(*(f.split(lengths) for f in found), strict=True)]
+            start += len(rows)
+            if keep:
+                kept.append(rows.cpu())
+        names = ("loglikelihood", "top1_match", "teacher_kl")[: 1 if teacher is None else 3]
+        columns = np.array(sums, dtype=float).reshape(len(blocks), len(names))
+        reading = TeacherStates(torch.cat(kept), head) if kept else None
+        return {name: columns[:, i] for i, name in enumerate(names)}, reading
+
+    if batch_size != "auto":
+        return read(batch_size)
+    return find_executable_batch_size(read, starting_batch_size=64)() if model.device.type != "cpu" else read(8)
+
+
+def text_records(
+    sums: dict[str, np.ndarray], blocks: Sequence[Sequence[int]], num_bytes: Sequence[int], first: int = 0
+) -> list[dict]:
+    """Return the records of blocks, numbered from `first`: see `save_samples`."""
+    tokens = [len(ids) - 1 for ids in blocks]
+    columns = {
+        "perplexity": (sums["loglikelihood"], tokens),
+        "bits_per_byte": (sums["loglikelihood"], num_bytes),
+        **{name: (values, tokens) for name, values in sums.items() if name != "loglikelihood"},
+    }
+    return [
+        {"task": TEXT, "doc": first + i, "metric": metric, "value": float(value), "weight": float(weight)}
+        for metric, (values, weights) in columns.items()
+        for i, (value, weight) in enumerate(zip(values, weights, strict=True))
+    ]
+
+
+def text_facts(records: Sequence[dict]) -> dict[str, dict]:
+    """Return a model's facts about the text: `perplexity`, `bits_per_byte` and, with a teacher, `agreement`."""
+    facts: dict[str, dict] = {}
+    for metric, (aggregation, higher) in METRICS.items():
+        rows = np.array([[row["value"], row["weight"]] for row in records if row["metric"] == metric])
+        if len(rows) and rows[:, 1].sum() > 0:
+            counted = {"bytes" if metric == "bits_per_byte" else "tokens": int(rows[:, 1].sum()), "samples": len(rows)}
+            how = {"aggregation": aggregation, "higher_is_better": higher}
+            facts[metric] = estimate(rows, aggregation) | {"interval": interval(rows, aggregation)} | counted | how
+    agreement = {name: facts.pop(name) for name in ("top1_match", "teacher_kl") if name in facts}
+    return facts | ({"agreement": agreement} if agreement else {})
+
+
+def perplexity(
+    model: PreTrainedModel,
+    blocks: Dataset,
+    batch_size: int = 8,
+    description: str = "Perplexity",
+    chunk_size: int = 256,
+) -> dict[str, float]:
+    """Return the perplexity of a model on token blocks, with its standard error.
+
+    The error is that of the mean loss over blocks, carried through the exponential: tokens of one block are not independent.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        blocks (`Dataset`): `input_ids`.
+        batch_size (`int`, *optional*, defaults to 8): Blocks per forward pass.
+        description (`str`, *optional*): Label of the progress bar.
+        chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
+
+    Returns:
+        `dict[str, float]`: `value`, `stderr`, and the predicted `tokens`.
+    """
+    ids = _plain(blocks)
+    sums, _ = read_text(model, ids, batch_size, description=description, chunk_size=chunk_size)
+    tokens = np.array([len(block) - 1 for block in ids], dtype=float)
+    found = estimate(np.stack([sums["loglikelihood"], tokens], axis=1), "perplexity")
+    return found | {"tokens": int(tokens.sum())}
+
+
+def _token_sums(head: Head, rows: Tensor, targets: Tensor, teacher: DenseSignal | None, chunk_size: int) -> list[Tensor]:
+    """Return log-likelihoods and, with a teacher, matches and divergences, each of shape `(tokens,)` in float64."""
+    found = []
+    for start in range(0, len(rows), chunk_size):
+        part = slice(start, start + chunk_size)
+        logits = head.logits(rows[part])
+        values = [-torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")]
+        if teacher is not None:
+            student_logp, teacher_logp = teacher.align(logits, part, 1)
+            values.append(student_logp.argmax(-1) == teacher_logp.argmax(-1))
+            values.append(forward_kl(student_logp, teacher_logp))
+        found.append([value.double().cpu() for value in values])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _batches(blocks: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ids and labels; shorter blocks are filled up on the right, where no token before looks, and not predicted."""
+    for start in range(0, len(blocks), batch_size):
+        rows = blocks[start : start + batch_size]
+        longest = max(map(len, rows))
+        yield tuple(
+            torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long) for fill in (0, -100)
+        )
+
+
+def _whole_head(model: PreTrainedModel) -> Head:
+    """Return a model's head, gathered where tensor parallelism has split it."""
+    head = head_of(model)
+    if not hasattr(head.weight, "full_tensor"):
+        return head
+    return Head(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor())
+
+
+def _plain(blocks: Dataset) -> list[list[int]]:
+    return [list(map(int, ids)) for ids in blocks.with_format(None)["input_ids"]]

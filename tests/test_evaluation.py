@@ -1,0 +1,229 @@
+"""Text, agreement, tasks and comparisons on tiny models, against full logits and the libraries' own answers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+
+import hf_minitron
+from hf_minitron import token_blocks
+from hf_minitron.evaluation import compare as compare_module
+from hf_minitron.evaluation.compare import check_tensor_parallel, compare
+from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
+from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks
+from hf_minitron.evaluation.text import in_tokens_of, read_text, text_bytes, text_facts, text_records
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
+EVALUATE = """
+import json, sys
+import evaluate, numpy as np
+data = np.load(sys.argv[1])
+top1 = evaluate.load(sys.argv[2] + "/top1_match").compute(predictions=data["s"].argmax(1), references=data["t"].argmax(1))
+kl = evaluate.load(sys.argv[2] + "/teacher_kl").compute(predictions=data["s"], references=data["t"])
+print(json.dumps(top1 | kl))
+"""
+
+
+def offline(tmp_path):
+    return {**os.environ, "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher, a student that is nearly the teacher, and one with a larger vocabulary of other tokens."""
+    root = tmp_path_factory.mktemp("models")
+    teacher = tiny.model(dtype=torch.float32)
+    for name in ("teacher", "near", "other"):
+        model = teacher
+        if name == "near":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01 * parameter.abs().mean() * torch.randn_like(parameter))
+        if name == "other":
+            model = tiny.model(dtype=torch.float32, seed=3, vocab_size=120)
+        model.save_pretrained(root / name)
+        words = [*tiny.WORDS[::-1], "extra"] if name == "other" else tiny.WORDS
+        tiny.tokenizer(words).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def blocks(project):
+    documents = hf_minitron.load_text(str(project["folder"] / "held_out.jsonl"))
+    return token_blocks(documents, tiny.tokenizer(), 16, 160, 0)
+
+
+def test_agreement_equals_full_logits_and_the_evaluate_modules(tmp_path):
+    teacher, student = tiny.model(), tiny.model(seed=1, hidden_size=24)
+    blocks = tiny.blocks()["input_ids"][:].tolist()
+    _, states = read_text(teacher, blocks, 4, keep=True, chunk_size=7)
+    sums, nothing = read_text(student, blocks, 4, states, chunk_size=5)
+    ids = torch.tensor(blocks)
+    logits = {name: model(ids).logits[:, :-1] for name, model in (("s", student), ("t", teacher))}
+    logp = {name: values.log_softmax(-1) for name, values in logits.items()}
+    kl = (logp["t"].exp() * (logp["t"] - logp["s"])).sum(-1)
+    match = (logits["s"].argmax(-1) == logits["t"].argmax(-1)).double()
+    loglikelihood = logp["s"].gather(-1, ids[:, 1:, None])[..., 0]
+    for name, expected in (("loglikelihood", loglikelihood), ("top1_match", match), ("teacher_kl", kl)):
+        assert sums[name] == pytest.approx(expected.sum(1).detach().numpy(), rel=1e-6), name
+    assert nothing is None
+    arrays = {name: values.detach().flatten(0, 1).float().numpy() for name, values in logits.items()}
+    arrays["t"] = np.concatenate([arrays["t"], np.full((len(arrays["t"]), 2), 50.0)], 1)  # a padded vocabulary
+    np.savez(tmp_path / "logits.npz", **arrays)
+    command = [sys.executable, "-c", EVALUATE, tmp_path / "logits.npz", METRICS]
+    done = subprocess.run([*map(str, command)], env=offline(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["teacher_kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    facts = text_facts(text_records(sums, blocks, [11] * len(blocks)))
+    assert facts["agreement"]["teacher_kl"]["value"] == pytest.approx(kl.mean().item(), rel=1e-6)
+    assert facts["agreement"]["top1_match"]["value"] == pytest.approx(match.mean().item())
+    assert facts["bits_per_byte"]["value"] == pytest.approx(-loglikelihood.mean().item() / math.log(2), rel=1e-6)
+
+
+def test_blocks_of_different_lengths_are_read_as_one_by_one():
+    model, rows = tiny.model(), tiny.blocks()["input_ids"][:].tolist()
+    ragged = [row[:length] for row, length in zip(rows, (12, 5, 2, 9, 12, 7), strict=True)]
+    together, alone = read_text(model, ragged, 4)[0], [read_text(model, [row], 1)[0] for row in ragged]
+    assert together["loglikelihood"] == pytest.approx([found["loglikelihood"][0] for found in alone], rel=1e-9)
+
+
+def test_bytes_are_those_of_the_predicted_text():
+    tokenizer = tiny.tokenizer()
+    blocks = [tokenizer("w1 w22 w3")["input_ids"], [*tokenizer("w1")["input_ids"], tokenizer.eos_token_id]]
+    assert text_bytes(blocks, tokenizer) == [len(" w22 w3"), 0]  # a special token is predicted, but is no text
+
+
+def test_another_tokenizer_reads_the_same_text(blocks):
+    ours, other = tiny.tokenizer(), tiny.tokenizer([*tiny.WORDS[::-1], "extra"])
+    for mine, theirs in zip(blocks["input_ids"][:].tolist(), in_tokens_of(other, blocks, ours), strict=True):
+        assert mine != theirs and other.decode(theirs) == ours.decode(mine)
+        assert mine.count(ours.eos_token_id) == theirs.count(other.eos_token_id)
+
+
+def test_models_are_compared_sample_by_sample(folders, blocks, project, tmp_path):
+    models = {name: folders / name for name in ("teacher", "near", "other")}
+    task = str(project["folder"] / "tasks/tiny.yaml")  # by path
+    report = compare(models, blocks, [task], batch_size="auto", folder=tmp_path)
+    assert "agreement" not in report.models["teacher"] and "agreement" not in report.models["other"]
+    near = report.models["near"]["agreement"]
+    assert 0.5 < near["top1_match"]["value"] <= 1 and 0 < near["teacher_kl"]["value"] < 1
+    assert near["teacher_kl"]["interval"][0] < near["teacher_kl"]["value"] < near["teacher_kl"]["interval"][1]
+    assert report.text["bytes"] == report.models["near"]["bits_per_byte"]["bytes"] > 0
+    found = {(c["model"], c["baseline"], c["task"], c["metric"]): c for c in report.comparisons}
+    assert {pair[:2] for pair in found} == {("near", "teacher"), ("other", "teacher"), ("other", "near")}
+    for model, baseline in (("other", "teacher"), ("other", "near")):  # tokens differ, bytes do not
+        assert (model, baseline, TEXT, "perplexity") not in found and (model, baseline, TEXT, "bits_per_byte") in found
+    assert found["near", "teacher", "tiny_last_word", "acc"]["samples"] == 8
+    records = {name: load_samples(tmp_path / f"samples/{name}.parquet") for name in models}
+    for name, rows in records.items():
+        accuracy = samples_of(rows)["tiny_last_word", "acc"].values()
+        assert sum(value for value, _ in accuracy) / 8 == report.models[name]["tasks"]["tiny_last_word"]["acc"]["value"]
+        text = np.array([*samples_of(rows)[TEXT, "perplexity"].values()])
+        assert math.exp(-text[:, 0].sum() / text[:, 1].sum()) == pytest.approx(report.models[name]["perplexity"]["value"])
+    expected = report.models["near"]["perplexity"]["value"] - report.models["teacher"]["perplexity"]["value"]
+    assert found["near", "teacher", TEXT, "perplexity"]["difference"] == pytest.approx(expected)
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").comparisons == json.loads(json.dumps(report.comparisons))
+
+
+def test_a_comparison_goes_on_with_the_models_that_are_missing(folders, blocks, tmp_path, monkeypatch):
+    models = {"teacher": folders / "teacher", "near": folders / "near"}
+    whole = compare(models, blocks, folder=tmp_path / "whole")
+    opened, real = [], compare_module.open_model
+
+    def open_model(folder, tensor_parallel):
+        opened.append(folder.name)
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        return real(folder, tensor_parallel)
+
+    monkeypatch.setattr(compare_module, "open_model", open_model)
+    with pytest.raises(KeyboardInterrupt):
+        compare(models, blocks, folder=tmp_path / "killed")
+    assert not (tmp_path / "killed/samples/near.parquet").exists()
+    opened[:] = ["", ""]
+    assert compare(models, blocks, folder=tmp_path / "killed") == whole and opened[2:] == ["teacher", "near"]
+    assert compare(models, blocks, folder=tmp_path / "killed") == whole and len(opened) == 4
+
+
+def test_a_group_is_compared_through_its_tasks(project, tmp_path):
+    task = yaml.safe_load((project["folder"] / "tasks/tiny.yaml").read_text())
+    for name in ("tiny_one", "tiny_two"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**task, "task": name}))
+    group = {"group": "tiny_group", "task": ["tiny_one", "tiny_two"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    facts, records = run_tasks(
+        tiny.model(dtype=torch.float32), tiny.tokenizer(), Tasks.find([str(tmp_path / "group.yaml")], limit=5)
+    )
+    assert facts["tiny_group"]["acc"]["of"] == ["tiny_one", "tiny_two"] and facts["tiny_group"]["acc"]["samples"] == 10
+    text = {"task": TEXT, "doc": 0, "metric": "perplexity", "value": -1.0, "weight": 1.0}
+    model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
+    found = compare_models({"teacher": model, "student": model}, dict.fromkeys(("teacher", "student"), [*records, text]))
+    assert {c["task"]: c["samples"] for c in found} == {"tiny_one": 5, "tiny_two": 5, "tiny_group": 10}
+
+
+def test_few_shot_limit_and_chat_template_reach_the_prompts(project, tmp_path, monkeypatch):
+    import lm_eval
+
+    seen, real = {}, lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **kwargs: seen.update(result=real(**kwargs)) or seen["result"])
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} w8 {% endfor %}"
+    tasks = Tasks.find(["tiny_last_word"], project["folder"] / "tasks", limit=3, few_shot=2, chat_template=True)
+    facts, records = run_tasks(tiny.model(dtype=torch.float32), tokenizer, tasks)
+    prompts = [sample["arguments"][0][0] for sample in seen["result"]["samples"]["tiny_last_word"]]
+    assert facts["tiny_last_word"]["acc"]["samples"] == len(prompts) == 3 == len(records)
+    assert all(prompt.startswith("w7 ") and prompt.count("w8") >= 3 for prompt in prompts)
+
+
+def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
+    entry = {"value": 0.5, "stderr": 0.1, "samples": 4, "higher_is_better": True}
+    facts = {"task": {name: dict(entry) for name in ("acc", "median", "perplexity", "unknown")}}
+    values = {"acc": [0, 1, 1, 0], "median": [0.5, 0.5, 0.5, 9], "perplexity": [math.log(2)] * 4}
+    _add_samples_view(facts, [
+        {"task": "task", "doc": doc, "metric": name, "value": value, "weight": 1.0}
+        for name, row in values.items() for doc, value in enumerate(row)
+    ])  # fmt: skip
+    found = {name: entry.get("aggregation") for name, entry in facts["task"].items()}
+    assert found == {"acc": "mean", "median": None, "perplexity": "perplexity", "unknown": None}
+    model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
+    assert compare_models({"teacher": model, "student": model}, {"teacher": [], "student": []}) == []
+
+
+def test_old_reports_are_read(tmp_path):
+    content = json.loads((ROOT / "model_cards/smollm2-135m-width/report.json").read_text())
+    content = {key: content[key] for key in ("models", "text")} | {"speed": {"teacher": {"prefill": 900.0, "decode": 20.0}}}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    report = Report.load(tmp_path / "report.json")
+    assert list(report.models) == ["teacher", "pruned", "distilled"] and report.comparisons == () and report.settings == {}
+    assert report.speed["teacher"][0]["batch_size"] == 1 and report.speed["teacher"][0]["decode"]["value"] == 20
+
+
+def test_records_survive_the_disk(tmp_path):
+    rows = [{"task": "a", "doc": 3, "metric": "acc", "value": 1.0, "weight": 1.0}]
+    save_samples(rows, tmp_path / "samples/model.parquet")
+    assert load_samples(tmp_path / "samples/model.parquet") == rows
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "message"),
+    [
+        (tiny.config(), 1, "there is one"),
+        (tiny.config(), 3, "num_key_value_heads 2 does not divide by the 3 processes"),
+        (tiny.config("gpt2"), 2, "no tensor-parallel plan for model type 'gpt2'"),
+    ],
+)
+def test_what_cannot_be_split_over_processes_is_refused(config, processes, message):
+    with pytest.raises(ValueError, match=message):
+        check_tensor_parallel(config, processes)
+    check_tensor_parallel(tiny.config(), 2)

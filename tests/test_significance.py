@@ -1,0 +1,105 @@
+"""Paired comparisons against independent references: enumeration, closed forms, simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from hf_minitron.evaluation.significance import compare_paired, estimate, interval, mcnemar, samples_needed
+
+
+def rows(values, weights=None):
+    values = np.asarray(values, dtype=float)
+    return np.stack([values, np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)], axis=1)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (0, 6), (5, 1), (3, 3), (9, 2)])
+def test_mcnemar_equals_enumerating_every_outcome(wins, losses):
+    ours = np.array([1] * wins + [0] * losses + [1, 1, 0])
+    theirs = np.array([0] * wins + [1] * losses + [1, 1, 0])
+    outcomes = [sum(signs) for signs in itertools.product((0, 1), repeat=wins + losses)]
+    extreme = sum(abs(2 * won - wins - losses) >= abs(wins - losses) for won in outcomes)
+    assert mcnemar(ours, theirs) == pytest.approx(extreme / len(outcomes))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator, covered, found, trials = np.random.default_rng(0), 0, 0, 200
+    for trial in range(trials):
+        hardness = generator.normal(size=80)  # shared by both models: what pairing takes out
+        ours = rows(hardness + generator.normal(0.3, 1, 80))
+        low, high = compare_paired(ours, rows(hardness), seed=trial).interval
+        covered += low <= 0.3 <= high
+        same = compare_paired(rows(hardness + generator.normal(0, 1, 80)), rows(hardness), seed=trial)
+        found += same.verdict != "not distinguishable"
+    assert 0.9 <= covered / trials <= 0.985 and 0.015 <= found / trials <= 0.1
+
+
+def test_as_many_samples_as_needed_find_the_difference_four_times_in_five():
+    generator, difference, deviation, trials = np.random.default_rng(1), 0.25, 1.3, 200
+    count, found = samples_needed(difference, deviation), 0
+    for trial in range(trials):
+        ours = rows(generator.normal(difference, deviation, count))
+        found += compare_paired(ours, rows(np.zeros(count)), seed=trial).verdict == "better"
+    assert 0.72 <= found / trials <= 0.88
+
+
+def test_pairing_finds_what_two_separate_intervals_hide():
+    hardness = np.random.default_rng(2).normal(0, 10, 100)
+    found = compare_paired(rows(hardness - 0.5), rows(hardness + np.random.default_rng(3).normal(0, 0.3, 100)))
+    assert found.verdict == "worse" and found.interval[1] < 0 and found.difference == pytest.approx(-0.5, abs=0.1)
+
+
+def test_swapping_the_models_mirrors_everything():
+    generator = np.random.default_rng(4)
+    ours, theirs = (rows(-generator.gamma(2, 30, 40), generator.integers(20, 40, 40)) for _ in range(2))
+    one, other = (compare_paired(*pair, "perplexity", higher_is_better=False) for pair in ((ours, theirs), (theirs, ours)))
+    assert one.interval == pytest.approx([-bound for bound in other.interval[::-1]]) and one.p == other.p
+    assert one.retention == pytest.approx(1e4 / other.retention) and one.samples_needed == other.samples_needed
+    assert {one.verdict, other.verdict} in ({"better", "worse"}, {"not distinguishable"})
+
+
+def test_perplexity_is_of_all_tokens_and_lower_is_better():
+    likely, unlikely = rows([-10, -30, -20, -25], [10, 20, 10, 20]), rows([-20, -62, -40, -55], [10, 20, 10, 20])
+    found = compare_paired(np.tile(unlikely, (5, 1)), np.tile(likely, (5, 1)), "perplexity", higher_is_better=False)
+    assert found.value == pytest.approx(math.exp(177 / 60)) and found.baseline_value == pytest.approx(math.exp(85 / 60))
+    assert found.verdict == "worse" and found.retention == pytest.approx(100 * math.exp((85 - 177) / 60))
+    bits = compare_paired(unlikely, likely, "bits", higher_is_better=False)
+    assert bits.value == pytest.approx(177 / 60 / math.log(2))
+
+
+def test_few_pairs_prove_nothing_and_no_difference_needs_no_samples():
+    found = compare_paired(rows([1.0, 2.0, 3.0]), rows([0.0, 0.5, 1.0]))
+    assert found.verdict == "not distinguishable" and found.p >= 0.25 and found.samples_needed > 3
+    same = compare_paired(rows([1, 0, 1]), rows([1, 0, 1]))
+    assert (same.p, same.interval, same.samples_needed) == (1.0, (0.0, 0.0), None)
+    assert same.retention == pytest.approx(100) and same.retention_interval is None
+    nothing = compare_paired(rows([1, 0, 1]), rows([0, 0, 0]))
+    assert nothing.retention is None
+    with pytest.raises(ValueError, match="at least two samples"):
+        compare_paired(rows([1]), rows([1]))
+
+
+def test_the_sentence_is_plain():
+    generator = np.random.default_rng(5)
+    theirs = (generator.random(200) < 0.5).astype(float)
+    ours = np.where(generator.random(200) < 0.1, 1 - theirs, theirs)
+    found = compare_paired(rows(ours), rows(theirs))
+    sentence = found.sentence("student", "teacher", "task acc")
+    assert sentence.startswith("student and teacher are not distinguishable on task acc with these 200 samples")
+    assert (
+        f"{ours.mean():.3f} against {theirs.mean():.3f}" in sentence
+        and "% retained" in sentence
+        and "would be needed" in sentence
+    )
+    worse = compare_paired(rows(np.zeros(200)), rows(theirs)).sentence("student", "teacher", "task acc")
+    assert worse.startswith("student is worse than teacher on task acc (") and "p < 0.001" in worse and "needed" not in worse
+
+
+def test_one_models_error_is_the_classical_one():
+    values = np.random.default_rng(6).normal(2, 3, 50)
+    found = estimate(rows(values))
+    assert found["value"] == pytest.approx(values.mean()) and found["stderr"] == pytest.approx(values.std(ddof=1) / 50**0.5)
+    low, high = interval(rows(values))
+    assert low < found["value"] < high and high - low == pytest.approx(2 * 1.96 * found["stderr"], rel=0.1)
+    assert estimate(rows(-values, np.full(50, 2)), "perplexity")["value"] == pytest.approx(math.exp(values.mean() / 2))
