@@ -173,7 +173,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
     [
         (
             {"losses": {"backward_kl": 1}},
-            "'backward_kl' is not a loss; there are forward_kl, reverse_kl, .*cross_entropy, embedding",
+            "'backward_kl' is not a loss; there are forward_kl, .*cross_entropy, emb",
         ),
         ({"losses": {"forward_kl": -1}}, "none below zero"),
         ({"temperature": 0}, "temperature: 0"),

@@ -74,9 +74,9 @@ def test_pairs_of_layers():
     assert layer_pairs("uniform", 5, 3) == [(1, 0), (3, 1), (4, 2)]
     assert layer_pairs("uniform", 4, 4) == [(i, i) for i in range(4)]
     assert layer_pairs("plan", 5, 3, [0, 3, 4]) == [(0, 0), (3, 1), (4, 2)]
-    assert layer_pairs([[4, 2], [1, 0]], 5, 3) == [(4, 2), (1, 0)]
+    assert layer_pairs({4: 2, "1": 0}, 5, 3) == [(4, 2), (1, 0)]
     with pytest.raises(ValueError, match="the pair 5, 2 is not in a teacher of 5 layers and a student of 3"):
-        layer_pairs([[5, 2]], 5, 3)
+        layer_pairs({5: 2}, 5, 3)
     with pytest.raises(ValueError, match="the pair 2, -1"):
         layer_pairs("last-2", 5, 2)
     with pytest.raises(ValueError, match=r"plan needs the student's plan.json"):
@@ -153,7 +153,7 @@ def test_projections_train_are_resumed_and_stay_out_of_the_student(tmp_path):
 def test_equal_widths_need_no_projection(tmp_path):
     student = tiny.model(seed=1, num_hidden_layers=2)
     losses = {"forward_kl": 1.0, "block": 1.0, "mlp_input": 1.0}
-    trainer = trainer_for(tmp_path, student, tiny.model(), losses=losses, layer_pairs=[[2, 1]], max_steps=1)
+    trainer = trainer_for(tmp_path, student, tiny.model(), losses=losses, layer_pairs={2: 1}, max_steps=1)
     trainer.train()
     assert not list(trainer._states.parameters())
 

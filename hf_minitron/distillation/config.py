@@ -47,9 +47,9 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={"help": "Compare the teacher's most likely tokens only, all others as one (hurts: 2407.14679, A.5)."},
     )
-    layer_pairs: str | list = field(
+    layer_pairs: dict | str | None = field(
         default="last-2",
-        metadata={"help": f"Layers compared: {', '.join(LAYER_RULES)}, or [[teacher, student], ...] (2407.14679, table 17)."},
+        metadata={"help": f"Layers compared: {', '.join(LAYER_RULES)}, or {{teacher: student}} (2407.14679, table 17)."},
     )
     state_distance: str = field(default="cosine", metadata={"help": f"Between states: {', '.join(DISTANCES)}."})
     balance: str = field(
@@ -69,7 +69,7 @@ class DistillationArguments(TrainingArguments):
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule: fall to a tenth."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "layer_pairs", "teacher_model_init_kwargs"]
 
     def __post_init__(self):
         # the Trainer wants to be told that it runs on a CPU, and knows no "where the processor has it"
@@ -105,7 +105,9 @@ class DistillationArguments(TrainingArguments):
         """Refuse settings of the losses on states that no model could have."""
         states = [name for name in self.losses if name in STATE_LOSSES]
         if isinstance(self.layer_pairs, str) and self.layer_pairs not in LAYER_RULES:
-            raise ValueError(f"layer_pairs: {self.layer_pairs!r} is none of {', '.join(LAYER_RULES)}, nor a list of pairs")
+            raise ValueError(
+                f"layer_pairs: {self.layer_pairs!r} is none of {', '.join(LAYER_RULES)}, nor a table such as {{29: 13}}"
+            )
         if self.state_distance not in DISTANCES:
             raise ValueError(f"state_distance: {self.state_distance!r} is none of {', '.join(DISTANCES)}")
         if self.balance not in BALANCES:

@@ -72,7 +72,7 @@ class StateLosses(nn.Module):
         student (`PreTrainedModel`): The student.
         teacher (`PreTrainedModel`): The teacher.
         names (`Sequence[str]`): Which of `STATE_LOSSES`.
-        layers (`str` or `Sequence`): `last-2`, `uniform`, `plan`, or pairs of a teacher's and a student's layer.
+        layers (`str` or `Mapping[int, int]`): `last-2`, `uniform`, `plan`, or the teacher's layers and the student's to each.
         kept_layers (`Sequence[int]`, *optional*): The teacher's layers that the student has kept, for `plan`.
         distance (`str`): One of `DISTANCES`, for vectors.
         chunk_size (`int`): Tokens whose relations exist at the same time.
@@ -87,7 +87,7 @@ class StateLosses(nn.Module):
         student: PreTrainedModel,
         teacher: PreTrainedModel,
         names: Sequence[str],
-        layers: str | Sequence[Sequence[int]] = "last-2",
+        layers: str | Mapping[int, int] = "last-2",
         kept_layers: Sequence[int] | None = None,
         distance: str = "cosine",
         chunk_size: int = 256,
@@ -201,13 +201,13 @@ class StateLosses(nn.Module):
 
 
 def layer_pairs(
-    rule: str | Sequence[Sequence[int]], teacher_layers: int, student_layers: int, kept: Sequence[int] | None = None
+    rule: str | Mapping[int, int], teacher_layers: int, student_layers: int, kept: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
     """Return pairs of a teacher's and a student's layer whose states shall be alike.
 
     Args:
-        rule (`str` or `Sequence`): `last-2`, the third from the end of both (2407.14679, table 17); `uniform`, every layer of
-            the student with that at the same depth; `plan`, with the one it was; or the pairs themselves.
+        rule (`str` or `Mapping`): `last-2`, the third from the end of both (2407.14679, table 17); `uniform`, every layer of
+            the student with that at the same depth; `plan`, with the one it was; or pairs by the teacher's layer.
         teacher_layers (`int`): The teacher's number of layers.
         student_layers (`int`): The student's.
         kept (`Sequence[int]`, *optional*): The teacher's layers that the student has kept, for `plan`.
@@ -228,7 +228,7 @@ def layer_pairs(
             raise ValueError("layer_pairs: plan needs the student's plan.json, which is not beside its weights; name the pairs")
         pairs = list(zip(kept, range(student_layers), strict=True))
     else:
-        pairs = [tuple(pair) for pair in rule]
+        pairs = [(int(teacher), int(student)) for teacher, student in rule.items()]
     for teacher, student in pairs:
         if not (0 <= teacher < teacher_layers and 0 <= student < student_layers):
             raise ValueError(f"layer_pairs: the pair {teacher}, {student} is not in a teacher of {teacher_layers} layers and a "

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.losses.chunked import check_logits
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import TeacherStates, in_tokens_of, read_text, text_bytes, text_facts, text_records
@@ -156,7 +155,7 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
     """Refuse, without its weights, a model that cannot be evaluated; return its config.
 
     Raises:
-        ValueError: when it is missing or damaged, changes its logits after the head, has fewer positions than a block has
+        ValueError: when it is missing or damaged, has fewer positions than a block has
             tokens, or lacks a chat template that is asked for.
     """
     local = Path(source).expanduser()
@@ -166,7 +165,6 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
     else:
         local = source  # of the Hub: its small files only
     config = AutoConfig.from_pretrained(local)
-    check_logits(config)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and block_size > positions:
         raise ValueError(f"block_size: {block_size} is more than the {positions} positions of {source}; set it to that or less")
