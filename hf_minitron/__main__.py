@@ -20,13 +20,14 @@ from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
-from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of
+from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of, stages_in
 from hf_minitron.shape import Shape
-from hf_minitron.stages import distill, evaluate, prune, publish, score, search, select
+from hf_minitron.stages import cache, distill, evaluate, prune, publish, score, search, select
 
 STAGES: dict[str, ModuleType] = {
     "score": score,
     "prune": prune,
+    "cache": cache,
     "distill": distill,
     "evaluate": evaluate,
     "publish": publish,
@@ -160,7 +161,7 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 
 
 def _do(run: Run, name: str, args: object) -> None:
-    """Do one stage unless it is done. All processes of `accelerate launch` score and train; one does the rest."""
+    """Do one stage unless it is done. All processes of `accelerate launch` score, cache and train; one does the rest."""
     state, module, start = PartialState(), VERBS[name], time.time()
     if state.is_main_process:
         _check_needs(run, name)
@@ -172,7 +173,7 @@ def _do(run: Run, name: str, args: object) -> None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
     state.print(f"\n{name}: {_summary(module)}", flush=True)
-    if state.is_main_process or name in ("score", "distill"):
+    if state.is_main_process or name in ("score", "cache", "distill"):
         module.run(args, run, folder[0])
     state.wait_for_everyone()
     if state.is_main_process:
@@ -183,7 +184,7 @@ def _do(run: Run, name: str, args: object) -> None:
 
 def _check_needs(run: Run, name: str) -> None:
     """Refuse to build on a stage that was done with other settings than the recipe's."""
-    for need in needs_of(run, VERBS[name]):
+    for need in stages_in(needs_of(run, VERBS[name])):
         _check_needs(run, need)
         if done_digest(run.path(need)) not in (None, run.digest(need, needs_of(run, VERBS[need]))):
             raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")

@@ -20,9 +20,10 @@ pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.signals distillation.teacher distillation.config distillation.trainer
+distillation.signals distillation.records distillation.teacher distillation.config distillation.cached distillation.trainer
+distillation.cache
 evaluation.compare evaluation.speed hub.card hub.plots hub.publish run recipe
-stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
+stages.score stages.prune stages.distill stages.cache stages.evaluate stages.search stages.select stages.publish __main__
 """.split()
 
 
