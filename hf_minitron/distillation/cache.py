@@ -1,7 +1,7 @@
 """Writing a cache: the teacher reads every block once, and what it says about the next tokens is kept, bit-packed.
 
-The files are described in `cached.py`. A shard is written into `<shard>.part` with its index beside it, batch by batch, so that an
-interrupted write goes on at the batch it was in; the draws of a block depend on the seed and the block's number alone.
+The files are described in `cached.py`. A shard is written into `<shard>.part` with its index beside it, batch by batch, so that
+an interrupted write goes on at the batch it was in; the draws of a block depend on the seed and the block's number alone.
 """
 
 import json
@@ -46,8 +46,8 @@ def write_cache(
         blocks (`Dataset`): `input_ids` per row, and `position_ids` where documents are kept apart. Labels are not needed: all
             tokens but a block's first are answered for.
         folder (`str` or `Path`): Where to write; new, or of an interrupted write with the same settings.
-        method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of the
-            rest, or the whole vocabulary if it is no larger. All at temperature 1.
+        method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of
+            the rest, or the whole vocabulary if it is no larger. All at temperature 1.
         dtype (`str`, *optional*, defaults to `"float16"`): How log-probabilities are stored (an error of 2**-11 of each), or
             float32. Random sampling keeps none.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
@@ -67,11 +67,7 @@ def write_cache(
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
-    if not hasattr(blocks, "__len__"):
-        raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
-    lengths = [len(ids) for ids in blocks.with_format("numpy")["input_ids"]]
-    if min(lengths, default=0) < 2:
-        raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")
+    lengths = _lengths(blocks)
     identity = teacher_identity(model)
     record = record_of(method, identity["vocab_size"], dtype)
     settings = {
@@ -95,6 +91,16 @@ def write_cache(
         _finish(folder, settings, tokens)
     _wait(folder / META)  # a collective call would give up after some minutes
     return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def _lengths(blocks: Dataset) -> list[int]:
+    """Return the tokens of every block; refuse what cannot be cached."""
+    if not hasattr(blocks, "__len__"):
+        raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
+    lengths = [len(ids) for rows in blocks.with_format("numpy").iter(batch_size=64) for ids in rows["input_ids"]]
+    if min(lengths, default=0) < 2:
+        raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")
+    return lengths
 
 
 class _Asker:

@@ -1,8 +1,8 @@
 """A cache in place of a teacher: what `write_cache` wrote, mapped into memory and looked up by a batch's tokens.
 
-`cache.json` says what the cache is. Every shard holds the records of some blocks, one after the other, and at its end an index of
-three int64 per block: where its record ends, how many tokens it answers for, and a hash of the block. That hash is how an answer is
-found: a block that the teacher was not asked about, or that was packed in another way, has none.
+`cache.json` says what the cache is. Every shard holds the records of some blocks, one after the other, and at its end an
+index of three int64 per block: where its record ends, how many tokens it answers for, and a hash of the block. That hash is how
+an answer is found: a block that the teacher was not asked about, or that was packed in another way, has none.
 """
 
 import hashlib
@@ -190,10 +190,12 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
         if name not in TOKEN_LOSSES:
             raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
         if record.losses is not None and name not in record.losses:
-            raise ValueError(f"losses: {name} cannot be had from random draws, which are unbiased for {', '.join(record.losses)} "
-                             f"alone: use that, or cache with method top_k")  # fmt: skip
+            raise ValueError(f"losses: {name} cannot be had from random draws, which are unbiased for {record.losses[0]} alone: "
+                             "use that, or cache with method top_k")  # fmt: skip
     if temperature != 1 and not record.whole:
-        raise ValueError(f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache")
+        raise ValueError(
+            f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache"
+        )
 
 
 def teacher_identity(model: PreTrainedModel | str | Path) -> dict:
@@ -203,8 +205,8 @@ def teacher_identity(model: PreTrainedModel | str | Path) -> dict:
         model (`PreTrainedModel`, `str` or `Path`): A model, a folder or a Hub id.
 
     Returns:
-        `dict`: `model_type`, `vocab_size`, and `weights`: a SHA-256 of every parameter's name, shape and 16 of its values, rounded
-            to bfloat16; `None` for a folder without weights.
+        `dict`: `model_type`, `vocab_size`, and `weights`: a SHA-256 of every parameter's name, shape and 16 of its values,
+            rounded to bfloat16; `None` for a folder without weights.
     """
     if isinstance(model, str | Path):
         folder = resolve(model)

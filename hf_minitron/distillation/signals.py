@@ -58,8 +58,8 @@ class SparseSignal:
     Args:
         ids (`Tensor` of shape `(tokens, kept)`): Ids of the kept tokens; `vocab` where a row has fewer.
         logp (`Tensor` of shape `(tokens, kept)`): The teacher's log-probabilities of them.
-        rest (`Tensor` of shape `(tokens,)`, *optional*): Log-probability of all other tokens. Without it the kept ones stand for
-            the whole distribution, as sampled ones do: then only the forward KL and its gradient mean anything.
+        rest (`Tensor` of shape `(tokens,)`, *optional*): Log-probability of all other tokens. Without it the kept ones stand
+            for the whole distribution, as sampled ones do: then only the forward KL and its gradient mean anything.
         vocab (`int`): Size of the teacher's vocabulary.
     """
 
@@ -85,7 +85,9 @@ class SparseSignal:
         teacher = self.logp[rows].to(logp.dtype).masked_fill(absent, NEVER)
         if self.rest is not None:
             least = 8 * torch.finfo(logp.dtype).eps  # what rounding leaves of one minus a sum that is one
-            rest = 1 - student.exp().sum(-1) - logp[:, shared:].exp().sum(-1)
+            rest = 1 - student.exp().sum(-1)
+            if shared < logp.shape[-1]:  # the gradient of a slice, even an empty one, costs a table of the whole vocabulary
+                rest = rest - logp[:, shared:].exp().sum(-1)
             student = torch.cat([student, rest.clamp(min=least).log()[:, None]], -1)
             rest = self.rest[rows].to(logp.dtype).clamp(min=math.log(least))
             teacher = torch.cat([teacher, rest[:, None]], -1)

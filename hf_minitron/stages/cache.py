@@ -24,7 +24,9 @@ OPTIONAL = True
 class Args:
     """The `cache:` section; text, block size and teacher are those of the `distill:` section."""
 
-    method: str = field(default="random", metadata={"help": "random: unbiased draws (2503.16870); top_k: and the mass of the rest."})
+    method: str = field(
+        default="random", metadata={"help": "random: unbiased draws (2503.16870); top_k: and the mass of the rest."}
+    )
     draws: int = field(default=50, metadata={"min": 1, "help": "Draws per token (random); 50 in 2503.16870."})
     k: int = field(default=64, metadata={"min": 1, "help": "Tokens kept (top_k); the vocabulary or more: all."})
     dtype: str = field(default="float16", metadata={"help": "How log-probabilities are stored (top_k): float16 or float32."})
