@@ -67,8 +67,7 @@ def write_cache(
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
-    lengths = _lengths(blocks)
-    identity = teacher_identity(model)
+    lengths, identity = _lengths(blocks), teacher_identity(model)
     record = record_of(method, identity["vocab_size"], dtype)
     settings = {
         "format": 1,
@@ -77,12 +76,10 @@ def write_cache(
         "seed": seed,
         "teacher": identity,
         "text": text_hash(blocks),
-        "position_ids": "position_ids" in blocks.column_names,
-        "blocks": len(blocks),
-        "block_size": lengths[0] if len(set(lengths)) == 1 else None,
-        "batch_size": batch_size,
-        "shard_blocks": min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS)),
     }
+    settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
+    settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
+    settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
         teacher = LiveTeacher(model, state.device)

@@ -190,7 +190,7 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
         if name not in TOKEN_LOSSES:
             raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
         if record.losses is not None and name not in record.losses:
-            raise ValueError(f"losses: {name} cannot be had from random draws, which are unbiased for {record.losses[0]} alone: "
+            raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "
                              "use that, or cache with method top_k")  # fmt: skip
     if temperature != 1 and not record.whole:
         raise ValueError(
