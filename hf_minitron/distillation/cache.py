@@ -54,8 +54,7 @@ def write_cache(
         batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
 
-    Returns:
-        `dict`: What `cache.json` says, with `bytes_per_token`.
+    Returns: what `cache.json` says, with `bytes_per_token`.
 
     Raises:
         ValueError: for an unknown method, blocks without a token to predict, a folder that holds another cache, a full disk.
@@ -82,8 +81,8 @@ def write_cache(
     settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        teacher = LiveTeacher(model, state.device)
-        _write_shards(folder, settings, blocks, _Asker(teacher, record, seed, batch_size, chunk_size), state)
+        ask = _Asker(LiveTeacher(model, state.device), record, seed, batch_size, chunk_size)
+        _write_shards(folder, settings, blocks, ask, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
     _wait(folder / META)  # a collective call would give up after some minutes
