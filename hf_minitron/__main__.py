@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.report import Report
@@ -20,13 +20,14 @@ from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
-from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of
+from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of, stages_in
 from hf_minitron.shape import Shape
-from hf_minitron.stages import distill, evaluate, prune, publish, score, search, select
+from hf_minitron.stages import cache, distill, evaluate, prune, publish, score, search, select
 
 STAGES: dict[str, ModuleType] = {
     "score": score,
     "prune": prune,
+    "cache": cache,
     "distill": distill,
     "evaluate": evaluate,
     "publish": publish,
@@ -195,7 +196,7 @@ def _do(run: Run, name: str, args: object) -> None:
 
 def _check_needs(run: Run, name: str) -> None:
     """Refuse to build on a stage that was done with other settings than the recipe's."""
-    for need in needs_of(run, VERBS[name]):
+    for need in stages_in(needs_of(run, VERBS[name])):
         _check_needs(run, need)
         if done_digest(run.path(need)) not in (None, run.digest(need, needs_of(run, VERBS[need]))):
             raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
@@ -243,12 +244,12 @@ def _keys(name: str) -> str:
     """List what a stage's section knows, for its help."""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
+    inherited = {field.name: field.metadata for field in dataclasses.fields(TrainingArguments)}  # not all of them
     for stage in STAGES if name == "run" else [name] if name in VERBS else []:
-        known = set(VERBS[stage].Args.__annotations__) | set(distill.OWN_ARGUMENTS)  # not all of TrainingArguments
-        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if field.name in known]
+        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if inherited.get(field.name) != field.metadata]
         lines += [f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}" for field in fields]
-        if stage == "distill":
-            lines.append("  distill.*                and every field of transformers.TrainingArguments")
+        if issubclass(VERBS[stage].Args, TrainingArguments):
+            lines.append(f"  {stage + '.*':24} and every field of transformers.TrainingArguments")
     return "\n".join(lines)
 
 

@@ -53,10 +53,12 @@ class Run:
         return self.recipe.get(stage) or {}
 
     def digest(self, stage: str, needs: Sequence[str]) -> str:
-        """Return the hash of a stage: of its section, the seed, the files it names, the teacher and the stages it needs."""
-        section = self.section(stage)
-        named = {value: _fingerprint(value) for value in _strings(section)}
-        upstream = {need: done_digest(self.path(need)) for need in needs}
+        """Return the hash of a stage: of its section, the seed, the files it names, the teacher and what it needs."""
+        section, upstream = self.section(stage), {}
+        for need in needs:
+            other, dot, key = need.partition(".")
+            upstream[need] = self.section(other).get(key) if dot else done_digest(self.path(need))
+        named = {value: _fingerprint(value) for value in _strings([section, *(upstream[n] for n in needs if "." in n)])}
         content = [section, named, self.seed, self.model, _fingerprint(self.model), upstream]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -94,8 +96,18 @@ def done_digest(folder: Path) -> str | None:
 
 
 def needs_of(run: Run, stage: ModuleType) -> tuple[str, ...]:
-    """Return the stages whose folders a stage reads: those it always needs, and those it uses if the recipe has them."""
-    return (*stage.NEEDS, *(name for name in getattr(stage, "USES", ()) if name in run.recipe))
+    """Return what a stage depends on beside its own section.
+
+    These are the stages whose folders it reads: those it always needs, and those it uses if the recipe has them; and the values
+    of other sections that it reads, named as in `distill.text`.
+    """
+    used = (name for name in getattr(stage, "USES", ()) if name in run.recipe)
+    return (*stage.NEEDS, *used, *getattr(stage, "READS", ()))
+
+
+def stages_in(needs: Sequence[str]) -> list[str]:
+    """Return those of what a stage depends on that are stages."""
+    return [need for need in needs if "." not in need]
 
 
 def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
@@ -104,7 +116,7 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     Args:
         run (`Run`): The run.
         stage (`str`): The stage's name.
-        needs (`Sequence[str]`): The stages whose folders it reads.
+        needs (`Sequence[str]`): What it depends on, from `needs_of`.
 
     Returns:
         `Path` or `None`: `<stage>.tmp`, with what an interrupted attempt at the very same work has left, and nothing else.
@@ -112,7 +124,7 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     Raises:
         RecipeError: when a stage that it needs is not done.
     """
-    missing = [need for need in needs if done_digest(run.path(need)) is None]
+    missing = [need for need in stages_in(needs) if done_digest(run.path(need)) is None]
     if missing:
         raise RecipeError(f"{stage} needs {' and '.join(missing)} first: hf-minitron {missing[0]} {run.recipe_path}")
     digest, unfinished = run.digest(stage, needs), _unfinished(run, stage)

@@ -19,7 +19,7 @@ from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_layer
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling import PrunedConfig
-from hf_minitron.stages import distill
+from hf_minitron.stages import training
 
 LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
 
@@ -289,7 +289,7 @@ def test_the_stage_makes_blocks_once(project, pruned, monkeypatch):
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(distill, "mixed_blocks", count)
+    monkeypatch.setattr(training, "mixed_blocks", count)
     monkeypatch.setattr(DistillationTrainer, "train", lambda *args, **kwargs: 1 / 0)
     change = ("learning_rate", 2e-3)
     with pytest.raises(ZeroDivisionError):

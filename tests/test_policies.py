@@ -20,12 +20,15 @@ pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.signals distillation.teacher distillation.documents
-distillation.states distillation.config hub.training_card distillation.trainer
+distillation.losses.states distillation.batch
+distillation.signals distillation.records distillation.teacher distillation.documents
+distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
+distillation.cache
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run recipe
-stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
+stages.score stages.prune stages.training stages.distill stages.cache stages.evaluate
+stages.search stages.select stages.publish __main__
 """.split()
 
 

@@ -3,6 +3,7 @@
 It must not know a loss formula: losses get two tables of log-probabilities on one support.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,3 +65,67 @@ def with_rest(logp: Tensor) -> Tensor:
     """
     rest = 1 - logp.exp().sum(-1, keepdim=True)
     return torch.cat([logp, rest.clamp(min=torch.finfo(logp.dtype).eps).log()], -1)
+
+
+# The logarithm of a probability that is zero: a loss multiplies it by that probability, and minus infinity would give NaN.
+NEVER = -1e4
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """What a cache kept of the teacher's distribution: some tokens, and perhaps the mass of all others together.
+
+    Args:
+        ids (`Tensor` of shape `(tokens, kept)`): Ids of the kept tokens; `vocab` where a row has fewer.
+        logp (`Tensor` of shape `(tokens, kept)`): The teacher's log-probabilities of them.
+        rest (`Tensor` of shape `(tokens,)`, *optional*): Log-probability of all other tokens. Without it the kept ones stand
+            for the whole distribution, as sampled ones do: then only the forward KL and its gradient mean anything.
+        vocab (`int`): Size of the teacher's vocabulary.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    rest: Tensor | None
+    vocab: int
+
+    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of student and teacher for some rows, as `DenseSignal` does, on the kept tokens.
+
+        The last column, if the cache knows the rest, is the mass of all other tokens that both vocabularies have.
+
+        Raises:
+            ValueError: for another temperature than 1: it would change the rest, token by token.
+        """
+        if temperature != 1:
+            raise ValueError(f"temperature: {temperature}, but this cache holds some tokens at temperature 1 only")
+        logp, ids = student_logits.log_softmax(-1), self.ids[rows]
+        shared = min(self.vocab, logp.shape[-1])
+        absent = ids >= shared
+        student = logp.gather(-1, ids.clamp(max=shared - 1)).masked_fill(absent, NEVER)
+        teacher = self.logp[rows].to(logp.dtype).masked_fill(absent, NEVER)
+        if self.rest is not None:
+            least = 8 * torch.finfo(logp.dtype).eps  # what rounding leaves of one minus a sum that is one
+            rest = 1 - student.exp().sum(-1)
+            if shared < logp.shape[-1]:  # the gradient of a slice, even an empty one, costs a table of the whole vocabulary
+                rest = rest - logp[:, shared:].exp().sum(-1)
+            student = torch.cat([student, rest.clamp(min=least).log()[:, None]], -1)
+            rest = self.rest[rows].to(logp.dtype).clamp(min=math.log(least))
+            teacher = torch.cat([teacher, rest[:, None]], -1)
+        return student, teacher.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class StoredSignal:
+    """The teacher's whole distribution from a cache.
+
+    Args:
+        logp (`Tensor` of shape `(tokens, vocab)`): The teacher's log-probabilities.
+    """
+
+    logp: Tensor
+
+    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of student and teacher for some rows, each `(rows, shared vocab)`: as `DenseSignal` does."""
+        shared = min(student_logits.shape[-1], self.logp.shape[-1])
+        teacher_logp = self.logp[rows, :shared].to(student_logits.dtype)
+        return (student_logits / temperature).log_softmax(-1)[:, :shared], (teacher_logp / temperature).log_softmax(-1)

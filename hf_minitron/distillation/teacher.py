@@ -96,13 +96,13 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def gathered(model: PreTrainedModel) -> Iterator[bool]:
+def gathered(model: PreTrainedModel | None) -> Iterator[bool]:
     """Let the weights of a model's head be whole until the context ends; yield whether the model is sharded at all."""
     if isinstance(model, FSDPModule):
         model.unshard()
         yield True
         model.reshard()
-    elif hasattr(weight := model.get_output_embeddings().weight, "ds_id"):
+    elif model is not None and hasattr(weight := model.get_output_embeddings().weight, "ds_id"):
         import deepspeed  # an optional dependency
 
         with deepspeed.zero.GatheredParameters([weight]):

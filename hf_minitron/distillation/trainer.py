@@ -12,14 +12,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_minitron.checkpoint import Checkpoint, check_finite
+from hf_minitron.distillation.batch import collate, predicts, visible
+from hf_minitron.distillation.cached import META as CACHE
+from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
-from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.distillation.signals import DenseSignal, SparseSignal, StoredSignal
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, gathered, no_tokens
 from hf_minitron.hub.training_card import write_training_card
@@ -35,7 +39,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The student, in float32 for mixed precision.
-        teacher (`PreTrainedModel`, `PeftModel`, `str` or `Path`): A model with the same tokenizer, or where to load it from.
+        teacher (`PreTrainedModel`, `PeftModel`, `CachedTeacher`, `str`, `Path` or `None`): A model with the same tokenizer, or
+            what it said before (`write_cache`), or where to load either from; `None` when the only loss is cross_entropy.
         args (`DistillationArguments`): Settings.
         **kwargs: As for `transformers.Trainer`. `train_dataset` has rows of `input_ids`, and optionally `labels` (not shifted,
             -100 where nothing is learnt).
@@ -51,7 +56,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | str | Path,
+        teacher: PreTrainedModel | CachedTeacher | str | Path | None,
         args: DistillationArguments,
         data_collator=None,
         **kwargs,
@@ -62,11 +67,13 @@ class DistillationTrainer(Trainer):
         keep_freed_memory()
         student = base_of(model)
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
-        self.teacher = LiveTeacher(teacher, self.accelerator.device, args.teacher_model_init_kwargs, args.top_k)
-        _check_vocabularies(self.teacher.config, student.config, self.processing_class)
+        self.teacher = self._teacher(teacher)
+        if self.teacher is not None:
+            _check_vocabularies(self.teacher.config, student.config, self.processing_class)
         self._logit_weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
         self._states = self._state_losses(student)
-        self.teacher.shard(self.accelerator)
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.shard(self.accelerator)
         self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch
         self._hidden = LastHidden(student)
         self.terminated = False
@@ -86,17 +93,17 @@ class DistillationTrainer(Trainer):
         """
         labels, student = inputs["labels"], base_of(self.accelerator.unwrap_model(model))
         with self._states.tapped() if self._states else nullcontext() as seen:
-            signal = self.teacher(inputs)
+            signal = None if self.teacher is None else self.teacher(inputs)
             # through the wrapper, so that DDP and FSDP see the forward pass, but with the head applied to no token
             kwargs = {name: value for name, value in inputs.items() if name != "labels"}
             outputs = model(**kwargs, use_cache=False, logits_to_keep=no_tokens(labels))
         rows, targets = next_token_rows(self._hidden.take(), labels)
         num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        with gathered(student) as sharded, gathered(self.teacher.model):
+        with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)):
             chunk_loss = partial(self._chunk_loss, signal, targets)
             loss, parts = chunked_loss(rows, head_of(student), chunk_loss, self._logit_weights, num_items, self.args.chunk_size)
         if self._states:
-            states = self._states(*seen, _predicts(labels), num_items, _visible(inputs))
+            states = self._states(*seen, predicts(labels), num_items, visible(inputs))
             loss = loss + self._balanced(loss.detach(), sum(self.args.losses[name] * part for name, part in states.items()))
             parts |= {name: part.detach() for name, part in states.items()}
         if sharded:  # nothing is added, but the backward pass goes through the head's module, which gathers its weights
@@ -143,9 +150,30 @@ class DistillationTrainer(Trainer):
 
     def create_model_card(self, **kwargs) -> None:
         """Write the card of a model that is pushed from training; `kwargs` as for `Trainer.create_model_card`."""
-        if self.is_world_process_zero():
+        if self.teacher is None:
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
             card = write_training_card(self.args, self.state, self.teacher.config, **kwargs)
             card.save(Path(self.args.output_dir) / "README.md")
+
+    def _teacher(self, teacher: PreTrainedModel | CachedTeacher | str | Path | None) -> LiveTeacher | CachedTeacher | None:
+        args, needed = self.args, self.args.losses.keys() - {CROSS_ENTROPY}
+        if teacher is None and needed:
+            raise ValueError(f"losses: {sorted(needed)[0]} needs a teacher, and none is given; cross_entropy alone does not")
+        if not needed:
+            return None
+        if isinstance(teacher, str | Path) and (Path(teacher) / CACHE).is_file():
+            teacher = CachedTeacher(teacher)
+        if not isinstance(teacher, CachedTeacher):
+            return LiveTeacher(teacher, self.accelerator.device, args.teacher_model_init_kwargs, args.top_k)
+        teacher.check_losses(args.losses, args.temperature)
+        if args.top_k is not None:
+            raise ValueError(
+                f"top_k: {args.top_k}, but a cache holds what it holds; make it with k: {args.top_k}, or leave top_k out"
+            )
+        if isinstance(self.train_dataset, Dataset):
+            teacher.check_blocks(self.train_dataset)
+        return teacher
 
     def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:
         args, names = self.args, [name for name in self.args.losses if name in STATE_LOSSES]
@@ -164,7 +192,9 @@ class DistillationTrainer(Trainer):
         ours, theirs = self.accelerator.reduce(torch.stack([logits, states.detach()]), "sum")
         return states * (ours / theirs.clamp(min=torch.finfo(theirs.dtype).tiny))
 
-    def _chunk_loss(self, signal: DenseSignal, targets: Tensor, logits: Tensor, rows: slice) -> dict[str, Tensor]:
+    def _chunk_loss(
+        self, signal: DenseSignal | SparseSignal | StoredSignal | None, targets: Tensor, logits: Tensor, rows: slice
+    ) -> dict[str, Tensor]:
         temperature, losses = self.args.temperature, {}
         if names := [name for name in self._logit_weights if name != CROSS_ENTROPY]:
             student_logp, teacher_logp = signal.align(logits, rows, temperature)
@@ -202,42 +232,6 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._states and checkpoint is not None:
             self._states.load(Path(checkpoint) / PROJECTIONS)
-
-
-def collate(rows: Sequence[dict]) -> dict[str, Tensor]:
-    """Batch rows of `input_ids` (and `labels`); pad shorter ones at the end, where nothing is learnt.
-
-    Padding is told by length, never by a token id: many models use their end token for both. With `position_ids` a row holds
-    documents that do not see each other, each from position 0 on: its first token is not predicted from the document before.
-    There is no attention mask then, for Transformers finds documents in its absence only; a padding token is a document.
-    """
-    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    labels = [torch.as_tensor(row.get("labels", row["input_ids"])) for row in rows]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    batch = {"input_ids": pad(ids), "labels": pad(labels, padding_value=-100)}
-    if "position_ids" in rows[0]:
-        batch["position_ids"] = pad([torch.as_tensor(row["position_ids"]) for row in rows])
-        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
-    elif len({len(row) for row in ids}) > 1:
-        batch["attention_mask"] = pad([torch.ones_like(row) for row in ids])
-    return batch
-
-
-def _predicts(labels: Tensor) -> Tensor:
-    """Return which positions predict a labelled token, shape `(batch, seq)`."""
-    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-
-
-def _visible(inputs: dict[str, Tensor]) -> Tensor | None:
-    """Return which tokens each may look at beside the causal mask, shape `(batch, seq, seq)`: its document's, no padding."""
-    visible = None
-    if "position_ids" in inputs:
-        document = (inputs["position_ids"] == 0).cumsum(-1)
-        visible = document[:, :, None] == document[:, None]
-    if "attention_mask" in inputs:
-        mask = inputs["attention_mask"][:, None].bool().expand(-1, inputs["attention_mask"].shape[1], -1)
-        visible = mask if visible is None else visible & mask
-    return visible
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def write_training_card(
     Returns:
         `ModelCard`: Ready to `save` as README.md.
     """
-    source = teacher.name_or_path
+    source = getattr(teacher, "name_or_path", "")  # a cache does not know it
     # a path of this machine is nobody's business; what is no folder here and has a Hub id's form is one
     hub_id = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
     name = model_name or Path(args.output_dir).name

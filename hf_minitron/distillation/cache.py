@@ -1,0 +1,212 @@
+"""Writing a cache: the teacher reads every block once, and what it says about the next tokens is kept, bit-packed.
+
+The files are described in `cached.py`. A shard is written into `<shard>.part` with its index beside it, batch by batch, so that
+an interrupted write goes on at the batch it was in; the draws of a block depend on the seed and the block's number alone.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_minitron.checkpoint import require_space
+from hf_minitron.data import text_hash
+from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
+from hf_minitron.distillation.records import Record, record_of
+from hf_minitron.distillation.teacher import LiveTeacher
+
+MAX_SHARD_BLOCKS = 1024
+MIN_SHARDS = 16  # while there are fewer blocks than fill them, so that this many processes have work
+
+
+def write_cache(
+    model: PreTrainedModel | str | Path,
+    blocks: Dataset,
+    folder: str | Path,
+    method: Mapping[str, int],
+    dtype: str = "float16",
+    seed: int = 0,
+    batch_size: int = 4,
+    chunk_size: int = 256,
+) -> dict:
+    """Ask a teacher about every block once and keep its answers; started again after an interruption, go on.
+
+    Under `accelerate launch` every process calls it with all blocks and writes its share of the shards; the bytes are the same.
+
+    Args:
+        model (`PreTrainedModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the device has it).
+        blocks (`Dataset`): `input_ids` per row, and `position_ids` where documents are kept apart. Labels are not needed: all
+            tokens but a block's first are answered for.
+        folder (`str` or `Path`): Where to write; new, or of an interrupted write with the same settings.
+        method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of
+            the rest, or the whole vocabulary if it is no larger. All at temperature 1.
+        dtype (`str`, *optional*, defaults to `"float16"`): How log-probabilities are stored (an error of 2**-11 of each), or
+            float32. Random sampling keeps none.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws.
+        batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
+        chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
+
+    Returns: what `cache.json` says, with `bytes_per_token`.
+
+    Raises:
+        ValueError: for an unknown method, blocks without a token to predict, a folder that holds another cache, a full disk.
+
+    Example:
+
+    ```python
+    >>> write_cache("teacher", blocks, "cache", {"top_k": 64})["bytes_per_token"]
+    ```
+    """
+    folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
+    lengths, identity = _lengths(blocks), teacher_identity(model)
+    record = record_of(method, identity["vocab_size"], dtype)
+    settings = {
+        "format": 1,
+        "method": dict(method),
+        "dtype": dtype,
+        "seed": seed,
+        "teacher": identity,
+        "text": text_hash(blocks),
+    }
+    settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
+    settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
+    settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
+    tokens = sum(lengths) - len(lengths)
+    if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
+        ask = _Asker(LiveTeacher(model, state.device), record, seed, batch_size, chunk_size)
+        _write_shards(folder, settings, blocks, ask, state)
+    if state.is_main_process and not (folder / META).is_file():
+        _finish(folder, settings, tokens)
+    _wait(folder / META)  # a collective call would give up after some minutes
+    return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def _lengths(blocks: Dataset) -> list[int]:
+    """Return the tokens of every block; refuse what cannot be cached."""
+    if not hasattr(blocks, "__len__"):
+        raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
+    lengths = [len(ids) for rows in blocks.with_format("numpy").iter(batch_size=64) for ids in rows["input_ids"]]
+    if min(lengths, default=0) < 2:
+        raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")
+    return lengths
+
+
+class _Asker:
+    """Asks the teacher about some blocks."""
+
+    def __init__(self, teacher: LiveTeacher, record: Record, seed: int, batch_size: int, chunk_size: int):
+        self.teacher, self.record, self.seed = teacher, record, seed
+        self.batch_size, self.chunk_size = batch_size, chunk_size
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Mapping[str, Tensor]], first: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield the record of every block, the number of its tokens and its key; `first` is the number of the first one."""
+        alike = len({len(row["input_ids"]) for row in rows}) == 1
+        for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
+            names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
+            inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
+            signal = self.teacher({**inputs, "labels": inputs["input_ids"]})
+            per_block = inputs["input_ids"].shape[1] - 1
+            for row, key in enumerate(keys_of(inputs)):
+                rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
+                chunks = [self.record.keep(signal.head.logits(part), rng) for part in hidden.split(self.chunk_size)]
+                arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+                yield self.record.encode(arrays), per_block, key
+                first += 1
+
+
+def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
+    """Begin or go on in a folder; return whether there is work to do.
+
+    Raises:
+        ValueError: when it holds a cache of other settings, or its disk no place for this one.
+    """
+    meta, unfinished = folder / META, folder / UNFINISHED
+    if not main:
+        _wait(unfinished, meta)
+    found = meta if meta.is_file() else unfinished
+    if found.is_file():
+        theirs = json.loads(found.read_text(encoding="utf-8"))
+        different = [key for key, value in settings.items() if theirs.get(key) != value]
+        if different:
+            key = different[0]
+            raise ValueError(f"{folder} holds another cache: its {key} is {theirs.get(key)}, not {settings[key]}. "
+                             "Write elsewhere, or delete it")  # fmt: skip
+    elif main:
+        require_space(folder, num_bytes, "the cache")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(unfinished, settings)
+    return found is unfinished
+
+
+def _write_shards(folder: Path, settings: dict, blocks: Dataset, ask: _Asker, state: PartialState) -> None:
+    """Write this process's shards: every so many-th, whatever number of processes began the cache."""
+    size, total = settings["shard_blocks"], len(blocks)
+    shards = range(-(-total // size))[state.process_index :: state.num_processes]
+    own = sum(min(size, total - number * size) for number in shards)
+    with tqdm(total=own, desc="Caching the teacher", unit=" blocks", disable=None if state.is_main_process else True) as bar:
+        for number in shards:
+            numbers = range(number * size, min((number + 1) * size, total))
+            _write_shard(shard_path(folder, number), blocks, numbers, ask, bar)
+
+
+def _write_shard(path: Path, blocks: Dataset, numbers: range, ask: _Asker, bar: tqdm) -> None:
+    part, index_part = path.with_suffix(".bin.part"), path.with_suffix(".index.part")
+    if path.is_file():
+        index_part.unlink(missing_ok=True)  # killed between two names
+        bar.update(len(numbers))
+        return
+    with part.open("ab") as data, index_part.open("ab") as index:
+        entries = np.fromfile(index_part, "<i8")
+        entries = entries[: len(entries) // ENTRY * ENTRY].reshape(-1, ENTRY)
+        done = int((entries[:, 0] <= part.stat().st_size).sum())
+        if done < len(numbers):
+            done -= done % ask.batch_size  # whole batches: a model's numbers may depend on what it reads together
+        end = int(entries[done - 1, 0]) if done else 0
+        data.truncate(end)
+        index.truncate(done * ENTRY * 8)
+        bar.update(done)
+        for start in range(done, len(numbers), ask.batch_size):
+            some = numbers[start : start + ask.batch_size]
+            new = []
+            for raw, rows, key in ask([blocks[number] for number in some], some[0]):
+                data.write(raw)
+                end += len(raw)
+                new.append((end, rows, key))
+            data.flush()  # before what says that it is there
+            index.write(np.array(new, "<i8").tobytes())
+            index.flush()
+            bar.update(len(some))
+        data.write(index_part.read_bytes())
+    part.rename(path)
+    index_part.unlink()
+
+
+def _finish(folder: Path, settings: dict, tokens: int) -> None:
+    """Say that the cache is complete once all processes have written their shards."""
+    paths = [shard_path(folder, number) for number in range(-(-settings["blocks"] // settings["shard_blocks"]))]
+    for path in paths:
+        _wait(path)
+    size = sum(path.stat().st_size for path in paths)
+    _write_json(folder / META, settings | {"tokens": tokens, "bytes": size, "bytes_per_token": round(size / tokens, 2)})
+    (folder / UNFINISHED).unlink()
+
+
+def _wait(*paths: Path) -> None:
+    """Wait until one of some files is there: another process writes it."""
+    while not any(path.is_file() for path in paths):
+        time.sleep(0.1)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,223 @@
+"""A cache in place of a teacher: what `write_cache` wrote, mapped into memory and looked up by a batch's tokens.
+
+`cache.json` says what the cache is. Every shard holds the records of some blocks, one after the other, and at its end an
+index of three int64 per block: where its record ends, how many tokens it answers for, and a hash of the block. That hash is how
+an answer is found: a block that the teacher was not asked about, or that was packed in another way, has none.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_minitron.checkpoint import Checkpoint, resolve
+from hf_minitron.data import text_hash
+from hf_minitron.distillation.config import CROSS_ENTROPY
+from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
+from hf_minitron.distillation.records import Record, record_of
+from hf_minitron.distillation.signals import SparseSignal, StoredSignal
+
+META, UNFINISHED = "cache.json", "unfinished.json"
+ENTRY = 3  # int64 per block in a shard's index: end, rows, key
+
+
+class CachedTeacher:
+    """A teacher that was asked before, by `write_cache`; its weights are not needed.
+
+    Only answers to the blocks of a batch are read. Each process of `accelerate launch` reads those of its own batches.
+
+    Args:
+        folder (`str` or `Path`): A cache.
+
+    Attributes:
+        meta (`dict`): What `cache.json` says: method, teacher, text, blocks, tokens, bytes_per_token.
+        record (`Record`): How answers are kept.
+        config: `model_type` and `vocab_size` of the teacher.
+
+    Raises:
+        ValueError: for a folder without a finished cache, or with a damaged one.
+
+    Example:
+
+    ```python
+    >>> write_cache("teacher", blocks, "cache", {"random": 50})
+    >>> teacher = CachedTeacher("cache")
+    >>> teacher.check_blocks(blocks)
+    ```
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / META).is_file():
+            what = "is not finished: write it again, and it goes on" if (self.folder / UNFINISHED).is_file() else "has none"
+            raise ValueError(f"No cache of a teacher at {self.folder}: it {what}")
+        self.meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
+        self.config = SimpleNamespace(**{key: self.meta["teacher"][key] for key in ("model_type", "vocab_size")})
+        self.record = record_of(self.meta["method"], self.config.vocab_size, self.meta["dtype"])
+        numbers = range(-(-self.meta["blocks"] // self.meta["shard_blocks"]))
+        self._index = np.concatenate([self._read_index(number) for number in numbers])
+        self._order = np.argsort(self._index[:, 2], kind="stable")
+        self._keys = self._index[self._order, 2]
+        self._shard = lru_cache(maxsize=256)(self._map)  # every map is an open file
+
+    def __call__(self, inputs: dict[str, Tensor]) -> SparseSignal | StoredSignal:
+        """Return what the teacher said about the labelled tokens of a batch."""
+        predicts = (inputs["labels"][:, 1:] != -100).cpu().numpy()
+        kept = []
+        for key, wanted in zip(keys_of(inputs), predicts, strict=True):
+            block = self._find(key)
+            if block is None:
+                raise ValueError(f"A batch holds a block that is not in the cache {self.folder}: {self._what()}")
+            arrays = self._read(block)
+            kept.append([array[wanted[: len(array)]] for array in arrays])
+        device = inputs["labels"].device
+        return self.record.signal(*(torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*kept, strict=True)))
+
+    def check_blocks(self, blocks: Dataset) -> None:
+        """Refuse a dataset with blocks that the teacher was not asked about: other text, tokenizer or packing.
+
+        Raises:
+            ValueError: saying how many, and what the cache was made of.
+        """
+        missing = sum(self._find(key) is None for key in block_keys(blocks))
+        if not missing:
+            return
+        reason = "the same text, packed in another way" if text_hash(blocks) == self.meta["text"] else "other text"
+        raise ValueError(
+            f"{missing:,} of {len(blocks):,} blocks, the first of {len(blocks[0]['input_ids']):,} tokens, are not in the cache "
+            f"{self.folder}: they are {reason}. {self._what()}. Cache these blocks: hf-minitron cache, or write_cache"
+        )
+
+    def check_teacher(self, model: PreTrainedModel | str | Path) -> None:
+        """Refuse a cache of another teacher than the one named. A folder without weights is compared by its config alone.
+
+        Raises:
+            ValueError: with what differs.
+        """
+        theirs, ours = self.meta["teacher"], teacher_identity(model)
+        for key, value in ours.items():
+            if value is not None and value != theirs[key]:
+                raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
+                                 "Cache this teacher: hf-minitron cache, or write_cache")  # fmt: skip
+
+    def check_losses(self, losses: Iterable[str], temperature: float) -> None:
+        """Refuse losses and a temperature that this cache cannot serve, as `check_losses` does."""
+        check_losses(self.record, losses, temperature)
+
+    def _what(self) -> str:
+        size = self.meta["block_size"] or "differing numbers of"
+        apart = ", documents kept apart" if self.meta["position_ids"] else ""
+        return f"It holds {self.meta['blocks']:,} blocks of {size} tokens{apart}"
+
+    def _find(self, key: int) -> int | None:
+        place = int(np.searchsorted(self._keys, key))
+        return int(self._order[place]) if place < len(self._keys) and self._keys[place] == key else None
+
+    def _read(self, block: int) -> list[np.ndarray]:
+        """Return a block's arrays, one row for each token but the first."""
+        number, place = divmod(block, self.meta["shard_blocks"])
+        begin = int(self._index[block - 1, 0]) if place else 0
+        end, rows = map(int, self._index[block, :2])
+        return list(self.record.decode(self._shard(number)[begin:end].tobytes(), rows))
+
+    def _map(self, number: int) -> np.memmap:
+        return np.memmap(shard_path(self.folder, number), np.uint8, "r")
+
+    def _read_index(self, number: int) -> np.ndarray:
+        """Read the end of a shard, and nothing else of it."""
+        path, size = shard_path(self.folder, number), self.meta["shard_blocks"]
+        count = min(size, self.meta["blocks"] - number * size)
+        length = path.stat().st_size if path.is_file() else 0
+        begin = length - count * ENTRY * 8
+        index = np.fromfile(path, "<i8", offset=begin).reshape(-1, ENTRY) if begin > 0 else np.empty((0, ENTRY), "<i8")
+        if len(index) != count or index[-1, 0] != begin:
+            raise ValueError(f"{path} is missing or damaged ({length:,} bytes): delete the cache and write it again")
+        return index
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"{number:05}.bin"
+
+
+def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
+    """Return a hash, an int64, of all that a teacher is asked about a block: its tokens, and their positions if given."""
+    digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes(), digest_size=8)
+    if positions is not None:
+        digest.update(b"positions" + np.ascontiguousarray(positions, "<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def keys_of(inputs: dict[str, Tensor]) -> Iterator[int]:
+    """Yield the keys of a batch's blocks, without their padding."""
+    ids, mask, positions = (
+        inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "attention_mask", "position_ids")
+    )
+    for row in range(len(ids)):
+        length = ids.shape[1] if mask is None else int(mask[row].sum())
+        yield key_of(ids[row, :length], None if positions is None else positions[row, :length])
+
+
+def block_keys(blocks: Dataset) -> Iterator[int]:
+    """Yield the keys of a dataset's blocks."""
+    for rows in blocks.with_format("numpy").iter(batch_size=64):
+        positions = rows.get("position_ids", [None] * len(rows["input_ids"]))
+        yield from map(key_of, rows["input_ids"], positions)
+
+
+def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:
+    """Refuse losses and a temperature that a way of keeping answers cannot serve.
+
+    Args:
+        record (`Record`): How answers are kept.
+        losses (`Iterable[str]`): Names, as in `DistillationArguments`.
+        temperature (`float`): Of the distillation; only the whole vocabulary can be had at another than 1.
+
+    Raises:
+        ValueError: naming the first loss that cannot be had, and what to do.
+    """
+    for name in losses:
+        if name == CROSS_ENTROPY:
+            continue
+        if name not in TOKEN_LOSSES:
+            raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
+        if record.losses is not None and name not in record.losses:
+            raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "
+                             "use that, or cache with method top_k")  # fmt: skip
+    if temperature != 1 and not record.whole:
+        raise ValueError(
+            f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache"
+        )
+
+
+def teacher_identity(model: PreTrainedModel | str | Path) -> dict:
+    """Say which teacher a model is, the same on every machine and in every dtype, shard size and library version.
+
+    Args:
+        model (`PreTrainedModel`, `str` or `Path`): A model, a folder or a Hub id.
+
+    Returns:
+        `dict`: `model_type`, `vocab_size`, and `weights`: a SHA-256 of every parameter's name, shape and 16 of its values,
+            rounded to bfloat16; `None` for a folder without weights.
+    """
+    if isinstance(model, str | Path):
+        folder = resolve(model)
+        config = AutoConfig.from_pretrained(folder)
+        stored = Checkpoint(folder) if any(folder.glob("*.safetensors")) else None
+        tensors = ((name, stored.read(name)) for name in sorted(stored.specs)) if stored else None
+    else:
+        config, tensors = model.config, sorted(model.named_parameters(), key=lambda item: item[0])
+    digest = hashlib.sha256()
+    for name, tensor in tensors or ():
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)][:16].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {list(tensor.shape)} ".encode() + some.view(torch.int16).numpy().tobytes())
+    weights = None if tensors is None else digest.hexdigest()
+    return {"model_type": config.model_type, "vocab_size": config.vocab_size, "weights": weights}

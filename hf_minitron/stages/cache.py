@@ -1,0 +1,73 @@
+"""cache: keep what the teacher says about the training text, bit-packed, so that distill needs no teacher."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_minitron.checkpoint import resolve
+from hf_minitron.distillation.cache import write_cache
+from hf_minitron.distillation.cached import check_losses
+from hf_minitron.distillation.records import record_of
+from hf_minitron.recipe import bind
+from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stages import distill
+from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks
+
+ALL_PROCESSES = True
+NEEDS = ()
+USES = ("correct",)
+READS = tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher"))
+OPTIONAL = True
+
+
+@dataclass(frozen=True)
+class Args:
+    """The `cache:` section; text, block size and teacher are those of the `distill:` section."""
+
+    method: str = field(
+        default="random", metadata={"help": "random: unbiased draws (2503.16870); top_k: and the mass of the rest."}
+    )
+    draws: int = field(default=50, metadata={"min": 1, "help": "Draws per token (random); 50 in 2503.16870."})
+    k: int = field(default=64, metadata={"min": 1, "help": "Tokens kept (top_k); the vocabulary or more: all."})
+    dtype: str = field(default="float16", metadata={"help": "How log-probabilities are stored (top_k): float16 or float32."})
+    tokens: int | None = field(
+        default=None, metadata={"min": 1, "help": "Tokens of text; those of distill with as many processes when left out."}
+    )
+    batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
+
+    @property
+    def how(self) -> dict[str, int]:
+        """The method as `write_cache` takes it."""
+        numbers = {"random": self.draws, "top_k": self.k}
+        if self.method not in numbers:
+            raise ValueError(f"method: {self.method!r} is not one of {', '.join(numbers)}")
+        return {self.method: numbers[self.method]}
+
+
+def check(args: Args, run: Run) -> None:
+    """Refuse a distillation that the cache could not serve."""
+    training = bind(run, "distill", distill.Args)
+    distill.check_blocks(training, run)
+    if training.streaming:
+        raise ValueError("streaming: a stream has no end, and a cache holds every block: leave one of them out")
+    config = AutoConfig.from_pretrained(resolve(training.teacher or run.model))
+    check_losses(record_of(args.how, config.vocab_size, args.dtype), training.losses, training.temperature)
+
+
+def tokens(args: Args) -> dict[str, int]:
+    """Return nothing: the teacher's reading of the text is counted with distill's, which it replaces."""
+    return {}
+
+
+def run(args: Args, run: Run, out: Path) -> None:
+    """Write `cache.json` and the shards; say how many bytes a token takes."""
+    training = bind(run, "distill", distill.Args)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    blocks = make_blocks(training, tokenizer, out / CHECKPOINTS, run.seed, args.tokens)
+    teacher = distill.teacher_of(training, run)
+    facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size)
+    PartialState().print(
+        f"{facts['tokens']:,} tokens of {facts['blocks']:,} blocks, {facts['bytes_per_token']:.1f} bytes per token", flush=True
+    )

@@ -1,0 +1,157 @@
+"""What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
+
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, load_from_disk
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_side_files, require_space, resolve
+from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.evaluation.speed import random_layer
+from hf_minitron.families.family import family_of
+from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.run import Run
+
+
+@dataclass
+class TextArguments:
+    """The text of a section that extends `DistillationArguments`; stands before it in the list of base classes."""
+
+    text: str | dict = field(
+        default="",
+        metadata={"help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    cross_documents: bool = field(
+        default=True, metadata={"help": "Tokens see the documents before theirs in a block; false keeps documents apart."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read and tokenize while training; needs max_steps."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"min": 1, "help": "Documents of each source among which streaming shuffles."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        sources_of(self)
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError(f"streaming: a stream has no end, so max_steps says when training stops; it is {self.max_steps}")
+
+
+# What of a section decides which blocks are made of its text.
+BLOCK_SETTINGS = (
+    "text", "text_column", "split", "block_size", "cross_documents", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def sources_of(args: TextArguments) -> list[Source]:
+    """Return the sources of a section's text; refuse a text that cannot be read as such."""
+    return read_sources(args.text, args.split, args.text_column)
+
+
+def tokens_per_step(args: DistillationArguments) -> int:
+    """Count the tokens of an optimizer step on one process."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.block_size
+
+
+def tokens_of(args: DistillationArguments) -> int:
+    """Count the tokens of `max_steps` on one process; 0 where epochs are counted instead."""
+    return max(args.max_steps * tokens_per_step(args), 0)
+
+
+def check_text_for(args: TextArguments, configs: list[PreTrainedConfig]) -> None:
+    """Refuse an unusable text, and models that cannot keep documents apart when that is asked for."""
+    check_sources(sources_of(args), args.block_size, tokens_of(args) * args.world_size or None)
+    for config in configs if not args.cross_documents else ():
+        if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
+            check_documents_apart(random_layer(config, torch.float32))
+
+
+def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None:
+    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's."""
+    text = 0 if args.streaming else tokens_of(args) * args.world_size * (4 if args.cross_documents else 8)  # ids, positions
+    config = AutoConfig.from_pretrained(resolve(run.model))
+    family = family_of(config)  # from the config alone: with a cache the teacher's weights may be gone
+    weights = 4 * family.shape_of(config).num_parameters(family.rows_of(config))
+    # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
+    require_space(run.folder, 3 * weights * ((args.save_total_limit or 1) + 1) + text, f"the checkpoints of {stage}")
+
+
+def make_blocks(
+    args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_tokens: int | None = None
+) -> Dataset | IterableDataset:
+    """Return the training blocks: a stream, or a file that one process makes once, whatever interrupts training later.
+
+    Args:
+        args (`TextArguments`): The section.
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
+        folder (`Path`): Where to keep them.
+        seed (`int`): Shuffles the documents.
+        max_tokens (`int`, *optional*): How many tokens; what all steps of all processes need when left out.
+    """
+    wanted = max_tokens or tokens_of(args) * args.world_size or None
+    settings = {"streaming": args.streaming, "cross_documents": args.cross_documents, "shuffle_buffer": args.shuffle_buffer}
+    settings |= {"sources": sources_of(args), "tokenizer": tokenizer, "block_size": args.block_size, "seed": seed}
+    if args.streaming:
+        return mixed_blocks(**settings)
+    path = folder / f"blocks-{wanted or 'all'}"  # another number of processes wants other blocks
+    if PartialState().is_main_process and not path.exists():
+        with complete_or_absent(path) as unfinished:
+            mixed_blocks(**settings, max_tokens=wanted).save_to_disk(unfinished)
+    while not path.exists():  # a collective call would give up after some minutes
+        time.sleep(0.2)
+    return load_from_disk(path).with_format("torch")
+
+
+def fit(trainer: Trainer) -> None:
+    """Train, on all processes; go on from the last complete checkpoint in the trainer's folder.
+
+    Raises:
+        ValueError: when SIGTERM has stopped it, its checkpoint written.
+    """
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.terminated:
+        raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
+                         "Start the same command again to go on")  # fmt: skip
+
+
+def save_log(trainer: Trainer, out: Path, **facts) -> None:
+    """Write `log.json`: how many tokens were read, what the trainer logged, and further facts."""
+    args, steps = trainer.args, trainer.state.global_step
+    log = {"tokens": steps * tokens_per_step(args) * args.world_size, "history": trainer.state.log_history} | facts
+    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def save_model(model: PreTrainedModel, state: dict[str, Tensor], source: Path, target: Path) -> None:
+    """Write a trained model's folder: weights in the dtype of the folder that it was loaded from, and its side files."""
+    dtype = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values())
+    model.to(dtype).save_pretrained(target, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+    copy_side_files(source, target)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint; the Trainer writes `trainer_state.json` last.
+
+    Half-written ones, left by a killed process, are deleted.
+    """
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(re.fullmatch(r"checkpoint-(\d+)", path.name)[1]), path))
+        except (OSError, ValueError, TypeError):
+            shutil.rmtree(path, ignore_errors=True)
+    return str(max(found)[1]) if found else None
