@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.compare import Report
@@ -22,9 +22,11 @@ from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
 from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of
 from hf_minitron.shape import Shape
-from hf_minitron.stages import distill, evaluate, prune, publish, score, search, select
+from hf_minitron.stages import correct, distill, evaluate, prune, publish, score, search, select, synthesize
 
 STAGES: dict[str, ModuleType] = {
+    "correct": correct,
+    "synthesize": synthesize,
     "score": score,
     "prune": prune,
     "distill": distill,
@@ -160,7 +162,7 @@ def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
 
 
 def _do(run: Run, name: str, args: object) -> None:
-    """Do one stage unless it is done. All processes of `accelerate launch` score and train; one does the rest."""
+    """Do one stage unless it is done. All processes of `accelerate launch` score, train and write; one does the rest."""
     state, module, start = PartialState(), VERBS[name], time.time()
     if state.is_main_process:
         _check_needs(run, name)
@@ -172,7 +174,7 @@ def _do(run: Run, name: str, args: object) -> None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
     state.print(f"\n{name}: {_summary(module)}", flush=True)
-    if state.is_main_process or name in ("score", "distill"):
+    if state.is_main_process or name in ("correct", "synthesize", "score", "distill"):
         module.run(args, run, folder[0])
     state.wait_for_everyone()
     if state.is_main_process:
@@ -230,12 +232,12 @@ def _keys(name: str) -> str:
     """List what a stage's section knows, for its help."""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
+    inherited = {field.name: field.metadata for field in dataclasses.fields(TrainingArguments)}  # not all of them
     for stage in STAGES if name == "run" else [name] if name in VERBS else []:
-        known = set(VERBS[stage].Args.__annotations__) | set(distill.OWN_ARGUMENTS)  # not all of TrainingArguments
-        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if field.name in known]
+        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if inherited.get(field.name) != field.metadata]
         lines += [f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}" for field in fields]
-        if stage == "distill":
-            lines.append("  distill.*                and every field of transformers.TrainingArguments")
+        if issubclass(VERBS[stage].Args, TrainingArguments):
+            lines.append(f"  {stage + '.*':24} and every field of transformers.TrainingArguments")
     return "\n".join(lines)
 
 

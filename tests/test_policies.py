@@ -21,7 +21,9 @@ importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.signals distillation.teacher distillation.config distillation.trainer
+distillation.correction distillation.synthesis
 evaluation.compare evaluation.speed hub.card hub.plots hub.publish run recipe
+stages.training stages.correct stages.synthesize
 stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
 """.split()
 

@@ -1,7 +1,5 @@
 """distill: train the student to say what the teacher says; continues from its last checkpoint when it was interrupted."""
 
-import json
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,93 +7,63 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import DTYPES, Checkpoint, copy_side_files, load_model, require_space, resolve
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.data import check_text
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stages import correct, synthesize
+from hf_minitron.stages.training import (
+    TextArguments,
+    check_checkpoints,
+    fit,
+    load_blocks,
+    save_log,
+    save_model,
+    tokens_of,
+)
 
 NEEDS = ("prune",)
-
-# fields that DistillationArguments adds to TrainingArguments or gives another default
-OWN_ARGUMENTS = tuple(DistillationArguments.__annotations__)
+USES = ("correct", "synthesize")
 
 
 @dataclass
-class Args(DistillationArguments):
+class Args(TextArguments, DistillationArguments):
     """The `distill:` section: everything that `DistillationArguments` and `TrainingArguments` know, and the text."""
 
-    text: str = field(default="", metadata={"help": "Training text: a file or a dataset's Hub id. Needed."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
-    teacher: str | None = field(default=None, metadata={"help": "Another teacher than `model`: a folder or a Hub id."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.text:
-            raise ValueError("text is missing: the training text, a file or a dataset's Hub id")
+    teacher: str | None = field(
+        default=None, metadata={"help": "Another teacher than `model` or, with a `correct:` section, the corrected one."}
+    )
 
 
 def check(args: Args, run: Run) -> None:
     """Refuse a missing text, another tokenizer, and a disk that cannot hold the checkpoints."""
-    check_text(args.text, args.block_size)
-    folder = resolve(run.model)
+    if not synthesize.names(run, args.text):
+        check_text(args.text, args.block_size)
     if args.teacher:
-        check_tokenizers(AutoTokenizer.from_pretrained(resolve(args.teacher)), AutoTokenizer.from_pretrained(folder))
-        AutoConfig.from_pretrained(resolve(args.teacher))
-    weights = sum(spec.num_bytes * 4 // DTYPES[spec.dtype].itemsize for spec in Checkpoint(folder).specs.values())
-    # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
-    require_space(run.folder, 3 * weights * ((args.save_total_limit or 1) + 1), "the checkpoints of distill")
+        teacher, folder = resolve(args.teacher), resolve(run.model)
+        check_tokenizers(AutoTokenizer.from_pretrained(teacher), AutoTokenizer.from_pretrained(folder))
+        AutoConfig.from_pretrained(teacher)
+    check_checkpoints(run, args, "distill")
 
 
 def tokens(args: Args) -> dict[str, int]:
     """Return how many tokens pass through each model; a training step costs three forward passes."""
-    count = args.max_steps * _tokens_per_step(args)
-    return {"teacher": max(count, 0), "student": max(3 * count, 0)}
+    return {"teacher": tokens_of(args), "student": 3 * tokens_of(args)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/` and `log.json`."""
     source = run.path("prune") / "student"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokens_per_step = _tokens_per_step(args) * args.world_size
-    count = args.max_steps * tokens_per_step
-    documents = load_text(args.text, args.split, args.text_column)
-    blocks = token_blocks(documents, tokenizer, args.block_size, count if count > 0 else None, run.seed)
-    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
-    student = load_model(source, torch.float32).train()
-    trainer = DistillationTrainer(
-        student, args.teacher or resolve(run.model), args, train_dataset=blocks, processing_class=tokenizer
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / CHECKPOINTS))
-    trainer.accelerator.wait_for_everyone()
+    args.text, args.output_dir, args.seed = synthesize.text_of(run, args.text), str(out / CHECKPOINTS), run.seed
+    blocks = load_blocks(args, tokenizer, run.seed)
+    student, teacher = load_model(source, torch.float32).train(), args.teacher or correct.teacher_of(run)
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks, processing_class=tokenizer)
+    fit(trainer)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        dtype = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values())
-        student.to(dtype).save_pretrained(out / "student", state_dict={name: t.to(dtype) for name, t in state.items()})
-        copy_side_files(source, out / "student")
+        save_model(student, state, source, out / "student")
         shutil.copyfile(source / "plan.json", out / "student" / "plan.json")
-        log = {"tokens": trainer.state.global_step * tokens_per_step, "history": trainer.state.log_history}
-        (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-
-
-def _tokens_per_step(args: Args) -> int:
-    """Count the tokens of an optimizer step on one process."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.block_size
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint; the Trainer writes `trainer_state.json` last.
-
-    Half-written ones, left by a killed process, are deleted.
-    """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(re.fullmatch(r"checkpoint-(\d+)", path.name)[1]), path))
-        except (OSError, ValueError, TypeError):
-            shutil.rmtree(path, ignore_errors=True)
-    return str(max(found)[1]) if found else None
+        save_log(trainer, out)

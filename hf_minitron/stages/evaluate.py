@@ -11,8 +11,10 @@ from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.evaluation.compare import compare, task_manager
 from hf_minitron.evaluation.speed import tokens_per_second
 from hf_minitron.run import Run
+from hf_minitron.stages import correct
 
 NEEDS = ("prune", "distill")
+USES = ("correct",)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `report.json`."""
     models = {
         "teacher": run.model,
+        **({"corrected": correct.teacher_of(run)} if "correct" in run.recipe else {}),
         "pruned": run.path("prune") / "student",
         "distilled": run.path("distill") / "student",
     }
