@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
 from hf_minitron.data import check_text
@@ -90,6 +90,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     blocks = load_blocks(args, tokenizer, run.seed)
     model = load_model(source, torch.float32).train()
+    set_seed(run.seed)  # the additions begin at random
     tuned = model if args.lora is None else add_lora(model, args.lora)
     trainer = correction_trainer(tuned, args, train_dataset=blocks, processing_class=tokenizer)
     fit(trainer)
