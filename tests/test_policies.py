@@ -24,7 +24,7 @@ distillation.signals distillation.teacher distillation.config distillation.train
 distillation.correction distillation.synthesis
 evaluation.compare evaluation.speed hub.card hub.plots hub.publish run recipe
 stages.training stages.correct stages.synthesize
-stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish __main__
+stages.score stages.prune stages.distill stages.evaluate stages.search stages.select stages.publish chain __main__
 """.split()
 
 

@@ -65,9 +65,7 @@ def test_starts():
     tokenizer = tiny.tokenizer()
     assert start_ids(tokenizer, None, 5) == [[1]]
     assert start_ids(tokenizer, ["w0 w1 w2", "w4"], 2) == [[3, 4], [7]]
-    tokenizer.chat_template = (
-        "{% for m in messages %}w9 {{ m.content }}{% endfor %}{% if add_generation_prompt %} w8{% endif %}"
-    )
+    tokenizer.chat_template = "w9 {{ messages[0].content }}{% if add_generation_prompt %} w8{% endif %}"
     assert start_ids(tokenizer, ["w0 w1 w2", "w4"], 2, chat=True) == [[12, 3, 4, 11], [12, 7, 11]]
     tokenizer.bos_token = None
     assert start_ids(tokenizer, None, 5) == [[2]]
@@ -99,6 +97,7 @@ def recipe(project, tmp_path):
         known = {"documents": 20, "batch_size": 4, "max_new_tokens": 24, "min_tokens": 8, **section}
         content = {**project["recipe"], "run": str(tmp_path / name), "synthesize": known}
         content["distill"] = {**content["distill"], "text": text}
+        content["evaluate"] = {**content["evaluate"], "tasks": [], "speed": False}
         if correct:
             content["correct"] = correct
         path = tmp_path / f"{name}.yaml"
@@ -123,11 +122,8 @@ def test_the_student_learns_from_what_the_teacher_wrote(recipe, capsys):
     texts, facts = written(path)
     assert len(texts) == len(set(texts)) == facts["documents"] == 20 and all(len(text.split()) >= 8 for text in texts)
     assert facts["tokens"] >= sum(len(text.split()) + 1 for text in texts) and set(facts["rejected"]) >= {"short", "duplicate"}
-    assert sorted(p.name for p in (path.with_suffix("") / "synthesize").iterdir()) == [
-        "done.json",
-        "synthesize.json",
-        "text.jsonl",
-    ]
+    left = sorted(p.name for p in (path.with_suffix("") / "synthesize").iterdir())
+    assert left == ["done.json", "synthesize.json", "text.jsonl"]
     assert (path.with_suffix("") / "publish/model/README.md").is_file()
     # the same distillation, told the file
     named = recipe("named", drop=["synthesize"], text=str(path.with_suffix("") / "synthesize/text.jsonl"))
@@ -168,9 +164,7 @@ def test_killed_it_goes_on_and_ends_the_same(recipe, monkeypatch, left):
     monkeypatch.setattr(synthesize, "generate_batch", lambda *args: calls.append(args) or real(*args))
     assert main(["synthesize", str(killed)]) == 0
     assert written(killed) == written(whole)
-    assert (
-        len({tuple(map(tuple, call[1])) + (call[3],) for call in calls}) == len(calls) - 1
-    )  # only the killed one was made again
+    assert len({call[3] for call in calls}) == len(calls) - 1  # only the killed batch was made again
 
 
 def test_the_corrected_teacher_writes(project, recipe):
@@ -185,7 +179,7 @@ def test_the_corrected_teacher_writes(project, recipe):
 
 def test_what_never_succeeds_ends(project, recipe, capsys, monkeypatch):
     monkeypatch.setattr(synthesize, "HOPELESS", 3)
-    path = recipe(max_repeated=0.0, temperature=0.001, max_new_tokens=100, prompts=str(project["folder"] / "train.jsonl"))
+    path = recipe(max_repeated=0.0, temperature=0.001, max_new_tokens=90, prompts=str(project["folder"] / "train.jsonl"))
     assert main(["synthesize", str(path)]) == 1
     assert "Nothing of the last 12 texts could be kept" in capsys.readouterr().err
 

@@ -34,7 +34,8 @@ def write_card(
         command (`str`): What was typed to make the model.
         log (`Mapping`): The training log: `tokens` and `history`.
         facts (`Mapping`): `name`, `base_model`, and where known `license`, `license_name`, `license_link`, `language`,
-            `datasets`, `notes` and the `pictures` beside the card (name to file).
+            `datasets`, `notes` and the `pictures` beside the card (name to file); `between`, the student of `base_model` that
+            was pruned in its place, `teacher` where it is another model, and whether it was `corrected`.
 
     Returns:
         `ModelCard`: Ready to `save` as README.md.

@@ -11,7 +11,7 @@ from hf_minitron.evaluation.compare import Report
 from hf_minitron.hub import plots, publish
 from hf_minitron.hub.card import load_log, write_card
 from hf_minitron.plan import Plan
-from hf_minitron.run import Run
+from hf_minitron.run import Run, made_by
 
 NEEDS = ("distill", "evaluate")
 
@@ -22,7 +22,9 @@ class Args:
 
     repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
     private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
-    base_model: str | None = field(default=None, metadata={"help": "Hub id of the teacher; `model` when left out."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of `model`; by default `model` itself, or what a chain began with."}
+    )
     license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
@@ -56,15 +58,44 @@ def run(args: Args, run: Run, out: Path) -> None:
     plots.plot_loss(log, folder / "loss.png")
     facts = {
         "name": args.repo_id or run.folder.name,
-        "base_model": args.base_model or run.model,
+        **lineage(run),
         "license": args.license,
         "language": args.language,
         "datasets": args.datasets,
         "notes": args.notes,
         "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
     }
-    report, command = Report.load(folder / "report.json"), f"hf-minitron run {run.recipe_path}"
+    report, command = Report.load(folder / "report.json"), "hf-minitron run " + " ".join(recipes(run))
     write_card(report, plan.before, plan.after, run.recipe, command, log, facts).save(folder / "README.md")
+
+
+def recipes(run: Run) -> list[str]:
+    """Return the recipes that make a run's student, in order: those that made its `model` come first."""
+    parent = made_by(run.model)
+    return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
+
+
+def lineage(run: Run) -> dict[str, str | None]:
+    """Return what the card says of the origin: the nearest ancestor on the Hub, the unpublished student between, the teacher."""
+    base, parent, teacher = _base_model(run), made_by(run.model), run.section("distill").get("teacher")
+    between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
+    root = parent
+    while root and teacher not in (None, root.model):
+        root = made_by(root.model)
+    return {
+        "base_model": base,
+        "between": between,
+        "teacher": _base_model(root) if root and teacher else teacher,
+        "corrected": "correct" in run.recipe and teacher is None,
+    }
+
+
+def _base_model(run: Run) -> str:
+    """Return the Hub id of a run's `model`, or of what it was made from: its own word, else that of the run that made it."""
+    published, parent = run.section("publish"), made_by(run.model)
+    if published.get("base_model") or parent is None:
+        return published.get("base_model") or run.model
+    return parent.section("publish").get("repo_id") or _base_model(parent)
 
 
 def push(args: Args, run: Run) -> str:
