@@ -89,10 +89,10 @@ class Run:
 
 
 def made_by(model: str) -> Run | None:
-    """Return the run that made a model (`<run>/publish/model`, `<run>/distill/student`), or `None` for any other."""
+    """Return the run that made a model's folder, such as `<run>/publish/model`; `None` for any other folder and a Hub id."""
     folder = Path(model).expanduser().parent.parent
     mark, path = _read_json(folder / "run.json"), folder / "recipe.yaml"
-    if not {"recipe", "model"} <= mark.keys() or not path.is_file():
+    if not Path(model).expanduser().is_dir() or not {"recipe", "model"} <= mark.keys() or not path.is_file():
         return None
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe_path = os.path.relpath((folder / mark["recipe"]).resolve())

@@ -35,7 +35,7 @@ def run(project, folder, *more, verb="run"):
 
 
 def test_every_stage_leaves_what_it_promises(done):
-    for stage in STAGES:
+    for stage in (name for name, module in STAGES.items() if not getattr(module, "OPTIONAL", False)):
         assert json.loads((done / stage / "done.json").read_text())["digest"] and not (done / f"{stage}.tmp").exists()
     report = json.loads((done / "evaluate/report.json").read_text())
     assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}

@@ -22,9 +22,7 @@ class Args:
 
     repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
     private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of `model`; by default `model` itself, or what a chain began with."}
-    )
+    base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
     license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
@@ -76,26 +74,33 @@ def recipes(run: Run) -> list[str]:
 
 
 def lineage(run: Run) -> dict[str, str | None]:
-    """Return what the card says of the origin: the nearest ancestor on the Hub, the unpublished student between, the teacher."""
-    base, parent, teacher = _base_model(run), made_by(run.model), run.section("distill").get("teacher")
+    """Return what the card says of the origin: the nearest ancestor on the Hub, the student between, another teacher."""
+    base, parent, teacher = _base_model(run), _made_student(run), run.section("distill").get("teacher")
     between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
-    root = parent
+    root = run
     while root and teacher not in (None, root.model):
         root = made_by(root.model)
     return {
         "base_model": base,
         "between": between,
-        "teacher": _base_model(root) if root and teacher else teacher,
+        "teacher": None if teacher == run.model else _base_model(root) if root and teacher else teacher,
         "corrected": "correct" in run.recipe and teacher is None,
     }
 
 
 def _base_model(run: Run) -> str:
     """Return the Hub id of a run's `model`, or of what it was made from: its own word, else that of the run that made it."""
-    published, parent = run.section("publish"), made_by(run.model)
-    if published.get("base_model") or parent is None:
-        return published.get("base_model") or run.model
-    return parent.section("publish").get("repo_id") or _base_model(parent)
+    if named := run.section("publish").get("base_model"):
+        return named
+    student, parent = _made_student(run), made_by(run.model)
+    if student and student.section("publish").get("repo_id"):
+        return student.section("publish")["repo_id"]
+    return _base_model(parent) if parent else run.model
+
+
+def _made_student(run: Run) -> Run | None:
+    """Return the run whose student is a run's `model`, if any; a corrected teacher is none."""
+    return made_by(run.model) if Path(run.model).parent.name in ("publish", "distill") else None
 
 
 def push(args: Args, run: Run) -> str:
