@@ -19,12 +19,12 @@ def check_chain(runs: Sequence[Run], overrides: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: naming the recipe or the override.
     """
+    for key in {"run", "model"} & overrides.keys() if len(runs) > 1 else ():
+        raise RecipeError(f"--{key} is for one recipe; with several, write it into each")
     folders = [run.folder.resolve() for run in runs]
     for run in runs:
         if folders.count(run.folder.resolve()) > 1:
             raise RecipeError(f"{run.recipe_path}: another recipe of the chain has the folder {run.folder} too; set `run:`")
-    for key in {"run", "model"} & overrides.keys() if len(runs) > 1 else ():
-        raise RecipeError(f"--{key} is for one recipe; with several, write it into each")
 
 
 def stand_in(run: Run, made: Mapping[Path, Path]) -> Run:

@@ -1,6 +1,7 @@
 """A chain of two rounds on a tiny model: checked ahead, resumable, each round with a truthful card."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,7 +9,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_minitron import __main__ as command
+from hf_minitron.chain import outlines
 from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.recipe import load_recipe
 from hf_minitron.stages import score
 
 main = command.main
@@ -72,20 +75,16 @@ def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path
     assert main(["run", *paths]) == 0
     card = ModelCard.load(tmp_path / "second/publish/model/README.md")
     assert card.data.base_model == "me/first"
-    assert "pruned from [me/first](https://huggingface.co/me/first) (0.0 M) and taught by it with" in " ".join(
-        card.text.split()
-    )
+    text = " ".join(card.text.split())
+    assert "pruned from [me/first](https://huggingface.co/me/first) (0.0 M) and taught by it with" in text
 
 
 def test_the_outline_is_what_pruning_makes(chain, tmp_path):
     for target in ({"hidden": 24, "ffn": 48}, {"hidden": 24, "heads": 2, "kv_heads": 1, "layers": 2}):
         for corrections in (["least_squares"], ["rotation"]):
-            path, _ = chain(first={"prune": {"target": None, "corrections": corrections}})
-            recipe = yaml.safe_load(open(path).read())
-            recipe["prune"]["target"] = target
-            open(path, "w").write(yaml.safe_dump(recipe))
-            run = command.load_recipe(command.Path(path), {}, {name: m.Args for name, m in command.VERBS.items()})
-            made = command.outlines(run, run, tmp_path / "outline")
+            path, _ = chain(first={"prune": {"target": target, "corrections": corrections}})
+            run = load_recipe(Path(path), {}, {name: module.Args for name, module in command.VERBS.items()})
+            made = outlines(run, run, tmp_path / "outline")
             for stage in ("score", "prune"):
                 assert main([stage, path]) == 0
             real, outline = tmp_path / "first/prune/student", made[(tmp_path / "first/publish/model").resolve()]
@@ -107,8 +106,6 @@ def test_the_outline_is_what_pruning_makes(chain, tmp_path):
     ],
 )
 def test_what_is_wrong_with_either_recipe_is_told_before_the_first_is_begun(chain, tmp_path, capsys, first, second, message):
-    if first.get("prune"):
-        first = {**first, "prune": {**first["prune"], "target": first["prune"]["target"]}}
     assert main(["run", *chain(first, second)]) == 1
     assert message in capsys.readouterr().err.replace(str(tmp_path) + "/", "")
     assert not (tmp_path / "first").exists() and not (tmp_path / "second").exists()
