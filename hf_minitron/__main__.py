@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
+from hf_minitron.chain import check_chain, outlines, stand_in
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.speed import flops_per_second
@@ -22,9 +24,11 @@ from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
 from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of, stages_in
 from hf_minitron.shape import Shape
-from hf_minitron.stages import cache, distill, evaluate, prune, publish, score, search, select
+from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
 
 STAGES: dict[str, ModuleType] = {
+    "correct": correct,
+    "synthesize": synthesize,
     "score": score,
     "prune": prune,
     "cache": cache,
@@ -42,6 +46,7 @@ small one, evaluate both, publish the result. A recipe (a YAML file with one sec
 
   hf-minitron plan recipe.yaml      what the target costs: sizes, parameters, memory, FLOPs (no weights read)
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
+  hf-minitron run a.yaml b.yaml     one after another: b may prune what a makes (model: <run of a>/publish/model)
   hf-minitron prune recipe.yaml     one stage
   hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
 
@@ -58,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     args, rest = _parser().parse_known_args(argv)
     try:
-        run = load_recipe(args.recipe, _overrides(rest), {name: module.Args for name, module in VERBS.items()})
+        overrides, sections = _overrides(rest), {name: module.Args for name, module in VERBS.items()}
+        runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
+        check_chain(runs, overrides)
+        run = runs[0]
         if args.verb == "plan":
             print(plan_text(run))
             return 0
@@ -66,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
         push = _push(args)
         if args.verb == "run":
-            run_all(run, push)
+            if len(runs) > 1:
+                check_ahead(runs, push)
+            for run in runs:
+                run_all(run, push)
         else:
             run_stages(run, [args.verb], push)
         if args.verb in SEARCH and PartialState().is_main_process:
@@ -114,12 +125,34 @@ def plan_text(run: Run) -> str:
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
 
+def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | None) -> None:
+    """Check every recipe of a chain before the first is begun, and say how long each will take."""
+    if not PartialState().is_main_process:
+        return
+    with TemporaryDirectory() as scratch:
+        made: dict[Path, Path] = {}
+        for number, run in enumerate(runs):
+            ahead = stand_in(run, made)
+            try:
+                run.check_owner()
+                bound = check_stages(ahead, stages_of(run), push)
+                if run is not runs[-1]:
+                    made |= outlines(run, ahead, Path(scratch) / str(number))
+                print(f"{run.recipe_path}: {estimate_text(ahead, bound)}\n", flush=True)
+            except ValueError as error:
+                raise RecipeError(f"{run.recipe_path}: {error}") from error
+
+
+def stages_of(run: Run) -> list[str]:
+    """Return the stages of `run`: all but the optional ones that the recipe leaves out."""
+    return [name for name, module in STAGES.items() if name in run.recipe or not getattr(module, "OPTIONAL", False)]
+
+
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
-    stages = [name for name, module in STAGES.items() if name in run.recipe or not getattr(module, "OPTIONAL", False)]
     if PartialState().is_main_process:
         print(plan_text(run), flush=True)
-    run_stages(run, stages, push, estimate=True)
+    run_stages(run, stages_of(run), push, estimate=True)
     if PartialState().is_main_process:
         report = Report.load(run.path("evaluate") / "report.json")
         print("\n" + markdown_table(quality_rows(report)))
@@ -136,16 +169,10 @@ def run_stages(
 ) -> None:
     """Do some stages in order: all their checks first, on every process of `accelerate launch`, then the work."""
     state = PartialState()
-    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
-    if push and bound["publish"].repo_id is None:
-        raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     if state.is_main_process:
         run.check_owner()
-        for name, args in bound.items():
-            try:
-                VERBS[name].check(args, run)
-            except ValueError as error:
-                raise RecipeError(f"{name}: {error}") from error
+    bound = check_stages(run, stages, push)
+    if state.is_main_process:
         run.claim()  # only a run whose checks all pass
         if estimate:
             print("\n" + estimate_text(run, bound), flush=True)
@@ -154,6 +181,19 @@ def run_stages(
         _do(run, name, args)
     if push and state.is_main_process:
         print(push(bound["publish"], run))
+
+
+def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> dict[str, object]:
+    """Return the arguments of some stages, on every process; the first one has checked them all."""
+    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
+    if push and bound["publish"].repo_id is None:
+        raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
+    for name, args in bound.items() if PartialState().is_main_process else ():
+        try:
+            VERBS[name].check(args, run)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
+    return bound
 
 
 def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
@@ -233,7 +273,9 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(
             name, help=text, description=text, epilog=_keys(name), formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        verb.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+        several = {"nargs": "+", "help": "recipes, YAML files; a later one may build on what an earlier one makes"}
+        one = {"help": "the recipe, a YAML file"}
+        verb.add_argument("recipe", type=Path, **(several if name == "run" else one))
         if name in ("run", "publish"):
             verb.add_argument("--push", action="store_true", help="upload to publish.repo_id (private unless told)")
             verb.add_argument("--dry-run", action="store_true", help="with --push: list what it would upload, send nothing")

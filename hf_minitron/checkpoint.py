@@ -198,6 +198,13 @@ def _header(shard: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def write_outline(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Write `model.safetensors` with a hole in place of its data: names and shapes are real, and it takes next to no disk."""
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(_header(specs))
+        file.truncate(file.tell() + sum(spec.num_bytes for spec in specs.values()))
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template and licence files."""
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):

@@ -90,6 +90,17 @@ class Run:
         return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
 
 
+def made_by(model: str) -> Run | None:
+    """Return the run that made a model's folder, such as `<run>/publish/model`; `None` for any other folder and a Hub id."""
+    folder = Path(model).expanduser().parent.parent
+    mark, path = _read_json(folder / "run.json"), folder / "recipe.yaml"
+    if not Path(model).expanduser().is_dir() or not {"recipe", "model"} <= mark.keys() or not path.is_file():
+        return None
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe_path = os.path.relpath((folder / mark["recipe"]).resolve())
+    return Run(folder, mark["model"], recipe.get("seed", 0), recipe, Path(recipe_path))
+
+
 def done_digest(folder: Path) -> str | None:
     """Return the hash in a stage's `done.json`, or `None` when the stage is not done."""
     return _read_json(folder / "done.json").get("digest")
@@ -189,10 +200,15 @@ def _strings(value: Any) -> list[str]:
 
 
 def _fingerprint(text: str) -> list | None:
-    """Size and time of a file, or of the files in a folder; `None` for text that names neither."""
+    """Size and time of a file, or of the files in a model's folder; `None` for text that names neither."""
     path = Path(text).expanduser()
     try:
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else None
+        files = sorted(p for p in path.iterdir() if _counts(p)) if path.is_dir() else [path] if path.is_file() else None
     except OSError:
         return None
     return files and [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _counts(path: Path) -> bool:
+    """Return whether a file in a model's folder is of the model: a card written anew is no reason to do later runs again."""
+    return path.is_file() and path.suffix not in (".md", ".png", ".yaml") and path.name != "report.json"

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hf_minitron import Scores, calibrate
@@ -240,3 +241,24 @@ def numbers(content, key=""):
             yield from numbers(value, f"{key}.{name}")
     elif content is not None and not key.endswith((".sentence", ".samples_needed")):
         yield key, content
+
+
+def test_the_command_corrects_and_writes_in_two_processes_as_in_one(project, tmp_path):
+    common = {"text": str(project["folder"] / "train.jsonl"), "block_size": 16, "max_steps": 4, "warmup_steps": 1,
+              "save_steps": 2, "learning_rate": 0.003, "bf16": False, "report_to": "none", "disable_tqdm": True}  # fmt: skip
+    written = {"documents": 11, "batch_size": 2, "max_new_tokens": 12, "min_tokens": 6}
+    models = []
+    for processes, batch in ((1, 4), (2, 2)):
+        run, recipe = tmp_path / str(processes), tmp_path / f"{processes}.yaml"
+        sections = {"run": str(run), "correct": {**common, "per_device_train_batch_size": batch}, "synthesize": written}
+        recipe.write_text(yaml.safe_dump({**project["recipe"], **sections}))
+        assert launch(processes, "-m", "hf_minitron", "correct", recipe).count("correct: done in") == 1
+        models.append(load_file(run / "correct/teacher/model.safetensors"))
+        del sections["correct"]  # both shall write with the very same teacher: training's rounding differs
+        recipe.write_text(yaml.safe_dump({**project["recipe"], **sections}))
+        assert launch(processes, "-m", "hf_minitron", "synthesize", recipe).count("synthesize: done in") == 1
+    one, two = models
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    for name in ("text.jsonl", "synthesize.json"):
+        assert (tmp_path / "1/synthesize" / name).read_text() == (tmp_path / "2/synthesize" / name).read_text()
+    assert len((tmp_path / "2/synthesize/text.jsonl").read_text().splitlines()) == 11

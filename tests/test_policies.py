@@ -23,12 +23,12 @@ distillation.losses.tokens distillation.losses.chunked importance.without import
 distillation.losses.states distillation.batch
 distillation.signals distillation.records distillation.teacher distillation.documents
 distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
-distillation.cache
+distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run recipe
-stages.score stages.prune stages.training stages.distill stages.cache stages.evaluate
-stages.search stages.select stages.publish __main__
+stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
+stages.search stages.select stages.publish chain __main__
 """.split()
 
 

@@ -13,19 +13,20 @@ import yaml
 from hf_minitron.__main__ import STAGES
 from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.families.family import family_of
-from hf_minitron.families.student import check_target
+from hf_minitron.families.student import check_target, student_config
+from hf_minitron.plan import Plan
 from hf_minitron.recipe import bind, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("recipe.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 sys.path.insert(0, str(ROOT / "recipes"))
 
 
 def test_they_are_found():
-    assert len(RECIPES) == 1
+    assert len(RECIPES) == 3
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_section_binds(path):
     arguments = {name: module.Args for name, module in STAGES.items()}
     run = load_recipe(path, {}, arguments)
@@ -36,16 +37,31 @@ def test_every_section_binds(path):
         bind(run, name, arguments[name])
 
 
-def test_the_demo_makes_about_100_million_parameters():
-    target = yaml.safe_load((ROOT / "recipes/smollm2-135m-width/recipe.yaml").read_text())["prune"]["target"]
+CHAIN = ["smollm2-135m-chain/first.yaml", "smollm2-135m-chain/second.yaml"]
+
+
+@pytest.mark.parametrize(("names", "sizes"), [(["smollm2-135m-width/recipe.yaml"], [100e6]), (CHAIN, [100e6, 70e6])])
+def test_targets_are_legal_one_after_another_and_of_the_size_they_say(names, sizes):
     config = tiny.config(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
                          num_key_value_heads=3, head_dim=64, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip
     family = family_of(config)
     shape, rows = family.shape_of(config), family.rows_of(config)
     assert shape.num_parameters(rows) == 134_515_008
-    after = shape.cut_to(target, {"hidden": 8, "ffn": 8})
-    check_target(config, family, after)
-    assert 95e6 < after.num_parameters(rows) < 105e6
+    for name, size in zip(names, sizes, strict=True):
+        target = yaml.safe_load((ROOT / "recipes" / name).read_text())["prune"]["target"]
+        after = shape.cut_to(target, {"hidden": 8, "ffn": 8})
+        check_target(config, family, after)
+        assert 0.95 * size < after.num_parameters(rows) < 1.05 * size
+        config = student_config(config, family, Plan(shape, after, {"layers": list(range(after["layers"]))}))
+        assert family_of(config).shape_of(config) == after
+        shape = after
+
+
+def test_the_second_round_prunes_the_first_s_student_and_learns_from_the_original():
+    first, second = (yaml.safe_load((ROOT / "recipes" / name).read_text()) for name in CHAIN)
+    assert second["model"] == f"{first['run']}/publish/model" and second["distill"]["teacher"] == first["model"]
+    readme = (ROOT / "recipes/smollm2-135m-chain/README.md").read_text()
+    assert f"hf-minitron run recipes/{CHAIN[0]} recipes/{CHAIN[1]}\n" in readme
 
 
 def test_offline_text_is_split_by_module(tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ def write_card(
         command (`str`): What was typed to make the model.
         log (`Mapping`): The training log: `tokens` and `history`.
         facts (`Mapping`): `name`, `base_model`, and where known `license`, `license_name`, `license_link`, `language`,
-            `datasets`, `notes`, the `pictures` beside the card (name to file), and `remote_code`: whether code lies beside it.
+            `datasets`, `notes`, the `pictures` beside the card (name to file), `remote_code`, whether code lies beside it;
+            `between`, the student of `base_model` that was pruned in its place, `teacher` where it is another, and whether
+            it was `corrected`.
 
     Returns:
         `ModelCard`: Ready to `save` as README.md.

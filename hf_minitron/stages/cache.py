@@ -12,12 +12,12 @@ from hf_minitron.distillation.cached import check_losses
 from hf_minitron.distillation.records import record_of
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
-from hf_minitron.stages import distill
+from hf_minitron.stages import distill, synthesize
 from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks
 
 ALL_PROCESSES = True
 NEEDS = ()
-USES = ("correct",)
+USES = ("correct", "synthesize")
 READS = tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher"))
 OPTIONAL = True
 
@@ -65,6 +65,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `cache.json` and the shards; say how many bytes a token takes."""
     training = bind(run, "distill", distill.Args)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    training.text = synthesize.text_of(run, training.text)
     blocks = make_blocks(training, tokenizer, out / CHECKPOINTS, run.seed, args.tokens)
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size)

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stages import correct, synthesize
 from hf_minitron.stages.training import (
     TextArguments,
     check_checkpoints,
@@ -21,26 +23,36 @@ from hf_minitron.stages.training import (
     fit,
     make_blocks,
     save_log,
-    save_model,
+    save_trained,
+    sources_of,
     tokens_of,
 )
 
 ALL_PROCESSES = True
 NEEDS = ("prune",)
-USES = ("cache",)
+USES = ("correct", "synthesize", "cache")
 
 
 @dataclass
 class Args(TextArguments, DistillationArguments):
     """The `distill:` section: everything that `DistillationArguments` and `TrainingArguments` know, and the text."""
 
-    teacher: str | None = field(default=None, metadata={"help": "Another teacher than `model`: a folder or a Hub id."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Another teacher than `model` or, with a `correct:` section, the corrected one."}
+    )
+    lora: dict | None = field(
+        default=None,
+        metadata={"help": "Train low-rank additions to the student and merge them: fields of peft.LoraConfig, or {}."},
+    )
 
 
 def check(args: Args, run: Run) -> None:
     """Refuse an unusable text, another tokenizer, a model that cannot keep documents apart, and too small a disk."""
     check_blocks(args, run)
-    check_checkpoints(run, args, "distill")
+    if args.lora is None:
+        check_checkpoints(run, args, "distill")
+    else:
+        check_lora(args.lora, AutoConfig.from_pretrained(resolve(run.model)))
 
 
 def check_blocks(args: Args, run: Run) -> None:
@@ -49,7 +61,8 @@ def check_blocks(args: Args, run: Run) -> None:
     models = [folder, resolve(args.teacher)] if args.teacher else [folder]
     if args.teacher:
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
-    check_text_for(args, [AutoConfig.from_pretrained(model) for model in models])
+    there = [source for source in sources_of(args) if not synthesize.names(run, source.name)]
+    check_text_for(args, there, [AutoConfig.from_pretrained(model) for model in models])
 
 
 def tokens(args: Args) -> dict[str, int]:
@@ -58,8 +71,8 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def teacher_of(args: Args, run: Run) -> str | Path:
-    """Return where the teacher lies: that of the section, or the model that is pruned."""
-    return args.teacher or resolve(run.model)
+    """Return where the teacher lies: that of the section, the corrected one, or the model that is pruned."""
+    return args.teacher or correct.teacher_of(run)
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -69,18 +82,19 @@ def run(args: Args, run: Run, out: Path) -> None:
     if "cache" in run.recipe:
         teacher = _cached_teacher(args, run)
         facts["cache"] = teacher.meta
-    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
+    args.text, args.output_dir, args.seed = synthesize.text_of(run, args.text), str(out / CHECKPOINTS), run.seed
     student = load_model(source, torch.float32)
     if not args.cross_documents:
         check_documents_apart(student)
     blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
-    trainer = DistillationTrainer(student.train(), teacher, args, train_dataset=blocks, processing_class=tokenizer)
+    set_seed(run.seed)  # LoRA's additions begin at random
+    student = student.train() if args.lora is None else add_lora(student.train(), args.lora)
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks, processing_class=tokenizer)
     fit(trainer)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    save_trained(trainer, source, out / "student")
+    save_log(trainer, out, **facts)
     if trainer.is_world_process_zero():
-        save_model(student, state, source, out / "student")
         shutil.copyfile(source / "plan.json", out / "student" / "plan.json")
-        save_log(trainer, out, **facts)
 
 
 def _cached_teacher(args: Args, run: Run) -> CachedTeacher:

@@ -14,9 +14,11 @@ from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, c
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
 from hf_minitron.evaluation.tasks import Tasks, splits_evenly
 from hf_minitron.run import Run
+from hf_minitron.stages import correct
 
 ALL_PROCESSES = True
 NEEDS = ("prune", "distill")
+USES = ("correct",)
 OURS = ("teacher", "pruned", "distilled")
 
 
@@ -72,6 +74,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `report.json` and `samples/`. Under `accelerate launch` every process does its share."""
     models = {
         "teacher": run.model,
+        **({"corrected": correct.teacher_of(run)} if "correct" in run.recipe else {}),
         "pruned": run.path("prune") / "student",
         "distilled": run.path("distill") / "student",
         **args.models,

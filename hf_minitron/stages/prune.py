@@ -9,9 +9,19 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, require_space, resolve
-from hf_minitron.families.family import Family, family_of
-from hf_minitron.families.student import check_target
+from hf_minitron.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    best_device,
+    best_dtype,
+    copy_side_files,
+    load_model,
+    require_space,
+    resolve,
+    write_outline,
+)
+from hf_minitron.families.family import Family, family_of, parameters_of
+from hf_minitron.families.student import check_target, student_config
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
@@ -71,6 +81,25 @@ def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
     config, family = _teacher(model)
     return family.rows_of(untied(config, family) if rotates(args) else config)
+
+
+def outline(args: Args, model: str, folder: Path) -> None:
+    """Write the student's folder as it will be, but for its weights and plan: what checks of a later run look at.
+
+    Raises:
+        ValueError: for a target that no class holds, or a nonuniform one, whose shape is not known before scoring and which
+            cannot be pruned again.
+    """
+    if args.nonuniform is not None:
+        raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
+    before, after, _ = shapes(args, model)
+    config, family = _teacher(model)
+    config = untied(config, family) if rotates(args) else config
+    config = student_config(config, family, Plan(before, after, {"layers": list(range(after["layers"]))}))
+    config.save_pretrained(folder)
+    stored = next(iter(Checkpoint(resolve(model)).specs.values())).dtype
+    write_outline(folder, {name: TensorSpec(stored, shape) for name, shape in parameters_of(config).items()})
+    copy_side_files(resolve(model), folder)
 
 
 def rotates(args: Args) -> bool:

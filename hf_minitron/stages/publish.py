@@ -11,7 +11,7 @@ from hf_minitron.hub import plots, publish
 from hf_minitron.hub.card import load_log, write_card
 from hf_minitron.hub.publish import Target
 from hf_minitron.plan import Plan
-from hf_minitron.run import Run
+from hf_minitron.run import Run, made_by
 
 NEEDS = ("distill", "evaluate")
 
@@ -26,7 +26,7 @@ class Args:
     create_pr: bool = field(default=False, metadata={"help": "Whether --push opens a pull request."})
     collection: str | None = field(default=None, metadata={"help": "Collection to add the model to: its slug, or a title."})
     overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
-    base_model: str | None = field(default=None, metadata={"help": "Hub id of the teacher; `model` when left out."})
+    base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
     license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
@@ -58,7 +58,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     plots.plot_loss(log, folder / "loss.png")
     facts = {
         "name": args.repo_id or run.folder.name,
-        "base_model": args.base_model or run.model,
+        **lineage(run),
         "license": args.license,
         "language": args.language,
         "datasets": args.datasets,
@@ -66,8 +66,44 @@ def run(args: Args, run: Run, out: Path) -> None:
         "remote_code": bool(plan.by_layer),
         "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
     }
-    report, command = Report.load(folder / "report.json"), f"hf-minitron run {run.recipe_path}"
+    report, command = Report.load(folder / "report.json"), "hf-minitron run " + " ".join(recipes(run))
     write_card(report, plan.before, plan.after, run.recipe, command, log, facts).save(folder / "README.md")
+
+
+def recipes(run: Run) -> list[str]:
+    """Return the recipes that make a run's student, in order: those that made its `model` come first."""
+    parent = made_by(run.model)
+    return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
+
+
+def lineage(run: Run) -> dict[str, str | None]:
+    """Return what the card says of the origin: the nearest ancestor on the Hub, the student between, another teacher."""
+    base, parent, teacher = _base_model(run), _made_student(run), run.section("distill").get("teacher")
+    between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
+    root = run
+    while root and teacher not in (None, root.model):
+        root = made_by(root.model)
+    return {
+        "base_model": base,
+        "between": between,
+        "teacher": None if teacher == run.model else _base_model(root) if root and teacher else teacher,
+        "corrected": "correct" in run.recipe and teacher is None,
+    }
+
+
+def _base_model(run: Run) -> str:
+    """Return the Hub id of a run's `model`, or of what it was made from: its own word, else that of the run that made it."""
+    if named := run.section("publish").get("base_model"):
+        return named
+    student, parent = _made_student(run), made_by(run.model)
+    if student and student.section("publish").get("repo_id"):
+        return student.section("publish")["repo_id"]
+    return _base_model(parent) if parent else run.model
+
+
+def _made_student(run: Run) -> Run | None:
+    """Return the run whose student is a run's `model`, if any; a corrected teacher is none."""
+    return made_by(run.model) if Path(run.model).parent.name in ("publish", "distill") else None
 
 
 def push(args: Args, run: Run) -> str:

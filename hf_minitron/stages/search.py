@@ -30,6 +30,7 @@ NEEDS = ("score",)
 
 # Candidates live beside the stages' folders: a search that is done again replaces its own folder, never a candidate's run.
 FOLDER = "candidates"
+SHARED = ("correct", "synthesize", "score")  # do not depend on the target
 PROBES = 5  # random models, and the teacher's shape, whose measured speed predicts that of the others
 
 
@@ -155,15 +156,16 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
 
 
 def start(child: Run, run: Run) -> None:
-    """Claim a child's folder and share the finished scores with it; its digest of them is the same."""
+    """Claim a child's folder and share with it what does not depend on the target; its digests of that are the same."""
     child.claim()
-    if done_digest(child.path("score")) == done_digest(run.path("score")):
-        return
-    part = child.folder / "score.part"  # named score only when complete
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(run.path("score"), part, copy_function=_link)
-    shutil.rmtree(child.path("score"), ignore_errors=True)
-    part.rename(child.path("score"))
+    for stage in SHARED:
+        if done_digest(child.path(stage)) == done_digest(run.path(stage)) or not run.path(stage).is_dir():
+            continue
+        part = child.folder / f"{stage}.part"  # gets its name only when complete
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(run.path(stage), part, copy_function=_link)
+        shutil.rmtree(child.path(stage), ignore_errors=True)
+        part.rename(child.path(stage))
 
 
 def _link(source: str, target: str) -> None:

@@ -4,16 +4,18 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_from_disk
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_side_files, require_space, resolve
+from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.evaluation.speed import random_layer
@@ -71,9 +73,10 @@ def tokens_of(args: DistillationArguments) -> int:
     return max(args.max_steps * tokens_per_step(args), 0)
 
 
-def check_text_for(args: TextArguments, configs: list[PreTrainedConfig]) -> None:
-    """Refuse an unusable text, and models that cannot keep documents apart when that is asked for."""
-    check_sources(sources_of(args), args.block_size, tokens_of(args) * args.world_size or None)
+def check_text_for(args: TextArguments, sources: Sequence[Source], configs: Sequence[PreTrainedConfig]) -> None:
+    """Refuse an unusable text among those that exist already, and models that cannot keep documents apart when asked to."""
+    if sources:
+        check_sources(sources, args.block_size, tokens_of(args) * args.world_size or None)
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
             check_documents_apart(random_layer(config, torch.float32))
@@ -129,17 +132,34 @@ def fit(trainer: Trainer) -> None:
 
 
 def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`: how many tokens were read, what the trainer logged, and further facts."""
+    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, and further facts."""
+    if not trainer.is_world_process_zero():
+        return
     args, steps = trainer.args, trainer.state.global_step
     log = {"tokens": steps * tokens_per_step(args) * args.world_size, "history": trainer.state.log_history} | facts
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
-def save_model(model: PreTrainedModel, state: dict[str, Tensor], source: Path, target: Path) -> None:
-    """Write a trained model's folder: weights in the dtype of the folder that it was loaded from, and its side files."""
-    dtype = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values())
-    model.to(dtype).save_pretrained(target, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-    copy_side_files(source, target)
+def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
+    """Write a trained model's folder, gathered from all processes: LoRA merged, in the dtype it was stored in, with side files.
+
+    Args:
+        trainer (`Trainer`): It has trained a model of `source`, or a PEFT model made of it.
+        source (`Path`): The folder that the model was loaded from.
+        target (`Path`): The folder to write.
+    """
+    model, adapter = trainer.accelerator.unwrap_model(trainer.model_wrapped), Path(trainer.args.output_dir) / "adapter"
+    if isinstance(model, PeftModel):
+        trainer.save_model(adapter)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        if isinstance(model, PeftModel):
+            model = merge_lora(source, adapter)
+            state = model.state_dict()
+        dtype = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values())
+        model.to(dtype).save_pretrained(target, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        copy_side_files(source, target)
 
 
 def last_checkpoint(folder: Path) -> str | None:

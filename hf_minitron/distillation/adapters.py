@@ -1,0 +1,52 @@
+"""LoRA: low-rank additions to a student, or to a teacher that is corrected; merged in the end: the result is a stock model."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_minitron.checkpoint import load_model
+
+# What is not said in a recipe.
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
+    """Refuse settings that `add_lora` would refuse for a model of this config, without its weights."""
+    known = [setting.name for setting in dataclasses.fields(LoraConfig)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            raise ValueError(f"lora: {key!r} is no field of peft.LoraConfig" + (f"; did you mean {near[0]!r}?" if near else ""))
+    with torch.device("meta"):  # no weights
+        add_lora(AutoModelForCausalLM.from_config(config), settings)
+
+
+def add_lora(model: PreTrainedModel, settings: Mapping) -> PeftModel:
+    """Return a model of which only low-rank additions are trained.
+
+    Args:
+        model (`PreTrainedModel`): The model; it is changed.
+        settings (`Mapping`): Fields of `peft.LoraConfig`; what is left out is that of `LORA`.
+
+    Raises:
+        ValueError: for settings that peft refuses, and for additions to the embedding or the head, which the chunked loss
+            would not see.
+    """
+    try:
+        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**LORA, **settings}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error
+    for layer, kind in ((model.get_input_embeddings(), torch.nn.Embedding), (model.get_output_embeddings(), torch.nn.Linear)):
+        if not isinstance(layer, kind):
+            raise ValueError(f"lora: {settings} changes the embedding or the output head; name other target_modules")
+    return tuned
+
+
+def merge_lora(source: str | Path, adapter: str | Path) -> PreTrainedModel:
+    """Return the model of a folder, in float32, with a saved adapter added to its weights: a stock model."""
+    return PeftModel.from_pretrained(load_model(source, torch.float32), adapter).merge_and_unload()

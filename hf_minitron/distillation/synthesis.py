@@ -1,0 +1,156 @@
+"""Text that a model writes itself: batched generation, and what of it is worth training on.
+
+It must not know a stage or a file. A batch depends on its number and the seed alone, so any process can make any batch.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+NGRAM = 10  # tokens
+
+
+def start_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_tokens: int, chat: bool = False
+) -> list[list[int]]:
+    """Return the ids that generation starts from.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        prompts (`Sequence[str]` or `None`): Documents, whose beginning is used; `None` to start from nothing: the token that
+            begins a text, or the one that ends the text before.
+        max_tokens (`int`): Tokens taken from the start of each document.
+        chat (`bool`): Put each into the tokenizer's chat template, as what the user says.
+    """
+    if prompts is None:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [[first]]
+    if chat:
+        plain = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+        turns = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in plain]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    ids = tokenizer(list(prompts), truncation=True, max_length=max_tokens)["input_ids"]  # begun as the tokenizer does it
+    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel, starts: Sequence[Sequence[int]], config: GenerationConfig, seed: int
+) -> list[list[int]]:
+    """Continue some starts, of any lengths, and return the new ids of each, without end tokens and padding.
+
+    Args:
+        model (`PreTrainedModel`): In eval mode.
+        starts (`Sequence[Sequence[int]]`): Ids, one list per text.
+        config (`GenerationConfig`): From `sampling`.
+        seed (`int`): Of this batch.
+    """
+    torch.manual_seed(seed)
+    length = max(map(len, starts))
+    ids = torch.full((len(starts), length), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, start in enumerate(starts):  # padded on the left: what is generated follows the start
+        ids[row, length - len(start) :] = torch.tensor(start)
+        mask[row, length - len(start) :] = 1
+    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    ends = set(config.eos_token_id)
+    new = []
+    for row in out[:, length:].tolist():
+        end = next((position for position, token in enumerate(row) if token in ends), len(row))
+        new.append(row[:end])
+    return new
+
+
+def sampling(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> GenerationConfig:
+    """Return how to sample: these settings, and none of those that the checkpoint brings along.
+
+    Args:
+        model (`PreTrainedModel`): Its generation config may name more end tokens.
+        tokenizer (`PreTrainedTokenizerBase`): Its end token ends a text.
+        max_new_tokens (`int`): Tokens per text.
+        temperature (`float`): Divides the logits; 0 takes the most probable token.
+        top_p (`float`): Share of probability to sample from.
+        top_k (`int`): Tokens to sample from; 0 for all.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    # what is unset here would be read from the model's own
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), **sampled)
+    model.generation_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return model.generation_config
+
+
+def repeated_share(ids: Sequence[int], size: int = NGRAM) -> float:
+    """Return the share of tokens that lie in an n-gram which has occurred before, each token counted once.
+
+    The rule of Gopher (2112.11446, table A1: at most 0.10 of the characters in repeated 10-grams of words), on tokens: it holds
+    for every language, and for a loop of one sign.
+    """
+    seen, repeated = set(), [False] * len(ids)
+    for start in range(len(ids) - size + 1):
+        gram = tuple(ids[start : start + size])
+        if gram in seen:
+            repeated[start : start + size] = [True] * size
+        seen.add(gram)
+    return sum(repeated) / max(len(ids), 1)
+
+
+@dataclass
+class Sieve:
+    """Says which texts are kept, in the order in which they come, and counts.
+
+    Args:
+        min_tokens (`int`): Fewer new tokens are too short.
+        max_repeated (`float`): More than this share of repeated n-grams is degenerate (`repeated_share`).
+    """
+
+    min_tokens: int
+    max_repeated: float
+    documents: int = 0
+    tokens: int = 0
+    rejected: Counter = field(default_factory=lambda: Counter(empty=0, short=0, repetitive=0, duplicate=0))
+    _seen: set[bytes] = field(default_factory=set)
+
+    def keeps(self, text: str, new_ids: Sequence[int], tokens: int) -> bool:
+        """Return whether a text is kept.
+
+        Args:
+            text (`str`): The whole text.
+            new_ids (`Sequence[int]`): The ids that were generated.
+            tokens (`int`): How many tokens the text counts when it is kept.
+        """
+        reason = self._reason(text, new_ids)
+        if reason:
+            self.rejected[reason] += 1
+            return False
+        self._seen.add(_fingerprint(text))
+        self.documents, self.tokens = self.documents + 1, self.tokens + tokens
+        return True
+
+    def _reason(self, text: str, new_ids: Sequence[int]) -> str | None:
+        if not new_ids or not text.strip():
+            return "empty"
+        if len(new_ids) < self.min_tokens:
+            return "short"
+        if repeated_share(new_ids) > self.max_repeated:
+            return "repetitive"
+        return "duplicate" if _fingerprint(text) in self._seen else None
+
+
+def _fingerprint(text: str) -> bytes:
+    """Return a hash that does not depend on case, white space and Unicode's several ways to write a sign."""
+    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.sha256(normal.encode()).digest()

@@ -1,0 +1,98 @@
+"""correct: fine-tune the teacher on the text that distillation will use, so that it knows what it teaches (optional)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, set_seed
+
+from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.distillation.adapters import add_lora, check_lora
+from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
+from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stages.training import (
+    TextArguments,
+    check_checkpoints,
+    check_text_for,
+    fit,
+    make_blocks,
+    save_log,
+    save_trained,
+    sources_of,
+    tokens_of,
+)
+
+ALL_PROCESSES = True
+OPTIONAL = True
+NEEDS = ()
+
+
+@dataclass
+class Args(TextArguments, DistillationArguments):
+    """The `correct:` section: everything that `TrainingArguments` knows, the text, and LoRA's settings.
+
+    Score and prune start from the model as it is: correction "does not affect which weights to prune", and pruning the original
+    while the teacher is corrected was on par (2408.11796, figure 5). To prune the corrected teacher, name its folder as the
+    `model` of another recipe.
+    """
+
+    losses: dict | str | None = field(
+        default_factory=lambda: {CROSS_ENTROPY: 1.0}, metadata={"help": "cross_entropy: nobody teaches the teacher."}
+    )
+    learning_rate: float = field(
+        default=2e-5,
+        metadata={
+            "help": "Peak. The paper takes a fifth of the original training's, which no checkpoint tells: a fifth of "
+            "distillation's (2408.11796, teacher correction and table 4)."
+        },
+    )
+    warmup_steps: float = field(default=120, metadata={"help": "Steps of warm-up (2408.11796, teacher correction)."})
+    lora: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Train low-rank additions and merge them: fields of peft.LoraConfig, or {}; all weights when left out."
+        },
+    )
+
+
+def teacher_of(run: Run) -> Path:
+    """Return the folder of a run's teacher: the corrected one when there is a `correct:` section."""
+    return run.path("correct") / "teacher" if "correct" in run.recipe else resolve(run.model)
+
+
+def check(args: Args, run: Run) -> None:
+    """Refuse an unusable text, a warm-up that never ends, settings that LoRA refuses, a disk that is too full."""
+    config = AutoConfig.from_pretrained(resolve(run.model))
+    if list(args.losses) != [CROSS_ENTROPY]:
+        raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
+    check_text_for(args, sources_of(args), [config])
+    if 0 < args.max_steps <= args.warmup_steps:
+        raise ValueError(f"warmup_steps: {args.warmup_steps:g} are not fewer than max_steps: {args.max_steps}; set it lower")
+    if args.lora is None:
+        check_checkpoints(run, args, "correct")
+    else:
+        check_lora(args.lora, config)
+
+
+def tokens(args: Args) -> dict[str, int]:
+    """Return how many tokens pass through the teacher; a training step costs three forward passes."""
+    return {"teacher": 3 * tokens_of(args)}
+
+
+def run(args: Args, run: Run, out: Path) -> None:
+    """Write `teacher/`, a checkpoint like the teacher's, and `log.json`."""
+    source = resolve(run.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
+    blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
+    model = load_model(source, torch.float32).train()
+    if not args.cross_documents:
+        check_documents_apart(model)
+    set_seed(run.seed)  # the additions begin at random
+    tuned = model if args.lora is None else add_lora(model, args.lora)
+    trainer = DistillationTrainer(tuned, None, args, train_dataset=blocks, processing_class=tokenizer)
+    fit(trainer)
+    save_trained(trainer, source, out / "teacher")
+    save_log(trainer, out)

@@ -1,0 +1,212 @@
+"""synthesize: let the teacher write text to distil on; continues after its last batch when it was interrupted (optional)."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
+from hf_minitron.data import check_text, load_text
+from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stages.correct import teacher_of
+
+ALL_PROCESSES = True
+OPTIONAL = True
+NEEDS = ()
+USES = ("correct",)
+
+# How `distill.text` names what this stage wrote.
+SYNTHESIZED = "synthesized"
+TEXT = "text.jsonl"
+# After so many batches in a row of which nothing is kept, nothing will be.
+HOPELESS = 50
+
+
+@dataclass(frozen=True)
+class Args:
+    """The `synthesize:` section: the teacher (the corrected one, if any) writes, `distill.text: synthesized` reads."""
+
+    documents: int | None = field(default=None, metadata={"min": 1, "help": "Texts wanted; or tokens."})
+    tokens: int | None = field(default=None, metadata={"min": 1, "help": "Tokens wanted, prompts included; or documents."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "Text whose documents are begun and continued; from nothing when left out."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
+    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each document."})
+    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as the user's words."})
+    max_new_tokens: int = field(default=512, metadata={"min": 1, "help": "Tokens to generate per text, at most."})
+    batch_size: int = field(default=16, metadata={"min": 1, "help": "Texts generated side by side."})
+    temperature: float = field(
+        default=1.0, metadata={"min": 0, "help": "Divides the logits; 0: always the most probable token."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Share of probability to sample from."})
+    top_k: int = field(default=0, metadata={"min": 0, "help": "Tokens to sample from; 0: all."})
+    min_tokens: int = field(default=16, metadata={"min": 1, "help": "Texts with fewer new tokens are rejected."})
+    max_repeated: float = field(
+        default=0.1,
+        metadata={
+            "min": 0,
+            "help": "Share of tokens in repeated 10-grams above which a text is rejected (2112.11446, table A1).",
+        },
+    )
+
+
+def names(run: Run, text: str) -> bool:
+    """Return whether a section's text is the synthesized one; refuse the name in a recipe that makes none."""
+    if text == SYNTHESIZED and "synthesize" not in run.recipe:
+        raise ValueError(f"text: {SYNTHESIZED} is what the teacher writes: add a `synthesize:` section, or name another text")
+    return text == SYNTHESIZED
+
+
+def text_of(run: Run, text: str | Mapping) -> str | dict:
+    """Return a section's text, one or a table of several, with the file of this stage where it is named."""
+    if isinstance(text, Mapping):
+        return {text_of(run, name): weight for name, weight in text.items()}
+    return str(run.path("synthesize") / TEXT) if names(run, text) else text
+
+
+def check(args: Args, run: Run) -> None:
+    """Refuse settings that make no text or always the same, and texts longer than the model's positions."""
+    if (args.documents is None) == (args.tokens is None):
+        raise ValueError("how much? Set one of documents and tokens")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"top_p: {args.top_p} is not above 0 and at most 1")
+    if args.min_tokens > args.max_new_tokens:
+        raise ValueError(f"min_tokens: {args.min_tokens} is more than max_new_tokens: {args.max_new_tokens}")
+    folder = resolve(run.model)
+    if args.prompts is not None:
+        check_text(args.prompts)
+    elif args.chat_template:
+        raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
+    elif args.temperature == 0:
+        raise ValueError("temperature: 0 without prompts writes one and the same text; raise it, or name prompts")
+    if args.chat_template and not AutoTokenizer.from_pretrained(folder).chat_template:
+        raise ValueError(f"chat_template: the tokenizer in {folder} has none")
+    longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    wanted = args.max_new_tokens + (1 if args.prompts is None else args.prompt_tokens)
+    if longest and wanted > longest:
+        raise ValueError(f"prompt_tokens and max_new_tokens: {wanted} together, more than the {longest} positions of the model")
+
+
+def tokens(args: Args) -> dict[str, int]:
+    """Return how many tokens the teacher writes at least; one by one, which takes longer than reading as many."""
+    return {"teacher": args.tokens or args.documents * args.min_tokens}
+
+
+def run(args: Args, run: Run, out: Path) -> None:
+    """Write `text.jsonl` and `synthesize.json`.
+
+    Under `accelerate launch` every process makes every n-th batch, and all look at all batches in the same order: the result
+    does not depend on the number of processes.
+    """
+    state, journal = PartialState(), out / CHECKPOINTS / "batches.jsonl"
+    if state.is_main_process:
+        journal.parent.mkdir(exist_ok=True)
+        _drop_half_written(journal)
+    state.wait_for_everyone()
+    made = sum(1 for _ in _read(journal))
+    state.wait_for_everyone()  # nothing is added before all have counted
+    sieve, wanted = Sieve(args.min_tokens, args.max_repeated), args.tokens or args.documents
+    unit = "tokens" if args.documents is None else "documents"
+    with tqdm(desc="Writing", total=wanted, unit=f" {unit}", disable=not state.is_main_process) as bar:
+        for _ in _sift(args, sieve, itertools.chain(itertools.islice(_read(journal), made), _write(args, run, journal, made))):
+            bar.update(min(getattr(sieve, unit), wanted) - bar.n)
+    if state.is_main_process:
+        sieve = Sieve(args.min_tokens, args.max_repeated)
+        with (out / TEXT).open("w", encoding="utf-8") as file:
+            for texts in _sift(args, sieve, _read(journal)):
+                file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        facts = {"documents": sieve.documents, "tokens": sieve.tokens, "rejected": dict(sieve.rejected)}
+        (out / "synthesize.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _sift(args: Args, sieve: Sieve, batches: Iterable[list[dict]]) -> Iterator[list[str]]:
+    """Yield what is kept of every batch until it is enough."""
+    in_vain = 0
+    for rows in batches:
+        kept = []
+        for row in rows:
+            if sieve.keeps(row["text"], row["new"], row["tokens"]):
+                kept.append(row["text"])
+            if _enough(args, sieve):
+                break
+        yield kept
+        if _enough(args, sieve):
+            return
+        in_vain = 0 if kept else in_vain + 1
+        if in_vain == HOPELESS:
+            raise ValueError(f"Nothing of the last {in_vain * args.batch_size:,} texts could be kept; {sieve.documents:,} were "
+                             f"before, and rejected {dict(sieve.rejected)}. Change prompts, temperature, min_tokens or "
+                             "max_repeated")  # fmt: skip
+
+
+def _enough(args: Args, sieve: Sieve) -> bool:
+    return sieve.tokens >= args.tokens if args.documents is None else sieve.documents >= args.documents
+
+
+def _write(args: Args, run: Run, journal: Path, made: int) -> Iterator[list[dict]]:
+    """Yield new batches without end, one from every process in turn, each written down first."""
+    state, device, folder = PartialState(), best_device(), teacher_of(run)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder, best_dtype(device), device)
+    config = sampling(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+    prompts = _prompts(args, run.seed)
+    while True:
+        starts = start_ids(tokenizer, prompts and prompts(made + state.process_index), args.prompt_tokens, args.chat_template)
+        starts = starts * args.batch_size if prompts is None else starts
+        seed = (run.seed * 1_000_003 + made + state.process_index) % 2**32  # of which a CPU's generator takes no more
+        new = generate_batch(model, starts, config, seed)
+        rows = [_row(tokenizer, *pair, args.chat_template) for pair in zip(starts, new, strict=True)]
+        batches = gather_object([rows])
+        if state.is_main_process:
+            with journal.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(batch) + "\n" for batch in batches)
+        made += len(batches)
+        yield from batches
+
+
+def _prompts(args: Args, seed: int) -> Callable[[int], list[str]] | None:
+    """Return what gives the documents of a batch by its number, round and round; `None` for none."""
+    if args.prompts is None:
+        return None
+    documents = load_text(args.prompts, args.split, args.text_column).filter(
+        lambda text: bool(text.strip()), input_columns="text"
+    )
+    if not len(documents):
+        raise ValueError(f"prompts: {args.prompts} holds no text in {args.text_column!r}")
+    documents = documents.shuffle(seed=seed)
+
+    def batch(number: int) -> list[str]:
+        first = number * args.batch_size
+        return documents[[i % len(documents) for i in range(first, first + args.batch_size)]]["text"]
+
+    return batch
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, start: Sequence[int], new: Sequence[int], chat: bool) -> dict:
+    """Return a text with its new ids; a chat keeps the signs of its turns. An end token will follow, as in `token_blocks`."""
+    text = tokenizer.decode([*start, *new], skip_special_tokens=not chat)
+    return {"text": text, "new": list(new), "tokens": len(start) + len(new) + 1}
+
+
+def _read(journal: Path) -> Iterator[list[dict]]:
+    if journal.is_file():
+        with journal.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def _drop_half_written(journal: Path) -> None:
+    """Cut off a last line that a killed process has begun."""
+    if journal.is_file():
+        with journal.open("rb+") as file:
+            end = 0
+            for line in file:
+                end += len(line) if line.endswith(b"\n") else 0
+            file.truncate(end)
