@@ -1,9 +1,11 @@
 """A chain of two rounds on a tiny model: checked ahead, resumable, each round with a truthful card."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -79,15 +81,19 @@ def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path
     assert "pruned from [me/first](https://huggingface.co/me/first) (0.0 M) and taught by it with" in text
 
 
-def test_the_outline_is_what_pruning_makes(chain, tmp_path):
+def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
+    tied = tmp_path / "tied"  # a rotation unties it
+    shutil.copytree(project["folder"] / "teacher", tied, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tiny.model(dtype=tiny.torch.float32, tie_word_embeddings=True).save_pretrained(tied)
     for target in ({"hidden": 24, "ffn": 48}, {"hidden": 24, "heads": 2, "kv_heads": 1, "layers": 2}):
         for corrections in (["least_squares"], ["rotation"]):
-            path, _ = chain(first={"prune": {"target": target, "corrections": corrections}})
+            more = {"model": str(tied), "run": str(tmp_path / f"first-{corrections[0]}-{len(target)}")}
+            path, _ = chain(first={"prune": {"target": target, "corrections": corrections}, **more})
             run = load_recipe(Path(path), {}, {name: module.Args for name, module in command.VERBS.items()})
-            made = outlines(run, run, tmp_path / "outline")
+            made = outlines(run, run, run.folder.with_suffix(".outline"))
             for stage in ("score", "prune"):
                 assert main([stage, path]) == 0
-            real, outline = tmp_path / "first/prune/student", made[(tmp_path / "first/publish/model").resolve()]
+            real, outline = run.path("prune") / "student", made[(run.path("publish") / "model").resolve()]
             assert Checkpoint(outline).specs == Checkpoint(real).specs
             assert (outline / "config.json").read_text() == (real / "config.json").read_text()
             assert {p.name for p in real.iterdir()} - {p.name for p in outline.iterdir()} <= {"plan.json"}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.adapters import add_lora, merge_lora
 from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.losses.chunked import Head
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
 
 SECTION = {"block_size": 16, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.01, "warmup_steps": 1,
@@ -90,6 +91,15 @@ def test_the_logits_of_a_batch_never_exist(tmp_path):
     assert 8 <= found.rows <= tiny.SIZES["hidden"]  # a chunk's; the transposed head is not logits
 
 
+def test_mixed_precision_reaches_the_head(tmp_path, monkeypatch):
+    seen, project = set(), Head.project
+    monkeypatch.setattr(Head, "project", lambda head, hidden: seen.add(hidden.dtype) or project(head, hidden))
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        seen.clear()
+        train(tmp_path, tiny.model(dtype=torch.float32), bf16=bf16)
+        assert seen == {dtype}
+
+
 def test_lora_changes_its_targets_only_and_merges_into_a_stock_model(tmp_path):
     tiny.model(dtype=torch.float32).save_pretrained(tmp_path / "teacher")
     tuned = add_lora(tiny.model(dtype=torch.float32), {"r": 3, "target_modules": ["q_proj", "up_proj"]})
@@ -154,6 +164,17 @@ def test_a_changed_correction_is_distilled_again(recipe, capsys):
     assert main(["distill", str(path), "--correct.learning_rate", "0.001"]) == 1
     assert "distill needs correct, which was done with other settings" in capsys.readouterr().err
     assert main(["prune", str(path), "--correct.learning_rate", "0.001"]) == 0  # it does not depend on it
+
+
+def test_candidates_of_a_search_share_the_corrected_teacher(recipe, capsys):
+    path = recipe()
+    more = ["--search.budget", "{parameters: 70%}", "--search.grid", "{ffn: [32, 40, 48]}", "--search.tolerance", "0.2",
+            "--search.top", "1"]  # fmt: skip
+    for stage in ("correct", "score", "search"):
+        assert main([stage, str(path), *more]) == 0
+    (candidate,) = path.with_suffix("").glob("candidates/*/recipe.yaml")
+    capsys.readouterr()
+    assert main(["correct", str(candidate)]) == 0 and "correct: done before, skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,10 @@ class DistillationTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # the token count is that of all, and DDP averages gradients
         return (loss, outputs) if return_outputs else loss
 
+    def compute_loss_context_manager(self):
+        """Mixed precision for all of the loss: accelerate's own ends with the student's forward pass, before the head."""
+        return self.accelerator.autocast()
+
     def training_step(self, *args, **kwargs):
         """Take a step as the Trainer does; train the projections, stop at a loss that is no number, and heed SIGTERM."""
         loss = super().training_step(*args, **kwargs)

@@ -54,7 +54,7 @@ class Args:
         default=0.1,
         metadata={
             "min": 0,
-            "help": "Share of tokens in repeated 10-grams above which a text is rejected (2112.11446, table A1).",
+            "help": "Share of tokens in repeated 10-grams that is too much (2112.11446, table A1); code needs more.",
         },
     )
 
