@@ -62,8 +62,9 @@ def blocks(project):
     return token_blocks(documents, tiny.tokenizer(), 16, 160, 0)
 
 
-def test_agreement_equals_full_logits_and_the_evaluate_modules(tmp_path):
-    teacher, student = tiny.model(), tiny.model(seed=1, hidden_size=24)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])  # a plain head, a softcap, a scale
+def test_agreement_equals_full_logits_and_the_evaluate_modules(tmp_path, model_type):
+    teacher, student = tiny.model(model_type), tiny.model(model_type, seed=1, hidden_size=24)
     blocks = tiny.blocks()["input_ids"][:].tolist()
     _, states = read_text(teacher, blocks, 4, keep=True, chunk_size=7)
     sums, nothing = read_text(student, blocks, 4, states, chunk_size=5)

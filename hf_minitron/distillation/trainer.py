@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +100,9 @@ class DistillationTrainer(Trainer):
             outputs = model(**kwargs, use_cache=False, logits_to_keep=no_tokens(labels))
         rows, targets = next_token_rows(self._hidden.take(), labels)
         num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)):
+        with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)) as teacher_sharded:
+            if teacher_sharded:
+                signal = replace(signal, head=head_of(self.teacher.model))  # its weights of before were a shard
             chunk_loss = partial(self._chunk_loss, signal, targets)
             loss, parts = chunked_loss(rows, head_of(student), chunk_loss, self._logit_weights, num_items, self.args.chunk_size)
         if self._states:

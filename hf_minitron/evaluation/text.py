@@ -5,7 +5,7 @@ states and its head, so that one model is in memory at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,8 +72,7 @@ class TeacherStates:
 
     def on(self, device: torch.device) -> "TeacherStates":
         """Return it with the head on a device."""
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        return TeacherStates(self.hidden, Head(self.head.weight.to(device), bias))
+        return TeacherStates(self.hidden, self.head.to(device))
 
 
 def read_text(
@@ -215,7 +214,7 @@ def _whole_head(model: PreTrainedModel) -> Head:
     head = head_of(model)
     if not hasattr(head.weight, "full_tensor"):
         return head
-    return Head(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor())
+    return replace(head, weight=head.weight.full_tensor(), bias=None if head.bias is None else head.bias.full_tensor())
 
 
 def _plain(blocks: Dataset) -> list[list[int]]:

@@ -47,9 +47,9 @@ class Head:
         logits = projected if self.scale == 1 else projected * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def to(self, dtype: torch.dtype) -> "Head":
-        """Return the head in another dtype."""
-        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+    def to(self, target: torch.dtype | torch.device) -> "Head":
+        """Return the head in another dtype, or on another device."""
+        return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
 
 
 def head_of(model: PreTrainedModel) -> Head:
