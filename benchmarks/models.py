@@ -1,0 +1,161 @@
+"""The measured models: SmolLM2-135M at two sizes, every way of making them with the same tokens, data and seed.
+
+    python benchmarks/models.py ../shared/data runs/models          # hours on 2 cores; killed, it goes on where it was
+
+Every model is a recipe that the `hf-minitron` command runs, written to `<out>/<size>/<variant>.yaml`; they share one scoring
+pass. `ours` is then measured beside all the others of its size: held-out text and lm-eval tasks, sample by sample.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from hf_minitron import load_text
+from hf_minitron.__main__ import VERBS
+from hf_minitron.recipe import load_recipe
+from hf_minitron.run import Run
+from hf_minitron.stages.search import start
+
+# Sizes of the body: by width as the paper's recipe cuts it, by depth, and the share of the layers' parameters that stays.
+SIZES = {
+    "100m": {"width": {"hidden": 504, "ffn": 1152}, "depth": {"layers": 20}, "share": 0.675},
+    "70m": {"width": {"hidden": 432, "ffn": 768}, "depth": {"layers": 12}, "share": 0.393},
+}
+STEPS, BATCH, BLOCK = 48, 4, 256
+PLAIN: dict[str, Any] = {"prune": {"corrections": []}}
+# What each variant says otherwise than `ours`: corrected width, distilled by forward KL from the live teacher.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "published": PLAIN,
+    "ours-third": {"distill": {"max_steps": STEPS // 3}},
+    "random": PLAIN,  # the same shape, its weights drawn anew
+    "depth": {"prune": {"target": "depth", "corrections": []}},
+    "nonuniform": {"prune": {"target": {}, "nonuniform": "share"}},
+    "cross-entropy": {"distill": {"losses": {"cross_entropy": 1.0}}},
+    "cached": {"cache": {"method": "random", "draws": 50}},
+    "teacher-corrected": {"correct": {"max_steps": STEPS // 2, "learning_rate": 2e-5}},
+}
+ONLY = {"70m": ["ours", "published", "ours-third", "random", "depth", "nonuniform"]}
+TASKS = {"tasks": ["local_arc_easy", "local_piqa", "local_lambada"], "limit": 200}
+
+
+def main() -> None:
+    """Make every model, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder with text/c4_1.jsonl, text/c4_2.jsonl and tasks/")
+    parser.add_argument("out", type=Path, help="where the runs go")
+    parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--train-only", action="store_true", help="leave the measuring to a later start")
+    args = parser.parse_args()
+    split_text(args.data / "text/c4_1.jsonl", args.out)
+    first = None
+    for size in args.sizes:
+        names = [name for name in args.variants if name in ONLY.get(size, VARIANTS)]
+        for name in names:
+            path = write_recipe(args, size, name, names)
+            first = first or path
+            make(path, first, name)
+    for size in args.sizes if not args.train_only else ():
+        command("run", args.out / size / "ours.yaml")
+
+
+def split_text(text: Path, out: Path) -> None:
+    """Split the text into what scores read and what students learn from."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "train.jsonl").is_file():
+        documents = load_text(str(text)).train_test_split(test_size=0.2, seed=0)
+        documents["test"].to_json(out / "calibration.jsonl")
+        documents["train"].to_json(out / "train.jsonl")
+
+
+def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str]) -> Path:
+    """Write one variant's recipe."""
+    train = {
+        "text": str(args.out / "train.jsonl"),
+        "block_size": BLOCK,
+        "per_device_train_batch_size": BATCH,
+        "warmup_steps": 3,
+        "logging_steps": 2,
+        "logging_first_step": True,
+        "save_steps": 16,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    recipe: dict[str, Any] = {
+        "model": args.model,
+        "run": str(args.out / size / name),
+        "seed": 0,
+        "score": {"text": str(args.out / "calibration.jsonl"), "tokens": 16_384, "halves": True, "layers_limit": 4},
+        "prune": {"target": "width"},
+        "distill": {**train, "max_steps": STEPS, "learning_rate": 6e-4, "max_grad_norm": 1.0},
+        "evaluate": {
+            "text": str(args.data / "text/c4_2.jsonl"),
+            "tokens": 16_384,
+            **TASKS,
+            "include_path": str(args.data / "tasks"),
+        },
+        "publish": {
+            "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "license": "apache-2.0",
+            "language": "en",
+            "notes": "A measurement: distilled on fifty thousand tokens of web text, where a useful model takes billions. The "
+            "teacher's weights went through 4-bit quantization before (a GGUF file).",
+        },
+    }
+    for section, changes in VARIANTS[name].items():
+        recipe[section] = {**(train if section == "correct" else {}), **recipe.get(section, {}), **changes}
+    prune = recipe["prune"]
+    recipe["prune"] = {key: SIZES[size][value] if isinstance(value, str) else value for key, value in prune.items()}
+    if name == "ours":
+        others = {other: str(args.out / size / other / "distill/student") for other in names if other != "ours"}
+        if "teacher-corrected" in others:
+            others["corrected-teacher"] = str(args.out / size / "teacher-corrected/correct/teacher")
+        recipe["evaluate"]["models"] = others
+    path = args.out / size / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def make(path: Path, first: Path, name: str) -> None:
+    """Score (or share the scores of the first recipe), prune and distill; finished stages are skipped."""
+    run = read(path)
+    if path == first:
+        command("score", path)
+    else:
+        start(run, read(first))
+    command("prune", path)
+    if name == "random" and not run.path("distill").is_dir():
+        draw_anew(run.path("prune") / "student")
+    for stage in ("correct", "cache", "distill"):
+        if stage in run.recipe:
+            command(stage, path)
+
+
+def read(path: Path) -> Run:
+    """Read a recipe."""
+    return load_recipe(path, {}, {name: stage.Args for name, stage in VERBS.items()})
+
+
+def draw_anew(folder: Path) -> None:
+    """Replace a student's weights by such as training from nothing begins with."""
+    set_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
+
+
+def command(stage: str, path: Path) -> None:
+    """Run `hf-minitron`."""
+    subprocess.run([sys.executable, "-m", "hf_minitron", stage, str(path)], check=True)
+
+
+if __name__ == "__main__":
+    main()
