@@ -1,13 +1,17 @@
-"""Time and peak memory of one distillation step: chunked loss against the full-logit loss, in one run.
+"""Time and peak memory of one training step: DistillationTrainer against plain scripts on transformers, in one run.
 
     python benchmarks/kd_step.py                      # the demo's teacher, student with ffn 768, 4 x 512 tokens, fp32
     python benchmarks/kd_step.py --dtype bfloat16
 
-Each variant runs in processes of its own, taking turns, so that neither finds memory that the other has left behind. The
-full-logit variant is what a script on plain transformers does; the chunked one is DistillationTrainer, which also tells the
-allocator to keep freed memory (`--keep-memory` gives that to the other as well: the rest is then the loss alone). A step is
-the teacher's forward pass, the student's forward and backward pass; the optimizer is the same for both and left out. Memory is
-the peak resident size during a step over that before it (weights loaded).
+`full` is distillation with both models' logits of the whole batch, as a script would write it; `chunked` is
+DistillationTrainer, live; `states` adds the paper's losses on states to it; `cached` reads a teacher's answers (random sampling)
+from the disk. Beside them stand `ce`, training without a teacher by the model's own loss, and `teacher_ce`, the same after a
+forward pass of the teacher: what no live distillation can undercut. `full_float32` is `full` in float32, whatever the rest is.
+
+Each variant runs in processes of its own, taking turns, so that none finds memory that another has left behind.
+DistillationTrainer also tells the allocator to keep freed memory (`--keep-memory` gives that to the scripts as well: the rest is
+then the loss alone). A step is forward and backward; the optimizer is the same for all and left out. Memory is the peak resident
+size during a step over that before it (weights loaded).
 """
 
 import argparse
@@ -16,14 +20,18 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import figure
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_minitron.checkpoint import load_model
+from hf_minitron.distillation.cache import write_cache
+from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
 from hf_minitron.families.family import family_of
@@ -49,10 +57,41 @@ def memory(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+def cross_entropy(student, teacher, batch):
+    """Training without a teacher, by the model's own loss."""
+    return student(**batch, use_cache=False).loss
+
+
+def teacher_and_cross_entropy(student, teacher, batch):
+    """What a live distillation step cannot do without."""
+    with torch.no_grad():
+        teacher(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
+    return cross_entropy(student, teacher, batch)
+
+
+# Plain scripts, and the losses that DistillationTrainer is given.
+SCRIPTS = {
+    "full": full_logit_loss,
+    "full_float32": full_logit_loss,
+    "ce": cross_entropy,
+    "teacher_ce": teacher_and_cross_entropy,
+}
+LIVE = {"forward_kl": 1.0}
+TRAINERS = {"chunked": LIVE, "states": LIVE | {"embedding": 1.0, "block": 1.0, "mlp_input": 1.0}, "cached": LIVE}
+# The question, the variant and what it is compared with.
+RATIOS = [
+    ("live", "chunked", "full"),
+    ("live, over full logits in float32", "chunked", "full_float32"),
+    ("live, over a teacher's pass and cross-entropy", "chunked", "teacher_ce"),
+    ("losses on states too, over live", "states", "chunked"),
+    ("cached, over plain cross-entropy", "cached", "ce"),
+]
+
+
 def measure(args) -> None:
     """Run one variant in this process and print its figures as JSON."""
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
+    dtype = torch.float32 if args.variant == "full_float32" else getattr(torch, args.dtype)
     teacher = load_model(args.teacher, torch.float32)
     shape = family_of(teacher.config).shape_of(teacher.config)
     after = shape.cut_to({"ffn": args.ffn})
@@ -62,23 +101,28 @@ def measure(args) -> None:
     batch = collate([{"input_ids": row} for row in ids])
     if args.keep_memory:
         keep_freed_memory()
-    if args.variant == "chunked":
-        settings = DistillationArguments("/tmp/kd_step", use_cpu=True, bf16=dtype != torch.float32, report_to=[])
-        trainer = DistillationTrainer(student, teacher, settings)
-    times, peaks, loss = [], [], 0.0
-    for _ in range(args.steps + 1):
-        student.zero_grad()
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            if args.variant == "full":
-                loss = full_logit_loss(student, teacher, batch)
-            else:
-                loss = trainer.compute_loss(student, batch)
-        loss.backward()
-        times.append(time.perf_counter() - start)
-        peaks.append(memory("VmHWM") - before)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.variant == "cached":
+            write_cache(teacher, Dataset.from_dict({"input_ids": ids.tolist()}), folder, {"random": 50})
+            teacher = CachedTeacher(folder)
+        step = SCRIPTS.get(args.variant)
+        if step is None:
+            losses = TRAINERS[args.variant]
+            settings = DistillationArguments(folder, use_cpu=True, bf16=dtype != torch.float32, report_to=[], losses=losses)
+            trainer = DistillationTrainer(student, teacher, settings)
+        if args.variant in ("ce", "cached"):
+            teacher = None  # needs no memory
+        times, peaks, loss = [], [], 0.0
+        for _ in range(args.steps + 1):
+            student.zero_grad()
+            before = memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = step(student, teacher, batch) if step else trainer.compute_loss(student, batch)
+            loss.backward()
+            times.append(time.perf_counter() - start)
+            peaks.append(memory("VmHWM") - before)
     # the first step makes buffers that later ones find ready: it counts for memory, not for time
     print(json.dumps({"seconds": times[1:], "bytes": max(peaks), "loss": loss.item()}))
 
@@ -94,12 +138,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each variant")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--keep-memory", action="store_true", help="let the full-logit variant keep freed memory as well")
-    parser.add_argument("--variant", choices=["full", "chunked"], help=argparse.SUPPRESS)
+    parser.add_argument("--keep-memory", action="store_true", help="let scripts keep freed memory as well")
+    parser.add_argument("--variants", nargs="+", choices=[*SCRIPTS, *TRAINERS], default=[*SCRIPTS, *TRAINERS])
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant:
         return measure(args)
-    runs = {"full": [], "chunked": []}
+    runs = {variant: [] for variant in args.variants if args.dtype != "float32" or variant != "full_float32"}
     for _ in range(args.rounds):
         for variant in runs:
             command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
@@ -108,13 +153,16 @@ def main() -> None:
     seconds = {v: statistics.median(s for run in r for s in run["seconds"]) for v, r in runs.items()}
     gigabytes = {v: statistics.median(run["bytes"] for run in r) / 1e9 for v, r in runs.items()}
     for variant, r in runs.items():
-        print(f"{variant:8} {seconds[variant]:6.2f} s  {gigabytes[variant]:5.2f} GB over the weights  loss {r[0]['loss']:.6f}")
-    time_ratio, memory_ratio = (figures["chunked"] / figures["full"] for figures in (seconds, gigabytes))
-    result = f"{time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory of full logits"
-    print(f"{args.dtype}: chunked takes {result}")
-    keeps = " that keep freed memory too" if args.keep_memory else ""
+        print(f"{variant:12} {seconds[variant]:6.2f} s  {gigabytes[variant]:5.2f} GB over the weights  loss {r[0]['loss']:.6f}")
+    found = []
+    for question, variant, other in RATIOS:
+        if {variant, other} <= runs.keys():
+            time_ratio, memory_ratio = (figures[variant] / figures[other] for figures in (seconds, gigabytes))
+            found.append(f"{question}: {time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory")
+    print(*found, sep="\n")
+    keeps = ", scripts keep freed memory too" if args.keep_memory else ""
     command = f"benchmarks/kd_step.py --dtype {args.dtype}{' --keep-memory' if args.keep_memory else ''}"
-    figure.save(args.json, f"distillation step, {args.dtype}: chunked loss", command, result + keeps)
+    figure.save(args.json, f"a training step, {args.dtype}{keeps}", command, "; ".join(found))
 
 
 if __name__ == "__main__":
