@@ -23,11 +23,16 @@ sys.path.insert(0, {tests!r})
 import tiny
 from test_distillation import CONSTANT, RAGGED
 from hf_minitron import DistillationArguments, DistillationTrainer
+from hf_minitron.distillation.cache import write_cache
 out, batch, losses = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+teacher = tiny.model()
+if sys.argv[4] == "cached":
+    write_cache(teacher, RAGGED, out + "-cache", {{"top_k": 9}}, batch_size=2)
+    teacher = out + "-cache"
 args = DistillationArguments(out, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
                              max_steps=4, per_device_train_batch_size=batch, train_sampling_strategy="sequential",
                              losses=losses, layer_pairs="uniform", **CONSTANT)
-trainer = DistillationTrainer(tiny.model(seed=1, hidden_size=24), tiny.model(), args, train_dataset=RAGGED)
+trainer = DistillationTrainer(tiny.model(seed=1, hidden_size=24), teacher, args, train_dataset=RAGGED)
 trainer.train()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -47,15 +52,18 @@ def launch(processes, *command):
     return done.stdout
 
 
-@pytest.mark.parametrize("losses", [{"forward_kl": 1.0}, {"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}])
-def test_two_processes_equal_one(tmp_path, losses):
+@pytest.mark.parametrize(
+    ("losses", "teacher"),
+    [({"forward_kl": 1.0}, "live"), ({"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}, "live"), ({"jsd": 1.0}, "cached")],
+)
+def test_two_processes_equal_one(tmp_path, losses, teacher):
     """Rows have different lengths, so the processes hold different numbers of tokens. States are balanced over both."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
     histories = []
     for processes, batch in ((1, 2), (2, 1)):
-        launch(processes, script, tmp_path / "out", batch, json.dumps(losses))
-        histories.append(json.loads((tmp_path / "out.json").read_text()))
+        launch(processes, script, tmp_path / f"out-{processes}", batch, json.dumps(losses), teacher)
+        histories.append(json.loads((tmp_path / f"out-{processes}.json").read_text()))
     one, two = histories
     assert len(one) == 4
     for first, second in zip(one, two, strict=True):

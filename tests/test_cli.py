@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -224,21 +225,25 @@ def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, 
     assert run(project, tmp_path / "run", verb="score") == 0 and (tmp_path / "run/score/done.json").is_file()
 
 
-def test_killed_in_distillation_it_goes_on_from_the_last_checkpoint(project, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, tmp_path, how):
     folder, steps = tmp_path / "run", 60
     recipe = {**project["recipe"], "run": str(folder)}
     recipe["distill"] = {**recipe["distill"], "max_steps": steps, "save_steps": 5}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "hf_minitron", "run", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 120
-    while not list((folder / "distill.tmp/checkpoints").glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+    command, checkpoints = [sys.executable, "-m", "hf_minitron", "run", str(path)], folder / "distill.tmp/checkpoints"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, how)
+    said = process.stdout.read()
+    process.wait(120)
     assert not (folder / "distill").exists() and (folder / "prune/done.json").is_file()
+    if how == signal.SIGTERM:  # it has saved where it was
+        step = re.search(r"error: Stopped by SIGTERM after step (\d+); its checkpoint is written", said)[1]
+        assert process.returncode == 1 and (checkpoints / f"checkpoint-{step}/trainer_state.json").is_file()
     broken = folder / "distill.tmp/checkpoints/checkpoint-999"  # as if the kill had hit a checkpoint being written
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')

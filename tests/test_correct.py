@@ -141,6 +141,21 @@ def test_the_student_learns_from_the_corrected_teacher(project, recipe, lora, ca
     assert any(not torch.equal(students["corrected"][name], students["original"][name]) for name in students["named"])
 
 
+def test_a_student_of_low_rank_additions_is_a_stock_model(recipe):
+    path = recipe(drop=["correct"])
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, str(path), "--distill.lora", "{r: 3, target_modules: [q_proj, up_proj]}"]) == 0
+    pruned, student = (
+        load_file(path.with_suffix("") / folder / "student/model.safetensors") for folder in ("prune", "distill")
+    )
+    changed = {name.split(".")[-2] for name in pruned if not torch.equal(pruned[name], student[name])}
+    assert pruned.keys() == student.keys() and changed == {"q_proj", "up_proj"}
+    history = json.loads((path.with_suffix("") / "distill/log.json").read_text())["history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert AutoModelForCausalLM.from_pretrained(path.with_suffix("") / "distill/student").num_parameters() > 0
+
+
 def test_killed_between_checkpoints_it_ends_as_if_it_had_not_been(recipe, monkeypatch):
     whole, killed = (recipe(name, lora={"r": 2}, max_steps=4) for name in ("whole", "killed"))
     assert main(["correct", str(whole)]) == 0

@@ -281,6 +281,13 @@ def test_the_stage_streams_a_mixture_of_documents_kept_apart(project, pruned):
         assert len(history) == 6 and history[-1] < history[0] and log["tokens"] == 6 * 2 * 16
 
 
+def test_a_model_that_cannot_keep_documents_apart_is_not_trained_on_such(texts):
+    blocks = mix("a.jsonl", max_tokens=40, cross_documents=False)
+    for student, teacher in (("opt", "llama"), ("llama", "opt")):
+        with pytest.raises(ValueError, match="opt takes no notice"):
+            DistillationTrainer(tiny.model(student), tiny.model(teacher), arguments(texts / "out"), train_dataset=blocks)
+
+
 def test_the_stage_makes_blocks_once(project, pruned, monkeypatch):
     made, train = [], DistillationTrainer.train
     original = mixed_blocks

@@ -160,6 +160,16 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), trainer.model.parameters(), strict=True))
 
 
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    """Three steps of four rows each end in the middle of the second epoch."""
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
+    done, losses, _ = train(tmp_path, **settings)
+    trainer = trainer_for(tmp_path, tiny.model(seed=1, hidden_size=24), tiny.model(), **CONSTANT, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3 and len(losses) == 3
+    assert all(torch.equal(a, b) for a, b in zip(done.parameters(), trainer.model.parameters(), strict=True))
+
+
 def test_what_cannot_be_distilled_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"The tokenizer has 99 tokens.*differ by more than padding"):
         DistillationTrainer(tiny.model(vocab_size=50), tiny.model(), arguments(tmp_path), processing_class=tiny.tokenizer())

@@ -18,7 +18,10 @@ def check_documents_apart(model: PreTrainedModel) -> None:
     """
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     positions = torch.tensor([[0, 1, 0]], device=model.device)
+    training = model.training
+    model.eval()  # without dropout
     packed = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, -1]
     alone = model.base_model(input_ids=ids[:, -1:], use_cache=False).last_hidden_state[0, -1]
+    model.train(training)
     if (packed - alone).norm() > 0.01 * alone.norm():
         raise ValueError(f"{model.config.model_type} takes no notice of where a document starts: set cross_documents to true")

@@ -22,6 +22,7 @@ from hf_minitron.distillation.batch import collate, predicts, visible
 from hf_minitron.distillation.cached import META as CACHE
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
+from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.signals import DenseSignal, SparseSignal, StoredSignal
@@ -44,7 +45,7 @@ class DistillationTrainer(Trainer):
             what it said before (`write_cache`), or where to load either from; `None` when the only loss is cross_entropy.
         args (`DistillationArguments`): Settings.
         **kwargs: As for `transformers.Trainer`. `train_dataset` has rows of `input_ids`, and optionally `labels` (not shifted,
-            -100 where nothing is learnt).
+            -100 where nothing is learnt) and `position_ids`, where blocks hold documents that do not see each other.
 
     Example:
 
@@ -71,6 +72,9 @@ class DistillationTrainer(Trainer):
         self.teacher = self._teacher(teacher)
         if self.teacher is not None:
             _check_vocabularies(self.teacher.config, student.config, self.processing_class)
+        if "position_ids" in (getattr(self.train_dataset, "column_names", None) or ()):  # documents of their own
+            for reader in [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]:
+                check_documents_apart(reader)
         self._logit_weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
         self._states = self._state_losses(student)
         if isinstance(self.teacher, LiveTeacher):
@@ -136,6 +140,11 @@ class DistillationTrainer(Trainer):
         if terminated:
             self.terminated = self.control.should_save = self.control.should_training_stop = True
         return loss
+
+    def _run_epoch(self, *args, **kwargs):
+        """Train an epoch; none when resuming from the last checkpoint: the Trainer would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as the Trainer does; add the mean over tokens of every named loss."""

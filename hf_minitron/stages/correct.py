@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 from hf_minitron.checkpoint import load_model, resolve
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
-from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.training import (
@@ -88,8 +87,6 @@ def run(args: Args, run: Run, out: Path) -> None:
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
     model = load_model(source, torch.float32).train()
-    if not args.cross_documents:
-        check_documents_apart(model)
     set_seed(run.seed)  # the additions begin at random
     tuned = model if args.lora is None else add_lora(model, args.lora)
     trainer = DistillationTrainer(tuned, None, args, train_dataset=blocks, processing_class=tokenizer)

@@ -11,7 +11,6 @@ from hf_minitron.checkpoint import load_model, resolve
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
@@ -84,8 +83,6 @@ def run(args: Args, run: Run, out: Path) -> None:
         facts["cache"] = teacher.meta
     args.text, args.output_dir, args.seed = synthesize.text_of(run, args.text), str(out / CHECKPOINTS), run.seed
     student = load_model(source, torch.float32)
-    if not args.cross_documents:
-        check_documents_apart(student)
     blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
     set_seed(run.seed)  # LoRA's additions begin at random
     student = student.train() if args.lora is None else add_lora(student.train(), args.lora)
