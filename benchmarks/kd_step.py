@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import figure
@@ -70,6 +71,30 @@ def teacher_and_cross_entropy(student, teacher, batch):
     return cross_entropy(student, teacher, batch)
 
 
+def trl_loss(student, teacher, batch):
+    """TRL's own chunked divergence, on the last hidden states of both."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    with torch.no_grad():
+        teacher_hidden = teacher.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+    student_hidden = student.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+    heads = [(model.lm_head.weight, model.lm_head.bias) for model in (student, teacher)]
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        student_hidden.flatten(0, 1), *heads[0], teacher_hidden.flatten(0, 1), *heads[1], 0.0
+    )
+    return divergence.mean()
+
+
+def modelopt_loss(student, teacher, batch):
+    """ModelOpt's own loss on logits."""
+    from modelopt.torch.distill.losses import LogitsDistillationLoss
+
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    student_logits = student(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float().flatten(0, 1)
+    return LogitsDistillationLoss(reduction="batchmean")(student_logits, teacher_logits)
+
+
 # Plain scripts, and the losses that DistillationTrainer is given.
 SCRIPTS = {
     "full": full_logit_loss,
@@ -77,6 +102,9 @@ SCRIPTS = {
     "ce": cross_entropy,
     "teacher_ce": teacher_and_cross_entropy,
 }
+# Of the optional group `bench`, measured where it is installed.
+SCRIPTS |= {"trl": trl_loss} if find_spec("trl") else {}
+SCRIPTS |= {"modelopt": modelopt_loss} if find_spec("modelopt") else {}
 LIVE = {"forward_kl": 1.0}
 TRAINERS = {"chunked": LIVE, "states": LIVE | {"embedding": 1.0, "block": 1.0, "mlp_input": 1.0}, "cached": LIVE}
 # The question, the variant and what it is compared with.
@@ -84,6 +112,8 @@ RATIOS = [
     ("live", "chunked", "full"),
     ("live, over full logits in float32", "chunked", "full_float32"),
     ("live, over a teacher's pass and cross-entropy", "chunked", "teacher_ce"),
+    ("live, over TRL's loss", "chunked", "trl"),
+    ("live, over ModelOpt's loss", "chunked", "modelopt"),
     ("losses on states too, over live", "states", "chunked"),
     ("cached, over plain cross-entropy", "cached", "ce"),
 ]
