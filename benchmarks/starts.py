@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="split into calibration and training text")
     parser.add_argument("--held-out", required=True, nargs="+")
     parser.add_argument("--target", type=json.loads, default={"ffn": 768, "hidden": 504, "layers": 26})
-    parser.add_argument("--budgets", type=int, nargs="+", default=[8_192, 24_576, 73_728], help="tokens")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8_192, 24_576, 49_152], help="tokens")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--merge", action="store_true", help="layer_merge in the corrected start as well")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,7 +74,8 @@ def main() -> None:
             print(f"{tokens:7,} tokens", *(f"{t} {p:8.1f} -> {c:8.1f} ({r:.2f})" for t, p, c, r in cells), flush=True)
     what = ", ".join(f"{axis} {size}" for axis, size in args.target.items())
     result = f"{next(iter(texts))} perplexity of the plain and the corrected start after so many tokens: {'; '.join(lines)}"
-    figure.save(args.json, f"starts of {what}, distilled with the same tokens", "benchmarks/starts.py", result)
+    command = f"benchmarks/starts.py{' --merge' if args.merge else ''}"
+    figure.save(args.json, f"starts of {what}, distilled with the same tokens", command, result)
 
 
 def distil(student, teacher, blocks, tokens: int, args: argparse.Namespace, out: Path) -> None:
