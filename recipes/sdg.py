@@ -50,7 +50,8 @@ def written(script: ScriptArguments, teacher, tokenizer, prompts: Dataset, seed:
     """Return documents that the teacher continues, but those that are empty, short, repetitive or a copy."""
     config = sampling(teacher, tokenizer, script.max_new_tokens, temperature=0.8, top_p=0.95)
     sieve, kept = Sieve(script.min_tokens, max_repeated=0.1), []
-    for number, batch in enumerate(tqdm(prompts.select(range(script.documents)).iter(script.batch_size), "Writing")):
+    prompts = prompts.select(range(min(script.documents, len(prompts))))
+    for number, batch in enumerate(tqdm(prompts.iter(script.batch_size), "Writing", unit=" batches")):
         starts = start_ids(tokenizer, batch["text"], script.prompt_tokens)
         for start, new in zip(starts, generate_batch(teacher, starts, config, seed + number), strict=True):
             text = tokenizer.decode([*start, *new], skip_special_tokens=True)
