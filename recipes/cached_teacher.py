@@ -3,7 +3,7 @@
     python recipes/prepare_offline.py     # once: a teacher and text that need no Hub
     accelerate launch recipes/cached_teacher.py --output_dir out --max_steps 100 --per_device_train_batch_size 2
 
-The cache stays in the output folder: another run with the same text and teacher finds it, whatever its learning rate or student.
+The cache stays in the output folder: another run with the same text and teacher finds it, whatever its student and settings.
 """
 
 from dataclasses import dataclass

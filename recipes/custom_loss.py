@@ -4,8 +4,8 @@
     accelerate launch recipes/custom_loss.py --output_dir out --max_steps 100 --per_device_train_batch_size 2
     accelerate launch recipes/custom_loss.py --output_dir out --max_steps 100 --per_device_train_batch_size 2 --cache_top_k 64
 
-A loss gets the log-probabilities of student and teacher, one row per token, and returns one number per row. It never sees a model,
-a mask, a chunk or a cache, and so works with all of them. In the log it has its name.
+A loss gets the log-probabilities of student and teacher, one row per token, and returns one number per row. It never sees a
+model, a mask, a chunk or a cache, and so works with all of them. In the log it has its name.
 """
 
 from dataclasses import dataclass

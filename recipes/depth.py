@@ -48,7 +48,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     documents = load_text(script.text).train_test_split(test_size=0.1, seed=training.seed)
 
-    # 1. Which layers, side by side, does the model miss least? Dropped one by one they cost it more skill (2408.11796, figure 8).
+    # 1. Which layers, side by side, does the model miss least? One by one they cost more skill (2408.11796, figure 8).
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     shape = family_of(teacher.config).shape_of(teacher.config)
     target = shape.cut_to({"layers": script.layers})

@@ -1,10 +1,10 @@
-"""Let the teacher write the text that the student learns from (synthetic data), with the public API: a script to copy and change.
+"""Let the teacher write the text that its student learns from, with the public API: a script to copy and change.
 
     python recipes/prepare_offline.py     # once: a teacher and text that need no Hub
     python recipes/sdg.py --output_dir out --documents 200 --max_steps 50 --per_device_train_batch_size 2
 
-`--losses '{"cross_entropy": 1}'` fine-tunes on what was written; the default, forward KL, is classical distillation on it. A recipe
-does the same with a `synthesize:` section, on many GPUs, and goes on after an interruption.
+`--losses '{"cross_entropy": 1}'` fine-tunes on what was written; the default, forward KL, is classical distillation on it. A
+recipe does the same with a `synthesize:` section, on many GPUs, and goes on after an interruption.
 """
 
 from dataclasses import dataclass
