@@ -52,7 +52,11 @@ class LiveTeacher:
     def shard(self, accelerator: Accelerator) -> None:
         """Shard the teacher as accelerate shards the student, where it does (FSDP2, ZeRO-3)."""
         if accelerator.is_fsdp2:
+            plugin = accelerator.state.fsdp_plugin
+            wrapped = plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy
             self.model = fsdp2_prepare_model(accelerator, self.model)
+            # accelerate has written down the teacher's class of layers; the student's may be another
+            plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = wrapped
         elif (plugin := accelerator.state.deepspeed_plugin) is not None and plugin.zero_stage == 3:
             import deepspeed  # an optional dependency
 

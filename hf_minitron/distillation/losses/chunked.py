@@ -124,6 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 projected = head.project(rows_of[rows]).requires_grad_(wants_grad)
                 with torch.set_grad_enabled(wants_grad):
                     by_name = chunk_loss(head.finish(projected), rows)
+                    _check_rows(by_name, len(projected))
                     sums = [by_name[name].sum() / num_items for name in names]
                     total = sum(weight * part for weight, part in zip(weights, sums, strict=True))
                 parts += torch.stack([part.detach() for part in sums])
@@ -137,6 +138,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         return *(None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors), None
+
+
+def _check_rows(by_name: Mapping[str, Tensor], count: int) -> None:
+    """Refuse a loss that is not one number per token, such as a mean: it would be divided by the token count again."""
+    for name, values in by_name.items():
+        if values.shape != (count,):
+            raise ValueError(f"losses: {name} gave shape {tuple(values.shape)} for {count} tokens, not one number for each: "
+                             "sum over the last dimension only, and take no mean")  # fmt: skip
 
 
 def _accumulate(grads: list, grad_logits: Tensor, hidden: Tensor, rows: slice, head: Head) -> None:
