@@ -7,17 +7,22 @@ scoring passes. `ours` is then measured beside all the others of its size: held-
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import yaml
+from matplotlib import pyplot as plt
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from hf_minitron import load_text
+from hf_minitron import Report, load_text
 from hf_minitron.__main__ import VERBS
+from hf_minitron.hub.card import load_log
+from hf_minitron.hub.plots import INK
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.stages.search import start
@@ -42,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "teacher-corrected": {"correct": {"max_steps": STEPS // 2, "learning_rate": 2e-5}},
 }
 ONLY = {"70m": ["ours", "published", "ours-third", "random", "depth", "nonuniform"]}
+RESULTS = Path(__file__).with_name("results") / "models"
 TASKS = {"tasks": ["local_arc_easy", "local_piqa", "local_lambada"], "limit": 200}
 
 
@@ -55,6 +61,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--train-only", action="store_true", help="leave the measuring to a later start")
     args = parser.parse_args()
+    args.data, args.out = args.data.resolve(), args.out.resolve()
     split_text(args.data / "text/c4_1.jsonl", args.out)
     scored: dict[str, Path] = {}  # a `score:` section to the recipe that has it first
     for size in args.sizes:
@@ -63,7 +70,8 @@ def main() -> None:
             path = write_recipe(args, size, name, names)
             make(path, scored.setdefault(str(read(path).section("score")), path), name)
     for size in args.sizes if not args.train_only else ():
-        command("run", args.out / size / "ours.yaml")
+        command("run", args.out / size / "ours.yaml", args.data / "tasks")  # their files name the data beside them
+        summarize(args.out / size, size)
 
 
 def split_text(text: Path, out: Path) -> None:
@@ -157,9 +165,44 @@ def draw_anew(folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
 
 
-def command(stage: str, path: Path) -> None:
-    """Run `hf-minitron`."""
-    subprocess.run([sys.executable, "-m", "hf_minitron", stage, str(path)], check=True)
+def command(stage: str, path: Path, folder: Path | None = None) -> None:
+    """Run `hf-minitron`, in a folder."""
+    subprocess.run([sys.executable, "-m", "hf_minitron", stage, str(path)], check=True, cwd=folder)
+
+
+def summarize(folder: Path, size: str) -> None:
+    """Write what the README says about one size: figures, the sentences that answer its questions, and the curves."""
+    report = Report.load(folder / "ours/evaluate/report.json")
+    pairs = [("published", "distilled"), ("ours-third", "published")]
+    pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
+    said = [c["sentence"] for model, baseline in pairs for c in report.against(baseline, model) if c["metric"] == "perplexity"]
+    curves = {}
+    for path in sorted(folder.glob("*/distill/log.json")):
+        log = load_log(path)
+        steps = [entry for entry in log["history"] if "forward_kl" in entry and "loss" in entry]
+        if steps and path.parts[-3] != "cached":  # whose loss is too high by a number that no student changes
+            curves[path.parts[-3]] = [(entry["step"] * BATCH * BLOCK, entry["forward_kl"]) for entry in steps]
+    content = {"tokens": STEPS * BATCH * BLOCK, "models": report.models, "sentences": said, "curves": curves}
+    (RESULTS / f"{size}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot_curves(curves, RESULTS / f"{size}.png")
+
+
+def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Draw the distillation losses of several students on the same text, readable on light and dark pages."""
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**colors, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(figsize=(8, 3.4))
+        for number, (name, points) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1][1])):
+            wide = 3 if name == "ours" else 1.6
+            axes.plot([t / 1e3 for t, _ in points], [loss for _, loss in points], label=name, lw=wide, color=f"C{number}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.3g}")
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 1)))
+        axes.set_xlabel("thousand tokens")
+        axes.set_ylabel("forward KL, nats per token")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Write the README's figures from what was measured: no number in it is typed by hand.
+"""Write the figures of README and docs from what was measured: no number in them is typed by hand.
 
     python benchmarks/update_readme.py --run runs/smollm2-135m-width
 
-Reads the run's report, plan and training log and `benchmarks/results/*.json`; writes what stands between the markers
+Reads the run's report, plan and training log and `benchmarks/results/`; writes what stands between the markers
 `<!-- NAME:begin -->` and `<!-- NAME:end -->`, copies the run's pictures beside its recipe and its card to `model_cards/`.
 """
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -16,16 +15,18 @@ from claims import PAPER
 
 from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
-from hf_minitron.hub.card import load_log, markdown_table, quality_rows, speed_rows
+from hf_minitron.hub.card import load_log, markdown_table, measured, quality_rows, speed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
+MODELS = ROOT / "benchmarks/results/models"
 
 
 def demo_block(run: Path, recipe: Path) -> str:
     """Return the demo's table, pictures and times."""
     report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
-    seconds = {stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in STAGES}
+    marks = {stage: run / stage / "done.json" for stage in STAGES}
+    seconds = {stage: json.loads(mark.read_text())["seconds"] for stage, mark in marks.items() if mark.is_file()}
     times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
     picture = recipe.relative_to(ROOT)
     return "\n\n".join(
@@ -71,6 +72,31 @@ def claims_block(claims: dict) -> str:
     )
 
 
+def models_block(found: dict[str, dict]) -> str:
+    """Return one size after the other: the table of its models, their curves and the sentences."""
+    parts = []
+    for size, content in found.items():
+        models = content["models"]
+        tasks = {
+            (t, m): None for model in models.values() for t, metrics in model["tasks"].items() for m in metrics if m == "acc"
+        }
+        rows = [["model", "parameters", "perplexity", "KL to teacher", *(task.removeprefix("local_") for task, _ in tasks)]]
+        for name, model in models.items():
+            cells = [model["perplexity"], model.get("agreement", {}).get("teacher_kl")]
+            cells += [model["tasks"].get(task, {}).get(metric) for task, metric in tasks]
+            title = {"pruned": "ours, before training", "distilled": "**ours**"}.get(name, name)
+            rows.append([title, f"{model['parameters'] / 1e6:,.1f} M", *map(measured, cells)])
+        parts += [
+            f"**{size.upper()}**, {content['tokens']:,} tokens; ± standard error",
+            markdown_table(rows),
+            f"![Distillation losses](benchmarks/results/models/{size}.png)",
+            "<details><summary>Perplexity, pair by pair</summary>",
+            "\n".join(f"- {sentence}" for sentence in content["sentences"]),
+            "</details>",
+        ]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     """Rewrite the blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,17 +108,21 @@ def main() -> None:
         shutil.copyfile(run / "publish/model" / name, recipe / name)
     for name in ("README.md", "report.json", "loss.png", "shapes.png"):
         shutil.copyfile(run / "publish/model" / name, card / name)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
     blocks = {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(CLAIMS.parent)}
     if CLAIMS.is_file():
         blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
+    measured_models = {path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))}
+    blocks["models"] = models_block(measured_models)
     for name, block in blocks.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        assert pattern.search(text), f"README.md has no {begin} ... {end}"
-        text = pattern.sub(lambda _, b=block, s=begin, e=end: f"{s}\n{b}\n{e}", text)
-    readme.write_text(text, encoding="utf-8")
+        write_block(name, block)
+
+
+def write_block(name: str, block: str) -> None:
+    """Write what stands between two markers, in the one file that has them."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    (path,) = (path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if begin in path.read_text(encoding="utf-8"))
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

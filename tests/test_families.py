@@ -191,7 +191,7 @@ def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missi
     config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
     with pytest.raises(ValueError, match=f"does not cover model type '{model_type}'") as caught:
         family_of(config)
-    assert missing in str(caught.value) and "llama" in str(caught.value) and "README" in str(caught.value)
+    assert missing in str(caught.value) and "llama" in str(caught.value) and "docs/families.md" in str(caught.value)
 
 
 def test_a_known_family_with_an_unknown_variant_is_refused_naming_the_shape():

@@ -96,7 +96,7 @@ class Family:
                 f"The axis map does not cover model type {config.model_type!r}:\n  "
                 + "\n  ".join(problems.values())
                 + "\nEvery parameter needs one row with one axis per dimension. Supported model types: "
-                + f"{', '.join(sorted(FAMILIES))}. For another one, add a table to hf_minitron/families/ (README, 'Families')."
+                + f"{', '.join(sorted(FAMILIES))}. For another one, add a table to hf_minitron/families/ (docs/families.md)."
             )
         return {row: pattern for row, pattern in self.rows.items() if row in used}
 
