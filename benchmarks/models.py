@@ -42,11 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random": PLAIN,  # the same shape, its weights drawn anew
     "depth": {"score": {"metric": "l2_mean"}, "prune": {"target": "depth", "corrections": []}},
     "nonuniform": {"prune": {"target": {}, "nonuniform": "share"}},
+    "nonuniform-third": {"prune": {"target": {}, "nonuniform": "share"}, "distill": {"max_steps": STEPS // 3}},
     "cross-entropy": {"distill": {"losses": {"cross_entropy": 1.0}}},
     "cached": {"cache": {"method": "random", "draws": 50}},
     "teacher-corrected": {"correct": {"max_steps": STEPS // 2, "learning_rate": 2e-5}},
 }
-ONLY = {"70m": ["ours", "published", "ours-third", "random", "depth", "nonuniform"]}
+ONLY = {"70m": ["ours", "published", "ours-third", "random", "depth", "nonuniform", "nonuniform-third"]}
 RESULTS = Path(__file__).with_name("results") / "models"
 TASKS = {"tasks": ["local_arc_easy", "local_piqa", "local_lambada"], "limit": 200}
 
@@ -173,7 +174,7 @@ def command(stage: str, path: Path, folder: Path | None = None) -> None:
 def summarize(folder: Path, size: str) -> None:
     """Write what the README says about one size: figures, the sentences that answer its questions, and the curves."""
     report = Report.load(folder / "ours/evaluate/report.json")
-    pairs = [("published", "distilled"), ("ours-third", "published")]
+    pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
     pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
     said = [c["sentence"] for model, baseline in pairs for c in report.against(baseline, model) if c["metric"] == "perplexity"]
     curves = {}
