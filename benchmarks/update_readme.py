@@ -19,7 +19,7 @@ from hf_minitron.hub.card import load_log, markdown_table, measured, quality_row
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
-MODELS = ROOT / "benchmarks/results/models"
+MODELS, SEARCH = ROOT / "benchmarks/results/models", ROOT / "benchmarks/results/search"
 
 
 def demo_block(run: Path, recipe: Path) -> str:
@@ -98,23 +98,28 @@ def models_block(found: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    """Rewrite the blocks."""
+    """Rewrite the blocks; the demo's where its run is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
     run = parser.parse_args().run.resolve()
+    blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
+    blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
+    blocks["models"] = models_block({path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))})
+    if run.is_dir():
+        blocks["demo"] = demo_block(run, ROOT / "recipes" / run.name)
+        copy_card(run)
+    for name, block in blocks.items():
+        write_block(name, block)
+
+
+def copy_card(run: Path) -> None:
+    """Keep a run's card, and its pictures beside its recipe too."""
     recipe, card = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
     card.mkdir(parents=True, exist_ok=True)
     for name in ("loss.png", "shapes.png"):
         shutil.copyfile(run / "publish/model" / name, recipe / name)
     for name in ("README.md", "report.json", "loss.png", "shapes.png"):
         shutil.copyfile(run / "publish/model" / name, card / name)
-    blocks = {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(CLAIMS.parent)}
-    if CLAIMS.is_file():
-        blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
-    measured_models = {path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))}
-    blocks["models"] = models_block(measured_models)
-    for name, block in blocks.items():
-        write_block(name, block)
 
 
 def write_block(name: str, block: str) -> None:
