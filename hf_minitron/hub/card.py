@@ -24,6 +24,9 @@ BENCHMARKS = {
     "gsm8k": ("openai/gsm8k", "gsm8k", "exact_match"),
     "mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro", "exact_match"),
 }
+# What held-out text gives: metric to its words.
+TITLES = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+AGREEMENT = {"top1_match": "top-1 match", "teacher_kl": "KL to teacher"}
 NOT_LOSSES = ("loss", "step", "epoch", "grad_norm", "learning_rate", "num_tokens", "num_input_tokens_seen")
 
 
@@ -72,10 +75,8 @@ def write_card(
 
 def quality_rows(report: Report) -> list[list[str]]:
     """Return the table of parameters, quality on text and task metrics: a header, then one row per model."""
-    text = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-    text = {key: title for key, title in text.items() if any(key in model for model in report.models.values())}
-    agreement = {"top1_match": "top-1 match", "teacher_kl": "KL to teacher"}
-    agreement = {k: title for k, title in agreement.items() if any(k in m.get("agreement", {}) for m in report.models.values())}
+    text = {key: title for key, title in TITLES.items() if any(key in model for model in report.models.values())}
+    agreement = {k: title for k, title in AGREEMENT.items() if any(k in m.get("agreement", {}) for m in report.models.values())}
     tasks = {(t, m): None for model in report.models.values() for t, metrics in model["tasks"].items() for m in metrics}
     titles = [*text.values(), *agreement.values(), *(f"{task} {metric}" for task, metric in tasks)]
     rows = [["model", "parameters", *titles]]
@@ -132,7 +133,8 @@ def comparison_rows(report: Report, model: str = "distilled", baseline: str = "t
     for found in report.against(baseline, model):
         low, high = found["interval"]
         digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 3
-        name = found["metric"] if found["task"] == TEXT else f"{found['task']} {found['metric']}"
+        metric = found["metric"]
+        name = (TITLES | AGREEMENT).get(metric, metric) if found["task"] == TEXT else f"{found['task']} {metric}"
         kept = "" if found["retention"] is None else f"{found['retention']:.1f} %"
         if found["retention_interval"]:
             kept += " ({:.1f} to {:.1f})".format(*found["retention_interval"])
@@ -164,8 +166,8 @@ def _with_interval(entry: Mapping[str, Any] | None) -> str:
 
 def _metrics(report: Report) -> list[tuple[str, str]]:
     """List what any model was measured by: task, or `TEXT`, and metric."""
-    models, text = report.models.values(), ("perplexity", "bits_per_byte", "top1_match", "teacher_kl")
-    found = [(TEXT, metric) for metric in text if any(_entry(model, TEXT, metric) for model in models)]
+    models = report.models.values()
+    found = [(TEXT, metric) for metric in TITLES | AGREEMENT if any(_entry(model, TEXT, metric) for model in models)]
     return found + list({(t, m): None for model in models for t, metrics in model["tasks"].items() for m in metrics})
 
 

@@ -43,9 +43,9 @@ def gather(run: Run) -> dict[str, Any]:
     optional = {stage: _done_json(run, stage, f"{stage}.json") for stage in WROTE if stage in run.recipe}
     return {
         "name": section.get("repo_id") or run.folder.name,
-        "load": section.get("repo_id") or shorten(str(run.path("publish") / "model")),
+        "load": section.get("repo_id") or ".",
         **lineage(run),
-        **license_of(run),
+        **_licence(run),
         "language": section.get("language"),
         "datasets": section.get("datasets") or _datasets(run),
         "notes": section.get("notes"),
@@ -114,6 +114,16 @@ def license_of(run: Run) -> dict[str, str | None]:
     if said not in (None, card["license"]):
         raise ValueError(f"license: {said!r}, but the card of {shorten(run.model)} says {card['license']!r}; leave it out")
     return {key: card.get(key) for key in LICENSE_KEYS} | {"license_source": "card"}
+
+
+def _licence(run: Run) -> dict[str, Any]:
+    """Return the licence, the names of its files that came along with the student, and a link to its text that works there."""
+    found, student, base = license_of(run), run.path("distill") / "student", lineage(run)["base_model"]
+    files = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in student.glob(pattern))
+    link = found["license_link"]
+    if link and "://" not in link and link not in files:  # a file of the base model's that did not come along
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+    return found | {"license_files": files}
 
 
 def _base_card(run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ KEPT = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#dbeafe", A
 
 
 def plot_loss(log: Mapping[str, Any], path: Path) -> None:
-    """Draw the loss against the tokens seen: their sum, what held-out text gave, and below them each part where there are several.
+    """Draw the loss against the tokens seen, in training and on held-out text, and below it its parts where there are several.
 
     Args:
         log (`Mapping`): The training log: `tokens` and `history`, with at least one `loss`.
@@ -133,7 +133,7 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         for y, row in enumerate(sizes.values()) if layers <= 64 else ():
             for x, size in enumerate(row):
                 ink = "white" if shares[y][x] > 0.6 else "#1f2937"
-                turned = 90 if upright and size > 99 else 0
+                turned = 90 if upright and size > (99 if layers <= 36 else 9) else 0
                 axes.text(x, y, size, ha="center", va="center", fontsize=8, color=ink, rotation=turned)
         axes.set_yticks(range(len(sizes)), list(sizes))
         axes.set_xlabel("layer")

@@ -35,7 +35,7 @@ class Args:
     overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
     base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
     license: str | None = field(
-        default=None, metadata={"help": "Licence of the teacher, where no card lies beside it that says so."}
+        default=None, metadata={"help": "Licence of the teacher, where its folder has no card that says so."}
     )
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
@@ -64,10 +64,10 @@ def run(args: Args, run: Run, out: Path) -> None:
     report, recipe, log = read(run)
     report.save(folder / "report.json")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / ".eval_results").mkdir(exist_ok=True)
     for name, text in benchmark_files(report, run.section("evaluate")).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    found = facts.gather(run) | {"license_files": _license_files(folder)}
+    found = facts.gather(run)
     card = write(found, report, recipe, log, folder)
     (out / "card.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_page(card, folder, run.folder / PAGE)
@@ -126,8 +126,6 @@ def report(run: Run, show: bool = False) -> str:
         raise ValueError(f"No run in {run.folder}, so there is nothing to report: hf-minitron run {run.recipe_path}")
     run.check_owner()
     found, path = facts.gather(run), run.folder / PAGE
-    published = run.path("publish") / "model"
-    found |= {"license_files": _license_files(published)}
     if done_digest(run.path("publish")) is None:
         found["missing"].append("publish")
     with TemporaryDirectory() as folder:
@@ -167,10 +165,6 @@ def render(folder: Path) -> ModelCard:
         Report.load(folder / "report.json"), yaml.safe_load(recipe.read_text(encoding="utf-8")), log,
         json.loads(found.read_text(encoding="utf-8")),
     )  # fmt: skip
-
-
-def _license_files(folder: Path) -> list[str]:
-    return sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in folder.glob(pattern))
 
 
 def push(args: Args, run: Run) -> str:
