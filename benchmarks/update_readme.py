@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from claims import PAPER
+from keep_cards import keep
 
 from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
@@ -25,7 +26,9 @@ CLAIMS = ROOT / "benchmarks/results/claims.json"
 def demo_block(run: Path, recipe: Path) -> str:
     """Return the demo's table, pictures and times."""
     report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
-    seconds = {stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in STAGES}
+    seconds = {
+        stage: json.loads((run / stage / "done.json").read_text())["seconds"] for stage in STAGES if (run / stage).is_dir()
+    }
     times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
     picture = recipe.relative_to(ROOT)
     return "\n\n".join(
@@ -76,12 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
     run = parser.parse_args().run.resolve()
-    recipe, card = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
-    card.mkdir(parents=True, exist_ok=True)
+    recipe = ROOT / "recipes" / run.name
     for name in ("loss.png", "shapes.png"):
         shutil.copyfile(run / "publish/model" / name, recipe / name)
-    for name in ("README.md", "report.json", "loss.png", "shapes.png"):
-        shutil.copyfile(run / "publish/model" / name, card / name)
+    keep(run, run.name)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = {"demo": demo_block(run, recipe), "benchmarks": benchmark_block(CLAIMS.parent)}

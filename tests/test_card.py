@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,34 +25,9 @@ from hf_minitron.run import made_by
 from hf_minitron.shape import Shape
 from hf_minitron.stages import publish
 
-SCREEN = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: USE_POLICY.md\n---\n# Teacher\n"
-
 
 def load(path, **overrides):
     return load_recipe(Path(path), overrides, {name: module.Args for name, module in VERBS.items()})
-
-
-@pytest.fixture(scope="module")
-def whole(project, tmp_path_factory):
-    """A finished run with every optional stage, a nonuniform student, two losses, and a teacher with a card and a licence."""
-    folder = tmp_path_factory.mktemp("whole")
-    teacher, train = folder / "teacher", str(project["folder"] / "train.jsonl")
-    shutil.copytree(project["folder"] / "teacher", teacher)
-    (teacher / "README.md").write_text(SCREEN)
-    (teacher / "LICENSE").write_text("Do what you like.\n")
-    recipe = {**project["recipe"], "model": str(teacher), "run": str(folder / "run"), "seed": 3}
-    training = {**recipe["distill"], "max_steps": 2}
-    recipe["correct"] = {**training, "text": train, "warmup_steps": 1, "lora": {}}
-    recipe["synthesize"] = {"documents": 6, "max_new_tokens": 24, "batch_size": 4, "min_tokens": 2}
-    recipe["score"] = {**recipe["score"], "halves": True}
-    recipe["prune"] = {"target": {}, "nonuniform": 0.5}
-    recipe["cache"] = {"method": "top_k", "k": 8}
-    text = {"synthesized": 0.25, train: 0.75}
-    recipe["distill"] = {**training, "text": text, "losses": {"forward_kl": 0.75, "cross_entropy": 0.25}}
-    recipe["publish"] = {"base_model": "owner/teacher", "repo_id": "me/small", "language": "en"}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["run", str(folder / "recipe.yaml")]) == 0
-    return folder
 
 
 def test_the_card_says_what_was_done(whole):

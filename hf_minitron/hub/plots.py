@@ -38,7 +38,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
     with _style():
         figure, panels = plt.subplots(1 + bool(parts), 1, figsize=(6, 5 if parts else 3), sharex=True, squeeze=False)
         top, bottom = panels[0, 0], panels[-1, 0]
-        draw(top, "loss", "sum" if parts else "training", AFTER)
+        draw(top, "loss", "weighted sum" if parts else "training", AFTER)
         draw(top, "eval_loss", "held-out text", LINES[0], linestyle="--")
         top.set_ylabel("loss" if parts else "loss, nats per token")
         top.set_ylim(bottom=0)
@@ -47,7 +47,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
         for number, part in enumerate(parts):
             draw(bottom, part, part.replace("_", " "), LINES[number % len(LINES)])
         if parts:
-            bottom.set_ylabel("each part")
+            bottom.set_ylabel("parts, unweighted")
             if all(entry.get(part, 1) > 0 for entry in history for part in parts):
                 bottom.set_yscale("log")  # their sizes differ
                 bottom.yaxis.set_major_formatter("{x:,.4g}")
