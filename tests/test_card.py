@@ -50,7 +50,7 @@ def test_the_card_says_what_was_done(whole):
     ):  # fmt: skip
         assert fact in text, fact
     low, high = data["models"]["distilled"]["perplexity"]["interval"]
-    assert f"({low:,.0f} to {high:,.0f})" in text
+    assert any(f"({low:,.{digits}f} to {high:,.{digits}f})" in text for digits in range(3))
     assert all(c["sentence"] in text for c in data["comparisons"] if (c["model"], c["baseline"]) == ("distilled", "teacher"))
     plan = Plan.load(folder / "plan.json")
     assert f"| ffn | 72 | **{min(plan.by_layer['ffn'])} to {max(plan.by_layer['ffn'])}** |" in text
