@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from claims import PAPER
+from keep_cards import keep
 
 from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
@@ -107,19 +108,11 @@ def main() -> None:
     blocks["models"] = models_block({path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))})
     if run.is_dir():
         blocks["demo"] = demo_block(run, ROOT / "recipes" / run.name)
-        copy_card(run)
+        for name in ("loss.png", "shapes.png"):
+            shutil.copyfile(run / "publish/model" / name, ROOT / "recipes" / run.name / name)
+        keep(run, run.name)
     for name, block in blocks.items():
         write_block(name, block)
-
-
-def copy_card(run: Path) -> None:
-    """Keep a run's card, and its pictures beside its recipe too."""
-    recipe, card = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
-    card.mkdir(parents=True, exist_ok=True)
-    for name in ("loss.png", "shapes.png"):
-        shutil.copyfile(run / "publish/model" / name, recipe / name)
-    for name in ("README.md", "report.json", "loss.png", "shapes.png"):
-        shutil.copyfile(run / "publish/model" / name, card / name)
 
 
 def write_block(name: str, block: str) -> None:

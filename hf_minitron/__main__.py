@@ -21,7 +21,7 @@ from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_yaml
+from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_overrides
 from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of, stages_in
 from hf_minitron.shape import Shape
 from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
@@ -48,6 +48,7 @@ small one, evaluate both, publish the result. A recipe (a YAML file with one sec
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
   hf-minitron run a.yaml b.yaml     one after another: b may prune what a makes (model: <run of a>/publish/model)
   hf-minitron prune recipe.yaml     one stage
+  hf-minitron report recipe.yaml    what is known of a run, finished or not, as a page: report.html
   hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
 
 Which target? `search` (after `score`) turns a budget into a handful of shapes, each a recipe for a short run; when these have
@@ -63,12 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     args, rest = _parser().parse_known_args(argv)
     try:
-        overrides, sections = _overrides(rest), {name: module.Args for name, module in VERBS.items()}
+        overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
         check_chain(runs, overrides)
         run = runs[0]
         if args.verb == "plan":
             print(plan_text(run))
+            return 0
+        if args.verb == "report":
+            print(publish.report(run, args.open))
             return 0
         keep_freed_memory()
         PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
@@ -247,28 +251,13 @@ def _summary(module: ModuleType) -> str:
     return module.__doc__.split(": ", 1)[1].strip()
 
 
-def _overrides(rest: Sequence[str]) -> dict[str, object]:
-    """Read `--section.key value` and `--section.key=value`."""
-    overrides, items = {}, list(rest)
-    while items:
-        item = items.pop(0)
-        if not item.startswith("--"):
-            raise RecipeError(f"Cannot read {item!r}: overrides are --section.key value")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            if not items:
-                raise RecipeError(f"--{key} needs a value")
-            value = items.pop(0)
-        overrides[key] = read_yaml(value, f"--{key} {value}")
-    return overrides
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     texts = {name: _summary(module) for name, module in VERBS.items()}
     texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
     texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
+    texts["report"] = "write report.html, the run's facts as one page, finished or not, and say where it is."
     for name, text in texts.items():
         verb = verbs.add_parser(
             name, help=text, description=text, epilog=_keys(name), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,6 +265,8 @@ def _parser() -> argparse.ArgumentParser:
         several = {"nargs": "+", "help": "recipes, YAML files; a later one may build on what an earlier one makes"}
         one = {"help": "the recipe, a YAML file"}
         verb.add_argument("recipe", type=Path, **(several if name == "run" else one))
+        if name == "report":
+            verb.add_argument("--open", action="store_true", help="open it in a browser")
         if name in ("run", "publish"):
             verb.add_argument("--push", action="store_true", help="upload to publish.repo_id (private unless told)")
             verb.add_argument("--dry-run", action="store_true", help="with --push: list what it would upload, send nothing")

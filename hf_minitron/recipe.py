@@ -73,6 +73,32 @@ def read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where} is not YAML: {error}") from error
 
 
+def read_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """Read `--section.key value` and `--section.key=value`.
+
+    Args:
+        rest (`Sequence[str]`): What is left of the command line.
+
+    Returns:
+        `dict[str, Any]`: Dotted key to value, as `load_recipe` takes them.
+
+    Raises:
+        RecipeError: for a word that is neither, a key without a value, or a value that is not YAML.
+    """
+    overrides, items = {}, list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise RecipeError(f"Cannot read {item!r}: overrides are --section.key value")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            if not items:
+                raise RecipeError(f"--{key} needs a value")
+            value = items.pop(0)
+        overrides[key] = read_yaml(value, f"--{key} {value}")
+    return overrides
+
+
 def bind(run: Run, stage: str, args_type: type) -> Any:
     """Make a stage's arguments from its section.
 

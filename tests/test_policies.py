@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory checkpoint
-pruning.compensate pruning.rotate pruning.prune pruning.export
+axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory environment
+checkpoint pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
@@ -26,7 +26,7 @@ distillation.states distillation.config distillation.cached hub.training_card di
 distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
-evaluation.compare evaluation.speed hub.card hub.plots hub.retry hub.publish run recipe
+evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run hub.facts recipe
 stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
 stages.search stages.select stages.publish chain __main__
 """.split()

@@ -41,11 +41,10 @@ def report():
 def card(measured=None, **facts):
     history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 9}, {"train_runtime": 60.0, "step": 9}]
     before = Shape(tiny.SIZES)
-    known = {"name": "me/small", "base_model": "owner/big", "pictures": {"loss": "loss.png"}} | facts
-    log = {"tokens": 1234, "history": history}
-    return write_card(
-        measured or report(), before, before.cut_to({"ffn": 8}), {"seed": 5}, "hf-minitron run r.yaml", log, known
-    )
+    cut = {"before": before.sizes, "after": before.cut_to({"ffn": 8}).sizes, "dropped": [], "by_layer": {}}
+    known = {"name": "me/small", "load": "me/small", "base_model": "owner/big", "pictures": {"loss": "loss.png"}, "cut": cut}
+    known |= {"command": "hf-minitron run r.yaml", "seconds": {"distill": 90.0}, "missing": [], "version": "0.1"} | facts
+    return write_card(measured or report(), {"seed": 5}, {"tokens": 1234, "history": history}, known)
 
 
 def test_the_card_holds_the_facts():

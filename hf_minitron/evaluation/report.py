@@ -35,6 +35,7 @@ class Report:
         speed (`Mapping`): Name to a list of settings and what was measured at each, in one run.
         comparisons (`Sequence`): Paired comparisons, see `compare_models`.
         settings (`Mapping`): How the tasks were run: few-shot examples, limit, chat template.
+        machine (`Mapping`): Versions and hardware, see `environment`.
     """
 
     models: Mapping[str, dict]
@@ -42,6 +43,7 @@ class Report:
     speed: Mapping[str, list[dict]] = field(default_factory=dict)
     comparisons: Sequence[dict] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""

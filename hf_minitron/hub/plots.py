@@ -7,35 +7,76 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot as plt
 
+from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
 
-BEFORE, AFTER, INK = "#9aa5b1", "#3b82f6", "#6b7280"  # grey and blue that stand out on white and on black
+# Greys, a blue and others that stand out on white and on black.
+BEFORE, AFTER, INK = "#9aa5b1", "#3b82f6", "#757b85"
+LINES = ("#ea580c", "#16a34a", "#a855f7", "#0891b2", "#ec4899", "#a16207", "#64748b")
+UNITS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, ""))
 KEPT = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#dbeafe", AFTER, "#1e3a8a"])  # nothing to all of an axis
 
 
 def plot_loss(log: Mapping[str, Any], path: Path) -> None:
-    """Draw the distillation loss against the tokens seen."""
-    steps = [entry for entry in log["history"] if "loss" in entry]
-    tokens_per_step = log["tokens"] / steps[-1]["step"]
+    """Draw the loss against the tokens seen, in training and on held-out text, and below it its parts where there are several.
+
+    Args:
+        log (`Mapping`): The training log: `tokens` and `history`, with at least one `loss`.
+        path (`Path`): The PNG file to write.
+    """
+    history = log["history"]
+    per_step = log["tokens"] / max(entry["step"] for entry in history if "loss" in entry)
+    unit, name = next((n, name) for n, name in UNITS if log["tokens"] >= n)
+    parts = loss_parts(log)
+
+    def draw(axes, key: str, label: str, color: str, **style) -> None:
+        found = [(entry["step"] * per_step / unit, entry[key]) for entry in history if key in entry]
+        if found:
+            style = {"marker": "o", "markersize": 4} | style if len(found) == 1 else style  # a line needs two points
+            axes.plot(*zip(*found, strict=True), color=color, label=label, linewidth=2, **style)
+
     with _style():
-        figure, axes = plt.subplots(figsize=(6, 3))
-        axes.plot([s["step"] * tokens_per_step / 1e3 for s in steps], [s["loss"] for s in steps], color=AFTER, linewidth=2)
-        axes.set_xlabel("thousand tokens")
-        axes.set_ylabel("loss, nats per token")
-        axes.set_ylim(bottom=0)
+        figure, panels = plt.subplots(1 + bool(parts), 1, figsize=(6, 5 if parts else 3), sharex=True, squeeze=False)
+        top, bottom = panels[0, 0], panels[-1, 0]
+        draw(top, "loss", "weighted sum" if parts else "training", AFTER)
+        draw(top, "eval_loss", "held-out text", LINES[0], linestyle="--")
+        top.set_ylabel("loss" if parts else "loss, nats per token")
+        top.set_ylim(bottom=0)
+        if parts or any("eval_loss" in entry for entry in history):
+            _legend(top)
+        for number, part in enumerate(parts):
+            draw(bottom, part, part.replace("_", " "), LINES[number % len(LINES)])
+        if parts:
+            bottom.set_ylabel("parts, unweighted")
+            if all(entry.get(part, 1) > 0 for entry in history for part in parts):
+                bottom.set_yscale("log")  # their sizes differ
+                bottom.yaxis.set_major_formatter("{x:,.4g}")
+                bottom.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+            _legend(bottom)
+        bottom.set_xlabel(f"{name} tokens" if name else "tokens")
+        figure.align_ylabels()
         _save(figure, path)
 
 
-def plot_shapes(before: Shape, after: Shape, path: Path) -> None:
-    """Draw the size of every axis before and after, as a share of the size before."""
+def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Draw the size of every axis before and after, as a share of the size before.
+
+    Args:
+        before (`Shape`): The teacher's shape.
+        after (`Shape`): The student's shape.
+        path (`Path`): The PNG file to write.
+        by_layer (`Mapping[str, Sequence[int]]`, *optional*): Axis to its sizes in the layers that stay, where they differ: the
+            bar is their mean.
+    """
     names = [axis for axis in before.axes if axis != "vocab"]
     with _style():
         figure, axes = plt.subplots(figsize=(6, 0.42 * len(names) + 0.4))
         for row, axis in enumerate(reversed(names)):
-            share = after[axis] / before[axis]
+            sizes = (by_layer or {}).get(axis) or [after[axis]]
+            share, span = sum(sizes) / len(sizes) / before[axis], sorted({min(sizes), max(sizes)})
             axes.barh(row, 1, color=BEFORE, height=0.62, alpha=0.45)
             axes.barh(row, share, color=AFTER, height=0.62)
-            label = f"{before[axis]} → {after[axis]}" if share < 1 else f"{before[axis]}"
+            label = f"{before[axis]} → {' to '.join(map(str, span))}" if share < 1 else f"{before[axis]}"
             axes.text(1.02, row, label, va="center", color=INK)
         axes.set_yticks(range(len(names)), reversed(names))
         axes.set_xlim(0, 1.3)
@@ -92,7 +133,7 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         for y, row in enumerate(sizes.values()) if layers <= 64 else ():
             for x, size in enumerate(row):
                 ink = "white" if shares[y][x] > 0.6 else "#1f2937"
-                turned = 90 if upright and size > 99 else 0
+                turned = 90 if upright and size > (99 if layers <= 36 else 9) else 0
                 axes.text(x, y, size, ha="center", va="center", fontsize=8, color=ink, rotation=turned)
         axes.set_yticks(range(len(sizes)), list(sizes))
         axes.set_xlabel("layer")
@@ -103,6 +144,11 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         bar.set_label("kept")
         bar.outline.set_visible(False)
         _save(figure, path)
+
+
+def _legend(axes) -> None:
+    """Put a legend beside the axes, where no line is."""
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1.04), handlelength=1.2)
 
 
 def _style():

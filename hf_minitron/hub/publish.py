@@ -27,6 +27,7 @@ MAX_FILE_BYTES, MAX_FILES_PER_FOLDER = 500 * 10**9, 10_000
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # a user access token
 SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")  # a collection: its owner, its title and its id
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")  # one of these makes a repository one that holds a model
+RESULTS = ".eval_results/"  # of the old model, which the new one has not reached
 # What a loader reads: of what a repository held before, none of it may stay beside the new model.
 LOADED = ("*.safetensors", "*.bin", "*.json", "*.py", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
@@ -167,8 +168,9 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) 
         _check_provenance(held, ModelCard.load(folder / "README.md").data, target.repo_id)
     if branch is not None:
         api.create_branch(target.repo_id, branch=branch, revision=held.sha, exist_ok=True)
-    old = [file.rfilename for file in held.siblings if "/" not in file.rfilename and file.rfilename not in files]
-    operations = [CommitOperationDelete(name) for name in old if _like(name, LOADED)]
+    old = [file.rfilename for file in held.siblings if file.rfilename not in files]
+    gone = [name for name in old if name.startswith(RESULTS) or ("/" not in name and _like(name, LOADED))]
+    operations = [CommitOperationDelete(name) for name in gone]
     operations += [CommitOperationAdd(name, folder / name) for name in files]
     try:
         return api.create_commit(

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
 from hf_minitron.evaluation.tasks import Tasks, splits_evenly
@@ -91,6 +92,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         live = {name: open_model(resolve(models[name]), args.tensor_parallel) for name in _timed(args)}
         report = dataclasses.replace(report, speed=measure_speed(live, speed))
     if main:
+        report = dataclasses.replace(report, machine=environment())
         report.save(out / "report.json")
 
 

@@ -1,19 +1,26 @@
 """publish: gather the distilled model, its card, report, plan and recipe in one folder ready to push."""
 
+import dataclasses
+import json
 import shutil
+import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
+from huggingface_hub import ModelCard
 
 from hf_minitron.evaluation.report import Report
-from hf_minitron.hub import plots, publish
-from hf_minitron.hub.card import load_log, write_card
-from hf_minitron.hub.publish import Target
-from hf_minitron.plan import Plan
-from hf_minitron.run import Run, made_by
+from hf_minitron.hub import facts, plots, publish
+from hf_minitron.hub.card import benchmark_files, load_log, write_card
+from hf_minitron.hub.page import write_page
+from hf_minitron.hub.publish import TOKEN, Target
+from hf_minitron.run import Run, done_digest
+from hf_minitron.shape import Shape
 
 NEEDS = ("distill", "evaluate")
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,20 @@ class Args:
     collection: str | None = field(default=None, metadata={"help": "Collection to add the model to: its slug, or a title."})
     overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
     base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
-    license: str | None = field(default=None, metadata={"help": "Licence of the teacher, as its own card says."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the teacher, where its folder has no card that says so."}
+    )
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
     notes: str | None = field(default=None, metadata={"help": "What a user should know: the card's section on limits."})
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse a repository name without an owner, and options of a push that do not go together."""
+    """Refuse a licence that is not the base's, an access token in the recipe, and options of a push that do not go together."""
+    facts.license_of(run)
+    if TOKEN.search(yaml.safe_dump(dict(run.recipe))):
+        raise ValueError("the recipe holds an access token (hf_...), which its card would show: take it out, renew it, and use "
+                         "`hf auth login` or HF_TOKEN")  # fmt: skip
     if args.repo_id is not None:
         _target(args)
 
@@ -45,65 +58,113 @@ def tokens(args: Args) -> dict[str, int]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `model/`, ready to push."""
+    """Write `model/`, ready to push, `card.json`, from which its card can be rendered again, and the run's `report.html`."""
     folder = out / "model"
     shutil.copytree(run.path("distill") / "student", folder, dirs_exist_ok=True)
-    shutil.copyfile(run.path("evaluate") / "report.json", folder / "report.json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(run.recipe), sort_keys=False), encoding="utf-8")
-    plan, log = Plan.load(folder / "plan.json"), load_log(run.path("distill") / "log.json")
-    if plan.by_layer:
-        plots.plot_kept(plan.before, plan.sizes_by_layer, folder / "shapes.png")
-    else:
-        plots.plot_shapes(plan.before, plan.after, folder / "shapes.png")
-    plots.plot_loss(log, folder / "loss.png")
-    facts = {
-        "name": args.repo_id or run.folder.name,
-        **lineage(run),
-        "license": args.license,
-        "language": args.language,
-        "datasets": args.datasets,
-        "notes": args.notes,
-        "remote_code": bool(plan.by_layer),
-        "pictures": {"shapes": "shapes.png", "loss": "loss.png"},
-    }
-    report, command = Report.load(folder / "report.json"), "hf-minitron run " + " ".join(recipes(run))
-    write_card(report, plan.before, plan.after, run.recipe, command, log, facts).save(folder / "README.md")
+    report, recipe, log = read(run)
+    report.save(folder / "report.json")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    for name, text in benchmark_files(report, run.section("evaluate")).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    found = facts.gather(run)
+    card = write(found, report, recipe, log, folder)
+    (out / "card.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_page(card, folder, run.folder / PAGE)
 
 
-def recipes(run: Run) -> list[str]:
-    """Return the recipes that make a run's student, in order: those that made its `model` come first."""
-    parent = made_by(run.model)
-    return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
+def read(run: Run) -> tuple[Report | None, dict, dict | None]:
+    """Return a run's report, recipe and training log as everybody may see them; `None` for what is not there yet."""
+    report, log = (run.path(stage) / name for stage, name in (("evaluate", "report.json"), ("distill", "log.json")))
+    found = Report.load(report) if report.is_file() else None
+    shown = found and dataclasses.replace(found, models=facts.public(found.models))
+    return shown, facts.public(run.recipe), load_log(log) if log.is_file() else None
 
 
-def lineage(run: Run) -> dict[str, str | None]:
-    """Return what the card says of the origin: the nearest ancestor on the Hub, the student between, another teacher."""
-    base, parent, teacher = _base_model(run), _made_student(run), run.section("distill").get("teacher")
-    between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
-    root = run
-    while root and teacher not in (None, root.model):
-        root = made_by(root.model)
-    return {
-        "base_model": base,
-        "between": between,
-        "teacher": None if teacher == run.model else _base_model(root) if root and teacher else teacher,
-        "corrected": "correct" in run.recipe and teacher is None,
-    }
+def write(found: dict, report: Report | None, recipe: dict, log: dict | None, folder: Path) -> ModelCard:
+    """Write the card and its pictures into a folder; the names of the pictures go into the facts.
+
+    Args:
+        found (`dict`): What `facts.gather` returns; it gets `pictures`.
+        report (`Report`, *optional*): What was measured.
+        recipe (`dict`): The recipe.
+        log (`dict`, *optional*): The training log.
+        folder (`Path`): Where to write.
+
+    Returns:
+        `ModelCard`: The card.
+    """
+    found["pictures"] = {}
+    if cut := found["cut"]:
+        before, sizes = Shape(cut["before"]), cut["by_layer"]
+        stay = [layer for layer in range(before["layers"]) if layer not in cut["dropped"]]
+        means = {axis: [row[layer] for layer in stay] for axis, row in sizes.items()}
+        plots.plot_shapes(before, Shape(cut["after"]), folder / "shapes.png", means)
+        found["pictures"]["shapes"] = "shapes.png"
+        if sizes:
+            plots.plot_kept(before, sizes, folder / "kept.png")
+            found["pictures"]["kept"] = "kept.png"
+    if log and any("loss" in entry for entry in log["history"]):
+        plots.plot_loss(log, folder / "loss.png")
+        found["pictures"]["loss"] = "loss.png"
+    card = write_card(report, recipe, log, found)
+    card.save(folder / "README.md")
+    return card
 
 
-def _base_model(run: Run) -> str:
-    """Return the Hub id of a run's `model`, or of what it was made from: its own word, else that of the run that made it."""
-    if named := run.section("publish").get("base_model"):
-        return named
-    student, parent = _made_student(run), made_by(run.model)
-    if student and student.section("publish").get("repo_id"):
-        return student.section("publish")["repo_id"]
-    return _base_model(parent) if parent else run.model
+def report(run: Run, show: bool = False) -> str:
+    """Write `report.html` for a run, finished or not, and return where it is.
+
+    Args:
+        run (`Run`): The run.
+        show (`bool`, *optional*, defaults to `False`): Whether to open it in a browser.
+
+    Raises:
+        ValueError: when the run has not begun, or the folder is another run's.
+    """
+    if not (run.folder / "run.json").is_file():
+        raise ValueError(f"No run in {run.folder}, so there is nothing to report: hf-minitron run {run.recipe_path}")
+    run.check_owner()
+    found, path = facts.gather(run), run.folder / PAGE
+    if done_digest(run.path("publish")) is None:
+        found["missing"].append("publish")
+    with TemporaryDirectory() as folder:
+        write_page(write(found, *read(run), Path(folder)), Path(folder), path)
+    if show:
+        webbrowser.open(path.resolve().as_uri())
+    return str(path)
 
 
-def _made_student(run: Run) -> Run | None:
-    """Return the run whose student is a run's `model`, if any; a corrected teacher is none."""
-    return made_by(run.model) if Path(run.model).parent.name in ("publish", "distill") else None
+def keep(run: Run, folder: Path) -> None:
+    """Copy a finished run's card to a folder, with all that it is rendered from.
+
+    Args:
+        run (`Run`): The run.
+        folder (`Path`): The folder, such as `model_cards/<name>`: gets README.md, its pictures, report.json, recipe.yaml,
+            log.json and card.json.
+
+    Raises:
+        ValueError: when the run is not published.
+    """
+    if done_digest(run.path("publish")) is None:
+        raise ValueError(f"{run.folder} is not published: hf-minitron publish {run.recipe_path}")
+    found = json.loads((run.path("publish") / "card.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("README.md", "report.json", "recipe.yaml", *found["pictures"].values()):
+        shutil.copyfile(run.path("publish") / "model" / name, folder / name)
+    shutil.copyfile(run.path("publish") / "card.json", folder / "card.json")
+    log = facts.small_log(load_log(run.path("distill") / "log.json"))
+    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def render(folder: Path) -> ModelCard:
+    """Render the card of a folder that `keep` has written, from the facts in it."""
+    recipe, found = (folder / name for name in ("recipe.yaml", "card.json"))
+    log = load_log(folder / "log.json") if (folder / "log.json").is_file() else None
+    return write_card(
+        Report.load(folder / "report.json"), yaml.safe_load(recipe.read_text(encoding="utf-8")), log,
+        json.loads(found.read_text(encoding="utf-8")),
+    )  # fmt: skip
 
 
 def push(args: Args, run: Run) -> str:

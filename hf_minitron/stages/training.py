@@ -18,6 +18,7 @@ from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_
 from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.environment import environment
 from hf_minitron.evaluation.speed import random_layer
 from hf_minitron.families.family import family_of
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
@@ -132,11 +133,12 @@ def fit(trainer: Trainer) -> None:
 
 
 def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, and further facts."""
+    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
     if not trainer.is_world_process_zero():
         return
     args, steps = trainer.args, trainer.state.global_step
-    log = {"tokens": steps * tokens_per_step(args) * args.world_size, "history": trainer.state.log_history} | facts
+    log = {"tokens": steps * tokens_per_step(args) * args.world_size, "history": trainer.state.log_history}
+    log |= {"machine": environment()} | facts
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,211 @@
+"""What the card says beside the report, the recipe and the training log: gathered from a run's folder, finished or not.
+
+It must not measure anything, and must not let a path of this machine through.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load
+
+import hf_minitron
+from hf_minitron.data import check_text
+from hf_minitron.hub.card import loss_parts
+from hf_minitron.plan import BY_LAYER, Plan
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
+from hf_minitron.run import Run, done_digest, made_by
+
+STAGES = ("correct", "synthesize", "score", "prune", "cache", "distill", "evaluate")
+WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def gather(run: Run) -> dict[str, Any]:
+    """Return what a card needs to know of a run, beside its report, recipe and log; JSON can hold it.
+
+    Args:
+        run (`Run`): The run; of stages that are not done it says so in `missing`.
+
+    Returns:
+        `dict`: `name`, and what `from_pretrained` takes to `load` it; `base_model`, the student of it that was pruned in its
+        place (`between`) and another `teacher`; the licence and `license_source`, where that stands; `cut`, see `cut_of`, and
+        the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did; `command`, `version` and
+        the sections' own words.
+    """
+    section, plan = run.section("publish"), _plan(run)
+    logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
+    processes = ((logs["distill"] or {}).get("machine") or {}).get("processes", 1)
+    launcher = "accelerate launch -m hf_minitron" if processes > 1 else "hf-minitron"
+    optional = {stage: _done_json(run, stage, f"{stage}.json") for stage in WROTE if stage in run.recipe}
+    return {
+        "name": section.get("repo_id") or run.folder.name,
+        "load": section.get("repo_id") or ".",
+        **lineage(run),
+        **_licence(run),
+        "language": section.get("language"),
+        "datasets": section.get("datasets") or _datasets(run),
+        "notes": section.get("notes"),
+        "cut": plan and cut_of(plan),
+        "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
+        "remote_code": bool(plan and plan.by_layer),
+        "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
+        **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
+        "command": f"{launcher} run " + " ".join(shorten(path) for path in recipes(run)),
+        "seconds": {stage: _done_json(run, stage, "done.json").get("seconds") for stage in STAGES if _is_done(run, stage)},
+        "missing": [stage for stage in ("score", "prune", "distill", "evaluate") if not _is_done(run, stage)],
+        "version": hf_minitron.__version__,
+    }
+
+
+def cut_of(plan: Plan) -> dict[str, Any]:
+    """Return a plan without its indices: sizes `before` and `after`, the layers `dropped`, and `by_layer` what each of the
+    teacher's layers keeps (0 where it is gone), where not all keep the same."""
+    by_layer, kept = plan.sizes_by_layer, set(plan.kept_layers)
+    dropped = [layer for layer in range(plan.before["layers"]) if layer not in kept]
+    if dropped and not by_layer:
+        plain = "dense_layers" not in plan.before.sizes  # else layers are of two kinds
+        axes = [axis for axis in (*BY_LAYER, "experts") if axis in plan.after.axes and (plain or axis in ("heads", "kv_heads"))]
+        layers = range(plan.before["layers"])
+        by_layer = {axis: [plan.after[axis] if layer in kept else 0 for layer in layers] for axis in axes}
+    return {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes), "dropped": dropped, "by_layer": by_layer}
+
+
+def public(value: Any) -> Any:
+    """Return a recipe or a report with the paths in it shortened."""
+    if isinstance(value, Mapping):
+        return {public(key): public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    return shorten(value) if isinstance(value, str) else value
+
+
+def shorten(text: str) -> str:
+    """Return a path as everybody may see it: below this folder, below `~`, or its last two parts; other text as it is."""
+    home, here = str(Path.home()), str(Path.cwd())
+    if re.fullmatch(r"/\S+", text):
+        path = Path(text)
+        for base, prefix in ((here, ""), (home, "~/")):
+            if base != "/" and path != Path(base) and path.is_relative_to(base):
+                return prefix + str(path.relative_to(base))
+        return "/".join(["...", *path.parts[1:][-2:]])
+    return text.replace(home + "/", "~/") if home != "/" else text
+
+
+def small_log(log: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training log without what neither card nor picture shows."""
+    shown = {"step", "loss", "eval_loss", "train_runtime", *loss_parts(log)}
+    return {**log, "history": [{k: v for k, v in entry.items() if k in shown} for entry in log["history"]]}
+
+
+def license_of(run: Run) -> dict[str, str | None]:
+    """Return `license`, `license_name` and `license_link` as the base's card has them, else the recipe's word; and
+    `license_source`, which of the two (`card`, `recipe`), or nothing: it is never guessed.
+
+    Raises:
+        ValueError: when the recipe says otherwise than the card.
+    """
+    card, said = _base_card(run), run.section("publish").get("license")
+    if not card.get("license"):
+        return dict.fromkeys(LICENSE_KEYS) | {"license": said, "license_source": "recipe" if said else None}
+    if said not in (None, card["license"]):
+        raise ValueError(f"license: {said!r}, but the card of {shorten(run.model)} says {card['license']!r}; leave it out")
+    return {key: card.get(key) for key in LICENSE_KEYS} | {"license_source": "card"}
+
+
+def _licence(run: Run) -> dict[str, Any]:
+    """Return the licence, the names of its files that came along with the student, and a link to its text that works there."""
+    found, student, base = license_of(run), run.path("distill") / "student", lineage(run)["base_model"]
+    files = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in student.glob(pattern))
+    link = found["license_link"]
+    if link and "://" not in link and link not in files:  # a file of the base model's that did not come along
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+    return found | {"license_files": files}
+
+
+def _base_card(run: Run) -> dict[str, Any]:
+    """Return the metadata of the card of a run's model, or of what it was made from; nothing where there is none."""
+    folder = Path(run.model).expanduser()
+    try:
+        path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(run.model, "README.md"))
+        if path.is_file():
+            return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # no network, no card, or one that is none
+        pass
+    parent = made_by(run.model)
+    return _base_card(parent) if parent else {}
+
+
+def recipes(run: Run) -> list[str]:
+    """Return the recipes that make a run's student, in order: those that made its `model` come first."""
+    parent = made_by(run.model)
+    return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
+
+
+def lineage(run: Run) -> dict[str, str | None]:
+    """Return what the card says of the origin: the nearest ancestor on the Hub or else its folder, the student between, another
+    teacher, and whether the teacher was corrected."""
+    base, parent, teacher = _base_model(run), _made_student(run), run.section("distill").get("teacher")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir()
+    between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
+    root = run
+    while root and teacher not in (None, root.model):
+        root = made_by(root.model)
+    return {
+        "base_model": base if on_hub else None,
+        "base_folder": None if on_hub else shorten(base),
+        "between": between,
+        "teacher": None if teacher in (None, run.model) else shorten(_base_model(root) if root else teacher),
+        "corrected": "correct" in run.recipe and teacher is None,
+    }
+
+
+def _base_model(run: Run) -> str:
+    """Return the Hub id of a run's `model`, or of what it was made from: its own word, else that of the run that made it."""
+    if named := run.section("publish").get("base_model"):
+        return named
+    student, parent = _made_student(run), made_by(run.model)
+    if student and student.section("publish").get("repo_id"):
+        return student.section("publish")["repo_id"]
+    return _base_model(parent) if parent else run.model
+
+
+def _made_student(run: Run) -> Run | None:
+    """Return the run whose student is a run's `model`, if any; a corrected teacher is none."""
+    return made_by(run.model) if Path(run.model).parent.name in ("publish", "distill") else None
+
+
+def _datasets(run: Run) -> list[str] | None:
+    """Return the Hub ids among the texts that the run has read, but for those it was measured on."""
+    texts = [run.section(stage).get(key) for stage in STAGES[:-1] for key in ("text", "prompts")]
+    names = [name for text in texts if text for name in (text if isinstance(text, Mapping) else [text])]
+    found = {name.partition(":")[0]: None for name in map(str, names) if "/" in name and _on_hub(name)}
+    return list(found) or None
+
+
+def _on_hub(name: str) -> bool:
+    try:
+        return check_text(name) is None
+    except ValueError:  # a file that has gone since
+        return False
+
+
+def _plan(run: Run) -> Plan | None:
+    path = run.path("prune") / "student" / "plan.json"
+    return Plan.load(path) if path.is_file() else None
+
+
+def _log(run: Run, stage: str) -> dict | None:
+    return _done_json(run, stage, "log.json") if stage in run.recipe and _is_done(run, stage) else None
+
+
+def _is_done(run: Run, stage: str) -> bool:
+    return done_digest(run.path(stage)) is not None
+
+
+def _done_json(run: Run, stage: str, name: str) -> dict | None:
+    path = run.path(stage) / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

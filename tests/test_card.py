@@ -1,0 +1,228 @@
+"""The card of a real, tiny run: its facts, what it says of what is not known, and its snippet executed as it stands."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from hub_server import TOKEN
+from huggingface_hub import ModelCard
+from test_publish import card, report
+
+from hf_minitron.__main__ import VERBS, main
+from hf_minitron.hub import facts
+from hf_minitron.hub.card import benchmark_files, loss_parts, metric_rows, size_rows
+from hf_minitron.plan import Plan
+from hf_minitron.recipe import load_recipe
+from hf_minitron.run import made_by
+from hf_minitron.shape import Shape
+from hf_minitron.stages import publish
+
+
+def load(path, **overrides):
+    return load_recipe(Path(path), overrides, {name: module.Args for name, module in VERBS.items()})
+
+
+def test_the_card_says_what_was_done(whole):
+    folder = whole / "run/publish/model"
+    found = ModelCard.load(folder / "README.md")
+    text, log = " ".join(found.text.split()), json.loads((whole / "run/distill/log.json").read_text())
+    data = json.loads((folder / "report.json").read_text())
+    assert found.data.base_model == "owner/teacher" and found.data.language == "en" and found.data.datasets is None
+    wrote = json.loads((whole / "run/synthesize/synthesize.json").read_text())
+    machine, losses = log["machine"], [entry for entry in log["history"] if "loss" in entry]
+    for fact in (
+        "once it was fine-tuned on the training text", "(teacher correction) by low-rank additions",
+        f"The teacher wrote text for training: {wrote['documents']} documents, {wrote['tokens']} tokens",
+        "stored before: `top_k`, 8 for every token", "lower bound of the true divergence",
+        "sizes differ from layer to layer", "](kept.png)", "](shapes.png)", "](loss.png)",
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}", f"on {machine['hardware']}", "Seed 3",
+        f"| cross_entropy | {losses[0]['cross_entropy']:.3f} | {losses[-1]['cross_entropy']:.3f} |", "| sum |",
+        "losses: 0.25 cross_entropy, 0.75 forward_kl", f"{log['tokens']} tokens in 2 steps", "Energy was not measured",
+        "No loss on held-out text", "Nobody has written down", "2407.14679", "2408.11796", "hours together",
+    ):  # fmt: skip
+        assert fact in text, fact
+    low, high = data["models"]["distilled"]["perplexity"]["interval"]
+    assert any(f"({low:,.{digits}f} to {high:,.{digits}f})" in text for digits in range(3))
+    assert all(c["sentence"] in text for c in data["comparisons"] if (c["model"], c["baseline"]) == ("distilled", "teacher"))
+    plan = Plan.load(folder / "plan.json")
+    assert f"| ffn | 72 | **{min(plan.by_layer['ffn'])} to {max(plan.by_layer['ffn'])}** |" in text
+    stages = ["correct", "synthesize", "score", "prune", "cache", "distill", "evaluate"]
+    assert list(json.loads((whole / "run/publish/card.json").read_text())["seconds"]) == stages
+
+
+def test_the_licence_is_the_base_models_with_its_file(whole):
+    folder = whole / "run/publish/model"
+    data = ModelCard.load(folder / "README.md").data
+    assert data.license == "other" and data.license_name == "tiny-1"
+    assert data.license_link == "https://huggingface.co/owner/teacher/blob/main/USE_POLICY.md"  # it did not come along
+    assert (folder / "LICENSE").read_text() == "Do what you like.\n"
+    assert "other (tiny-1), as the card of the base model says" in (folder / "README.md").read_text()
+
+
+def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys, tmp_path):
+    command = ["publish", str(whole / "recipe.yaml"), "--publish.license", "mit", "--run", str(tmp_path / "run")]
+    assert main(command) == 1
+    assert "license: 'mit', but the card of" in capsys.readouterr().err
+    assert main([*command[:3], "other", *command[4:], "--publish.notes", TOKEN]) == 1
+    error = capsys.readouterr().err
+    assert "the recipe holds an access token" in error and TOKEN not in error
+
+
+def test_no_path_of_this_machine_is_published(whole):
+    folder = whole / "run/publish/model"
+    for name in ("README.md", "recipe.yaml", "report.json"):
+        assert str(whole) not in (folder / name).read_text() and "/tmp" not in (folder / name).read_text(), name
+    assert ".../" + whole.name + "/teacher" in (folder / "recipe.yaml").read_text()
+
+
+def test_paths_are_shortened_and_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    monkeypatch.chdir(tmp_path)
+    for text, short in {
+        f"{tmp_path}/runs/a": "runs/a", "/home/me/x/y.jsonl": "~/x/y.jsonl", "/data/web/c4.jsonl": ".../web/c4.jsonl",
+        "~/x": "~/x", "owner/name": "owner/name", "/no thinking": "/no thinking", "see /home/me/x": "see ~/x",
+        "/srv": ".../srv",
+    }.items():  # fmt: skip
+        assert facts.shorten(text) == short
+    found = facts.public({"/data/web/c4.jsonl": {"weight": 1.0}, "tasks": ["/data/web/t.yaml", 7], "limit": None})
+    assert found == {".../web/c4.jsonl": {"weight": 1.0}, "tasks": [".../web/t.yaml", 7], "limit": None}
+
+
+def test_the_snippet_of_the_card_runs_as_it_stands(whole, hub, tmp_path):
+    assert main(["publish", str(whole / "recipe.yaml"), "--push"]) == 0
+    text = hub.files()["README.md"].decode()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert 'model="me/small"' in snippet and "trust_remote_code=True" in snippet
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+                   "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}  # fmt: skip
+    assert said(snippet, tmp_path, environment).startswith("The library")
+
+
+def test_the_snippet_of_a_model_that_is_not_on_the_hub_runs_in_its_folder(whole, project, tmp_path):
+    recipe = {**project["recipe"], "run": str(tmp_path / "run")}
+    recipe["evaluate"] = {**recipe["evaluate"], "speed": False, "tasks": []}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    folder = tmp_path / "run/publish/model"
+    text = (folder / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert said(snippet, folder, dict(os.environ)).startswith("The library")
+    for honest in ("not on the Hub", "Speed and memory were not measured", "No task was measured",
+                   "apache-2.0, as the recipe says", "cut to the same sizes"):  # fmt: skip
+        assert honest in text, honest
+
+
+def said(snippet, folder, environment):
+    command = [sys.executable, "-I", "-c", "import sys; sys.modules['hf_minitron'] = None\n" + snippet]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_kept_card_is_rendered_again_to_the_byte(whole, tmp_path, capsys):
+    run = made_by(str(whole / "run/publish/model"))
+    publish.keep(run, tmp_path / "small")
+    assert str(publish.render(tmp_path / "small")) == (whole / "run/publish/model/README.md").read_text()
+    kept = {path.name for path in (tmp_path / "small").iterdir()}
+    assert kept == {"README.md", "report.json", "recipe.yaml", "log.json", "card.json", "shapes.png", "kept.png", "loss.png"}
+    log = json.loads((tmp_path / "small/log.json").read_text())
+    assert {key for entry in log["history"] for key in entry} == {
+        "step", "loss", "forward_kl", "cross_entropy", "train_runtime",
+    }  # fmt: skip
+    assert not any(str(whole) in path.read_text() for path in (tmp_path / "small").glob("*.*") if path.suffix != ".png")
+    with pytest.raises(ValueError, match="is not published: hf-minitron publish"):
+        publish.keep(replace(run, folder=tmp_path), tmp_path / "other")
+
+
+def test_datasets_are_those_of_the_recipe_that_the_hub_has(whole, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    run = load(whole / "recipe.yaml", **{
+        "distill.text": {"HuggingFaceFW/fineweb-edu:sample-10BT": 0.5, str(tmp_path / "a.jsonl"): 0.2, "synthesized": 0.3},
+        "score.text": "Salesforce/wikitext:wikitext-2-raw-v1", "evaluate.text": "me/held-out", "correct.text": "data/x.txt",
+    })  # fmt: skip
+    assert facts.gather(run)["datasets"] == ["Salesforce/wikitext", "HuggingFaceFW/fineweb-edu"]
+
+
+def test_a_folder_is_no_base_model_of_the_hub(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(whole.parent)  # its relative path has the form of a Hub id
+    run = load(whole / "recipe.yaml", **{"model": f"{whole.name}/teacher", "publish.base_model": None})
+    found = facts.gather(run)
+    assert found["base_model"] is None and found["base_folder"] == f"{whole.name}/teacher"
+    text = card(base_model=None, base_folder=found["base_folder"])
+    assert text.data.base_model is None and f"the model in `{whole.name}/teacher`" in text.text
+
+
+def test_dropped_layers_are_shown():
+    before = Shape({**tiny.SIZES, "layers": 4})
+    plan = Plan(before, before.cut_to({"layers": 2}), {"layers": [0, 3]})
+    cut = facts.cut_of(plan)
+    assert cut["dropped"] == [1, 2] and cut["by_layer"]["ffn"] == [72, 0, 0, 72]
+    text = str(card(cut=cut, pictures={"kept": "kept.png"}))
+    assert "counted from 0: 1, 2." in text and "](kept.png)" in text and "| ffn | 72 | 72 |" in text
+    alike = facts.cut_of(Plan(before, before.cut_to({"ffn": 8}), {}))
+    assert alike["by_layer"] == {} and alike["dropped"] == []
+
+
+def test_sizes_count_the_cache_of_the_layers_that_stay():
+    before = Shape({"layers": 3, "hidden": 8, "ffn": 8, "heads": 4, "kv_heads": 2, "head_dim": 5, "vocab": 9})
+    cut = {
+        "before": before.sizes,
+        "after": before.sizes,
+        "dropped": [],
+        "by_layer": {"heads": [4, 0, 2], "kv_heads": [2, 0, 1]},
+    }
+    rows = size_rows(report(), cut)
+    assert [row[-1] for row in rows[1:]] == ["0.1 kB", "0.1 kB", "0.1 kB"]
+    big = {**cut, "before": {**before.sizes, "head_dim": 5000}, "after": {**before.sizes, "head_dim": 5000}}
+    assert [row[-1] for row in size_rows(report(), big)[1:]] == ["120.0 kB", "60.0 kB", "60.0 kB"]  # 2 x 2 bytes x 6, x 3
+
+
+def test_values_have_intervals_or_errors_and_say_which_way_is_better():
+    found = report()
+    acc = {"value": 0.25, "stderr": 0.05, "interval": [0.151, 0.349], "higher_is_better": True}
+    found.models["distilled"]["tasks"]["task"]["acc"] = acc
+    rows = metric_rows(found)
+    assert rows[0] == ["metric", "teacher", "pruned", "distilled"]
+    assert rows[1] == ["perplexity ↓", "11.00 ± 0.34", "57.00 ± 0.34", "16.00 ± 0.34"]
+    assert rows[2] == ["task acc ↑", "0.250 ± 0.050", "0.250 ± 0.050", "0.25 (0.15 to 0.35)"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "section", "written"),
+    [
+        ({"limit": None, "few_shot": None}, {}, "the task's own examples"),
+        ({"limit": None, "few_shot": 5, "chat_template": True}, {}, "5-shot, chat template"),
+        ({"limit": 100}, {}, None),  # not the whole benchmark
+        ({}, {}, None),  # not known
+        ({"limit": None}, {"include_path": "tasks"}, None),  # perhaps another task of that name
+        ({"limit": None}, {"tasks": ["./gsm8k.yaml"]}, None),
+    ],
+)
+def test_results_of_registered_benchmarks_only(settings, section, written):
+    found = replace(report(), settings=settings)
+    tasks = {"gsm8k": {"exact_match": {"value": 0.12345, "stderr": 0.01}}, "arc_easy": {"acc": {"value": 0.5, "stderr": 0.1}}}
+    found.models["distilled"]["tasks"] = tasks
+    files = benchmark_files(found, {"tasks": ["gsm8k", "arc_easy"]} | section)
+    assert list(files) == ([".eval_results/gsm8k.yaml"] if written else [])
+    if written:
+        (entry,) = yaml.safe_load(files[".eval_results/gsm8k.yaml"])
+        assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 12.35
+        assert entry["notes"] == f"lm-eval gsm8k, {written}"
+
+
+def test_parts_of_the_loss_are_named_where_there_are_several():
+    entry = {"loss": 2.0, "step": 1, "grad_norm": 1.0, "learning_rate": 0.1, "epoch": 0.5, "forward_kl": 2.0}
+    assert loss_parts({"history": [entry]}) == []
+    assert loss_parts({"history": [entry | {"cross_entropy": 1.0}, {"eval_loss": 3.0}]}) == ["forward_kl", "cross_entropy"]
+    history = [{"loss": 2.0, "step": 1}, {"eval_loss": 2.5, "step": 1}, {"eval_loss": 1.5, "step": 2}, {"loss": 1.0, "step": 2}]
+    text = str(publish.write_card(report(), {}, {"tokens": 10, "history": history}, dict(yaml.safe_load("""
+        {name: a, load: ., base_model: o/b, pictures: {}, command: c, seconds: {}, missing: []}"""))))  # fmt: skip
+    assert "On held-out text 2.500 at first, 1.500 at the end" in text and "not recorded" in text and "Not known:" in text

@@ -1,0 +1,37 @@
+"""model_cards/: every card is what the code makes of the facts beside it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hf_minitron.stages.publish import render
+
+CARDS = sorted(path for path in (Path(__file__).resolve().parent.parent / "model_cards").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
+def test_a_card_is_rendered_again_to_the_byte(folder):
+    text = (folder / "README.md").read_bytes().decode("utf-8")
+    assert str(render(folder)) == text, "if the template has changed: python benchmarks/keep_cards.py --again"
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
+        assert (folder / picture).is_file(), picture
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
+def test_its_numbers_are_those_of_its_facts(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "card")
+    report, log = (json.loads((folder / name).read_text()) for name in ("report.json", "log.json"))
+    report["models"]["distilled"]["perplexity"] |= {"value": 12345.67, "stderr": 1.23, "interval": None}
+    (tmp_path / "card/report.json").write_text(json.dumps(report))
+    (tmp_path / "card/log.json").write_text(json.dumps(log | {"tokens": 987_654_321}))
+    changed = str(render(tmp_path / "card"))
+    assert "12,345.7 ± 1.2" in changed and "987,654,321 tokens in" in changed
+
+
+def test_there_are_cards_and_they_are_small():
+    assert CARDS
+    for folder in CARDS:
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000, folder.name
