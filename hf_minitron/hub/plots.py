@@ -99,12 +99,14 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.vlines(sizes, after, before, color=BEFORE, linewidth=1, alpha=0.6)
         axes.scatter(sizes, before, color=BEFORE, s=36, label="pruned", zorder=3)
         axes.scatter(sizes, after, color=AFTER, s=150, label="distilled", zorder=3)
-        for number, (x, y) in enumerate(zip(sizes, after, strict=True), 1):
-            axes.text(x, y, number, ha="center", va="center", color="white", fontsize=9, weight="bold", zorder=4 - number / 1e3)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.4g}")
         axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
         axes.margins(x=0.12, y=0.15)
+        axes.autoscale_view()
+        for x, y, numbers in _apart(axes, sizes, after):
+            inside = {"color": "white", "ha": "center", "xytext": (0, 0)} if numbers.isdigit() else {"xytext": (9, 0)}
+            axes.annotate(numbers, (x, y), textcoords="offset points", va="center", fontsize=9, weight="bold", **inside)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.set_xlabel("million parameters")
         axes.set_ylabel("perplexity")
@@ -144,6 +146,19 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         bar.set_label("kept")
         bar.outline.set_visible(False)
         _save(figure, path)
+
+
+def _apart(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
+    """Number points as they come, those that cover each other with one text for all."""
+    found: list[list] = []
+    places = axes.transData.transform(list(zip(xs, ys, strict=True))) * 72 / axes.figure.dpi  # in points
+    for number, (x, y, place) in enumerate(zip(xs, ys, places, strict=True), 1):
+        near = next((other for other in found if abs(other[0] - place).max() < 8), None)
+        if near is None:
+            found.append([place, x, y, str(number)])
+        else:
+            near[3] += f", {number}"
+    return [(x, y, numbers) for _, x, y, numbers in found]
 
 
 def _legend(axes) -> None:
