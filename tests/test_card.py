@@ -68,6 +68,12 @@ def test_the_licence_is_the_base_models_with_its_file(whole):
     assert "other (tiny-1), as the card of the base model says" in (folder / "README.md").read_text()
 
 
+def test_the_licence_is_found_behind_the_models_between(whole):
+    for model in ("prune/student", "distill/student", "correct/teacher", "publish/model"):
+        found = facts.license_of(load(whole / "recipe.yaml", model=str(whole / "run" / model)))
+        assert (found["license"], found["license_name"], found["license_source"]) == ("other", "tiny-1", "card"), model
+
+
 def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys, tmp_path):
     command = ["publish", str(whole / "recipe.yaml"), "--publish.license", "mit", "--run", str(tmp_path / "run")]
     assert main(command) == 1
