@@ -19,6 +19,7 @@ from test_publish import card, report
 from hf_minitron.__main__ import VERBS, main
 from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts, metric_rows, size_rows
+from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import made_by
@@ -67,6 +68,12 @@ def test_the_licence_is_the_base_models_with_its_file(whole):
     assert "other (tiny-1), as the card of the base model says" in (folder / "README.md").read_text()
 
 
+def test_the_licence_is_found_behind_the_models_between(whole):
+    for model in ("prune/student", "distill/student", "correct/teacher", "publish/model"):
+        found = facts.license_of(load(whole / "recipe.yaml", model=str(whole / "run" / model)))
+        assert (found["license"], found["license_name"], found["license_source"]) == ("other", "tiny-1", "card"), model
+
+
 def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys, tmp_path):
     command = ["publish", str(whole / "recipe.yaml"), "--publish.license", "mit", "--run", str(tmp_path / "run")]
     assert main(command) == 1
@@ -92,6 +99,7 @@ def test_paths_are_shortened_and_nothing_else(monkeypatch, tmp_path):
         "/srv": ".../srv",
     }.items():  # fmt: skip
         assert facts.shorten(text) == short
+    assert facts.public([f"a {TOKEN} b"]) == ["a <token> b"]
     found = facts.public({"/data/web/c4.jsonl": {"weight": 1.0}, "tasks": ["/data/web/t.yaml", 7], "limit": None})
     assert found == {".../web/c4.jsonl": {"weight": 1.0}, "tasks": [".../web/t.yaml", 7], "limit": None}
 
@@ -216,6 +224,31 @@ def test_results_of_registered_benchmarks_only(settings, section, written):
         (entry,) = yaml.safe_load(files[".eval_results/gsm8k.yaml"])
         assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 12.35
         assert entry["notes"] == f"lm-eval gsm8k, {written}"
+
+
+def test_results_of_benchmarks_lie_in_their_folder(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "benchmark_files", lambda report, section: {".eval_results/gsm8k.yaml": "- value: 1\n"})
+    run = load(whole / "recipe.yaml")
+    publish.run(publish.Args(repo_id="me/small"), run, tmp_path)
+    assert (tmp_path / "model/.eval_results/gsm8k.yaml").read_text() == "- value: 1\n"
+    assert ".eval_results/gsm8k.yaml" in files_to_push(tmp_path / "model")
+
+
+def test_other_models_are_compared_too():
+    pairs = [
+        ("pruned", "teacher"),
+        ("distilled", "teacher"),
+        ("distilled", "pruned"),
+        ("peer", "distilled"),
+        ("peer", "pruned"),
+    ]
+    found = [{"model": a, "baseline": b, "sentence": f"{a} against {b}", "task": "t", "metric": "acc", "difference": 0.1,
+              "interval": [0.0, 0.2], "retention": None, "retention_interval": None, "p": 0.1, "verdict": "better"}
+             for a, b in pairs]  # fmt: skip
+    text = card(replace(report(), comparisons=found)).text
+    details = text.split("<details>")[1].split("</details>")[0]
+    assert "- distilled against pruned\n- peer against distilled\n" in details and "teacher" not in details
+    assert "- distilled against teacher" in text and "peer against pruned" not in text and "pruned against teacher" not in text
 
 
 def test_parts_of_the_loss_are_named_where_there_are_several():

@@ -132,7 +132,8 @@ def test_the_same_again_makes_no_commit_and_sends_nothing(hub, folder):
 def test_what_a_loader_would_read_of_the_old_model_goes_in_the_same_commit(hub, folder, tmp_path):
     push(folder, Target("me/small"))
     hub.commit("me/small", "main", hub.repos["me/small"]["commits"][hub.repos["me/small"]["refs"]["main"]]
-               | {"LICENSE": b"ours", "gguf/a.gguf": b"x", "modeling_pruned.py": b"raise"})  # fmt: skip
+               | {"LICENSE": b"ours", "gguf/a.gguf": b"x", "modeling_pruned.py": b"raise",
+                  ".eval_results/gsm8k.yaml": b"x"})  # fmt: skip
     other = tmp_path / "other"
     tiny.model(dtype=torch.float32, seed=1).save_pretrained(other)  # one file, no index
     for name in ("README.md", "report.json", "plan.json", "recipe.yaml"):

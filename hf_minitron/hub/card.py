@@ -68,6 +68,7 @@ def write_card(
         speed=markdown_table(speed_rows(report)) if report and report.speed else "",
         comparisons=markdown_table(comparison_rows(report)) if found else "",
         sentences=[comparison["sentence"] for comparison in found],
+        others=_other_sentences(report) if report else [],
         machine=(log or {}).get("machine") or {},
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
@@ -153,6 +154,12 @@ def measured(entry: Mapping[str, float] | None) -> str:
         return f"{value:,.3g}"
     digits = max(0, 1 - math.floor(math.log10(stderr)))
     return f"{value:,.{digits}f} ± {stderr:,.{digits}f}"
+
+
+def _other_sentences(report: Report) -> list[str]:
+    """List what was found between the distilled student and all but the teacher."""
+    pairs = [({found["model"], found["baseline"]}, found["sentence"]) for found in report.comparisons]
+    return [sentence for pair, sentence in pairs if "distilled" in pair and "teacher" not in pair]
 
 
 def _with_interval(entry: Mapping[str, Any] | None) -> str:

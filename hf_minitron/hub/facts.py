@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 import hf_minitron
 from hf_minitron.data import check_text
 from hf_minitron.hub.card import loss_parts
+from hf_minitron.hub.publish import TOKEN
 from hf_minitron.plan import BY_LAYER, Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
@@ -48,7 +49,7 @@ def gather(run: Run) -> dict[str, Any]:
         **_licence(run),
         "language": section.get("language"),
         "datasets": section.get("datasets") or _datasets(run),
-        "notes": section.get("notes"),
+        "notes": public(section.get("notes")),
         "cut": plan and cut_of(plan),
         "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
         "remote_code": bool(plan and plan.by_layer),
@@ -75,12 +76,12 @@ def cut_of(plan: Plan) -> dict[str, Any]:
 
 
 def public(value: Any) -> Any:
-    """Return a recipe or a report with the paths in it shortened."""
+    """Return a recipe or a report with its paths shortened, and without access tokens."""
     if isinstance(value, Mapping):
         return {public(key): public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [public(item) for item in value]
-    return shorten(value) if isinstance(value, str) else value
+    return TOKEN.sub("<token>", shorten(value)) if isinstance(value, str) else value
 
 
 def shorten(text: str) -> str:

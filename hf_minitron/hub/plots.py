@@ -45,7 +45,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
         if parts or any("eval_loss" in entry for entry in history):
             _legend(top)
         for number, part in enumerate(parts):
-            draw(bottom, part, part.replace("_", " "), LINES[number % len(LINES)])
+            draw(bottom, part, part, LINES[number % len(LINES)])
         if parts:
             bottom.set_ylabel("parts, unweighted")
             if all(entry.get(part, 1) > 0 for entry in history for part in parts):
