@@ -261,6 +261,17 @@ def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, tm
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_a_tied_head_is_stored_once(project, tmp_path):
+    tiny.model(dtype=torch.float32, tie_word_embeddings=True).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    for stage in ("score", "prune", "distill"):
+        assert run(project, tmp_path / "run", "--model", tmp_path / "teacher", verb=stage) == 0
+    names = [load_file(tmp_path / f"run/{s}/student/model.safetensors").keys() for s in ("prune", "distill")]
+    assert names[0] == names[1] and "lm_head.weight" not in names[0]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run/distill/student")
+    assert torch.equal(student.lm_head.weight, student.model.embed_tokens.weight)
+
+
 def test_plan_says_which_cut_is_inexact(project, tmp_path, capsys):
     tiny.model("gemma", dtype=torch.float32).save_pretrained(tmp_path / "gemma")
     assert run(project, tmp_path / "run", "--model", tmp_path / "gemma", verb="plan") == 0

@@ -159,8 +159,10 @@ def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
         if isinstance(model, PeftModel):
             model = merge_lora(source, adapter)
             state = model.state_dict()
-        dtype = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values())
-        model.to(dtype).save_pretrained(target, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        dtype, tied = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values()), model.all_tied_weights_keys
+        # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
+        state = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
+        model.to(dtype).save_pretrained(target, state_dict=state)
         copy_side_files(source, target)
 
 
