@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_minitron import Report, load_text
 from hf_minitron.__main__ import VERBS
+from hf_minitron.evaluation.report import TEXT
 from hf_minitron.hub.card import load_log
 from hf_minitron.hub.plots import INK
 from hf_minitron.recipe import load_recipe
@@ -176,7 +177,12 @@ def summarize(folder: Path, size: str) -> None:
     report = Report.load(folder / "ours/evaluate/report.json")
     pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
     pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
-    said = [c["sentence"] for model, baseline in pairs for c in report.against(baseline, model) if c["metric"] == "perplexity"]
+    said = [
+        c["sentence"]
+        for model, baseline in pairs
+        for c in report.against(baseline, model)
+        if (c["task"], c["metric"]) == (TEXT, "perplexity")
+    ]
     curves = {}
     for path in sorted(folder.glob("*/distill/log.json")):
         log = load_log(path)
