@@ -118,6 +118,7 @@ def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str
             "include_path": str(args.data / "tasks"),
         },
         "publish": {
+            "repo_id": f"smollm2-135m-{size}",
             "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
             "language": "en",
