@@ -100,7 +100,7 @@ def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str
     }
     recipe: dict[str, Any] = {
         "model": args.model,
-        "run": str(args.out / size / name),
+        "run": str(args.out / size / (f"smollm2-135m-{size}" if name == "ours" else name)),  # the card's title
         "seed": 0,
         "score": {
             "text": str(args.out / "calibration.jsonl"),
@@ -118,7 +118,6 @@ def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str
             "include_path": str(args.data / "tasks"),
         },
         "publish": {
-            "repo_id": f"smollm2-135m-{size}",
             "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
             "language": "en",
@@ -175,7 +174,7 @@ def command(stage: str, path: Path, folder: Path | None = None) -> None:
 
 def summarize(folder: Path, size: str) -> None:
     """Write what the README says about one size: figures, the sentences that answer its questions, and the curves."""
-    report = Report.load(folder / "ours/evaluate/report.json")
+    report = Report.load(folder / f"smollm2-135m-{size}/evaluate/report.json")
     pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
     pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
     said = [
@@ -188,8 +187,9 @@ def summarize(folder: Path, size: str) -> None:
     for path in sorted(folder.glob("*/distill/log.json")):
         log = load_log(path)
         steps = [entry for entry in log["history"] if "forward_kl" in entry and "loss" in entry]
-        if steps and path.parts[-3] != "cached":  # whose loss is too high by a number that no student changes
-            curves[path.parts[-3]] = [(entry["step"] * BATCH * BLOCK, entry["forward_kl"]) for entry in steps]
+        name = "ours" if path.parts[-3] == f"smollm2-135m-{size}" else path.parts[-3]
+        if steps and name != "cached":  # whose loss is too high by a number that no student changes
+            curves[name] = [(entry["step"] * BATCH * BLOCK, entry["forward_kl"]) for entry in steps]
     content = {"tokens": STEPS * BATCH * BLOCK, "models": report.models, "sentences": said, "curves": curves}
     (RESULTS / f"{size}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plot_curves(curves, RESULTS / f"{size}.png")
