@@ -34,4 +34,4 @@ def test_its_numbers_are_those_of_its_facts(folder, tmp_path):
 def test_there_are_cards_and_they_are_small():
     assert CARDS
     for folder in CARDS:
-        assert sum(path.stat().st_size for path in folder.iterdir()) < 500_000, folder.name
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000, folder.name

@@ -381,6 +381,7 @@ def start(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), [(name, more) for name, runs in SCRIPTS.items() for more in runs])
 def test_a_script_runs(name, arguments, project, tmp_path):
     folder, out = project["folder"], tmp_path / "out"
@@ -394,6 +395,7 @@ def test_a_script_runs(name, arguments, project, tmp_path):
     assert (out / "cache/cache.json").is_file() == (name == "cached_teacher" or "--cache_top_k" in arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_explains_itself(name):
     said, text = start(name, "--help"), (FOLDER / f"{name}.py").read_text()
