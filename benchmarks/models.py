@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hf_minitron import Report, load_text
 from hf_minitron.__main__ import VERBS
 from hf_minitron.evaluation.report import TEXT
+from hf_minitron.hub import plots
 from hf_minitron.hub.card import load_log
-from hf_minitron.hub.plots import INK
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.stages.search import start
@@ -35,15 +35,17 @@ SIZES = {
 }
 STEPS, BATCH, BLOCK = 36, 4, 256
 PLAIN: dict[str, Any] = {"score": {"metric": "l2_mean"}, "prune": {"corrections": []}}
+UNEVEN = {"prune": {"target": {}, "nonuniform": "share"}}
+THIRD = {"distill": {"max_steps": STEPS // 3}}
 # What each variant says otherwise than `ours`: width, chosen by contribution and corrected, forward KL from the live teacher.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "published": PLAIN,
-    "ours-third": {"distill": {"max_steps": STEPS // 3}},
+    "ours-third": THIRD,
     "random": PLAIN,  # the same shape, its weights drawn anew
-    "depth": {"score": {"metric": "l2_mean"}, "prune": {"target": "depth", "corrections": []}},
-    "nonuniform": {"prune": {"target": {}, "nonuniform": "share"}},
-    "nonuniform-third": {"prune": {"target": {}, "nonuniform": "share"}, "distill": {"max_steps": STEPS // 3}},
+    "depth": {**PLAIN, "prune": {"target": "depth", **PLAIN["prune"]}},
+    "nonuniform": UNEVEN,
+    "nonuniform-third": {**UNEVEN, **THIRD},
     "cross-entropy": {"distill": {"losses": {"cross_entropy": 1.0}}},
     "cached": {"cache": {"method": "random", "draws": 50}},
     "teacher-corrected": {"correct": {"max_steps": STEPS // 2, "learning_rate": 2e-5}},
@@ -197,8 +199,7 @@ def summarize(folder: Path, size: str) -> None:
 
 def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Draw the distillation losses of several students on the same text, readable on light and dark pages."""
-    colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({**colors, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with plots.style():
         figure, axes = plt.subplots(figsize=(8, 3.4))
         for number, (name, points) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1][1])):
             wide = 3 if name == "ours" else 1.6
@@ -210,8 +211,7 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         axes.set_xlabel("thousand tokens")
         axes.set_ylabel("forward KL, nats per token")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-        figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
+        plots.save(figure, path)
 
 
 if __name__ == "__main__":

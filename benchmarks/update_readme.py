@@ -78,13 +78,11 @@ def models_block(found: dict[str, dict]) -> str:
     parts = []
     for size, content in found.items():
         models = content["models"]
-        tasks = {
-            (t, m): None for model in models.values() for t, metrics in model["tasks"].items() for m in metrics if m == "acc"
-        }
-        rows = [["model", "parameters", "perplexity", "KL to teacher", *(task.removeprefix("local_") for task, _ in tasks)]]
+        tasks = [task for task, metrics in models["teacher"]["tasks"].items() if "acc" in metrics]
+        rows = [["model", "parameters", "perplexity", "KL to teacher", *(task.removeprefix("local_") for task in tasks)]]
         for name, model in models.items():
             cells = [model["perplexity"], model.get("agreement", {}).get("teacher_kl")]
-            cells += [model["tasks"].get(task, {}).get(metric) for task, metric in tasks]
+            cells += [model["tasks"].get(task, {}).get("acc") for task in tasks]
             title = {"pruned": "ours, before training", "distilled": "**ours**"}.get(name, name)
             rows.append([title, f"{model['parameters'] / 1e6:,.1f} M", *map(measured, cells)])
         parts += [

@@ -35,7 +35,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
             style = {"marker": "o", "markersize": 4} | style if len(found) == 1 else style  # a line needs two points
             axes.plot(*zip(*found, strict=True), color=color, label=label, linewidth=2, **style)
 
-    with _style():
+    with style():
         figure, panels = plt.subplots(1 + bool(parts), 1, figsize=(6, 5 if parts else 3), sharex=True, squeeze=False)
         top, bottom = panels[0, 0], panels[-1, 0]
         draw(top, "loss", "weighted sum" if parts else "training", AFTER)
@@ -55,7 +55,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
             _legend(bottom)
         bottom.set_xlabel(f"{name} tokens" if name else "tokens")
         figure.align_ylabels()
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -69,7 +69,7 @@ def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, 
             bar is their mean.
     """
     names = [axis for axis in before.axes if axis != "vocab"]
-    with _style():
+    with style():
         figure, axes = plt.subplots(figsize=(6, 0.42 * len(names) + 0.4))
         for row, axis in enumerate(reversed(names)):
             sizes = (by_layer or {}).get(axis) or [after[axis]]
@@ -83,7 +83,7 @@ def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, 
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path) -> None:
@@ -94,7 +94,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         path (`Path`): The PNG file to write.
     """
     sizes, before, after = ([point[i] / (1e6 if i == 0 else 1) for point in points.values()] for i in range(3))
-    with _style():
+    with style():
         figure, axes = plt.subplots(figsize=(6, max(3, 0.26 * len(points) + 0.8)))
         axes.vlines(sizes, after, before, color=BEFORE, linewidth=1, alpha=0.6)
         axes.scatter(sizes, before, color=BEFORE, s=36, label="pruned", zorder=3)
@@ -113,7 +113,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.2)
         names = "\n".join(f"{number}  {name}" for number, name in enumerate(points, 1))
         axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> None:
@@ -129,7 +129,7 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
     digits = max(len(str(size)) for row in sizes.values() for size in row)
     upright = layers * digits > 60  # as many characters fit side by side
     height = (0.2 + 0.1 * digits) if upright else 0.4
-    with _style():
+    with style():
         figure, axes = plt.subplots(figsize=(min(12, max(4, 0.28 * layers)), height * len(sizes) + 0.4))
         image = axes.imshow(shares, cmap=KEPT, vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(sizes.values()) if layers <= 64 else ():
@@ -145,7 +145,7 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         bar = figure.colorbar(image, ax=axes, format=matplotlib.ticker.PercentFormatter(1), ticks=[0, 0.5, 1], pad=0.02)
         bar.set_label("kept")
         bar.outline.set_visible(False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _apart(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
@@ -166,11 +166,13 @@ def _legend(axes) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1.04), handlelength=1.2)
 
 
-def _style():
+def style():
+    """Return the context that all pictures are drawn in: inks for light and dark pages, no frame."""
     colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     return matplotlib.rc_context({**colors, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure as a PNG file without a background, the same bytes for the same picture, and close it."""
     figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
