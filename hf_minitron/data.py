@@ -63,7 +63,8 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
     columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know before its first row
     if column not in columns:
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(columns)}. Set text_column")
-    return documents.select_columns(column).rename_column(column, "text") if columns != ["text"] else documents
+    documents = documents.select_columns(column)
+    return documents if column == "text" else documents.rename_column(column, "text")
 
 
 def token_blocks(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron import DistillationTrainer, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.data import text_hash
+from hf_minitron.data import load_text, text_hash
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_layer
@@ -179,6 +179,23 @@ def test_a_source_may_have_its_own_column(texts):
     assert shares(blocks["input_ids"][:])[1] == [10, 0, 10]
     with pytest.raises(ValueError, match="d.jsonl has no column 'text'; it has body, more"):
         mix({"a.jsonl": 0.5, "d.jsonl": 0.5}, streaming=True)
+
+
+COLUMNS = {"id": "<urn:uuid:1>", "score": 2.5, "text": None, "metadata": {"source": "web", "tags": ["a"]}}  # of a real data set
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_other_columns_change_nothing(tmp_path, suffix, streaming, column):
+    documents().to_json(tmp_path / "plain.jsonl")
+    rows = [{("body" if key == "text" and column == "body" else key): value for key, value in (COLUMNS | row).items()}
+            for row in documents()]  # fmt: skip
+    table, path = Dataset.from_list(rows), tmp_path / f"rich{suffix}"
+    table.to_parquet(path) if suffix == ".parquet" else table.to_json(path)
+    expected = token_blocks(load_text(str(tmp_path / "plain.jsonl")), tiny.tokenizer(), 16)
+    found = token_blocks(load_text(str(path), column=column, streaming=streaming), tiny.tokenizer(), 16)
+    assert ids_of(found, len(expected)) == ids_of(expected)
 
 
 @pytest.mark.parametrize(
