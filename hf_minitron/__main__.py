@@ -16,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, outlines, stand_in
-from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.checkpoint import resolve
+from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
-from hf_minitron.evaluation.speed import flops_per_second
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_overrides
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan_text(run))
             return 0
         if args.verb == "report":
-            print(publish.report(run, args.open))
+            print(publish.report(with_values(run, stored_values(run) or {}), args.open))
             return 0
         keep_freed_memory()
         PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
@@ -139,24 +139,24 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
             ahead = stand_in(run, made)
             try:
                 run.check_owner()
-                bound = check_stages(ahead, stages_of(run), push)
+                check_stages(ahead, list(own_stages(run)), push)
                 if run is not runs[-1]:
                     made |= outlines(run, ahead, Path(scratch) / str(number))
-                print(f"{run.recipe_path}: {estimate_text(ahead, bound)}\n", flush=True)
+                print(f"{run.recipe_path}: {time_allows(ahead, own_stages(ahead), estimate=True)[1]}\n", flush=True)
             except ValueError as error:
                 raise RecipeError(f"{run.recipe_path}: {error}") from error
 
 
-def stages_of(run: Run) -> list[str]:
+def own_stages(run: Run) -> dict[str, ModuleType]:
     """Return the stages of `run`: all but the optional ones that the recipe leaves out."""
-    return [name for name, module in STAGES.items() if name in run.recipe or not getattr(module, "OPTIONAL", False)]
+    return {name: stage for name, stage in STAGES.items() if name in run.recipe or not getattr(stage, "OPTIONAL", False)}
 
 
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
     if PartialState().is_main_process:
         print(plan_text(run), flush=True)
-    run_stages(run, stages_of(run), push, estimate=True)
+    run_stages(run, list(own_stages(run)), push, estimate=True)
     if PartialState().is_main_process:
         report = Report.load(run.path("evaluate") / "report.json")
         print("\n" + markdown_table(quality_rows(report)))
@@ -175,11 +175,16 @@ def run_stages(
     state = PartialState()
     if state.is_main_process:
         run.check_owner()
-    bound = check_stages(run, stages, push)
+    check_stages(run, stages, push)
+    values, text = time_allows(run, own_stages(run), estimate)
+    whole, run = run, with_values(run, values)
+    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     if state.is_main_process:
         run.claim()  # only a run whose checks all pass
+        if "minutes" in run.recipe:
+            store_values(whole, values)
         if estimate:
-            print("\n" + estimate_text(run, bound), flush=True)
+            print("\n" + text, flush=True)
     state.wait_for_everyone()
     for name, args in bound.items():
         _do(run, name, args)
@@ -187,8 +192,8 @@ def run_stages(
         print(push(bound["publish"], run))
 
 
-def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> dict[str, object]:
-    """Return the arguments of some stages, on every process; the first one has checked them all."""
+def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
+    """Read the arguments of some stages, on every process; the first one checks them all."""
     bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
@@ -197,23 +202,6 @@ def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, 
             VERBS[name].check(args, run)
         except ValueError as error:
             raise RecipeError(f"{name}: {error}") from error
-    return bound
-
-
-def estimate_text(run: Run, bound: Mapping[str, object]) -> str:
-    """Estimate the time of every stage: its FLOPs over what this machine reached on one layer of the teacher."""
-    before, after, rows = prune.shapes(bound["prune"], run.model)
-    flops = {"teacher": before.flops_per_token(rows), "student": after.flops_per_token(rows)}
-    device = best_device()
-    rate = flops_per_second(AutoConfig.from_pretrained(resolve(run.model)), best_dtype(device), device)
-    minutes = {}
-    for name, args in bound.items():
-        minutes[name] = sum(count * flops[model] for model, count in STAGES[name].tokens(args).items()) / rate / 60
-    lines = ", ".join(f"{name} {time:.1f}" for name, time in minutes.items() if time)
-    return (
-        f"About {sum(minutes.values()):.0f} minutes on this machine ({device}, {rate / 1e9:,.0f} GFLOP/s): {lines}.\n"
-        "Stages that are done already are skipped; it can be interrupted at any time and goes on when started again."
-    )
 
 
 def _do(run: Run, name: str, args: object) -> None:

@@ -17,7 +17,12 @@ import yaml
 
 from hf_minitron.run import RecipeError, Run
 
-TOP_LEVEL = {"run": "folder for everything the run makes", "model": "the teacher: a folder or a Hub id", "seed": "random seed"}
+TOP_LEVEL = {
+    "run": "folder for everything the run makes",
+    "model": "the teacher: a folder or a Hub id",
+    "seed": "random seed",
+    "minutes": "time for all stages on this machine, which it measures first: tokens, steps and documents shrink to fit",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,6 +66,9 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     seed = recipe.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
+    minutes = recipe.get("minutes", 1)
+    if not isinstance(minutes, int | float) or isinstance(minutes, bool) or not 0 < minutes < math.inf:
+        raise RecipeError(f"minutes: {minutes!r} is not a number above zero")
     folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
     return Run(folder, str(recipe["model"]), seed, recipe, path)
 

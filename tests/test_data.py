@@ -16,7 +16,7 @@ from hf_minitron.__main__ import main
 from hf_minitron.data import load_text, text_hash
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.trainer import collate
-from hf_minitron.evaluation.speed import random_layer
+from hf_minitron.evaluation.speed import random_model
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling import PrunedConfig
 from hf_minitron.stages import training
@@ -96,7 +96,7 @@ def test_which_models_keep_documents_apart(model_type):
         alone = torch.cat([model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in pieces(apart())])
     holds = torch.allclose(found, alone, atol=1e-3)
     assert holds == (model_type not in ("opt", "gpt_oss"))
-    subjects = [model] if model_type == "nonuniform" else [model, random_layer(model.config, torch.float32)]
+    subjects = [model] if model_type == "nonuniform" else [model, random_model(model.config, torch.float32)]
     for subject in subjects:
         if holds:
             check_documents_apart(subject)

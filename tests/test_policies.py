@@ -28,7 +28,7 @@ evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_k
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run hub.facts recipe
 stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
-stages.search stages.select stages.publish chain __main__
+stages.search stages.select stages.publish chain estimate __main__
 """.split()
 
 

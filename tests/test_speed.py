@@ -14,13 +14,13 @@ SETTINGS = SpeedSettings(batch_sizes=(1, 3), prompt=(5, 16), new_tokens=4, round
 
 def test_models_take_turns_at_every_setting(monkeypatch):
     models = {"big": tiny.model(dtype=torch.float32), "small": tiny.model(dtype=torch.float32, intermediate_size=24)}
-    seen, real = [], speed._generate
+    seen, real = [], speed.generate
 
     def generate(model, prompt, count):
         seen.append((model, tuple(prompt.shape), count))
         return real(model, prompt, count)
 
-    monkeypatch.setattr(speed, "_generate", generate)
+    monkeypatch.setattr(speed, "generate", generate)
     found = measure_speed(models, SETTINGS)
     cases = [(1, 5), (1, 16), (3, 5), (3, 16)]
     warm = [(model, case, 5) for case in cases for model in models.values()]
@@ -35,7 +35,7 @@ def test_models_take_turns_at_every_setting(monkeypatch):
 
 def test_rates_follow_from_the_times(monkeypatch):
     times = iter([0.5, 2.5, 0.25, 1.25, 1.0, 4.0])  # first token, then all; three rounds
-    monkeypatch.setattr(speed, "_seconds", lambda work: next(times))
+    monkeypatch.setattr(speed, "seconds_of", lambda work: next(times))
     settings = SpeedSettings(batch_sizes=(2,), prompt=(10,), new_tokens=4, rounds=3)
     (entry,) = measure_speed({"": tiny.model(dtype=torch.float32)}, settings)[""]
     assert entry["first_token"] == {"value": 0.5, "low": 0.25, "high": 1.0}

@@ -102,11 +102,11 @@ def measure_speed(models: Mapping[str, PreTrainedModel], settings: SpeedSettings
     for turn, case, name in tqdm(turns, desc="Measuring speed", unit="turn"):
         model, size = models[name], math.prod(case)
         ids = prompts[case].to(model.device)
-        first, whole = (partial(_generate, model, ids, count) for count in (1, 1 + settings.new_tokens))
+        first, whole = (partial(generate, model, ids, count) for count in (1, 1 + settings.new_tokens))
         if turn == 0:
             peaks[name, case] = _peak_bytes(model, whole)
             continue
-        first, whole = _seconds(first), _seconds(whole)
+        first, whole = seconds_of(first), seconds_of(whole)
         found = times.setdefault((name, case), {"first_token": [], "prefill": [], "decode": []})
         found["first_token"].append(first)
         found["prefill"].append(size / first)
@@ -141,35 +141,29 @@ def shape_tokens_per_second(
     return {kind: found[kind]["value"] for kind in ("prefill", "decode")}
 
 
-@torch.inference_mode()
-def flops_per_second(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Measure this machine on one random layer of a model: for estimates, in a fraction of a second.
+def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, vocab: int | None = 8) -> PreTrainedModel:
+    """Make a random model of a config with some layers and few experts: to try things before any weight is read.
 
     Args:
-        config (`PreTrainedConfig`): The model's config.
-        dtype (`torch.dtype`): The dtype it will run in.
-        device (`torch.device`): Where it will run.
+        config (`PreTrainedConfig`): The config.
+        dtype (`torch.dtype`): The dtype of the weights.
+        layers (`int`, *optional*, defaults to 1): How many layers; the last ones.
+        vocab (`int`, *optional*, defaults to 8): Size of the vocabulary; the config's when `None`.
     """
-    layer = random_layer(config, dtype).to(device)
-    tokens = torch.zeros(4, min(512, config.max_position_embeddings), dtype=torch.long, device=device)
-    seconds = min(_seconds(lambda: layer.base_model(input_ids=tokens, use_cache=False)) for _ in range(3))
-    family = family_of(layer.config)
-    return tokens.numel() * family.shape_of(layer.config).flops_per_token(family.rows_of(layer.config)) / seconds
-
-
-def random_layer(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a random model of one layer, few experts and a vocabulary of 8: to try things before any weight is read."""
     family = family_of(config)
     shape = family.shape_of(config)
-    target = {"layers": 1}
+    target = {"layers": layers}
     if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
-    config = student_config(config, family, Plan(shape, shape.cut_to(target), {"layers": [shape["layers"] - 1]}))
-    config.vocab_size, config.pad_token_id = 8, None
+    kept = list(range(shape["layers"] - layers, shape["layers"]))
+    config = student_config(config, family, Plan(shape, shape.cut_to(target), {"layers": kept}))
+    if vocab is not None:
+        config.vocab_size, config.pad_token_id = vocab, None
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+def generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """Generate exactly `count` tokens after a prompt of shape `(batch, seq)`, greedily."""
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -180,7 +174,8 @@ def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     )
 
 
-def _seconds(work: Callable) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do some work and return how long it took, on the accelerator too."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     start = time.perf_counter()

@@ -56,7 +56,7 @@ def check(args: Args, run: Run) -> None:
     check_losses(record_of(args.how, config.vocab_size, args.dtype), training.losses, training.temperature)
 
 
-def tokens(args: Args) -> dict[str, int]:
+def work(args: Args, run: Run) -> dict[str, float]:
     """Return nothing: the teacher's reading of the text is counted with distill's, which it replaces."""
     return {}
 

@@ -75,9 +75,9 @@ def check(args: Args, run: Run) -> None:
         check_lora(args.lora, config)
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens pass through the teacher; a training step costs three forward passes."""
-    return {"teacher": 3 * tokens_of(args)}
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`; the teacher is trained as the student is."""
+    return {"train": tokens_of(args), "step": max(args.max_steps, 0)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

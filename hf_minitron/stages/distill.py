@@ -30,6 +30,7 @@ from hf_minitron.stages.training import (
 ALL_PROCESSES = True
 NEEDS = ("prune",)
 USES = ("correct", "synthesize", "cache")
+SCALES = ("max_steps",)
 
 
 @dataclass
@@ -64,9 +65,9 @@ def check_blocks(args: Args, run: Run) -> None:
     check_text_for(args, there, [AutoConfig.from_pretrained(model) for model in models])
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens pass through each model; a training step costs three forward passes."""
-    return {"teacher": tokens_of(args), "student": 3 * tokens_of(args)}
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`."""
+    return {"train": tokens_of(args), "step": max(args.max_steps, 0)}
 
 
 def teacher_of(args: Args, run: Run) -> str | Path:

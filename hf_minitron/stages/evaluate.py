@@ -13,13 +13,14 @@ from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
-from hf_minitron.evaluation.tasks import Tasks, splits_evenly
+from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
 from hf_minitron.run import Run
 from hf_minitron.stages import correct
 
 ALL_PROCESSES = True
 NEEDS = ("prune", "distill")
 USES = ("correct",)
+SCALES = ("tokens", "limit")
 OURS = ("teacher", "pruned", "distilled")
 
 
@@ -66,9 +67,16 @@ def check(args: Args, run: Run) -> None:
             check_tensor_parallel(config, processes)
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens of held-out text pass through each model (tasks and speed cost about as much again)."""
-    return {"teacher": 2 * args.tokens, "student": 4 * args.tokens}
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`: the text and the tasks of every model, and speed."""
+    others = 2 + ("correct" in run.recipe) + len(args.models)
+    read, decode = args.tokens, 0
+    read += (1 + others) * len(args.tasks) * (args.limit or DOCUMENTS) * DOCUMENT_TOKENS
+    if speed := _speed(args, run):
+        turns = len(_timed(args)) * len(speed.batch_sizes) * len(speed.prompt)
+        decode = turns * (speed.rounds + 1) * speed.new_tokens
+        read += len(_timed(args)) * (2 * speed.rounds + 1) * sum(speed.batch_sizes) * sum(speed.prompt)
+    return {"read": read, "compare": others * args.tokens, "decode": decode}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

@@ -157,9 +157,9 @@ def check_nonuniform(args: Args, run: Run) -> None:
         raise ValueError("nonuniform needs what score measures with halves: true and moments: true; set both in score:")
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Pruning runs no model."""
-    return {}
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`."""
+    return {"prune": 1}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
-from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
+from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
 from hf_minitron.importance.baselines import BASELINES
@@ -38,6 +38,7 @@ from hf_minitron.run import Run
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
 NEEDS = ()
+SCALES = ("tokens",)  # what shrinks so that a run fits into its time
 
 # The text that was read, for corrections that look at it again.
 BLOCKS = "blocks.parquet"
@@ -156,12 +157,20 @@ def check_layers_target(score: Mapping, layers: int, target: object) -> None:
                          f"set it to {layers - target}")  # fmt: skip
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens pass through each model, counting a forward pass as one and a training step as three.
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`: the pass that scores, and those without some layers.
 
-    What `layers` asks for beyond Block Importance is not counted: it depends on the number of layers.
+    A pass without a layer begins at that layer, so it counts as half of one.
     """
-    return {"teacher": args.tokens}
+    config = AutoConfig.from_pretrained(resolve(run.model))
+    layers = family_of(config).shape_of(config)["layers"]
+    limited = args.tokens if args.layers_limit is None else min(args.tokens, args.layers_limit * args.block_size)
+    read = limited * layers if args.halves else 0
+    if _apart(args) and args.layers in METRICS:
+        read += limited * layers / 2 * (args.layers_remove or 1)
+    elif _apart(args):
+        read += (args.layers_limit or DOCUMENTS) * DOCUMENT_TOKENS * layers / args.layers_block
+    return {"score": args.tokens, "read": read}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

@@ -96,9 +96,9 @@ def check(args: Args, run: Run) -> None:
         raise ValueError(f"prompt_tokens and max_new_tokens: {wanted} together, more than the {longest} positions of the model")
 
 
-def tokens(args: Args) -> dict[str, int]:
-    """Return how many tokens the teacher writes at least; one by one, which takes longer than reading as many."""
-    return {"teacher": args.tokens or args.documents * args.min_tokens}
+def work(args: Args, run: Run) -> dict[str, float]:
+    """Return the units of work, see `hf_minitron.estimate`: the tokens that the teacher generates at least, in batches."""
+    return {"decode": (args.tokens or args.documents * args.min_tokens) / args.batch_size}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

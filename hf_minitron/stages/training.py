@@ -19,7 +19,7 @@ from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.environment import environment
-from hf_minitron.evaluation.speed import random_layer
+from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
@@ -80,7 +80,7 @@ def check_text_for(args: TextArguments, sources: Sequence[Source], configs: Sequ
         check_sources(sources, args.block_size, tokens_of(args) * args.world_size or None)
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
-            check_documents_apart(random_layer(config, torch.float32))
+            check_documents_apart(random_model(config, torch.float32))
 
 
 def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None:

@@ -1,0 +1,246 @@
+"""How long a run takes on this machine, and a run that fits into a given time.
+
+The work of every stage is counted in units (a token scored, a token distilled, an optimizer step). What a unit takes is
+measured with the functions that the stages call, on random models with the run's own layers: one layer deep and three layers
+deep, and the rest by extrapolation.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.tokens import forward_kl
+from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.evaluation.speed import generate, random_model, seconds_of
+from hf_minitron.evaluation.text import read_text
+from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.plan import make_plan
+from hf_minitron.pruning.prune import prune_model
+from hf_minitron.recipe import bind
+from hf_minitron.run import RecipeError, Run
+from hf_minitron.stages import prune
+
+# What a run's time allows, in its folder: another start of the same recipe gets the same.
+BUDGET = "budget.json"
+DEPTHS = (1, 3)
+TOKENS = 1024  # of a rehearsal's batch, at most
+NEW_TOKENS = 8
+LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result would say nothing
+
+
+def time_allows(run: Run, stages: Mapping[str, ModuleType], estimate: bool) -> tuple[dict[str, int], str]:
+    """Return the values of the recipe that its `minutes` allow, the same on every process, and what to say about its time.
+
+    Args:
+        run (`Run`): The run.
+        stages (`Mapping[str, ModuleType]`): Its stages by name.
+        estimate (`bool`): Whether to say how long it takes.
+    """
+    answer = [({}, "")]
+    if PartialState().is_main_process and (estimate or "minutes" in run.recipe):
+        values = stored_values(run) if "minutes" in run.recipe else {}
+        if estimate or values is None:
+            rates = rehearse(run, stages)
+            values = fit(run, stages, rates) if values is None else values
+            answer = [(values, time_text(run, values, stages, rates))]
+        else:
+            answer = [(values, "")]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(answer)
+    return answer[0]
+
+
+def time_text(run: Run, values: Mapping[str, int], stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> str:
+    """Say how long a run takes on this machine, stage by stage, and what its time leaves of the recipe."""
+    times = seconds_by_stage(with_values(run, values), stages, rates)
+    device = best_device()
+    machine = f"{device}, {str(best_dtype(device)).removeprefix('torch.')}, {1 / rates['train']:,.0f} tokens/s of distillation"
+    by_stage = ", ".join(f"{name} {time / 60:.1f}" for name, time in times.items() if time)
+    lines = [
+        f"About {sum(times.values()) / 60:.0f} minutes on this machine ({machine}): {by_stage}.",
+        "Stages that are done already are skipped; it can be interrupted at any time and goes on when started again.",
+    ]
+    if values:
+        whole, sizes = sum(seconds_by_stage(run, stages, rates).values()), scaled(run, stages, 1.0)
+        left = ", ".join(f"{key} {value:,} of {sizes[key]:,}" for key, value in values.items())
+        lines.append(f"The whole recipe takes {whole / 60:.0f}; minutes: {run.recipe['minutes']} leaves {left}.")
+    return "\n".join(lines)
+
+
+def rehearse(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, float]:
+    """Measure the seconds of every unit of work on this machine.
+
+    Args:
+        run (`Run`): The run.
+        stages (`Mapping[str, ModuleType]`): Its stages by name.
+
+    Returns:
+        `dict[str, float]`: `score`, `train`, `read`, `compare`: a token scored, distilled, read by the teacher, and read by a
+        student and compared; `step`: an optimizer step; `prune`: all of it; `decode`: a step of generation.
+    """
+    bound = _bound(run, stages)
+    layers = prune.shapes(bound["prune"], run.model)[0]["layers"]
+    depths = [min(depth, layers) for depth in DEPTHS]
+    with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # without the stages' progress bars
+        shallow, deep = (_rehearse(run, bound, depth) for depth in depths)
+    more = (layers - depths[0]) / max(1, depths[1] - depths[0])
+    return {unit: time + max(0.0, deep[unit] - time) * more for unit, time in shallow.items()}
+
+
+def _rehearse(run: Run, bound: Mapping[str, Any], layers: int) -> dict[str, float]:
+    """Measure every unit on models that are some layers deep."""
+    device, training = best_device(), bound["distill"]
+    teacher = random_model(AutoConfig.from_pretrained(resolve(run.model)), best_dtype(device), layers, vocab=None).to(device)
+    block = min(training.block_size, TOKENS)
+    ids = torch.randint(teacher.config.vocab_size, (max(1, TOKENS // block), block))
+    blocks, rows, batch = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch"), ids.tolist(), len(ids)
+    family = family_of(teacher.config)
+    shape = family.shape_of(teacher.config)
+    target = {axis: size for axis, size in bound["prune"].target.items() if axis not in ("layers", "experts")}
+    with TemporaryDirectory() as folder:
+        moments = folder if bound["prune"].corrections else None
+        score = _seconds(lambda: calibrate(teacher, blocks, batch, moments=moments))
+        plan = make_plan(calibrate(teacher, blocks, batch), shape, shape.cut_to(target))
+        student = prune_model(teacher, plan, moments)
+        times = {"score": score / ids.numel(), "prune": seconds_of(lambda: prune_model(teacher, plan, moments))}
+    _, reading = read_text(teacher, rows, batch, keep=True)
+    times["read"] = _seconds(lambda: read_text(teacher, rows, batch)) / ids.numel()
+    times["compare"] = _seconds(lambda: read_text(student, rows, batch, reading)) / ids.numel()
+    prompt = ids[:1, :NEW_TOKENS].to(device)
+    with torch.inference_mode():
+        times["decode"] = _seconds(lambda: generate(teacher, prompt, NEW_TOKENS)) / NEW_TOKENS
+    return times | _rehearse_training(teacher, student.float(), ids.to(device), training)
+
+
+def _rehearse_training(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, args: Any) -> dict[str, float]:
+    """Measure a token of distillation, forward and backward, and an optimizer step."""
+    student.train()
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+
+    def train() -> None:
+        with torch.no_grad():
+            signal = DenseSignal(_rows(teacher, ids)[0], head_of(teacher))
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
+            rows, targets = _rows(student, ids)
+
+            def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
+                return {"forward_kl": forward_kl(*signal.align(logits, part, 1))}
+
+            loss, _ = chunked_loss(rows, head_of(student), losses, {"forward_kl": 1.0}, len(targets), args.chunk_size)
+        loss.backward()
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+
+    return {"train": _seconds(train) / ids.numel(), "step": _seconds(step)}
+
+
+def _rows(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return next_token_rows(model.base_model(input_ids=ids, use_cache=False).last_hidden_state, ids)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return how long some work takes once it has been done before: two times at least, five if it is short."""
+    times = [seconds_of(work), seconds_of(work)]
+    while len(times) < 5 and sum(times) < 0.5:
+        times.append(seconds_of(work))
+    return min(times)
+
+
+def seconds_by_stage(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> dict[str, float]:
+    """Return how long every stage takes: its units of work times the seconds of each."""
+    return {
+        name: sum(count * rates[unit] for unit, count in stages[name].work(args, run).items())
+        for name, args in _bound(run, stages).items()
+    }
+
+
+def fit(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> dict[str, int]:
+    """Return the values of a recipe that make its run as long as its `minutes` say.
+
+    Args:
+        run (`Run`): The run, whose recipe has `minutes`.
+        stages (`Mapping[str, ModuleType]`): Its stages by name; `SCALES` of each lists the arguments that shrink.
+        rates (`Mapping[str, float]`): The seconds of every unit of work, from `rehearse`.
+
+    Returns:
+        `dict[str, int]`: Values by dotted key; none when the whole recipe fits.
+
+    Raises:
+        RecipeError: when a tenth of the recipe's tokens, steps and documents would still take longer.
+    """
+    limit = 60 * run.recipe["minutes"]
+    whole, least = (
+        sum(seconds_by_stage(with_values(run, scaled(run, stages, share)), stages, rates).values()) for share in (1.0, LEAST)
+    )
+    if whole <= limit:
+        return {}
+    if least > limit:
+        raise RecipeError(
+            f"minutes: {run.recipe['minutes']} is too little on this machine: a tenth of the recipe's tokens, steps and "
+            f"documents takes {least / 60:.1f} minutes, all of them {whole / 60:.0f}. Set minutes to {least / 60 + 1:.0f} or "
+            "more, or leave it out"
+        )
+    return scaled(run, stages, LEAST + (1 - LEAST) * (limit - least) / (whole - least))  # work is linear in what shrinks
+
+
+def scaled(run: Run, stages: Mapping[str, ModuleType], share: float) -> dict[str, int]:
+    """Return a share of the recipe's tokens (in whole blocks), steps and documents, by dotted key."""
+    values = {}
+    for name, args in _bound(run, stages).items():
+        for key in getattr(stages[name], "SCALES", ()):
+            size, step = getattr(args, key), args.block_size if key == "tokens" else 1
+            if size is not None and size > 0:
+                values[f"{name}.{key}"] = max(step, int(size * share) // step * step)
+    return values
+
+
+def with_values(run: Run, values: Mapping[str, int]) -> Run:
+    """Return the run with other values in its recipe, by dotted key."""
+    recipe = dict(run.recipe)
+    for key, value in values.items():
+        name, _, argument = key.partition(".")
+        recipe[name] = {**(recipe.get(name) or {}), argument: value}
+    return dataclasses.replace(run, recipe=recipe)
+
+
+def stored_values(run: Run) -> dict[str, int] | None:
+    """Return the values that an earlier start of the same recipe was given, if there was one."""
+    try:
+        stored = json.loads((run.folder / BUDGET).read_text(encoding="utf-8"))
+        return stored["values"] if stored["recipe"] == _digest(run) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def store_values(run: Run, values: Mapping[str, int]) -> None:
+    """Keep what `stored_values` returns; `run` is the one without these values."""
+    stored = {"recipe": _digest(run), "values": values}
+    (run.folder / BUDGET).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(run: Run) -> str:
+    return hashlib.sha256(json.dumps(dict(run.recipe), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _bound(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, Any]:
+    return {name: bind(run, name, stage.Args) for name, stage in stages.items()}
