@@ -2,7 +2,12 @@
 
 import os
 import shutil
+import tempfile
 
+# Models this small leave nothing for a second thread to do, and threads that wait spin on the core of another worker.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+HOME = tempfile.TemporaryDirectory(prefix="hf_home_")  # one for each worker: they write modules of the same name
+os.environ.update(HF_HOME=HOME.name)
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
