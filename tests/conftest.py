@@ -1,5 +1,6 @@
 """No network, no accelerator, no progress bars; one tiny model folder and its texts for the whole session."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -17,9 +18,17 @@ import transformers  # noqa: E402
 import yaml  # noqa: E402
 from hub_server import TOKEN, hub_server  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from torch.utils import collect_env  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
+collect_env.get_pretty_env_info = str  # lm-eval asks pip for all packages at every evaluation, and nobody reads its answer
 TEACHER_CARD = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: USE_POLICY.md\n---\n# Teacher\n"
+
+
+def pytest_collection_finish():
+    """Spare every collection of garbage the million objects of the imported libraries: a trainer and a measurement ask for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
