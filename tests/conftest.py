@@ -26,7 +26,7 @@ TEACHER_CARD = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: USE_POL
 
 
 def pytest_collection_finish():
-    """Spare every collection of garbage the million objects of the imported libraries: a trainer and a measurement ask for one."""
+    """Spare collections of garbage, which every trainer asks for, the million objects of the imported libraries."""
     gc.collect()
     gc.freeze()
 
