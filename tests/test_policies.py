@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_minitron
 
@@ -99,3 +100,7 @@ def test_the_readme_tree_is_the_real_one():
     real = {path.relative_to(ROOT).as_posix() + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir()}
     real = {path for path in real if not path.endswith(("__pycache__/", "__init__.py", "py.typed"))}
     assert real <= set(listed), real - set(listed)
+
+
+def test_a_process_of_the_suite_has_one_thread():
+    assert torch.get_num_threads() == 1

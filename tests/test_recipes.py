@@ -349,7 +349,7 @@ def test_offline_text_is_split_by_module(tmp_path, monkeypatch):
         parts[part] = [json.loads(line) for line in (tmp_path / f"stdlib/{part}.jsonl").read_text().splitlines()]
     modules = [{row["module"] for row in rows} for rows in parts.values()]
     assert all(modules) and sum(map(len, modules)) == len(set.union(*modules)) == 25
-    assert "stdlib_last_word" in task_manager(tmp_path / "stdlib/tasks").all_tasks
+    assert "stdlib_last_word" in task_manager(tmp_path / "stdlib/tasks", ["stdlib_last_word"]).all_tasks
     assert prepare_offline.part_of("_pydecimal") == prepare_offline.part_of("decimal")
 
 
