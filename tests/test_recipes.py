@@ -36,7 +36,7 @@ from hf_minitron.families.student import student_config
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
-from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe
 from hf_minitron.stages import prune
 from hf_minitron.stages.training import sources_of
 
@@ -100,7 +100,7 @@ def test_everything_is_there():
 def test_every_section_binds(path):
     found = set(yaml.safe_load(path.read_text()))
     needed = {name for name, module in STAGES.items() if not getattr(module, "OPTIONAL", False)}
-    assert {"model", "run", "seed", *needed} <= found <= {"model", "run", "seed", *STAGES}
+    assert {"model", "run", "seed", *needed} <= found <= {*TOP_LEVEL, *STAGES}
     _, sections = bound(path)
     texts = [args.text for args in sections.values() if isinstance(getattr(args, "text", None), str)]
     if "135m" not in path.parent.name:  # looked up on the Hub, not from here
