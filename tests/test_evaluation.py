@@ -18,7 +18,7 @@ from hf_minitron import token_blocks
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
-from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks
+from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks, task_manager
 from hf_minitron.evaluation.text import in_tokens_of, read_text, text_bytes, text_facts, text_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +184,12 @@ def test_a_group_is_compared_through_its_tasks(project, tmp_path):
     model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
     found = compare_models({"teacher": model, "student": model}, dict.fromkeys(("teacher", "student"), [*records, text]))
     assert {c["task"]: c["samples"] for c in found} == {"tiny_one": 5, "tiny_two": 5, "tiny_group": 10}
+    both = ["tiny_one", "hellaswag"]
+    assert set(both) <= set(task_manager(tmp_path, both).all_tasks)
+
+
+def test_a_task_of_a_folder_is_found_without_reading_those_of_lm_eval(project):
+    assert task_manager(project["folder"] / "tasks", ["tiny_last_word"]).all_tasks == ["tiny_last_word"]
 
 
 def test_few_shot_limit_and_chat_template_reach_the_prompts(project, tmp_path, monkeypatch):
