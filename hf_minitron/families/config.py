@@ -61,13 +61,11 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
         supported (`Container[str]`): The model types that can be pruned.
     """
     kind, text = config.model_type, config.get_text_config(decoder=True)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.is_encoder_decoder:
         return f"Model type {kind!r} does not make a causal language model, but an encoder and a decoder; choose another one"
-    if kind in CONFIG_MAPPING and kind not in causal and text.model_type not in causal and text.model_type not in supported:
-        return f"Model type {kind!r} does not make a causal language model; choose another one"
     if text is config:
-        return None
+        made = kind not in CONFIG_MAPPING or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
     parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
     advice = f"and its text model, {text.model_type!r}, is not supported either"
     if text.model_type in supported:
