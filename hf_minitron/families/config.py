@@ -21,6 +21,8 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         ValueError: in one line, for a file that Transformers cannot read, a model type that it does not know, or remote code.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():  # Transformers would take the folder for a name on the Hub
+        raise ValueError(f"{folder} has no config.json: not a model folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # config classes raise their own kinds

@@ -55,8 +55,10 @@ def prune_model(
     Example:
 
     ```python
-    >>> shape = family_of(model.config).shape_of(model.config)
-    >>> student = prune_model(model, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> shape = family_of(teacher.config).shape_of(teacher.config)
+    >>> student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> student.config.intermediate_size
+    1152
     ```
     """
     config, family = model.config, family_of(model.config)
