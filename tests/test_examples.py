@@ -162,7 +162,7 @@ def commands_of(path):
     if path.suffix == ".py":
         for _, text in strings_of(path):
             text = text.replace("\\\n", " ")
-            yield from re.findall(r"^ +((?:hf-minitron|accelerate launch|python recipes/) ?\S+(?: \S+)*)", text, re.MULTILINE)
+            yield from re.findall(r"^ +((?:hf-minitron|accelerate launch|python recipes/) ?\S+(?: +--\S+| \S+)*)", text, re.MULTILINE)
         return
     for _, block in blocks_of(path, "bash"):
         yield from block.replace("\\\n", " ").splitlines()
