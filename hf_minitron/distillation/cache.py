@@ -62,7 +62,7 @@ def write_cache(
     Example:
 
     ```python
-    >>> write_cache("teacher", blocks, "cache", {"top_k": 64})["bytes_per_token"]
+    >>> facts = write_cache(teacher, blocks, "cache/top_k", {"top_k": 64})
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())

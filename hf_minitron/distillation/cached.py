@@ -48,9 +48,12 @@ class CachedTeacher:
     Example:
 
     ```python
-    >>> write_cache("teacher", blocks, "cache", {"random": 50})
-    >>> teacher = CachedTeacher("cache")
-    >>> teacher.check_blocks(blocks)
+    >>> from hf_minitron.distillation.cache import write_cache
+    >>> facts = write_cache(teacher, blocks, "cache/random", {"random": 50})
+    >>> cached = CachedTeacher("cache/random")  # a teacher for DistillationTrainer
+    >>> cached.check_blocks(blocks)
+    >>> cached.meta["method"]
+    {'random': 50}
     ```
     """
 

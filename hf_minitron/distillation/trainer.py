@@ -50,8 +50,12 @@ class DistillationTrainer(Trainer):
     Example:
 
     ```python
-    >>> trainer = DistillationTrainer(student, teacher="teacher", args=DistillationArguments("out"), train_dataset=blocks)
-    >>> trainer.train()
+    >>> args = DistillationArguments("out/example", max_steps=1, report_to="none", disable_tqdm=True)
+    >>> trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks)
+    >>> result = trainer.train()
+    {'train_runtime': ...}
+    >>> result.global_step
+    1
     ```
     """
 

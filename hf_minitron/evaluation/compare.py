@@ -59,9 +59,10 @@ def compare(
     Example:
 
     ```python
-    >>> report = compare({"teacher": "teacher", "student": "student"}, blocks, tasks=["lambada_openai"])
+    >>> report = compare({"teacher": "HuggingFaceTB/SmolLM2-135M-Instruct", "student": "out"}, blocks)  # tasks=["arc_easy"]
     >>> report.save("report.json")
-    >>> print("\\n".join(comparison["sentence"] for comparison in report.comparisons))
+    >>> sorted({comparison["metric"] for comparison in report.comparisons})
+    ['bits_per_byte', 'perplexity']
     ```
     """
     chosen = Tasks.find(tasks, include_path, limit=limit, few_shot=few_shot, chat_template=chat_template)

@@ -77,6 +77,9 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     Example:
 
     ```python
+    >>> from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
+    >>> sizes = [1536, 768] * (teacher.config.num_hidden_layers // 2)
+    >>> PrunedForCausalLM(PrunedConfig.from_stock(teacher.config, layer_intermediate_size=sizes)).save_pretrained("pruned")
     >>> export(Path("pruned"), Path("padded"))
     >>> AutoModelForCausalLM.from_pretrained("padded").config.model_type
     'llama'

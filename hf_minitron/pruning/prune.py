@@ -23,6 +23,7 @@ from hf_minitron.checkpoint import (
     require_space,
     write_tensors,
 )
+from hf_minitron.families.config import check_not_quantized
 from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of
 from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
@@ -54,8 +55,10 @@ def prune_model(
     Example:
 
     ```python
-    >>> shape = family_of(model.config).shape_of(model.config)
-    >>> student = prune_model(model, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> shape = family_of(teacher.config).shape_of(teacher.config)
+    >>> student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> student.config.intermediate_size
+    1152
     ```
     """
     config, family = model.config, family_of(model.config)
@@ -183,9 +186,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
         ValueError: for a checkpoint that is quantized, lacks a parameter, holds one in a dtype that cannot be cut, or ties its
             head by config but stores another one.
     """
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{checkpoint.folder} is quantized; save it dequantized first: from_pretrained, dequantize(), "
-                         "save_pretrained")  # fmt: skip
+    check_not_quantized(config, checkpoint.folder)
     memory = family.rows_of(config)
     rows, shape, prefix = family.stored_rows(memory), family.shape_of(config), base_prefix(config)
     names = {}

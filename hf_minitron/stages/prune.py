@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_minitron.checkpoint import (
     Checkpoint,
@@ -20,6 +20,7 @@ from hf_minitron.checkpoint import (
     resolve,
     write_outline,
 )
+from hf_minitron.families.config import check_not_quantized, read_config
 from hf_minitron.families.family import Family, family_of, parameters_of
 from hf_minitron.families.student import check_target, student_config
 from hf_minitron.importance.gaps import read_gaps
@@ -73,7 +74,8 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
 
 
 def _teacher(model: str) -> tuple[PreTrainedConfig, Family]:
-    config = AutoConfig.from_pretrained(resolve(model))
+    config = read_config(resolve(model))
+    check_not_quantized(config, model)
     return config, family_of(config)
 
 
