@@ -162,14 +162,28 @@ class StateLosses(nn.Module):
             pairs.append(tuple(part.repeat_interleave(most // part.shape[2], 2) for part in parts))  # keys of a group
         return relation_kl(*pairs, visible, self._chunk_size)[predicts].sum()
 
-    def step(self, learning_rate: float, max_norm: float, processes: int) -> None:
-        """Train the projections by the gradients of an accumulated batch, the same on every process."""
+    def step(self, learning_rate: float, max_norm: float, processes: int, scale: float = 1.0) -> None:
+        """Train the projections by the gradients of an accumulated batch, the same on every process.
+
+        Args:
+            learning_rate (`float`): Of this step.
+            max_norm (`float`): What the gradients are clipped to; 0 for not at all.
+            processes (`int`): How many take part.
+            scale (`float`, *optional*, defaults to 1): What the loss was multiplied by (fp16). A step whose gradients it has
+                made infinite is skipped, as the GradScaler skips the student's.
+        """
         if self._optimizer is None:
             return
         parameters = [parameter for parameter in self.projections.parameters() if parameter.grad is not None]
         for parameter in parameters if processes > 1 else ():
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= processes
+        if scale != 1:
+            for parameter in parameters:
+                parameter.grad /= scale
+            if not all(parameter.grad.isfinite().all() for parameter in parameters):
+                self._optimizer.zero_grad()
+                return
         if max_norm > 0:
             clip_grad_norm_(parameters, max_norm)
         self._optimizer.param_groups[0]["lr"] = learning_rate
