@@ -5,8 +5,8 @@ It knows no stage: `__main__` hands it the table of stages.
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -141,7 +141,9 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     if not kinds <= _KINDS.keys():
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and int in kinds and math.isfinite(value) and value == int(value):
+    if number and not abs(value) <= sys.float_info.max:
+        raise RecipeError(f"{name}: {str(value):.20} is not a finite number")
+    if number and int in kinds and value == int(value):
         value = int(value)
     elif number and float in kinds:
         value = float(value)

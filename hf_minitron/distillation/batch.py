@@ -32,7 +32,7 @@ def collate(rows: Sequence[Mapping], ignored: Sequence[str] = ()) -> dict[str, T
     parts["labels"] = parts["labels"] or ids
     if parts["position_ids"]:
         if not all(mask.all() for mask in parts["attention_mask"]):
-            raise ValueError("attention_mask: rows with position_ids hold documents, and a mask would let these see each other: "
+            raise ValueError("attention_mask: rows with position_ids hold documents, and a mask lets these see each other: "
                              "leave padding out of the rows")  # fmt: skip
         del parts["attention_mask"]
     elif len({len(row) for row in ids}) > 1 or not all(mask.all() for mask in parts["attention_mask"]):

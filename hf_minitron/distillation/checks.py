@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import numbers
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -78,7 +79,7 @@ def check_values(args: Any) -> None:
 def check_number(name: str, value: Any, whole: bool = False) -> None:
     """Refuse what is no finite number, or no whole one."""
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: {value!r} is not a {'whole' if whole else 'finite'} number")
 
 

@@ -94,6 +94,9 @@ class DistillationArguments(TrainingArguments):
         if self.chunk_size is None:  # on a GPU small matrices are slow, and so is adding to the head's gradient often
             self.chunk_size = 128 if self.use_cpu else 1024
         check_values(self)
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in (*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES):
+            self.greater_is_better = False
         try:
             super().__post_init__()
         except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:

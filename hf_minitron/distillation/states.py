@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
@@ -212,6 +212,29 @@ class StateLosses(nn.Module):
                 self._optimizer.state[parameter] = {
                     key.rpartition(":")[2]: file.get_tensor(key).to(device[key]) for key in keys
                 }
+
+
+def check_states(
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    student_layers: int,
+    names: Sequence[str],
+    layers: str | Mapping[int, int],
+) -> None:
+    """Refuse states that two models do not have, or layers that are not there, from their configs.
+
+    Args:
+        teacher (`PreTrainedConfig`): The teacher's config.
+        student (`PreTrainedConfig`): That of the model that becomes the student.
+        student_layers (`int`): How many layers are left of it.
+        names (`Sequence[str]`): Which of `STATE_LOSSES`.
+        layers (`str` or `Mapping[int, int]`): As for `StateLosses`.
+    """
+    for config in (teacher, student):
+        _places(config, names)
+    before = family_of(student).shape_of(student)["layers"]
+    kept = range(before - student_layers, before)  # plan's are known later; none lies behind these
+    layer_pairs(layers, family_of(teacher).shape_of(teacher)["layers"], student_layers, kept)
 
 
 def layer_pairs(

@@ -68,8 +68,8 @@ class DistillationTrainer(Trainer):
         **kwargs,
     ):
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func: the loss is made chunk by chunk, and full logits never exist; put a function of "
-                             "two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
+            raise ValueError("compute_loss_func: the loss is made chunk by chunk, and full logits never exist; put a function "
+                             "of two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
         args = DistillationArguments.of(args)
         collator = data_collator or partial(collate, ignored=[args.length_column_name])
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
