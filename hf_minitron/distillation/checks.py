@@ -198,7 +198,7 @@ def check_engine(trainer: Trainer) -> None:
 def check_mapping(name: str, value: Any, example: str) -> None:
     """Refuse what is neither left out nor a table."""
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name}: {value!r} is not a table such as {example}")
+        raise ValueError(f"{name}: {value!r} is not a table {example}")
 
 
 def one_line(error: Exception) -> str:

@@ -104,7 +104,7 @@ class DistillationArguments(TrainingArguments):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in MIN_LR_SCHEDULES:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config"):
-            check_mapping(name, getattr(self, name), "{key: value}")
+            check_mapping(name, getattr(self, name), "such as {key: value}")
         check_refused(self)
         check_trackers(self.report_to)
         check_optimizer(self)

@@ -221,15 +221,7 @@ def check_states(
     names: Sequence[str],
     layers: str | Mapping[int, int],
 ) -> None:
-    """Refuse states that two models do not have, or layers that are not there, from their configs.
-
-    Args:
-        teacher (`PreTrainedConfig`): The teacher's config.
-        student (`PreTrainedConfig`): That of the model that becomes the student.
-        student_layers (`int`): How many layers are left of it.
-        names (`Sequence[str]`): Which of `STATE_LOSSES`.
-        layers (`str` or `Mapping[int, int]`): As for `StateLosses`.
-    """
+    """Refuse losses and layers that a teacher, or what is left of the model that becomes the student, does not have."""
     for config in (teacher, student):
         _places(config, names)
     before = family_of(student).shape_of(student)["layers"]

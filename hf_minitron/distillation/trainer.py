@@ -106,8 +106,9 @@ class DistillationTrainer(Trainer):
         inputs = with_labels(inputs)
         labels, student = inputs["labels"], base_of(self.accelerator.unwrap_model(model))
         # logits exist where they are asked for only; else the head is applied to no token, through the wrapper all the same,
-        # so that DDP and FSDP see the forward pass
-        kept = {} if return_outputs and not self._loss_only else {"logits_to_keep": no_tokens(labels)}
+        # so that DDP and FSDP see the forward pass. The Trainer's debugging cannot look at none
+        few = 1 if "underflow_overflow" in self.args.debug else no_tokens(labels)
+        kept = {} if return_outputs and not self._loss_only else {"logits_to_keep": few}
         with self._states.tapped() if self._states else nullcontext() as seen:
             signal = None if self.teacher is None else self.teacher(inputs)
             kwargs = {name: value for name, value in inputs.items() if name != "labels"}
