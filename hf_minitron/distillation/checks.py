@@ -64,7 +64,8 @@ def check_values(args: Any) -> None:
         if kinds <= {int, float, NoneType}:
             check_number(name, value, whole=float not in kinds)
         elif choices and (value.value if isinstance(value, Enum) else value) not in choices:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}")
+            hint = "; put no in quotes" if value is False and "no" in choices else ""  # YAML's word for false
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}{hint}")
         elif kinds <= {bool, NoneType} and not isinstance(value, bool):
             raise ValueError(f"{name}: {value!r} is neither true nor false")
         elif name in FILES and isinstance(value, str) and not value.lstrip().startswith("{"):

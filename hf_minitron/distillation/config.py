@@ -6,7 +6,7 @@ Names follow TRL where meanings agree. Defaults are the paper's, with their tabl
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from hf_minitron.checkpoint import best_dtype
 from hf_minitron.distillation.checks import (
@@ -78,7 +78,9 @@ class DistillationArguments(TrainingArguments):
     )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (2408.11796, table 4)."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule (2408.11796, table 4)."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine_with_min_lr", metadata={"help": "Schedule (2408.11796, table 4)."}
+    )
     lr_scheduler_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the schedule; the default one falls to a tenth: {min_lr_rate: 0.1}."}
     )
