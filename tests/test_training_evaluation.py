@@ -8,8 +8,10 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_minitron.__main__ import main
+from hf_minitron.distillation.trainer import DistillationTrainer
 
-SPOILING = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_steps": 1, "save_total_limit": 2}
+SPOILING = {"learning_rate": 0.1, "max_steps": 4, "lr_scheduler_type": "constant", "save_steps": 1, "save_total_limit": 2}
+PLAIN = ("eval_strategy", "eval_steps", "eval_text", "eval_tokens", "load_best_model_at_end", "save_total_limit")
 
 
 @pytest.fixture
@@ -36,6 +38,15 @@ def distilled(path, *stages):
     return load_file(run / "distill/student/model.safetensors"), json.loads((run / "distill/log.json").read_text())
 
 
+def unfinished(path, monkeypatch):
+    """Distill, and be killed behind the end of training, with all its checkpoints there."""
+    for stage in ("score", "prune"):
+        assert main([stage, str(path)]) == 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("hf_minitron.stages.distill.save_trained", lambda *args: 1 / 0)
+        main(["distill", str(path)])
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -45,34 +56,31 @@ def spoiled(recipe):
     """A student that gets worse, its log, and the step after which it was best."""
     student, log = distilled(recipe("spoiled"))
     losses = [entry["eval_loss"] for entry in log["history"] if "eval_loss" in entry]
-    assert len(losses) == 6 and log["best"]["loss"] == min(losses)
+    assert len(losses) == 4 and log["best"]["loss"] == min(losses)
     best = losses.index(min(losses)) + 1
-    assert log["best"]["step"] == best < 6, "it must get worse, or the test shows nothing"
+    assert log["best"]["step"] == best < 3, "it must get worse, or the test shows nothing"
     return student, log, best
 
 
-def test_the_saved_student_is_the_best_one(recipe, spoiled):
+def test_the_saved_student_is_the_best_one(recipe, spoiled, monkeypatch):
+    """It is that of a run that never evaluates, after as many steps."""
     student, _, best = spoiled
-    plain = ["eval_strategy", "eval_steps", "eval_text", "eval_tokens", "load_best_model_at_end"]
-    short, _ = distilled(recipe("short", plain, max_steps=best))
-    last, _ = distilled(recipe("last", plain))
-    assert equal(student, short)
-    assert not equal(student, last)
+    path = recipe("plain", PLAIN)
+    unfinished(path, monkeypatch)
+    after = [load_file(path.with_suffix("") / f"distill.tmp/checkpoints/checkpoint-{n}/model.safetensors") for n in (best, 4)]
+    assert equal(student, after[0])
+    assert not equal(student, after[1])
 
 
 def test_early_stopping_ends_training_and_stays_ended(recipe, spoiled, monkeypatch):
     student, log, best = spoiled
     for name in ("stopped", "killed"):
         path = recipe(name, early_stopping_patience=2)
-        if name == "killed":  # behind the end of training, with its checkpoints there
-            for stage in ("score", "prune"):
-                assert main([stage, str(path)]) == 0
-            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                patch.setattr("hf_minitron.stages.distill.save_trained", lambda *args: 1 / 0)
-                main(["distill", str(path)])
+        if name == "killed":
+            unfinished(path, monkeypatch)
         found, stopped = distilled(path)
         assert equal(found, student)
-        assert stopped["history"][-2]["step"] == best + 2 < 6 and stopped["best"] == log["best"], name
+        assert stopped["history"][-2]["step"] == best + 2 < 4 and stopped["best"] == log["best"], name
         assert stopped["tokens"] == (best + 2) * 2 * 16
 
 
@@ -81,12 +89,10 @@ def test_a_kill_between_evaluations_changes_nothing(recipe, spoiled, monkeypatch
     path = recipe("killed")
     for stage in ("score", "prune"):
         assert main([stage, str(path)]) == 0
-    from hf_minitron.distillation.trainer import DistillationTrainer
-
     evaluate = DistillationTrainer.evaluate
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(
-            DistillationTrainer, "evaluate", lambda self, **kw: 1 / 0 if self.state.global_step == 4 else evaluate(self, **kw)
+            DistillationTrainer, "evaluate", lambda self, **kw: 1 / 0 if self.state.global_step == 3 else evaluate(self, **kw)
         )
         main(["distill", str(path)])
     found, again = distilled(path)
@@ -100,7 +106,7 @@ def test_a_cache_answers_for_the_evaluation_too(recipe):
     _, cached = distilled(path, "cache")
     found, expected = ([e["eval_forward_kl"] for e in log["history"] if "eval_forward_kl" in e] for log in (cached, live))
     assert len(found) == 2 and found == pytest.approx(expected, rel=1e-4)
-    assert cached["best"]["step"] == live["best"]["step"] == 2
+    assert cached["best"]["step"] == live["best"]["step"]
 
 
 def test_a_correction_is_evaluated_as_well(project, recipe):
