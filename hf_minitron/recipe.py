@@ -5,8 +5,8 @@ It knows no stage: `__main__` hands it the table of stages.
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -141,11 +141,12 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     if not kinds <= _KINDS.keys():
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and int in kinds and math.isfinite(value) and value == int(value):
+    finite = number and abs(value) <= sys.float_info.max
+    if finite and int in kinds and value == int(value):
         value = int(value)
-    elif number and float in kinds:
+    elif finite and float in kinds:
         value = float(value)
-    elif type(value) not in kinds:
+    elif number or type(value) not in kinds:
         raise RecipeError(f"{name}: {value!r} is not {' or '.join(words for kind, words in _KINDS.items() if kind in kinds)}")
     if least is not None and value is not None and value < least:
         raise RecipeError(f"{name}: {value} must be at least {least}")

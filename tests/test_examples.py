@@ -161,8 +161,10 @@ def commands_of(path):
     """The command lines of a page, in its bash blocks and whole ones between backticks, or of the strings of a module."""
     if path.suffix == ".py":
         for _, text in strings_of(path):
-            text = text.replace("\\\n", " ")
-            yield from re.findall(r"^ +((?:hf-minitron|accelerate launch|python recipes/) ?\S+(?: +--\S+| \S+)*)", text, re.MULTILINE)
+            found = re.finditer(
+                r"^ +(?:hf-minitron|accelerate launch|python recipes/) ?\S+(?: +--\S+| \S+)*", text, re.MULTILINE
+            )
+            yield from (match[0] for match in found)
         return
     for _, block in blocks_of(path, "bash"):
         yield from block.replace("\\\n", " ").splitlines()

@@ -22,7 +22,7 @@ pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.batch
+distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.named
 distillation.signals distillation.records distillation.teacher distillation.documents
 distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
 distillation.cache distillation.adapters distillation.synthesis

@@ -93,6 +93,10 @@ def _lengths(blocks: Dataset) -> list[int]:
     """Return the tokens of every block; refuse what cannot be cached."""
     if not hasattr(blocks, "__len__"):
         raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
+    if "attention_mask" in blocks.column_names and not all(
+        np.all(mask) for mask in blocks.with_format("numpy")["attention_mask"]
+    ):
+        raise ValueError("attention_mask: the blocks are padded. Leave padding out of them; it is added batch by batch")
     lengths = [len(ids) for rows in blocks.with_format("numpy").iter(batch_size=64) for ids in rows["input_ids"]]
     if min(lengths, default=0) < 2:
         raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")

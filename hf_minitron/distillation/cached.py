@@ -74,13 +74,16 @@ class CachedTeacher:
     def __call__(self, inputs: dict[str, Tensor]) -> SparseSignal | StoredSignal:
         """Return what the teacher said about the labelled tokens of a batch."""
         predicts = (inputs["labels"][:, 1:] != -100).cpu().numpy()
+        real = _real(inputs)
         kept = []
-        for key, wanted in zip(keys_of(inputs), predicts, strict=True):
+        for key, wanted, pairs in zip(keys_of(inputs), predicts, real[:, 1:] & real[:, :-1], strict=True):
             block = self._find(key)
             if block is None:
                 raise ValueError(f"A batch holds a block that is not in the cache {self.folder}: {self._what()}")
             arrays = self._read(block)
-            kept.append([array[wanted[: len(array)]] for array in arrays])
+            if len(arrays[0]) != pairs.sum():
+                raise ValueError("attention_mask: a row has padding between its tokens, which no cache was asked about")
+            kept.append([array[wanted[pairs]] for array in arrays])
         device = inputs["labels"].device
         return self.record.signal(*(torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*kept, strict=True)))
 
@@ -161,19 +164,24 @@ def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
 
 def keys_of(inputs: dict[str, Tensor]) -> Iterator[int]:
     """Yield the keys of a batch's blocks, without their padding."""
-    ids, mask, positions = (
-        inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "attention_mask", "position_ids")
-    )
-    for row in range(len(ids)):
-        length = ids.shape[1] if mask is None else int(mask[row].sum())
-        yield key_of(ids[row, :length], None if positions is None else positions[row, :length])
+    ids, positions = (inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "position_ids"))
+    for row, real in enumerate(_real(inputs)):
+        yield key_of(ids[row, real], None if positions is None else positions[row, real])
+
+
+def _real(inputs: dict[str, Tensor]) -> np.ndarray:
+    """Return which tokens of a batch are no padding, shape `(batch, seq)`."""
+    mask = inputs.get("attention_mask")
+    return np.ones(inputs["input_ids"].shape, bool) if mask is None else mask.bool().cpu().numpy()
 
 
 def block_keys(blocks: Dataset) -> Iterator[int]:
-    """Yield the keys of a dataset's blocks."""
+    """Yield the keys of a dataset's blocks, without their padding."""
     for rows in blocks.with_format("numpy").iter(batch_size=64):
-        positions = rows.get("position_ids", [None] * len(rows["input_ids"]))
-        yield from map(key_of, rows["input_ids"], positions)
+        nothing = [None] * len(rows["input_ids"])
+        positions, masks = (rows.get(name, nothing) for name in ("position_ids", "attention_mask"))
+        for ids, starts, mask in zip(rows["input_ids"], positions, masks, strict=True):
+            yield key_of(ids if mask is None else ids[mask.astype(bool)], starts)
 
 
 def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:

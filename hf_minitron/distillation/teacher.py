@@ -15,13 +15,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
-
-# What a model is asked for beside its labels.
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class LiveTeacher:
@@ -44,7 +42,10 @@ class LiveTeacher:
     ):
         if isinstance(model, str | Path):
             model = _load(model, device, {"dtype": best_dtype(device), **(init_kwargs or {})})
-        self.model = base_of(model).to(device).eval().requires_grad_(False)
+        self.model = base_of(model)
+        if getattr(self.model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES:  # these stay where they are
+            self.model.to(device)
+        self.model.eval().requires_grad_(False)
         self.config = self.model.config
         self._top_k = top_k
         self.hidden = LastHidden(self.model)
@@ -67,7 +68,7 @@ class LiveTeacher:
     def __call__(self, inputs: dict[str, Tensor]) -> DenseSignal:
         """Return what the teacher says about the labelled tokens of a batch; its head must be `gathered` to be used."""
         with torch.autocast(self.model.device.type, enabled=False):
-            kwargs = {name: inputs[name] for name in INPUTS if name in inputs}
+            kwargs = {name: value for name, value in inputs.items() if name != "labels"}
             self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
             rows, _ = next_token_rows(self.hidden.take(), inputs["labels"])
             return DenseSignal(rows, head_of(self.model), self._top_k)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
+from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
@@ -13,7 +14,7 @@ from hf_minitron.distillation.records import record_of
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import distill, synthesize
-from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks
+from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks, make_eval_blocks
 
 ALL_PROCESSES = True
 NEEDS = ()
@@ -65,8 +66,10 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `cache.json` and the shards; say how many bytes a token takes."""
     training = bind(run, "distill", distill.Args)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
-    training.text = synthesize.text_of(run, training.text)
+    training.text, training.eval_text = (synthesize.text_of(run, text) for text in (training.text, training.eval_text))
     blocks = make_blocks(training, tokenizer, out / CHECKPOINTS, run.seed, args.tokens)
+    if eval_blocks := make_eval_blocks(training, tokenizer, out / CHECKPOINTS):
+        blocks = concatenate_datasets([blocks, eval_blocks])
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size)
     PartialState().print(
