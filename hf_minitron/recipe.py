@@ -5,6 +5,7 @@ It knows no stage: `__main__` hands it the table of stages.
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import types
