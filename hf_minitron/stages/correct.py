@@ -56,9 +56,9 @@ class Args(TextArguments, DistillationArguments):
     )
 
 
-def teacher_of(run: Run) -> Path:
-    """Return the folder of a run's teacher: the corrected one when there is a `correct:` section."""
-    return run.path("correct") / "teacher" if "correct" in run.recipe else resolve(run.model)
+def teacher_of(run: Run) -> str | Path:
+    """Return where a run's teacher lies: the corrected one when there is a `correct:` section, else the run's model."""
+    return run.path("correct") / "teacher" if "correct" in run.recipe else run.model
 
 
 def check(args: Args, run: Run) -> None:
