@@ -118,7 +118,7 @@ def resolve(model: str | Path, weights: bool = True, variant: str | None = None,
     subfolder = which.pop("subfolder", None) or ""
     if not is_hub_id(model):
         if which.get("revision") is not None:
-            raise ValueError(f"revision: {which['revision']!r}, but {model} is not on the Hub, and a folder has none; leave it out")
+            raise ValueError(f"revision: {which['revision']!r}, but {model} is a folder, which has none; leave it out")
         folder = Path(model).expanduser() / subfolder
     else:
         folder = _snapshot(str(model), subfolder, weights, variant, which)
@@ -149,12 +149,12 @@ def _snapshot(model: str, subfolder: str, weights: bool, variant: str | None, wh
         raise ValueError(f"{repo_id} is gated: ask for access at https://huggingface.co/{repo_id} and log in with `hf auth "
                          "login`, or set HF_TOKEN") from error  # fmt: skip
     except RepositoryNotFoundError as error:
-        raise ValueError(f"No model at {repo_id!r}: no folder, and the Hub has none that you may see; check its name, and log in "
-                         "if it is private (`hf auth login`, or HF_TOKEN)") from error  # fmt: skip
+        raise ValueError(f"No model at {repo_id!r}: no folder, and the Hub has none that you may see; check its name, and log "
+                         "in if it is private (`hf auth login`, or HF_TOKEN)") from error  # fmt: skip
     except RevisionNotFoundError as error:
         raise ValueError(f"{repo_id} has no revision {which['revision']!r}: name a branch, a tag or a commit of it") from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(f"No model at {model!r}: no folder, and it is not in the cache while the Hub is not asked; check the name, the "
+        raise ValueError(f"No model at {model!r}: no folder, not in the cache, and the Hub is not reached; check the name, the "
                          "connection, HF_HUB_OFFLINE and local_files_only") from error  # fmt: skip
     return folder
 
@@ -170,7 +170,7 @@ def weights_of(folder: Path, variant: str | None = None) -> Weights:
     """Return the files that `from_pretrained` loads from a folder, in its order: the one file, else the shards of the index.
 
     Raises:
-        ValueError: when there are none, with what there is instead; when the index is of another sharding or a shard is missing.
+        ValueError: when there are none, with what there is; when the index is of another sharding, or a shard is missing.
     """
     single, index = (folder / name for name in weight_names(variant))
     explicit = _config_of(folder).get("transformers_weights")
@@ -185,8 +185,8 @@ def weights_of(folder: Path, variant: str | None = None) -> Weights:
     missing = [path.name for path in files if not path.is_file()]
     others = sorted(path.name for path in folder.glob("*.safetensors") if path not in files)
     if missing and others:
-        raise ValueError(f"{index} is of another sharding: it names {missing[0]}, and there is {others[0]} instead; take index and "
-                         "shards from the same save, or delete what is left of the other")  # fmt: skip
+        raise ValueError(f"{index} is of another sharding: it names {missing[0]}, and there is {others[0]} instead; take index "
+                         "and shards from the same save, or delete what is left of the other")  # fmt: skip
     if missing:
         raise ValueError(f"Shard {missing[0]} is missing from {folder}; download the checkpoint again")
     return Weights(files, shards, index)
@@ -238,7 +238,7 @@ def check_config(folder: Path, model: str) -> None:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: it has no model_type; download it again")
     if kind not in CONFIG_MAPPING:
         remote = content.get("auto_map")
-        what = "needs code from its own folder (auto_map), which is not run here" if remote else "is in no class of Transformers"
+        what = "needs code of its own (auto_map), which is not run here" if remote else "is in no class of Transformers"
         raise ValueError(f"{model} of model type {kind!r} {what}. {known}, or convert it to one, such as llama")
     if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{model} is a multimodal model ({kind}). Prune its text part, saved as a model of its own: "

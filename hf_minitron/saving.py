@@ -22,13 +22,17 @@ logger = logging.getLogger(__name__)
 
 # Model types whose classes in transformers 4 have other names for entries of `rope_parameters`.
 ROPE_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+# Names in transformers 4 of other entries of config.json.
+OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
+# Model types whose heads, in transformers 4, together are as wide as the hidden states.
+HEADS_ARE_HIDDEN = ("qwen2_moe",)
 # Model types whose classes in transformers 4 take a `rope_scaling` of exactly these entries.
 ROPE_SCALING = {
     "olmo": ("type", "factor"),
     "olmo2": ("type", "factor"),
     "phi3": ("type", "short_factor", "long_factor"),
 }
-# The first version of transformers that has a model type, where that is not long ago; layers that differ need what our code does.
+# The first version of transformers that has a model type, where that is not long ago.
 SINCE = {
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3_text": "4.50", "glm4": "4.52",
     "gpt_oss": "4.55", "granite": "4.45", "ministral": "4.57", "minitron_pruned": "5.15", "nemotron": "4.44", "olmo2": "4.47",
@@ -52,6 +56,7 @@ def save_config(config: PreTrainedConfig, folder: str | Path, **changes: Any) ->
     path = Path(folder) / CONFIG_NAME
     content = json.loads(path.read_text(encoding="utf-8"))
     content |= legacy_rope(config) or {}
+    content |= {older: content[name] for older, name in OLDER_NAMES.get(config.model_type, {}).items()}
     if content.get("dtype") is not None:
         content["torch_dtype"] = content["dtype"]
     path.write_text(json.dumps(_without_code(content, path.parent), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -91,7 +96,9 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 def minimum_transformers(config: PreTrainedConfig) -> str | None:
     """Return the first version of transformers that computes what a config says; `None` for model types of long ago."""
-    return SINCE.get(config.model_type) if config.model_type == "minitron_pruned" or legacy_rope(config) is not None else "5.0"
+    own_heads = config.model_type in HEADS_ARE_HIDDEN and config.head_dim * config.num_attention_heads != config.hidden_size
+    since = SINCE.get(config.model_type)
+    return "5.0" if (own_heads or legacy_rope(config) is None) and config.model_type != "minitron_pruned" else since
 
 
 def _plain(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,11 +121,16 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template and licence files, so that transformers 4 and 5 load them alike."""
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
         shutil.copyfile(path, target / path.name)
+    complete_side_files(target)
+
+
+def complete_side_files(folder: Path) -> None:
+    """Write small files of a saved model again in words that transformers 4 and 5 both know; what both know stays as it is."""
     for name, change in ((TOKENIZER_CONFIG_FILE, _tokenizer_config), (GENERATION_CONFIG_NAME, _generation_config)):
-        path = target / name
+        path = folder / name
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
-            changed = _without_code(change(content, target), target)
+            changed = _without_code(change(content, folder), folder)
             if changed != content:
                 path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -165,6 +177,6 @@ def repair_generation(config: GenerationConfig) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{GENERATION_CONFIG_NAME} of the model is one that transformers does not save: "
                          f"{' '.join(str(error).split())} Mend it beside the model") from error  # fmt: skip
-    logger.warning("generation_config.json: %s has no effect there, and transformers would not save it; the student's leaves it out",
-                   ", ".join(unset))  # fmt: skip
+    logger.warning("%s: %s has no effect there, and transformers would not save it; the student's leaves it out",
+                   GENERATION_CONFIG_NAME, ", ".join(unset))  # fmt: skip
     return unset

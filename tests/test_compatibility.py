@@ -1,4 +1,4 @@
-"""Two environments: what is written here loads in transformers 4.57 with equal logits and the same tokens, and in 5 as before."""
+"""Two environments: what is written here loads in transformers 4.57 with equal logits and the same tokens, and in 5."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from hf_minitron.plan import Plan
 from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint
 
-
 FOLDER = Path("~/.cache/hf_minitron/transformers-4.57.1").expanduser()
 PACKAGES = ["transformers==4.57.1", "huggingface_hub<1.0", "tokenizers<0.23"]
 IDS = tiny.blocks()["input_ids"][:]
@@ -31,7 +30,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 2.0}
 LONG = {"rope_type": "longrope", "rope_theta": THETA, "short_factor": [1.5] * 5, "long_factor": [4.0] * 5}
 # What rope each model type is tried with beside another theta.
 ROPES = {
-    **{model_type: [LLAMA3, YARN, LINEAR, DYNAMIC] for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_oss")},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_oss"), [LLAMA3, YARN, LINEAR, DYNAMIC]),
     "deepseek_v3": [YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, LINEAR],
     "gpt_neox": [LINEAR | {"partial_rotary_factor": 0.4}],
     "olmo": [LINEAR, DYNAMIC],
@@ -41,7 +40,7 @@ ROPES = {
 }
 GEMMA3 = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
 # Model types whose classes transformers 4.57 does not have; none of those that are tested.
-NOT_IN_4 = ()
+NOT_IN_4 = ("minitron_pruned",)
 
 LOAD = """
 import json, sys, torch, transformers
@@ -52,12 +51,15 @@ assert transformers.__version__ == "4.57.1", transformers.__version__
 asked = json.load(open(sys.argv[1]))
 found = {}
 for name, folder in asked["folders"].items():
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    assert str(model.dtype) == "torch.float32" and model.config.torch_dtype == torch.float32
-    with torch.no_grad():
-        found[name] = model(input_ids=torch.tensor(asked["ids"]), use_cache=False).logits
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer(asked["text"])["input_ids"] == asked["tokens"], (name, type(tokenizer))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        assert model.dtype == torch.float32, model.dtype
+        with torch.no_grad():
+            found[name] = model(input_ids=torch.tensor(asked["ids"]), use_cache=False).logits
+        tokens = AutoTokenizer.from_pretrained(folder)(asked["text"])["input_ids"]
+        assert tokens == asked["tokens"], tokens
+    except Exception as error:
+        print(name, type(error).__name__, error, flush=True)
 save_file(found, sys.argv[2])
 """
 
@@ -66,8 +68,8 @@ save_file(found, sys.argv[2])
 def transformers_4():
     """A folder with transformers 4.57 and what it needs, made once; skipped where it cannot be had."""
     if not (FOLDER / "ready").is_file():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target", str(FOLDER)]
-        done = subprocess.run([*pip, *PACKAGES], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(FOLDER), *PACKAGES]
+        done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"transformers 4.57 cannot be had: {done.stderr.strip().splitlines()[-1]}")
         (FOLDER / "ready").touch()
@@ -89,7 +91,7 @@ def configs():
         elif getattr(config, "rope_parameters", None):
             ropes[0] = config.rope_parameters | {"rope_theta": THETA}
         for number, rope in enumerate(ropes):
-            yield f"{model_type} {number}", model_type, {} if rope is None else {"rope_parameters": rope}
+            yield f"{model_type}_{number}", model_type, {} if rope is None else {"rope_parameters": rope}
 
 
 @pytest.mark.slow
@@ -97,7 +99,8 @@ def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_
     folders, expected = {}, {}
     for name, model_type, changes in configs():
         teacher, folders[name] = tmp_path / "teacher" / name, tmp_path / "student" / name
-        changes |= {"original_max_position_embeddings": 8, "head_dim": None} if name == "phi3 1" else {}
+        changes |= {"original_max_position_embeddings": 8} if name == "phi3_1" else {}
+        changes |= {"head_dim": None} if name in ("phi3_1", "qwen2_moe_0") else {}  # what transformers 4 has
         made = tiny.model(model_type, torch.float32, **changes)
         made.save_pretrained(teacher)
         tiny.tokenizer().save_pretrained(teacher)
@@ -121,6 +124,7 @@ def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_
     command = [sys.executable, "-c", LOAD, tmp_path / "asked.json", tmp_path / "logits.safetensors"]
     done = subprocess.run(command, env=transformers_4, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stdout, done.stdout
     found = load_file(tmp_path / "logits.safetensors")
     differences = {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in folders}
     assert not {name: value for name, value in differences.items() if value > 1e-6}

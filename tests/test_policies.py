@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
+yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory environment
 model_files checkpoint saving pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments

@@ -45,8 +45,8 @@ class LiveTeacher:
         if isinstance(model, str | Path):
             model = _load(model, device, init_kwargs)
         elif init_kwargs:
-            raise ValueError(f"teacher_model_init_kwargs: {', '.join(init_kwargs)}, but the teacher is a model that is loaded already; "
-                             "give its name, or leave them out")  # fmt: skip
+            raise ValueError(f"teacher_model_init_kwargs: {', '.join(init_kwargs)}, but the teacher is a model that is loaded "
+                             "already; give its name, or leave them out")  # fmt: skip
         base = base_of(model)
         placed = hasattr(base, "hf_device_map")  # by a device_map
         self.model = (base if placed else base.to(device)).eval().requires_grad_(False)

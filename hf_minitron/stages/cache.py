@@ -55,8 +55,8 @@ def check(args: Args, run: Run) -> None:
     if training.streaming:
         raise ValueError("streaming: a stream has no end, and a cache holds every block: leave one of them out")
     if training.teacher and adapter_base(training.teacher):
-        raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache out, or "
-                         "merge the adapter (merge_and_unload) and save the model")  # fmt: skip
+        raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
+                         "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
     config = AutoConfig.from_pretrained(teacher_folder(training.teacher or run.model, training.teacher_model_init_kwargs))
     check_losses(record_of(args.how, config.vocab_size, args.dtype), training.losses, training.temperature)
 
