@@ -1,7 +1,4 @@
-"""Where a model lies and which of its files are its weights: a folder, or a repository of the Hub at a revision.
-
-What is no plain causal language model is refused here, by its small files, in one line that says what it is.
-"""
+"""Where a model lies and which of its files are its weights: a folder, or a repository of the Hub at a revision."""
 
 import difflib
 import json
@@ -14,12 +11,9 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_minitron.model_kinds import GGUF, check_config, read_config
 
 # What a user of the model needs beside weights and config.
 SIDE_FILES = (
@@ -39,7 +33,7 @@ OTHER_WEIGHTS = {
     "model.*.safetensors": "a variant; name it in teacher_model_init_kwargs: {variant: ...}, or rename it to model.safetensors",
     "*.safetensors": "none of them by a name that Transformers loads; rename the file, or write its index",
     "pytorch_model*.bin": "pickled; load it with from_pretrained(..., use_safetensors=False) and save_pretrained it",
-    "*.gguf": "GGUF; load it with from_pretrained(folder, gguf_file=...), save_pretrained it, and name that folder",
+    "*.gguf": GGUF,
     "*.pth": "pickled, in its makers' own format; take the repository in Transformers' format",
 }
 
@@ -173,7 +167,7 @@ def weights_of(folder: Path, variant: str | None = None) -> Weights:
         ValueError: when there are none, with what there is; when the index is of another sharding, or a shard is missing.
     """
     single, index = (folder / name for name in weight_names(variant))
-    explicit = _config_of(folder).get("transformers_weights")
+    explicit = read_config(folder).get("transformers_weights")
     if explicit is not None:
         single, index = (folder / explicit, folder / explicit) if explicit.endswith(".json") else (folder / explicit, index)
     if single.is_file() and single != index:
@@ -212,69 +206,3 @@ def _no_weights(folder: Path, single: Path, index: Path) -> str:
         if found := sorted(folder.glob(pattern)):
             return f"{said}, but {found[0].name}: {what}"
     return said
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the content of `config.json`; nothing where it cannot be read."""
-    try:
-        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def check_config(folder: Path, model: str) -> None:
-    """Refuse what is no causal language model of a stock class, in one line that says what it is and what to do.
-
-    Args:
-        folder (`Path`): A folder.
-        model (`str`): Its name in the message.
-    """
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(_no_config(folder, model))
-    content = _config_of(folder)
-    kind, known = content.get("model_type"), "Name a causal language model of a class in Transformers"
-    if not isinstance(kind, str):
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: it has no model_type; download it again")
-    if kind not in CONFIG_MAPPING:
-        remote = content.get("auto_map")
-        what = "needs code of its own (auto_map), which is not run here" if remote else "is in no class of Transformers"
-        raise ValueError(f"{model} of model type {kind!r} {what}. {known}, or convert it to one, such as llama")
-    if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise ValueError(f"{model} is a multimodal model ({kind}). Prune its text part, saved as a model of its own: "
-                         f"AutoModelForCausalLM.from_pretrained({model!r}, config=AutoConfig.from_pretrained({model!r})"
-                         ".get_text_config()).save_pretrained(folder), and the tokenizer beside it")  # fmt: skip
-    if content.get("is_encoder_decoder"):
-        raise ValueError(f"{model} is an encoder-decoder ({kind}), which has no causal language model in it. {known}")
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{model} of model type {kind!r} is not a causal language model. {known}")
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not content.get("is_decoder"):
-        raise ValueError(f"{model} is an encoder ({kind}), which does not predict the next token. {known}")
-
-
-def _no_config(folder: Path, model: str) -> str:
-    """Say what lies where there is no `config.json`."""
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        base = adapter_base(folder)
-        return (f"{model} is a PEFT adapter of {base}, not a model; merge it: PeftModel.from_pretrained(AutoModelForCausalLM."
-                f"from_pretrained({base!r}), {model!r}).merge_and_unload().save_pretrained(folder)")  # fmt: skip
-    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
-        return f"{model} is {OTHER_WEIGHTS['*.gguf']}"
-    if folder.is_dir():
-        return f"{folder} has no config.json: not a model folder"
-    if folder.is_file():
-        return f"{model} is a file; name the folder of a model, with its config.json"
-    return f"No model at {model!r}: neither a folder with a config.json nor a Hub id (owner/name, owner/name@revision)"
-
-
-def adapter_base(folder: str | Path) -> str | None:
-    """Return the model that a folder's PEFT adapter is for; `None` where the folder holds none."""
-    path = Path(folder).expanduser() / ADAPTER_CONFIG_NAME
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        base, revision = content["base_model_name_or_path"], content.get("revision")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: it names no base_model_name_or_path ({error})") from error
-    return f"{base}@{revision}" if revision and is_hub_id(base) and "@" not in base else base

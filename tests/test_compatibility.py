@@ -106,9 +106,7 @@ def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_
         tiny.tokenizer().save_pretrained(teacher)
         prune_checkpoint(teacher, cut(made.config, 2), folders[name])
     lists = {"layer_intermediate_size": [72, 30, 51], "layer_num_attention_heads": [4, 2, 4]}
-    nonuniform = AutoModelForCausalLM.from_config(
-        PrunedConfig.from_stock(tiny.config(rope_parameters=LLAMA3), **lists)
-    )
+    nonuniform = AutoModelForCausalLM.from_config(PrunedConfig.from_stock(tiny.config(rope_parameters=LLAMA3), **lists))
     nonuniform.save_pretrained(tmp_path / "nonuniform")
     tiny.tokenizer().save_pretrained(tmp_path / "nonuniform")
     folders["exported"] = tmp_path / "exported"

@@ -70,14 +70,8 @@ def write_cache(
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
     lengths, identity = _lengths(blocks), teacher_identity(model, init_kwargs)
     record = record_of(method, identity["vocab_size"], dtype)
-    settings = {
-        "format": 1,
-        "method": dict(method),
-        "dtype": dtype,
-        "seed": seed,
-        "teacher": identity,
-        "text": text_hash(blocks),
-    }
+    settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
+    settings |= {"teacher": identity, "text": text_hash(blocks)}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
     settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
     settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
-from hf_minitron.model_files import adapter_base, resolve, split_kwargs
+from hf_minitron.model_files import resolve, split_kwargs
+from hf_minitron.model_kinds import adapter_base
 
 # What a model is asked for beside its labels.
 INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -189,8 +189,8 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
             head by config but stores another one.
     """
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{checkpoint.folder} is quantized; save it dequantized first: from_pretrained, dequantize(), "
-                         "save_pretrained")  # fmt: skip
+        raise ValueError(f"{checkpoint.folder} is quantized; name the checkpoint that it was made from, or save it dequantized "
+                         "first: from_pretrained, dequantize(), save_pretrained")  # fmt: skip
     memory = family.rows_of(config)
     rows, shape, prefix = family.stored_rows(memory), family.shape_of(config), base_prefix(config)
     names = {}

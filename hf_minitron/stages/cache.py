@@ -11,7 +11,7 @@ from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import check_losses
 from hf_minitron.distillation.records import record_of
 from hf_minitron.distillation.teacher import teacher_folder
-from hf_minitron.model_files import adapter_base
+from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import distill, synthesize
