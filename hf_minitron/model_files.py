@@ -38,6 +38,23 @@ OTHER_WEIGHTS = {
 }
 
 
+class HiddenToken(str):
+    """An access token that no log, repr, copy or pickle shows."""
+
+    def __repr__(self) -> str:
+        return "'<token>'"
+
+    def __reduce__(self):
+        return str, ("<token>",)
+
+
+def with_hidden_token(kwargs: Any) -> Any:
+    """Return arguments of `from_pretrained` whose token is used and not shown."""
+    if isinstance(kwargs, dict) and isinstance(kwargs.get("token"), str):
+        return {**kwargs, "token": HiddenToken(kwargs["token"])}
+    return kwargs
+
+
 @dataclass(frozen=True)
 class Weights:
     """The files of a model's weights.
@@ -77,6 +94,8 @@ def revision_of(folder: Path) -> str | None:
 
 def split_kwargs(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split arguments of `from_pretrained` into those that say which files are meant, and the others; refuse unknown ones."""
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(f"teacher_model_init_kwargs: {kwargs!r} is not a table, such as {{revision: main}}")
     found = dict(kwargs or {})
     for key, value in found.items():
         if key not in (*WHICH, *HOW):

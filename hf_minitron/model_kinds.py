@@ -47,7 +47,7 @@ def check_config(folder: Path, model: str) -> None:
     if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{model} is a multimodal model ({kind}). {_text_part(content, kind, model)}")
     if content.get("is_encoder_decoder"):
-        raise ValueError(f"{model} is an encoder-decoder ({kind}), which has no causal language model in it. {known}")
+        raise ValueError(f"{model} is an encoder-decoder ({kind}), which holds no causal language model. {known}")
     if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{model} of model type {kind!r} is not a causal language model. {known}")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not content.get("is_decoder"):
