@@ -2,12 +2,13 @@
 it is and what to do instead.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -44,25 +45,30 @@ def check_config(folder: Path, model: str) -> None:
         remote = content.get("auto_map")
         what = "needs code of its own (auto_map), which is not run here" if remote else "is in no class of Transformers"
         raise ValueError(f"{model} of model type {kind!r} {what}. {known}, or convert it to one, such as llama")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
+    except Exception as error:  # config classes raise their own kinds
+        raise ValueError(f"{folder / CONFIG_NAME} is no config of a {kind}: {' '.join(str(error).split())}") from error
     if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise ValueError(f"{model} is a multimodal model ({kind}). {_text_part(content, kind, model)}")
+        raise ValueError(f"{model} is a multimodal model ({kind}). {_text_part(config, model)}")
     if content.get("is_encoder_decoder"):
         raise ValueError(f"{model} is an encoder-decoder ({kind}), which holds no causal language model. {known}")
-    if CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{model} of model type {kind!r} is not a causal language model. {known}")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not content.get("is_decoder"):
         raise ValueError(f"{model} is an encoder ({kind}), which does not predict the next token. {known}")
     _check_compressed(content.get("quantization_config") or content.get("compression_config"), model)
 
 
-def _text_part(content: dict[str, Any], kind: str, model: str) -> str:
+def _text_part(config: PreTrainedConfig, model: str) -> str:
     """Say how to get a multimodal model's text part, where that is a causal language model of its own."""
-    text = CONFIG_MAPPING[kind].from_dict(content).get_text_config()
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or text.model_type == kind:
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or text is config:
         return "Its text part is no causal language model of its own in Transformers; name one that is"
-    return (f"Save its text part as a model of its own: m = AutoModelForImageTextToText.from_pretrained({model!r}); t = "
-            "AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); t.model, t.lm_head = m.get_decoder(), "
-            "m.lm_head; t.save_pretrained(folder); and its tokenizer beside it")  # fmt: skip
+    return (f"Save its text part as a model of its own: m = AutoModelForImageTextToText.from_pretrained({model!r}); c = "
+            "m.config.get_text_config(); c.tie_word_embeddings = m.config.tie_word_embeddings; t = AutoModelForCausalLM."
+            "from_config(c, dtype=m.dtype); t.model, t.lm_head = m.get_decoder(), m.lm_head; t.save_pretrained(folder); and its "
+            "tokenizer beside it")  # fmt: skip
 
 
 def _check_compressed(settings: Any, model: str) -> None:
@@ -73,8 +79,8 @@ def _check_compressed(settings: Any, model: str) -> None:
     try:
         AutoHfQuantizer.from_config(settings).validate_environment(device_map=None, dtype=torch.bfloat16)
     except Exception as error:  # each method raises its own kinds
-        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {' '.join(str(error).split())}. Name "
-                         "the checkpoint in bfloat16, float16 or float32 that it was made from") from error  # fmt: skip
+        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {' '.join(str(error).split())}. "
+                         "Name the checkpoint in bfloat16, float16 or float32 that it was made from") from error  # fmt: skip
 
 
 def _no_config(folder: Path, model: str) -> str:

@@ -84,9 +84,10 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
             return None
     elif scaling["rope_type"] == "longrope" and not hasattr(config, "original_max_position_embeddings"):
         keys["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
-    if SLIDING in nested and config.model_type.startswith("gemma3"):
-        keys["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
-    elif any(rope[key] not in (None, main) for key in nested):
+    local = rope.get(SLIDING) if SLIDING in nested and config.model_type.startswith("gemma3") else None
+    if local and local.get("rope_type", "default") == "default":
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    elif local or any(rope[key] not in (None, main) for key in nested):
         return None
     names = ROPE_NAMES.get(config.model_type, {})
     found = {names.get(key, key): value for key, value in keys.items()} | {"rope_scaling": scaling}
@@ -145,10 +146,20 @@ def _tokenizer_config(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content
 
 
+def check_generation(folder: Path) -> None:
+    """Refuse a model whose `generation_config.json` cannot be written beside its student."""
+    path = folder / GENERATION_CONFIG_NAME
+    if path.is_file():
+        _generation_config(json.loads(path.read_text(encoding="utf-8")), folder)
+
+
 def _generation_config(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a generation config that transformers saves again."""
-    found = GenerationConfig.from_dict(copy.deepcopy(content))
-    unset = repair_generation(found)
+    try:
+        unset = repair_generation(GenerationConfig.from_dict(copy.deepcopy(content)))
+    except ValueError as error:
+        raise ValueError(f"{GENERATION_CONFIG_NAME} of the model is one that transformers does not save: "
+                         f"{' '.join(str(error).split())} Mend it beside the model") from error  # fmt: skip
     return {key: value for key, value in content.items() if key not in unset}
 
 
@@ -175,8 +186,9 @@ def repair_generation(config: GenerationConfig) -> list[str]:
     try:
         config.validate(strict=True)
     except ValueError as error:
-        raise ValueError(f"{GENERATION_CONFIG_NAME} of the model is one that transformers does not save: "
-                         f"{' '.join(str(error).split())} Mend it beside the model") from error  # fmt: skip
+        raise ValueError(
+            f"The generation config is one that transformers does not save: {' '.join(str(error).split())}"
+        ) from error
     logger.warning("%s: %s has no effect there, and transformers would not save it; the student's leaves it out",
                    GENERATION_CONFIG_NAME, ", ".join(unset))  # fmt: skip
     return unset

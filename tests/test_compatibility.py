@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,21 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_minitron.__main__ import main
+from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
-from hf_minitron.plan import Plan
+from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.export import export
-from hf_minitron.pruning.prune import prune_checkpoint
+from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.saving import legacy_rope, minimum_transformers
 
 FOLDER = Path("~/.cache/hf_minitron/transformers-4.57.1").expanduser()
 PACKAGES = ["transformers==4.57.1", "huggingface_hub<1.0", "tokenizers<0.23"]
@@ -126,3 +134,158 @@ def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_
     found = load_file(tmp_path / "logits.safetensors")
     differences = {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in folders}
     assert not {name: value for name, value in differences.items() if value > 1e-6}
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A teacher in bfloat16 with norms in float32, code of its own beside its config, and a sloppy generation config."""
+    model, folder = tiny.model(dtype=torch.bfloat16), tmp_path / "teacher"
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-3  # no bfloat16 holds it
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    change(folder / "config.json", auto_map={"AutoConfig": "configuration_x.XConfig"}, use_cache=True)
+    change(folder / "generation_config.json", do_sample=False, temperature=0.6, auto_map={"AutoModel": "generate.X"})
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.XTokenizer", None]})
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def dtypes(folder):
+    """Whether every norm is float32 and all else bfloat16."""
+    return {("norm" in name, spec.dtype) for name, spec in Checkpoint(folder).specs.items()}
+
+
+MIXED = {(True, "F32"), (False, "BF16")}
+
+
+@pytest.mark.parametrize("way", ["pruned", "distilled", "lora", "corrected", "exported", "in memory"])
+def test_each_tensor_keeps_its_dtype_and_the_config_the_teachers(teacher, project, tmp_path, way):
+    folder = tmp_path / "student"
+    if way == "in memory":
+        model = AutoModelForCausalLM.from_pretrained(teacher)
+        for name, tensor in load_file(teacher / "model.safetensors").items():
+            model.get_parameter(name).data = tensor
+        student = prune_model(model, cut(model.config, 2))
+        assert student.model.norm.weight.dtype == torch.float32
+        assert torch.equal(student.model.norm.weight, model.model.norm.weight)
+        student.save_pretrained(folder)
+        assert dtypes(folder) == MIXED
+        return
+    if way == "exported":
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        sizes = {"ffn": [72, 48, 8], "heads": [2, 4, 2], "kv_heads": [1, 2, 2]}
+        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()), family_of(model.config).shape_of(model.config), sizes)
+        prune_checkpoint(teacher, plan, tmp_path / "nonuniform")
+        export(tmp_path / "nonuniform", folder)
+    elif way == "pruned":
+        prune_checkpoint(teacher, cut(AutoConfig.from_pretrained(teacher), 2), folder)
+    else:
+        recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+        recipe["distill"] = {**recipe["distill"], "max_steps": 1}
+        stages = ["score", "prune", "distill"]
+        if way == "corrected":
+            recipe["correct"] = {**recipe["distill"], "warmup_steps": 0, "losses": {"cross_entropy": 1.0}}
+            stages = ["correct"]
+        if way == "lora":
+            recipe["distill"]["lora"] = {"r": 2}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        for stage in stages:
+            assert main([stage, str(tmp_path / "recipe.yaml")]) == 0
+        folder = tmp_path / "run" / ("correct/teacher" if way == "corrected" else "distill/student")
+    assert dtypes(folder) == MIXED
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["use_cache"]) == ("bfloat16", "bfloat16", True)
+    assert config["rope_theta"] == 1e4
+    assert config["rope_scaling"] is None
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((folder / name).read_text()), name
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert "temperature" not in generation
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+
+
+def test_a_model_saved_from_python_is_written_the_same_way(tmp_path):
+    model = tiny.model(dtype=torch.float32, rope_parameters=LLAMA3)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    args = DistillationArguments(tmp_path / "out", report_to="none", losses={"cross_entropy": 1.0}, max_steps=1, save_steps=1,
+                                 bf16=False)  # fmt: skip
+    trainer = DistillationTrainer(model, None, args, train_dataset=tiny.blocks(), processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["rope_theta"], config["rope_scaling"]["factor"], config["use_cache"]) == (THETA, 4.0, True), folder
+        assert config["torch_dtype"] == "float32"
+        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_old_files_buffers_are_left_out_and_kill_no_save(tmp_path, project):
+    """Old GPT-2 files: names without the base model's, boolean masks as buffers, one of them the first tensor."""
+    model, teacher = tiny.model("gpt2", torch.float32), tmp_path / "teacher"
+    model.save_pretrained(teacher)
+    tiny.tokenizer().save_pretrained(teacher)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(teacher / "model.safetensors").items()}
+    tensors = {"a.bias_table": torch.ones(2, dtype=torch.bool), **tensors}
+    for layer in range(3):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+    recipe["prune"] = {"target": {"ffn": 48}}
+    recipe["distill"] = {**recipe["distill"], "max_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, str(tmp_path / "recipe.yaml")]) == 0
+    student = tmp_path / "run" / "distill" / "student"
+    assert {spec.dtype for spec in Checkpoint(student).specs.values()} == {"F32"}
+    _, info = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("llama", {}, {"rope_theta": 1e4, "rope_scaling": None}),
+        ("gpt2", {}, {}),
+        ("gpt_neox", {}, {"rotary_emb_base": 1e4, "rotary_pct": 0.4, "rope_scaling": None}),
+        ("stablelm", {}, {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_scaling": None}),
+        ("gemma3_text", {"rope_parameters": GEMMA3},
+         {"rope_theta": THETA, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("olmo", {"rope_parameters": LINEAR}, {"rope_theta": THETA, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("olmo2", {"rope_parameters": YARN}, None),
+        ("gemma3_text", {"rope_parameters": GEMMA3 | {"sliding_attention": LINEAR}}, None),
+    ],
+)  # fmt: skip
+def test_what_transformers_4_reads(model_type, changes, expected):
+    config = tiny.config(model_type, **changes)
+    assert legacy_rope(config) == expected
+    if expected is None:
+        assert minimum_transformers(config) == "5.0"
+
+
+def test_the_oldest_transformers_that_will_do():
+    known = {model_type: minimum_transformers(tiny.config(model_type)) for model_type in ("llama", "qwen3", "gpt_oss")}
+    assert known == {"llama": None, "qwen3": "4.51", "gpt_oss": "4.55"}
+    assert minimum_transformers(tiny.config("qwen2_moe")) == "5.0"  # its heads are not as wide as its hidden states
+    assert minimum_transformers(PrunedConfig.from_stock(tiny.config())) == "5.15"
+
+
+def test_a_generation_config_beyond_repair_is_refused_before_scoring(project, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(project["folder"] / "teacher", teacher)
+    change(teacher / "generation_config.json", do_sample=False, num_return_sequences=3)
+    recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "generation_config.json" in line
+    assert "num_return_sequences" in line
+    assert not (tmp_path / "run" / "score").exists()

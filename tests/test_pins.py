@@ -108,7 +108,9 @@ def test_a_folder_with_an_at_in_its_name_is_a_folder(tmp_path, monkeypatch, fold
         resolve("me/tiny@v1", revision="v1")
 
 
-@pytest.mark.parametrize("kwargs", [{"revision": "v1"}, {"revision": "v1", "torch_dtype": "float64", "attn_implementation": "eager"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"revision": "v1"}, {"revision": "v1", "torch_dtype": "float64", "attn_implementation": "eager"}]
+)
 def test_a_teachers_arguments_take_effect(pins, folders, tmp_path, kwargs):
     args = DistillationArguments(tmp_path / "out", report_to="none", teacher_model_init_kwargs=kwargs)
     teacher = DistillationTrainer(tiny.model(dtype=torch.float32), REPO, args, train_dataset=tiny.blocks()).teacher.model

@@ -11,6 +11,7 @@ from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.saving import check_generation
 from hf_minitron.stages.training import (
     TextArguments,
     check_checkpoints,
@@ -66,6 +67,7 @@ def check(args: Args, run: Run) -> None:
     config = AutoConfig.from_pretrained(resolve(run.model))
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
+    check_generation(resolve(run.model))
     check_text_for(args, sources_of(args), [config])
     if 0 < args.max_steps <= args.warmup_steps:
         raise ValueError(f"warmup_steps: {args.warmup_steps:g} are not fewer than max_steps: {args.max_steps}; set it lower")

@@ -31,7 +31,7 @@ from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
-from hf_minitron.saving import copy_side_files, save_config
+from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
@@ -132,6 +132,7 @@ def check(args: Args, run: Run) -> None:
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
+    check_generation(folder)
     if merges(args, run.model) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     config, family = _teacher(run.model)
