@@ -39,7 +39,7 @@ OTHER_WEIGHTS = {
 
 
 class HiddenToken(str):
-    """An access token that no log, repr, copy or pickle shows."""
+    """An access token that no log, repr, copy or saved file shows."""
 
     def __repr__(self) -> str:
         return "'<token>'"

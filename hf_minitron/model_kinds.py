@@ -67,8 +67,8 @@ def _text_part(config: PreTrainedConfig, model: str) -> str:
         return "Its text part is no causal language model of its own in Transformers; name one that is"
     return (f"Save its text part as a model of its own: m = AutoModelForImageTextToText.from_pretrained({model!r}); c = "
             "m.config.get_text_config(); c.tie_word_embeddings = m.config.tie_word_embeddings; t = AutoModelForCausalLM."
-            "from_config(c, dtype=m.dtype); t.model, t.lm_head = m.get_decoder(), m.lm_head; t.save_pretrained(folder); and its "
-            "tokenizer beside it")  # fmt: skip
+            "from_config(c, dtype=m.dtype); t.model, t.lm_head = m.get_decoder(), m.lm_head; t.save_pretrained(folder); and "
+            "its tokenizer beside it")  # fmt: skip
 
 
 def _check_compressed(settings: Any, model: str) -> None:
@@ -79,8 +79,9 @@ def _check_compressed(settings: Any, model: str) -> None:
     try:
         AutoHfQuantizer.from_config(settings).validate_environment(device_map=None, dtype=torch.bfloat16)
     except Exception as error:  # each method raises its own kinds
-        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {' '.join(str(error).split())}. "
-                         "Name the checkpoint in bfloat16, float16 or float32 that it was made from") from error  # fmt: skip
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {reason}. Name the "
+                         "checkpoint in bfloat16, float16 or float32 that it was made from") from error  # fmt: skip
 
 
 def _no_config(folder: Path, model: str) -> str:

@@ -45,6 +45,9 @@ class Args:
 def check(args: Args, run: Run) -> None:
     """Refuse a licence that is not the base's, an access token in the recipe, and options of a push that do not go together."""
     facts.license_of(run)
+    for code in [args.language] if isinstance(args.language, str) else args.language or []:
+        if not isinstance(code, str):
+            raise ValueError(f"language: {code!r} is not a language code, such as en; put it in quotes")
     if TOKEN.search(dump_yaml(dict(run.recipe))):
         raise ValueError("the recipe holds an access token (hf_...), which its card would show: take it out, renew it, and use "
                          "`hf auth login` or HF_TOKEN")  # fmt: skip
