@@ -15,9 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
+yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.config families.family
 families.student data mixture memory environment
-checkpoint pruning.compensate pruning.rotate pruning.prune pruning.export
+model_kinds model_files checkpoint saving pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps

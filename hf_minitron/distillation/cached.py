@@ -18,12 +18,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_minitron.checkpoint import Checkpoint, resolve
+from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.config import CROSS_ENTROPY
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.signals import SparseSignal, StoredSignal
+from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
 ENTRY = 3  # int64 per block in a shard's index: end, rows, key
@@ -102,13 +103,13 @@ class CachedTeacher:
             f"{self.folder}: they are {reason}. {self._what()}. Cache these blocks: hf-minitron cache, or write_cache"
         )
 
-    def check_teacher(self, model: PreTrainedModel | str | Path) -> None:
+    def check_teacher(self, model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> None:
         """Refuse a cache of another teacher than the one named. A folder without weights is compared by its config alone.
 
         Raises:
             ValueError: with what differs.
         """
-        theirs, ours = self.meta["teacher"], teacher_identity(model)
+        theirs, ours = self.meta["teacher"], teacher_identity(model, init_kwargs)
         for key, value in ours.items():
             if value is not None and value != theirs[key]:
                 raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
@@ -209,20 +210,22 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
         )
 
 
-def teacher_identity(model: PreTrainedModel | str | Path) -> dict:
+def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> dict:
     """Say which teacher a model is, the same on every machine and in every dtype, shard size and library version.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): A model, a folder or a Hub id.
+        init_kwargs (`dict`, *optional*): Which files are meant, as `teacher_model_init_kwargs`.
 
     Returns:
         `dict`: `model_type`, `vocab_size`, and `weights`: a SHA-256 of every parameter's name, shape and 16 of its values,
             rounded to bfloat16; `None` for a folder without weights.
     """
     if isinstance(model, str | Path):
-        folder = resolve(model)
+        which, how = split_kwargs(init_kwargs)
+        folder = resolve(model, variant=how.get("variant"), **which)
         config = AutoConfig.from_pretrained(folder)
-        stored = Checkpoint(folder) if any(folder.glob("*.safetensors")) else None
+        stored = Checkpoint(folder, how.get("variant")) if any(folder.glob("*.safetensors")) else None
         tensors = ((name, stored.read(name)) for name in sorted(stored.specs)) if stored else None
     else:
         config, tensors = model.config, sorted(model.named_parameters(), key=lambda item: item[0])

@@ -3,6 +3,7 @@
 Names follow TRL where meanings agree. Defaults are the paper's, with their table.
 """
 
+import copy
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -22,6 +23,7 @@ from hf_minitron.distillation.checks import (
 from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
+from hf_minitron.model_files import split_kwargs, with_hidden_token
 
 CROSS_ENTROPY = "cross_entropy"
 BALANCES = ("static", "minitron")
@@ -74,7 +76,7 @@ class DistillationArguments(TrainingArguments):
         default=None, metadata={"help": "Tokens whose logits exist at the same time; 128 on a CPU, 1024 elsewhere."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name."}
+        default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name: revision, dtype, ..."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (2408.11796, table 4)."})
@@ -111,6 +113,8 @@ class DistillationArguments(TrainingArguments):
         check_trackers(self.report_to)
         check_optimizer(self)
         check_schedule(self)
+        self.teacher_model_init_kwargs = with_hidden_token(self.teacher_model_init_kwargs)
+        split_kwargs(self.teacher_model_init_kwargs)
         self._check_losses()
         self._check_states()
 
@@ -146,6 +150,11 @@ class DistillationArguments(TrainingArguments):
         if self.label_smoothing_factor and CROSS_ENTROPY not in self.losses:
             raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor} smooths labels, which only "
                              f"{CROSS_ENTROPY} reads; give that a weight in losses, or leave it out")  # fmt: skip
+
+    def to_dict(self) -> dict:
+        """Return the settings as `TrainingArguments` does, the teacher's token hidden too."""
+        found = super().to_dict()
+        return found | {"teacher_model_init_kwargs": copy.deepcopy(found["teacher_model_init_kwargs"])}
 
     def _check_states(self) -> None:
         """Refuse settings of the losses on states that no model could have."""

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 from hf_minitron.distillation.batch import collate, predicts, visible, with_labels
 from hf_minitron.distillation.cached import META as CACHE
@@ -31,6 +32,7 @@ from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, g
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
+from hf_minitron.saving import complete_side_files, repair_generation, save_config
 
 # The projections of the losses on states, in a checkpoint.
 PROJECTIONS = "projections.safetensors"
@@ -76,10 +78,14 @@ class DistillationTrainer(Trainer):
                              "of two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
         args = DistillationArguments.of(args)
         collator = data_collator or partial(collate, ignored=[args.length_column_name])
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
         check_engine(self)
         keep_freed_memory()
         student = base_of(self.model)
+        if use_cache is not None:  # the Trainer switches it off in the config that is saved; here every call says it is off
+            student.config.use_cache = use_cache
+        repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
         if self.teacher is not None:
@@ -276,6 +282,13 @@ class DistillationTrainer(Trainer):
         good = last_finite_checkpoint(Path(self.args.output_dir)) or "none"
         raise ValueError(f"The loss is not a number at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
                          "learning_rate, or float32 instead of mixed precision, and start again from there")  # fmt: skip
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / CONFIG_NAME).is_file():  # not beside an adapter
+            save_config(base_of(self.accelerator.unwrap_model(self.model)).config, folder)
+        complete_side_files(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

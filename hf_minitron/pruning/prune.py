@@ -19,8 +19,8 @@ from hf_minitron.checkpoint import (
     Checkpoint,
     TensorSpec,
     complete_or_absent,
-    copy_side_files,
     require_space,
+    stored_dtype,
     write_tensors,
 )
 from hf_minitron.families.config import check_not_quantized
@@ -29,6 +29,7 @@ from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, Corrections, check_names, corrections_for
 from hf_minitron.pruning.rotate import rotation_for, untied
+from hf_minitron.saving import copy_side_files, repair_generation, save_config
 
 
 def prune_model(
@@ -80,7 +81,11 @@ def prune_model(
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
     kind = type(model) if type(student) is type(model.config) else AutoModelForCausalLM._model_mapping[type(student)]
     made = kind.from_pretrained(None, config=student, state_dict=own, dtype=model.dtype)
+    for name, tensor in made.state_dict(keep_vars=True).items():
+        if name in own and own[name].dtype != tensor.dtype:  # from_pretrained knows one dtype for all
+            tensor.data = own[name]
     made.generation_config = copy.deepcopy(model.generation_config)
+    repair_generation(made.generation_config)
     return made.to(model.device).train(model.training)
 
 
@@ -126,7 +131,7 @@ def prune_checkpoint(
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, prune_tensors(names, read, rows, plan, axes.pieces, correct), max_shard_bytes)
-        student.save_pretrained(folder)
+        save_config(student, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
 
@@ -197,7 +202,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
                 names[stored] = name
                 break
     for stored in names:
-        if checkpoint.specs[stored].dtype not in DTYPES:
+        if not DTYPES[checkpoint.specs[stored].dtype].is_floating_point:
             raise ValueError(f"{stored!r} in {checkpoint.folder} is stored as {checkpoint.specs[stored].dtype}; save the model "
                              "as bfloat16, float16 or float32 first")  # fmt: skip
     _check_tied(checkpoint, family, memory, names)

@@ -11,6 +11,7 @@ from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.saving import check_generation
 from hf_minitron.stages.training import (
     TextArguments,
     callbacks_of,
@@ -59,9 +60,9 @@ class Args(TextArguments, DistillationArguments):
     )
 
 
-def teacher_of(run: Run) -> Path:
-    """Return the folder of a run's teacher: the corrected one when there is a `correct:` section."""
-    return run.path("correct") / "teacher" if "correct" in run.recipe else resolve(run.model)
+def teacher_of(run: Run) -> str | Path:
+    """Return where a run's teacher lies: the corrected one when there is a `correct:` section, else the run's model."""
+    return run.path("correct") / "teacher" if "correct" in run.recipe else run.model
 
 
 def check(args: Args, run: Run) -> None:
@@ -73,6 +74,7 @@ def check(args: Args, run: Run) -> None:
         if setting.name in TEACHERS and getattr(args, setting.name) != setting.default:
             raise ValueError(f"{setting.name}: {getattr(args, setting.name)!r} has no effect, for nobody teaches the teacher; "
                              "leave it out")  # fmt: skip
+    check_generation(resolve(run.model))
     check_text_for(args, lambda name: False, [config])
     if args.lora is None:
         check_checkpoints(run, args, "correct")

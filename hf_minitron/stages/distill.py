@@ -13,7 +13,7 @@ from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
-from hf_minitron.distillation.teacher import check_tokenizers
+from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
@@ -65,9 +65,10 @@ def check(args: Args, run: Run) -> None:
 
 def check_blocks(args: Args, run: Run) -> None:
     """Refuse an unusable text, and a teacher with another tokenizer."""
-    folder = resolve(run.model)
-    models = [folder, resolve(args.teacher)] if args.teacher else [folder]
-    if args.teacher:
+    folder, models = resolve(run.model), [resolve(run.model)]
+    if args.teacher or args.teacher_model_init_kwargs:
+        if args.teacher or "correct" not in run.recipe:
+            models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
     check_text_for(args, partial(synthesize.names, run), [AutoConfig.from_pretrained(model) for model in models])
 
@@ -116,5 +117,6 @@ def run(args: Args, run: Run, out: Path) -> None:
 def _cached_teacher(args: Args, run: Run) -> CachedTeacher:
     """Open the cache; refuse one of another teacher."""
     teacher = CachedTeacher(run.path("cache"))
-    teacher.check_teacher(teacher_of(args, run))
+    teacher.check_teacher(teacher_of(args, run), args.teacher_model_init_kwargs)
+    args.teacher_model_init_kwargs = None  # they have named the cache's teacher
     return teacher

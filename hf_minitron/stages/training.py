@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,29 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
-from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_side_files, require_space, resolve
+from hf_minitron.checkpoint import (
+    DTYPES,
+    NAMES,
+    Checkpoint,
+    TensorSpec,
+    complete_or_absent,
+    require_space,
+    resolve,
+    stored_dtype,
+    write_tensors,
+)
 from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
@@ -32,6 +45,7 @@ from hf_minitron.families.family import family_of
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
+from hf_minitron.saving import copy_side_files, save_config
 
 
 @dataclass
@@ -133,6 +147,9 @@ def callbacks_of(args: TextArguments) -> list[TrainerCallback]:
     """Return what a section adds to the Trainer's callbacks."""
     return [] if args.early_stopping_patience is None else [Patience(args.early_stopping_patience)]
 
+
+# Size limit of one weights file of a trained model.
+MAX_SHARD_BYTES = 5_000_000_000
 
 # What of a section decides which blocks are made of its text.
 BLOCK_SETTINGS = (
@@ -270,11 +287,32 @@ def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
         if isinstance(model, PeftModel):
             model = merge_lora(source, adapter)
             state = model.state_dict()
-        dtype, tied = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values()), model.all_tied_weights_keys
-        # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
-        state = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
-        model.to(dtype).save_pretrained(target, state_dict=state)
-        copy_side_files(source, target)
+        write_model(model, state, source, target)
+
+
+def write_model(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path, target: Path) -> None:
+    """Write weights in the dtypes, and all else, of the folder that a model comes from.
+
+    Args:
+        model (`PreTrainedModel`): The model, for the names of its tensors on disk.
+        state (`Mapping[str, Tensor]`): Its weights, by their names in memory.
+        source (`Path`): The folder that the model was loaded from.
+        target (`Path`): The folder to write.
+    """
+    stored, prefix = Checkpoint(source).specs, f"{model.base_model_prefix}."
+    # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
+    state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    state = revert_weight_conversion(model, state)
+    specs, usual = {}, NAMES[stored_dtype(stored.values())]
+    for name, tensor in state.items():
+        like = stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+        specs[name] = TensorSpec(like.dtype if like else usual, tuple(tensor.shape))
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = ((name, [tensor.detach().cpu().to(DTYPES[specs[name].dtype])]) for name, tensor in state.items())
+    write_tensors(target, specs, tensors, MAX_SHARD_BYTES)
+    # the folder's own config: the Trainer has changed the model's for training (use_cache, special tokens)
+    save_config(AutoConfig.from_pretrained(source), target, dtype=stored_dtype(specs.values()))
+    copy_side_files(source, target)
 
 
 def last_checkpoint(folder: Path) -> str | None:
