@@ -105,8 +105,8 @@ class Checkpoint:
                              "download it again") from error  # fmt: skip
         for name, spec in self.specs.items():
             if spec.dtype not in DTYPES:
-                raise ValueError(f"{name!r} in {path} is stored as {spec.dtype}; save the model as bfloat16, float16 or float32 "
-                                 "first, or name the checkpoint that it was made from")  # fmt: skip
+                raise ValueError(f"{name!r} in {path} is stored as {spec.dtype}; save the model as bfloat16, float16 or "
+                                 "float32 first, or name the checkpoint that it was made from")  # fmt: skip
 
 
 def write_tensors(
