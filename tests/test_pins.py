@@ -115,6 +115,7 @@ def test_a_teachers_arguments_take_effect(pins, folders, tmp_path, kwargs):
     args = DistillationArguments(tmp_path / "out", report_to="none", teacher_model_init_kwargs=kwargs)
     teacher = DistillationTrainer(tiny.model(dtype=torch.float32), REPO, args, train_dataset=tiny.blocks()).teacher.model
     assert torch.equal(first_weight(teacher).float(), weights(folders)[0].to(teacher.dtype).float())
+    assert teacher.config.name_or_path == REPO
     if "torch_dtype" in kwargs:
         assert (teacher.dtype, teacher.config._attn_implementation) == (torch.float64, "eager")
 

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
-from hf_minitron.model_files import resolve, split_kwargs
+from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
 
 
@@ -125,6 +125,8 @@ def _load(model: str | Path, device: torch.device, init_kwargs: dict | None) -> 
     which, how = split_kwargs(init_kwargs)
     base, dtype = adapter_base(model), how.pop("dtype", best_dtype(device))
     loaded = load_model(model if base is None else base, dtype, device, **which, **how)
+    if is_hub_id(model):  # what a card names, rather than a folder of the cache
+        loaded.config.name_or_path = pinned(model)[0]
     return loaded if base is None else PeftModel.from_pretrained(loaded, Path(model).expanduser()).merge_and_unload()
 
 
