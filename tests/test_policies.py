@@ -15,8 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory environment
-checkpoint pruning.compensate pruning.rotate pruning.prune pruning.export
+axes shape scores plan families.llama families.gpt families.moe families.trace families.family families.student
+data mixture memory environment checkpoint pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps

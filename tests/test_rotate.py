@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_minitron import axes
-from hf_minitron.families.family import FAMILIES, family_of
+from hf_minitron.families.family import FAMILIES, OUTPUT, family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.plan import Plan, make_plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, OUTPUT, moments_path
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, moments_path
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.rotate import rotation_for, untied
 

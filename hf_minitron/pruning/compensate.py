@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, parameters_of
+from hf_minitron.families.family import OUTPUT, Family, parameters_of
 from hf_minitron.plan import Plan
 
-# Beside a module's moments: what a norm gives (its own are energies of what it is given), and what dropped layers added.
-OUTPUT, GAP = ".output", ".gap"
+# Beside a module's moments: what dropped layers added. (A norm's are energies of what it is given.)
+GAP = ".gap"
 
 CORRECTIONS = {
     "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
@@ -181,7 +181,7 @@ def corrections_for(
         if not module.endswith(".experts")
     }
     norms = frozenset(module for module, (axis, *_) in taps.items() if axis == "hidden")
-    taps |= {module: ("hidden", layer, f"{norm}{OUTPUT}") for module, (layer, norm) in family.readers_of(config).items()}
+    taps |= {module: ("hidden", *place) for module, place in family.readers_of(config).items()}
     taps |= {alias: taps[module] for module in taps for alias in _aliases(family, module)}
     check_names(names)
     for layer in {layer for _, layer, _ in taps.values()}:
@@ -189,7 +189,7 @@ def corrections_for(
             raise ValueError(f"Corrections need {moments_path(moments, layer)}, which is missing: score with moments: true")
     biased = frozenset(module for module in taps if f"{module}.bias" in parameters_of(config))
     rows = family.stored_rows(family.rows_of(config))
-    return Corrections(moments, names, taps, norms, biased, rows, plan, family.norm_offset, rotation, gaps)
+    return Corrections(moments, names, taps, norms, biased, rows, plan, family.norm_offset_of(config), rotation, gaps)
 
 
 def _aliases(family: Family, module: str) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, parameters_of
+from hf_minitron.families.family import OUTPUT, Family, parameters_of
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import OUTPUT, read_moment
+from hf_minitron.pruning.compensate import read_moment
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,15 @@ def rotation_for(config: PreTrainedConfig, family: Family, moments: Path, read: 
         moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
         read (`Callable`): Returns the teacher's parameter of a name.
     """
-    readers = family.readers_of(config)
-    norms = {norm: read(f"{norm}.weight").cpu().double() + family.norm_offset for _, norm in set(readers.values())}
+    offset = family.norm_offset_of(config)
+    readers = {reader: (layer, tap.removesuffix(OUTPUT)) for reader, (layer, tap) in family.readers_of(config).items()}
+    norms = {norm: read(f"{norm}.weight").cpu().double() + offset for _, norm in set(readers.values())}
     total = 0.0
     for layer, norm in sorted(set(readers.values()), key=str):
         scale = _unscaled(norms[norm])
         total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
     _, basis = torch.linalg.eigh(total)
-    return Rotation(basis.flip(1), norms, {reader: norm for reader, (_, norm) in readers.items()}, family.norm_offset)
+    return Rotation(basis.flip(1), norms, {reader: norm for reader, (_, norm) in readers.items()}, offset)
 
 
 def untied(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
