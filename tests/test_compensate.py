@@ -10,7 +10,7 @@ from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import corrections_for, least_squares, read_moment
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for, least_squares, read_moment
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 
 IDS = tiny.blocks(40)["input_ids"][:]
@@ -112,21 +112,99 @@ def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
     norm, query = first(teacher)
     errors = {}
     for name, (moments, corrections) in {
-        "plain": (None, ()), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
+        "plain": (None, None), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
     }.items():  # fmt: skip
         found = first(prune_model(teacher, plan, moments, corrections))
         errors[name] = [(found[0] - norm[..., kept]).square().mean(), (found[1] - query).square().mean()]
     assert errors["norms"][0] < 0.97 * errors["plain"][0] and errors["both"][1] < 0.97 * errors["norms"][1]
 
 
-def test_corrections_without_moments_are_refused(tmp_path):
-    teacher = tiny.model()
-    shape = family_of(teacher.config).shape_of(teacher.config)
-    plan = make_plan(calibrate(teacher, tiny.blocks()), shape, shape.cut_to({"ffn": 8}))
-    with pytest.raises(ValueError, match=r"need .*layer-00000.safetensors, which is missing: score with moments: true"):
-        prune_model(teacher, plan, tmp_path)
-    with pytest.raises(ValueError, match="corrections: 'magic' is none of"):
-        prune_model(teacher, plan, tmp_path, ["magic"])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Teachers with their moments, and a plan for any target."""
+    made = {}
+
+    def get(model_type):
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            teacher = tiny.model(model_type, dtype=torch.float32)
+            teacher.save_pretrained(folder / "teacher")
+            made[model_type] = folder, teacher, calibrate(teacher, tiny.blocks(), moments=folder / "m")
+        return made[model_type]
+
+    def prepare(model_type, target):
+        folder, teacher, scores = get(model_type)
+        shape = family_of(teacher.config).shape_of(teacher.config)
+        return folder, teacher, make_plan(scores, shape, shape.cut_to(target))
+
+    return prepare
+
+
+def refused(small, model_type, target, match, **given):
+    """Both doors refuse, and the one on disk leaves nothing."""
+    folder, teacher, plan = small(model_type, target)
+    given = {key: folder / "m" if value == "m" else value for key, value in given.items()}
+    with pytest.raises(ValueError, match=match) as caught:
+        prune_model(teacher, plan, **given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=match):
+        prune_checkpoint(folder / "teacher", plan, folder / "student", **given)
+    assert not list(folder.glob("student*"))
+
+
+def test_what_corrections_need_and_what_is_given_without_use(small, tmp_path):
+    ffn = {"ffn": 8}
+    refused(small, "llama", ffn, r"least_squares needs moments: give the folder", corrections=["least_squares"])
+    refused(small, "llama", ffn, r"least_squares needs moments", corrections=DEFAULT_CORRECTIONS)
+    refused(small, "llama", ffn, r"moments: .* is not used with corrections: \[\]", corrections=[], moments="m")
+    refused(small, "llama", ffn, r"gaps: .* is for layer_merge, which is none of", gaps="m", moments="m")
+    refused(small, "llama", ffn, "corrections: 'magic' is none of", corrections=["magic"], moments="m")
+    refused(small, "llama", ffn, r"layer-00000.safetensors, which is missing: score with moments", moments=tmp_path)
+    merge = [*DEFAULT_CORRECTIONS, "layer_merge"]
+    refused(small, "llama", {"layers": 2}, r"layer_merge needs gaps, the folder that read_gaps", corrections=merge, moments="m")
+
+
+WITHOUT_EFFECT = [
+    ("llama", {"ffn": 8}, ["bias"], r"bias has no effect: no projection .*\(cut: ffn\) has a bias. Leave bias out"),
+    ("llama", {"ffn": 8}, ["least_squares", "bias"], "bias has no effect"),
+    ("llama", {"ffn": 8}, ["norm_ratio"], r"norm_ratio has no effect: hidden is not cut \(cut: ffn\)"),
+    ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "rotation"], "rotation has no effect: hidden is not cut"),
+    ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "layer_merge"], "layer_merge has no effect: no layer is dropped"),
+    ("llama", {"kv_heads": 1, "heads": 2}, ["head_residual"], "head_residual has no effect: no KV group keeps some of its 2"),
+    ("llama", {"layers": 2}, ["least_squares"], r"least_squares has no effect: no projection reads .*\(cut: layers\)"),
+    ("olmo", {"hidden": 24}, ["norm_ratio"], "norm_ratio has no effect: the norms of olmo have no weights"),
+    ("gpt2", {"layers": 2}, ["layer_merge"], "layer_merge is not for gpt2"),
+    ("gemma2", {"hidden": 24}, ["rotation"], "rotation is not for gemma2: it needs RMS norms"),
+    ("phi3", {"heads": 2, "kv_heads": 2}, ["head_residual"], "head_residual is not for phi3"),
+    ("mixtral", {"ffn": 32}, ["least_squares"], "least_squares has no effect"),
+    ("opt", {"hidden": 20, "heads": 2}, ["head_residual"], "head_residual has no effect"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "target", "names", "match"), WITHOUT_EFFECT)
+def test_a_correction_without_effect_is_refused(model_type, target, names, match, small):
+    refused(small, model_type, target, match, corrections=names, moments="m")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target"), [("llama", {"layers": 2}), ("mixtral", {"ffn": 32}), ("olmo", {"hidden": 24})]
+)
+def test_the_default_corrections_do_what_applies(model_type, target, small):
+    folder, teacher, plan = small(model_type, target)
+    made = [prune_model(teacher, plan, folder / "m", *given).state_dict() for given in ((), (DEFAULT_CORRECTIONS,))]
+    plain = prune_model(teacher, plan).state_dict()
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+    assert (model_type == "olmo") == any(not torch.equal(value, made[0][name]) for name, value in plain.items())
+
+
+def test_moments_of_another_model_are_refused(small):
+    (folder, _, _), (_, teacher, plan) = small("exaone4", {"hidden": 24}), small("llama", {"hidden": 24})
+    with pytest.raises(ValueError, match=r"need the moments of 'model.layers.0.input_layernorm', .*has none: score this model"):
+        prune_model(teacher, plan, folder / "m")
+    other = tiny.model(hidden_size=48)
+    scores, shape = calibrate(other, tiny.blocks()), family_of(other.config).shape_of(other.config)
+    with pytest.raises(ValueError, match=r"those of shape \(40,\): score this model again"):
+        prune_model(other, make_plan(scores, shape, shape.cut_to({"hidden": 24})), small("llama", {"hidden": 24})[0] / "m")
 
 
 def inputs_of(model, modules):

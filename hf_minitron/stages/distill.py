@@ -1,6 +1,5 @@
 """distill: train the student to say what the teacher says; continues from its last checkpoint when it was interrupted."""
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.plan import copy_plan
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import correct, synthesize
 from hf_minitron.stages.training import (
@@ -92,7 +92,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     save_trained(trainer, source, out / "student")
     save_log(trainer, out, **facts)
     if trainer.is_world_process_zero():
-        shutil.copyfile(source / "plan.json", out / "student" / "plan.json")
+        copy_plan(source, out / "student")
 
 
 def _cached_teacher(args: Args, run: Run) -> CachedTeacher:
