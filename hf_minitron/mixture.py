@@ -92,6 +92,7 @@ def mixed_blocks(
     streaming: bool = False,
     cross_documents: bool = True,
     shuffle_buffer: int = 10_000,
+    add_bos_token: bool | None = None,
 ) -> Dataset | IterableDataset:
     """Load sources and pack them into blocks, each source as `token_blocks` does.
 
@@ -107,6 +108,7 @@ def mixed_blocks(
         streaming (`bool`, *optional*, defaults to `False`): Read and tokenize while the blocks are asked for.
         cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`.
         shuffle_buffer (`int`, *optional*, defaults to 10,000): As for `token_blocks`, for every source.
+        add_bos_token (`bool`, *optional*): As for `token_blocks`.
 
     Returns:
         `Dataset` or `IterableDataset`: One block per row, the same for the same arguments.
@@ -132,6 +134,7 @@ def mixed_blocks(
     for source, wanted in zip(sources, tokens, strict=True):
         documents = load_text(source.name, source.split, source.column, streaming)
         settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "name": source.name}
+        settings["add_bos_token"] = add_bos_token
         parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, **settings))
     if len(parts) == 1:
         return parts[0]

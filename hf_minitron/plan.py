@@ -122,9 +122,9 @@ class Plan:
         """Write the plan as JSON; of a rotated one also its basis, as `plan/basis.safetensors` beside it, which it names."""
         content = {"before": dict(self.before.sizes), "after": dict(self.after.sizes), "keep": dict(self.keep)}
         if self.rotated:
-            file = Path(path).parent / BASIS
+            file, basis = Path(path).parent / BASIS, self.require_basis().contiguous()
             file.parent.mkdir(exist_ok=True)
-            save_file({"basis": self.require_basis().contiguous()}, file)
+            save_file({"basis": basis}, file)
             content["basis"] = {"file": BASIS, "sha256": _sha256(file), "bytes": file.stat().st_size}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 

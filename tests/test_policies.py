@@ -16,8 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 axes shape scores plan families.llama families.gpt families.moe families.trace families.family families.student
-data mixture memory environment checkpoint pruning.compensate pruning.effects pruning.rotate pruning.prune pruning.export
-pruning.allocate pruning.nonuniform pruning.search importance.moments
+data vocabulary mixture memory environment checkpoint pruning.compensate pruning.effects pruning.rotate pruning.prune
+pruning.export pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.vocabulary import difference
 
 # What a model is asked for beside its labels.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -123,17 +124,16 @@ def _load(model: str | Path, device: torch.device, kwargs: dict) -> PreTrainedMo
     return PeftModel.from_pretrained(load_model(base, device=device, **kwargs), adapter.parent).merge_and_unload()
 
 
-def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that give a token different ids: logits could not be compared.
+def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+    """Refuse two tokenizers that make different ids of a text: logits could not be compared.
+
+    Args:
+        teacher (`PreTrainedTokenizerBase`): The teacher's.
+        student (`PreTrainedTokenizerBase`): The student's.
+        vocab_size (`int`, *optional*): The smaller of their models' vocabularies; tokens beyond it do not count.
 
     Raises:
-        ValueError: naming the first token whose ids differ.
+        ValueError: naming the first token whose ids differ, or what else does.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"Teacher and student have different tokenizers: {len(different):,} tokens differ, such as {token!r} with id "
-            f"{theirs.get(token)} (teacher) and {ours.get(token)} (student). Distill from a teacher of the same family"
-        )
+    if found := difference(teacher, student, vocab_size):
+        raise ValueError(f"Teacher and student have different tokenizers: {found}. Distill from a teacher of the same family")

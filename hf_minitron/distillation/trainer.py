@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
@@ -31,6 +31,7 @@ from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, g
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
+from hf_minitron.vocabulary import check_ids
 
 # The projections of the losses on states, in a checkpoint.
 PROJECTIONS = "projections.safetensors"
@@ -71,7 +72,7 @@ class DistillationTrainer(Trainer):
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
         if self.teacher is not None:
-            _check_vocabularies(self.teacher.config, student.config, self.processing_class)
+            _check_vocabularies(self.teacher.config, student.config, self.processing_class, self.train_dataset)
         if "position_ids" in (getattr(self.train_dataset, "column_names", None) or ()):  # documents of their own
             for reader in [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]:
                 check_documents_apart(reader)
@@ -274,11 +275,18 @@ def _is_finite(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").is_file()
 
 
-def _check_vocabularies(teacher, student, tokenizer) -> None:
-    """Vocabularies may differ by padding only: all tokens of the tokenizer must lie in both."""
+def _check_vocabularies(teacher, student, tokenizer, blocks: Dataset | IterableDataset | None) -> None:
+    """Vocabularies may differ by padding, and by added tokens that the text does not use."""
     sizes = {"teacher": teacher.vocab_size, "student": student.vocab_size}
-    if tokenizer is not None and hasattr(tokenizer, "__len__") and min(sizes.values()) < len(tokenizer):
+    least = min(sizes.values())
+    if not hasattr(tokenizer, "get_vocab") or len(tokenizer) <= least:
+        return
+    added = tokenizer.get_added_vocab()
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
+    if beyond:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than padding. "
-            "Use a teacher and a student with the same tokenizer"
+            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than padding "
+            f"({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
         )
+    if isinstance(blocks, Dataset):
+        check_ids(blocks, least, tokenizer)

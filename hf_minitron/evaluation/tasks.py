@@ -33,6 +33,7 @@ class Tasks:
         limit (`int`, *optional*): Documents per task; all when left out.
         few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
         chat_template (`bool`, *optional*, defaults to `False`): Whether to wrap questions in the tokenizer's chat template.
+        add_bos_token (`bool`, *optional*): Whether questions begin with the BOS token; as the tokenizer does when left out.
     """
 
     names: Sequence[str] = ()
@@ -40,6 +41,7 @@ class Tasks:
     limit: int | None = None
     few_shot: int | None = None
     chat_template: bool = False
+    add_bos_token: bool | None = None
 
     @classmethod
     def find(cls, tasks: Sequence[str], include_path: str | Path | None = None, **settings) -> "Tasks":
@@ -97,7 +99,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = 8  # lm-eval would try 64 sequences: a CPU gains nothing and does not refuse them
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=tasks.add_bos_token)
     state = PartialState()
     if split and state.num_processes > 1:  # lm-eval leaves this to us for a model that is loaded already
         lm.accelerator, lm._rank, lm._world_size = Accelerator(), state.process_index, state.num_processes

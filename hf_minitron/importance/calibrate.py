@@ -23,6 +23,7 @@ from hf_minitron.importance.streamed import read_layers
 from hf_minitron.importance.taps import DEFAULT, WIDTHS, Reading, open_taps, save_moments
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+from hf_minitron.vocabulary import check_ids
 
 SCORED = (*WIDTHS, "experts", "layers")
 
@@ -75,6 +76,8 @@ def calibrate(
     ```
     """
     metrics = check_metric(metric)
+    if isinstance(model, PreTrainedModel):
+        check_ids(blocks, model.config.vocab_size)
     read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
     batches = own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)

@@ -94,6 +94,7 @@ class WholePass:
     real: Tensor
     states: list[Tensor]
     last: Tensor
+    labels: Tensor
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> "WholePass":
@@ -113,7 +114,9 @@ class WholePass:
         finally:
             for hook in hooks:
                 hook.remove()
-        return cls(model, layers, inputs, real, states, last[real.to(last.device)])
+        return cls(
+            model, layers, inputs, real, states, last[real.to(last.device)], batch.get("labels", batch["input_ids"]).to(device)
+        )
 
     def without(self, removal: Removal) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
@@ -67,6 +68,8 @@ def check(args: Args, run: Run) -> None:
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
     check_text_for(args, sources_of(args), [config])
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(resolve(run.model)), True)
     if 0 < args.max_steps <= args.warmup_steps:
         raise ValueError(f"warmup_steps: {args.warmup_steps:g} are not fewer than max_steps: {args.max_steps}; set it lower")
     if args.lora is None:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
@@ -60,7 +61,10 @@ def check_blocks(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     models = [folder, resolve(args.teacher)] if args.teacher else [folder]
     if args.teacher:
-        check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
+        sizes = [AutoConfig.from_pretrained(model).vocab_size for model in models]
+        check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     there = [source for source in sources_of(args) if not synthesize.names(run, source.name)]
     check_text_for(args, there, [AutoConfig.from_pretrained(model) for model in models])
 

@@ -40,6 +40,9 @@ class TextArguments:
     cross_documents: bool = field(
         default=True, metadata={"help": "Tokens see the documents before theirs in a block; false keeps documents apart."}
     )
+    add_bos_token: bool | None = field(
+        default=None, metadata={"help": "Begin documents and blocks with the BOS token; as the tokenizer does when left out."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read and tokenize while training; needs max_steps."})
     shuffle_buffer: int = field(
         default=10_000, metadata={"min": 1, "help": "Documents of each source among which streaming shuffles."}
@@ -54,8 +57,8 @@ class TextArguments:
 
 # What of a section decides which blocks are made of its text.
 BLOCK_SETTINGS = (
-    "text", "text_column", "split", "block_size", "cross_documents", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "text", "text_column", "split", "block_size", "cross_documents", "add_bos_token", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 
 
@@ -108,6 +111,7 @@ def make_blocks(
     wanted = max_tokens or tokens_of(args) * args.world_size or None
     settings = {"streaming": args.streaming, "cross_documents": args.cross_documents, "shuffle_buffer": args.shuffle_buffer}
     settings |= {"sources": sources_of(args), "tokenizer": tokenizer, "block_size": args.block_size, "seed": seed}
+    settings["add_bos_token"] = args.add_bos_token
     if args.streaming:
         return mixed_blocks(**settings)
     path = folder / f"blocks-{wanted or 'all'}"  # another number of processes wants other blocks
