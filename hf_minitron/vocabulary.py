@@ -19,7 +19,12 @@ PROBE = (
 )
 
 
-def difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, vocab_size: int | None = None) -> str:
+def difference(
+    first: PreTrainedTokenizerBase,
+    second: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    names: tuple[str, str] = ("the first", "the second"),
+) -> str:
     """Return how two tokenizers differ; an empty text when they give the same ids.
 
     Tokens whose ids no model has (a sign for images, a padding token that was added behind the vocabulary) do not count. Equal
@@ -30,6 +35,7 @@ def difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, 
         first (`PreTrainedTokenizerBase`): A tokenizer.
         second (`PreTrainedTokenizerBase`): Another one.
         vocab_size (`int`, *optional*): Ids from here on do not count; the smaller of the models' vocabularies.
+        names (`tuple[str, str]`, *optional*): What they are called.
     """
     ours, theirs = (
         {token: index for token, index in tokenizer.get_vocab().items() if vocab_size is None or index < vocab_size}
@@ -37,8 +43,8 @@ def difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, 
     )
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if different:
-        ids = [side.get(different[0]) for side in (ours, theirs)]
-        return f"{len(different):,} tokens differ, such as {different[0]!r} with id {ids[0]} and {ids[1]}"
+        ids = [f"{side.get(different[0])} ({name})" for side, name in zip((ours, theirs), names, strict=True)]
+        return f"{len(different):,} tokens differ, such as {different[0]!r} with id {' and '.join(ids)}"
     rules = [_rules(tokenizer) for tokenizer in (first, second)]
     if all(rules):
         unlike = [part for part in rules[0] if rules[0][part] != rules[1][part]]

@@ -3,6 +3,7 @@
 It must not know how a model was made. Under `accelerate launch` the documents are split over the processes.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.data import adds_bos_token
 from hf_minitron.evaluation.report import samples_of
 from hf_minitron.evaluation.significance import AGGREGATIONS, interval
 
@@ -99,6 +101,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = 8  # lm-eval would try 64 sequences: a CPU gains nothing and does not refuse them
+    tokenizer = _with_bos(tokenizer) if tasks.add_bos_token else tokenizer
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=tasks.add_bos_token)
     state = PartialState()
     if split and state.num_processes > 1:  # lm-eval leaves this to us for a model that is loaded already
@@ -123,6 +126,16 @@ def run_tasks(
     facts, records = (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
     _add_samples_view(facts, records)
     return facts, records
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that begins texts with its BOS token: lm-eval only asks it to do what it does."""
+    if not adds_bos_token(tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = True
+        if not adds_bos_token(tokenizer):
+            raise ValueError(f"add_bos_token: true, but a {type(tokenizer).__name__} cannot begin tasks with it; leave it out")
+    return tokenizer
 
 
 def task_manager(include_paths: Sequence[str] | str | Path | None, names: Sequence[str] = ()):
