@@ -130,20 +130,18 @@ def mixed_blocks(
     if len(sources) > 1 and max_tokens is not None and not streaming:
         order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
         tokens = [int(number) * block_size for number in np.bincount(order)]
+    settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "add_bos_token": add_bos_token}
     parts = []
     for source, wanted in zip(sources, tokens, strict=True):
         documents = load_text(source.name, source.split, source.column, streaming)
-        settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "name": source.name}
-        settings["add_bos_token"] = add_bos_token
-        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, **settings))
+        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, name=source.name, **settings))
     if len(parts) == 1:
         return parts[0]
     if streaming:
         stream = IterableDataset.from_generator(_take_turns, gen_kwargs={"streams": tuple(parts), "shares": shares})
         return (stream if max_tokens is None else stream.take(max_tokens // block_size)).with_format("torch")
     sizes = np.array([len(part) for part in parts])
-    if order is None:
-        order = _until_one_ends(shares, sizes, sources)
+    order = _until_one_ends(shares, sizes, sources) if order is None else order
     return concatenate_datasets(parts).select(_rows(order, sizes, sources))
 
 

@@ -65,8 +65,7 @@ def calibrate(
             `layers` by Block Importance.
 
     Raises:
-        ValueError: naming the tensor, when weights or activations hold NaN or infinity; for fewer blocks than processes; for a
-            metric that does not exist, or not for its axis.
+        ValueError: for NaN or infinity, naming the tensor; fewer blocks than processes; an unknown metric; ids of no token.
 
     Example:
 
@@ -76,13 +75,12 @@ def calibrate(
     ```
     """
     metrics = check_metric(metric)
-    if isinstance(model, PreTrainedModel):
-        check_ids(blocks, model.config.vocab_size)
     read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
     batches = own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
+        check_ids(blocks, config.vocab_size)
         readings = save_moments(_read_model(model, batches, moments is not None, read), folder)
     else:
         config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder, read)

@@ -35,6 +35,7 @@ from hf_minitron.importance.removal import (
 from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
+from hf_minitron.vocabulary import check_ids
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
 NEEDS = ()
@@ -184,6 +185,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
+    check_ids(blocks, AutoConfig.from_pretrained(folder).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed, moments = args.layer_by_layer, out / "moments" if args.moments else None
