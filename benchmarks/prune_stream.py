@@ -37,7 +37,7 @@ def build(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig
 
     from hf_minitron.checkpoint import TensorSpec, write_tensors
-    from hf_minitron.families.family import parameters_of
+    from hf_minitron.families.meta import parameters_of
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **SIZES)
     specs = {name: TensorSpec("BF16", shape) for name, shape in parameters_of(config).items()}

@@ -63,8 +63,8 @@ def main() -> None:
         names = (*DEFAULT_CORRECTIONS, *(("layer_merge",) if args.merge else ()))
         for tokens in [0, *sorted(args.budgets)]:
             found = []
-            for corrections in ((), names):
-                start = prune_model(teacher, plan, moments, corrections, gaps)
+            for given in ((), (moments, names, gaps)):
+                start = prune_model(teacher, plan, *given)
                 if tokens:
                     distil(start, teacher, training, tokens, args, Path(folder) / "out")
                 found.append([perplexity(start.eval(), blocks)["value"] for blocks in texts.values()])

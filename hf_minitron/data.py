@@ -1,12 +1,14 @@
 """Text to token blocks: the one form in which calibration, distillation and perplexity read text.
 
 It must not know a model. Documents are packed one after another with the end token between them and cut into blocks of equal
-length, so that no block is padded. Blocks are made at once, or, of a stream, as they are asked for.
+length, so that no block is padded. Where the tokenizer begins a text with a BOS token, so does every document and every block:
+some models (Gemma) read nothing well that does not begin with it. Blocks are made at once, or, of a stream, as they are
+asked for.
 """
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from math import ceil
 from pathlib import Path
@@ -67,6 +69,24 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
     return documents if column == "text" else documents.rename_column(column, "text")
 
 
+def adds_bos_token(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None) -> bool:
+    """Return whether a text begins with the BOS token.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        add_bos_token (`bool`, *optional*): Whether it shall; as the tokenizer itself does when left out.
+
+    Raises:
+        ValueError: when it shall, and the tokenizer has none.
+    """
+    if add_bos_token and tokenizer.bos_token_id is None:
+        raise ValueError(f"add_bos_token: true, but {tokenizer.name_or_path or 'the tokenizer'} has no BOS token; leave it out")
+    if add_bos_token is not None:
+        return add_bos_token
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return tokenizer.bos_token_id is not None and whole[: len(plain) + 1] == [tokenizer.bos_token_id, *plain]
+
+
 def token_blocks(
     documents: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,6 +96,7 @@ def token_blocks(
     cross_documents: bool = True,
     shuffle_buffer: int = 10_000,
     name: str = "The text",
+    add_bos_token: bool | None = None,
 ) -> Dataset | IterableDataset:
     """Pack documents into blocks of tokens.
 
@@ -92,10 +113,13 @@ def token_blocks(
             that start again at each document, from which Transformers makes the attention mask.
         shuffle_buffer (`int`, *optional*, defaults to 10,000): Documents among which a stream is shuffled; they are in memory.
         name (`str`, *optional*): What errors and warnings call the text.
+        add_bos_token (`bool`, *optional*): Whether every document, and every block that begins in the midst of one, begins with
+            the BOS token; as the tokenizer itself does when left out.
 
     Returns:
-        `Dataset` or `IterableDataset`: One block per row, `input_ids` of length `block_size`, and `position_ids` of the same
-            length when documents are kept apart; the incomplete last block is left out.
+        `Dataset` or `IterableDataset`: One block per row, `input_ids` of length `block_size`; of the same length `position_ids`
+            when documents are kept apart, and with BOS tokens `labels`, which do not count them, for they are given and not
+            predicted. The incomplete last block is left out.
 
     Raises:
         ValueError: when the text is too short for one block (a stream's: when the first block is asked for).
@@ -106,6 +130,7 @@ def token_blocks(
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
     settings = {"tokenizer": tokenizer, "block_size": block_size, "cross_documents": cross_documents, "name": name}
+    settings["opening"] = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
     if isinstance(documents, IterableDataset):
         if seed is not None:
             documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -131,7 +156,12 @@ def _again_and_again(documents: IterableDataset, name: str, **settings) -> Itera
 
 
 def _pack(
-    batches: Iterable[dict], tokenizer: PreTrainedTokenizerBase, block_size: int, cross_documents: bool, name: str
+    batches: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    cross_documents: bool,
+    name: str,
+    opening: Sequence[int] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the blocks of one pass; what waits for the next batch of documents is shorter than a block."""
     tokens, starts = np.empty(0, np.int32), np.empty(0, bool)  # whether a document starts at a token
@@ -141,15 +171,23 @@ def _pack(
         if wrong := [number for number, text in enumerate(rows["text"], num_documents) if not isinstance(text, str)]:
             raise ValueError(f"{name}: document {wrong[0]:,} (from 0) holds no text. Leave it out, or set text_column")
         ids = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [[*opening, *document] if document[:1] != opening else document for document in ids]  # a chat has its own
         pieces = [np.asarray([*document, tokenizer.eos_token_id], np.int32) for document in ids]
         tokens = np.concatenate([tokens[end:], *pieces])
         starts = np.concatenate([starts[end:], *(np.arange(len(piece)) == 0 for piece in pieces)])
-        end = len(tokens) // block_size * block_size
-        for start in range(0, end, block_size):
-            block = slice(start, start + block_size)
-            positions = index - np.maximum.accumulate(np.where(starts[block], index, 0))  # a block's start counts as one
-            yield {"input_ids": tokens[block]} | ({} if cross_documents else {"position_ids": positions})
-        num_documents, num_blocks = num_documents + len(pieces), num_blocks + end // block_size
+        end = 0
+        while end < len(tokens):
+            added = () if starts[end] else opening  # a block in the midst of a document begins as one
+            block = slice(end, end + block_size - len(added))
+            if block.stop > len(tokens):
+                break
+            row, first = np.concatenate([np.asarray(added, np.int32), tokens[block]]), starts[block]
+            first = np.concatenate([np.ones(len(added), bool), first])
+            positions = index - np.maximum.accumulate(np.where(first, index, 0))  # a block's start counts as one
+            labels = {"labels": np.where(first, np.int32(-100), row)} if opening else {}
+            yield {"input_ids": row} | ({} if cross_documents else {"position_ids": positions}) | labels
+            end, num_blocks = block.stop, num_blocks + 1
+        num_documents = num_documents + len(pieces)
     if num_blocks == 0:
         raise ValueError(
             f"{name} is too short for one block: {len(tokens):,} tokens in {num_documents:,} documents, block_size "

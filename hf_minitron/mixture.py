@@ -92,11 +92,12 @@ def mixed_blocks(
     streaming: bool = False,
     cross_documents: bool = True,
     shuffle_buffer: int = 10_000,
+    add_bos_token: bool | None = None,
 ) -> Dataset | IterableDataset:
     """Load sources and pack them into blocks, each source as `token_blocks` does.
 
-    A source that ends before its share is reached is read again, with a warning that names it: weights hold whatever the
-    sizes. Without `max_tokens` nothing is read twice: blocks end where the first source would have to be (a stream never ends).
+    A source that ends before its share is reached is read again, with a warning that names it. Without `max_tokens` nothing is
+    read twice: blocks end where the first source would have to be (a stream never ends).
 
     Args:
         sources (`Sequence[Source]`): What to mix, from `read_sources`.
@@ -107,6 +108,7 @@ def mixed_blocks(
         streaming (`bool`, *optional*, defaults to `False`): Read and tokenize while the blocks are asked for.
         cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`.
         shuffle_buffer (`int`, *optional*, defaults to 10,000): As for `token_blocks`, for every source.
+        add_bos_token (`bool`, *optional*): As for `token_blocks`.
 
     Returns:
         `Dataset` or `IterableDataset`: One block per row, the same for the same arguments.
@@ -129,19 +131,20 @@ def mixed_blocks(
     if len(sources) > 1 and max_tokens is not None and not streaming:
         order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
         tokens = [int(number) * block_size for number in np.bincount(order)]
-    parts = []
-    for source, wanted in zip(sources, tokens, strict=True):
-        documents = load_text(source.name, source.split, source.column, streaming)
-        settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "name": source.name}
-        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, **settings))
+    settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "add_bos_token": add_bos_token}
+    parts = [
+        token_blocks(
+            load_text(s.name, s.split, s.column, streaming), tokenizer, block_size, wanted, seed, name=s.name, **settings
+        )
+        for s, wanted in zip(sources, tokens, strict=True)
+    ]
     if len(parts) == 1:
         return parts[0]
     if streaming:
         stream = IterableDataset.from_generator(_take_turns, gen_kwargs={"streams": tuple(parts), "shares": shares})
         return (stream if max_tokens is None else stream.take(max_tokens // block_size)).with_format("torch")
     sizes = np.array([len(part) for part in parts])
-    if order is None:
-        order = _until_one_ends(shares, sizes, sources)
+    order = _until_one_ends(shares, sizes, sources) if order is None else order
     return concatenate_datasets(parts).select(_rows(order, sizes, sources))
 
 

@@ -37,10 +37,10 @@ def check_config(folder: Path, model: str) -> None:
     """
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(_no_config(folder, model))
-    content = read_config(folder)
+    content = _content(folder / CONFIG_NAME)
     kind, known = content.get("model_type"), "Name a causal language model of a class in Transformers"
     if not isinstance(kind, str):
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: it has no model_type; download it again")
+        raise ValueError(f'{folder / CONFIG_NAME} has no model_type; add one, such as "llama", or download it again')
     if kind not in CONFIG_MAPPING:
         remote = content.get("auto_map")
         what = "needs code of its own (auto_map), which is not run here" if remote else "is in no class of Transformers"
@@ -58,6 +58,17 @@ def check_config(folder: Path, model: str) -> None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not content.get("is_decoder"):
         raise ValueError(f"{model} is an encoder ({kind}), which does not predict the next token. {known}")
     _check_compressed(content.get("quantization_config") or content.get("compression_config"), model)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return what a file of keys holds; refuse another one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the keys of a config; download it again")
+    return content
 
 
 def _text_part(config: PreTrainedConfig, model: str) -> str:

@@ -4,17 +4,27 @@ It must not know a model or a file of weights. Per layer for `ffn`, `experts` an
 order for `hidden`: what the reference code of 2407.14679 does (its text sums all layers into one network-wide score).
 """
 
+import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+
+logger = logging.getLogger(__name__)
+
+# Beside plan.json, in a folder of its own: some loaders take every *.safetensors beside config.json for weights.
+BASIS = "plan/basis.safetensors"
+LARGE_BASIS = 64 * 2**20  # hidden 2,896
 
 # Axes whose size may differ from layer to layer.
 BY_LAYER = ("heads", "kv_heads", "ffn")
@@ -31,16 +41,28 @@ class Plan:
             others one list per kept layer, in the order of `layers`, empty where a layer has no such axis (or loses it: its
             MLP or its attention goes). Of a routed `ffn` that list holds one list per kept expert. Lists may differ in length
             from layer to layer; `after` has the largest then.
+        rotated (`bool`, *optional*, defaults to `False`): Whether the indices of `hidden` count the components of a basis.
+        basis (`Tensor` of shape `(hidden, hidden)`, *optional*): That basis, float64, one component per column; `None` of a
+            rotated plan that was loaded from a folder without it, which cannot be pruned by.
     """
 
     before: Shape
     after: Shape
     keep: Mapping[str, list]
+    rotated: bool = False
+    basis: Tensor | None = field(default=None, compare=False)
 
     @property
     def kept_layers(self) -> list[int]:
         """The teacher's layers that stay, ascending."""
         return self.keep.get("layers", list(range(self.before["layers"])))
+
+    @property
+    def gaps(self) -> dict[int, list[int]]:
+        """Every kept layer right behind which layers are dropped, to these."""
+        ends = [*self.kept_layers[1:], self.before["layers"]]
+        dropped = {layer: list(range(layer + 1, end)) for layer, end in zip(self.kept_layers, ends, strict=True)}
+        return {layer: layers for layer, layers in dropped.items() if layers}
 
     @cached_property
     def by_layer(self) -> dict[str, list[int]]:
@@ -97,15 +119,58 @@ class Plan:
         return kept.index(index)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON; of a rotated one also its basis, as `plan/basis.safetensors` beside it, which it names."""
         content = {"before": dict(self.before.sizes), "after": dict(self.after.sizes), "keep": dict(self.keep)}
+        if self.rotated:
+            file, basis = Path(path).parent / BASIS, self.require_basis().contiguous()
+            file.parent.mkdir(exist_ok=True)
+            save_file({"basis": basis}, file)
+            content["basis"] = {"file": BASIS, "sha256": _sha256(file), "bytes": file.stat().st_size}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read what `save` wrote."""
+        """Read what `save` wrote; the basis where it lies beside it.
+
+        Raises:
+            ValueError: for a basis that is another plan's, or damaged.
+        """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(Shape(content["before"]), Shape(content["after"]), content["keep"])
+        plan, named = cls(Shape(content["before"]), Shape(content["after"]), content["keep"]), content.get("basis")
+        if not named:
+            return plan
+        file = Path(path).parent / BASIS
+        if file.is_file() and _sha256(file) != named["sha256"]:
+            raise ValueError(
+                f"{file} is not the basis that {path} names (SHA-256 {named['sha256']}): copy it from its run again"
+            )
+        return replace(plan, rotated=True, basis=load_file(file)["basis"] if file.is_file() else None)
+
+    def require_basis(self) -> Tensor:
+        """Return the basis of a rotated plan; refuse one that is missing or of another size."""
+        size = self.before["hidden"]
+        if self.basis is None or tuple(self.basis.shape) != (size, size):
+            found = "is missing" if self.basis is None else f"has shape {tuple(self.basis.shape)}, not {(size, size)}"
+            raise ValueError(f"The plan keeps components of a basis, {BASIS} beside plan.json, which {found}: copy it from the "
+                             "run that made the plan (prune/student)")  # fmt: skip
+        return self.basis
+
+
+def copy_plan(source: Path, target: Path) -> None:
+    """Copy a folder's plan; its basis only up to `LARGE_BASIS` bytes, for what is copied will be published."""
+    shutil.copyfile(source / "plan.json", target / "plan.json")
+    basis = source / BASIS
+    if basis.is_file() and basis.stat().st_size <= LARGE_BASIS:
+        (target / BASIS).parent.mkdir(exist_ok=True)
+        shutil.copyfile(basis, target / BASIS)
+    elif basis.is_file():
+        logger.warning("%s (%s bytes) is not copied to %s and will not be published: keep it with the run", basis,
+                       f"{basis.stat().st_size:,}", target)  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:

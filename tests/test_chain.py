@@ -96,7 +96,7 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
             real, outline = run.path("prune") / "student", made[(run.path("publish") / "model").resolve()]
             assert Checkpoint(outline).specs == Checkpoint(real).specs
             assert (outline / "config.json").read_text() == (real / "config.json").read_text()
-            assert {p.name for p in real.iterdir()} - {p.name for p in outline.iterdir()} <= {"plan.json"}
+            assert {p.name for p in real.iterdir()} - {p.name for p in outline.iterdir()} <= {"plan.json", "plan"}
 
 
 @pytest.mark.parametrize(

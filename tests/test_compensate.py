@@ -4,12 +4,13 @@ import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import least_squares
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for, least_squares, read_moment
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 
 IDS = tiny.blocks(40)["input_ids"][:]
@@ -111,18 +112,143 @@ def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
     norm, query = first(teacher)
     errors = {}
     for name, (moments, corrections) in {
-        "plain": (None, ()), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
+        "plain": (None, None), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
     }.items():  # fmt: skip
         found = first(prune_model(teacher, plan, moments, corrections))
         errors[name] = [(found[0] - norm[..., kept]).square().mean(), (found[1] - query).square().mean()]
     assert errors["norms"][0] < 0.97 * errors["plain"][0] and errors["both"][1] < 0.97 * errors["norms"][1]
 
 
-def test_corrections_without_moments_are_refused(tmp_path):
-    teacher = tiny.model()
-    shape = family_of(teacher.config).shape_of(teacher.config)
-    plan = make_plan(calibrate(teacher, tiny.blocks()), shape, shape.cut_to({"ffn": 8}))
-    with pytest.raises(ValueError, match=r"need .*layer-00000.safetensors, which is missing: score with moments: true"):
-        prune_model(teacher, plan, tmp_path)
-    with pytest.raises(ValueError, match="corrections: 'magic' is none of"):
-        prune_model(teacher, plan, tmp_path, ["magic"])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Teachers with their moments, and a plan for any target."""
+    made = {}
+
+    def get(model_type):
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            teacher = tiny.model(model_type, dtype=torch.float32)
+            teacher.save_pretrained(folder / "teacher")
+            made[model_type] = folder, teacher, calibrate(teacher, tiny.blocks(), moments=folder / "m")
+        return made[model_type]
+
+    def prepare(model_type, target):
+        folder, teacher, scores = get(model_type)
+        shape = family_of(teacher.config).shape_of(teacher.config)
+        return folder, teacher, make_plan(scores, shape, shape.cut_to(target))
+
+    return prepare
+
+
+def refused(small, model_type, target, match, **given):
+    """Both doors refuse, and the one on disk leaves nothing."""
+    folder, teacher, plan = small(model_type, target)
+    given = {key: folder / "m" if value == "m" else value for key, value in given.items()}
+    with pytest.raises(ValueError, match=match) as caught:
+        prune_model(teacher, plan, **given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=match):
+        prune_checkpoint(folder / "teacher", plan, folder / "student", **given)
+    assert not list(folder.glob("student*"))
+
+
+def test_what_corrections_need_and_what_is_given_without_use(small, tmp_path):
+    ffn = {"ffn": 8}
+    refused(small, "llama", ffn, r"least_squares needs moments: give the folder", corrections=["least_squares"])
+    refused(small, "llama", ffn, r"least_squares needs moments", corrections=DEFAULT_CORRECTIONS)
+    refused(small, "llama", ffn, r"moments: .* is not used with corrections: \[\]", corrections=[], moments="m")
+    refused(small, "llama", ffn, r"gaps: .* is for layer_merge, which is none of", gaps="m", moments="m")
+    refused(small, "llama", ffn, "corrections: 'magic' is none of", corrections=["magic"], moments="m")
+    refused(small, "llama", ffn, r"layer-00000.safetensors, which is missing: score with moments", moments=tmp_path)
+    merge = [*DEFAULT_CORRECTIONS, "layer_merge"]
+    refused(small, "llama", {"layers": 2}, r"layer_merge needs gaps, the folder that read_gaps", corrections=merge, moments="m")
+
+
+WITHOUT_EFFECT = [
+    ("llama", {"ffn": 8}, ["bias"], r"bias has no effect: no projection .*\(cut: ffn\) has a bias. Leave bias out"),
+    ("llama", {"ffn": 8}, ["least_squares", "bias"], "bias has no effect"),
+    ("llama", {"ffn": 8}, ["norm_ratio"], r"norm_ratio has no effect: hidden is not cut \(cut: ffn\)"),
+    ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "rotation"], "rotation has no effect: hidden is not cut"),
+    ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "layer_merge"], "layer_merge has no effect: no layer is dropped"),
+    ("llama", {"kv_heads": 1, "heads": 2}, ["head_residual"], "head_residual has no effect: no KV group keeps some of its 2"),
+    ("llama", {"layers": 2}, ["least_squares"], r"least_squares has no effect: no projection reads .*\(cut: layers\)"),
+    ("olmo", {"hidden": 24}, ["norm_ratio"], "norm_ratio has no effect: the norms of olmo have no weights"),
+    ("gpt2", {"layers": 2}, ["layer_merge"], "layer_merge is not for gpt2"),
+    ("gemma2", {"hidden": 24}, ["rotation"], "rotation is not for gemma2: it needs RMS norms"),
+    ("phi3", {"heads": 2, "kv_heads": 2}, ["head_residual"], "head_residual is not for phi3"),
+    ("mixtral", {"ffn": 32}, ["least_squares"], "least_squares has no effect"),
+    ("opt", {"hidden": 20, "heads": 2}, ["head_residual"], "head_residual has no effect"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "target", "names", "match"), WITHOUT_EFFECT)
+def test_a_correction_without_effect_is_refused(model_type, target, names, match, small):
+    refused(small, model_type, target, match, corrections=names, moments="m")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target"), [("llama", {"layers": 2}), ("mixtral", {"ffn": 32}), ("olmo", {"hidden": 24})]
+)
+def test_the_default_corrections_do_what_applies(model_type, target, small):
+    folder, teacher, plan = small(model_type, target)
+    made = [prune_model(teacher, plan, folder / "m", *given).state_dict() for given in ((), (DEFAULT_CORRECTIONS,))]
+    plain = prune_model(teacher, plan).state_dict()
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+    assert (model_type == "olmo") == any(not torch.equal(value, made[0][name]) for name, value in plain.items())
+
+
+def test_moments_of_another_model_are_refused(small):
+    (folder, _, _), (_, teacher, plan) = small("exaone4", {"hidden": 24}), small("llama", {"hidden": 24})
+    with pytest.raises(ValueError, match=r"need the moments of 'model.layers.0.input_layernorm', .*has none: score this model"):
+        prune_model(teacher, plan, folder / "m")
+    other = tiny.model(hidden_size=48)
+    scores, shape = calibrate(other, tiny.blocks()), family_of(other.config).shape_of(other.config)
+    with pytest.raises(ValueError, match=r"those of shape \(40,\): score this model again"):
+        prune_model(other, make_plan(scores, shape, shape.cut_to({"hidden": 24})), small("llama", {"hidden": 24})[0] / "m")
+
+
+def inputs_of(model, modules):
+    """The second moments of what modules are given when the whole model reads the calibration text, head included."""
+    found = {name: SecondMoment() for name in modules}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, metric=metric: metric.update(args[0].view(*shape, -1))
+        )
+        for name, metric in found.items()
+    ]
+    for batch in tiny.blocks()["input_ids"][:].split(4):
+        shape = batch.shape
+        with torch.no_grad():
+            model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: metric.finish() for name, metric in found.items() if isinstance(metric.totals[2], torch.Tensor)}
+
+
+@pytest.mark.parametrize(("model_type", "changes"), tiny.ACCEPTED, ids=str)
+def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_type, changes, tmp_path):
+    """Whatever the tables say: compared with hooks on the projections themselves, in memory and layer by layer."""
+    model = tiny.model(model_type, dtype=torch.float32, **changes)
+    family = family_of(model.config)
+    shape = family.shape_of(model.config)
+    scores = calibrate(model, tiny.blocks(), moments=tmp_path / "resident")
+    folders = [tmp_path / "resident", tmp_path / "streamed"]
+    if model_type == "exaone":  # has other names on disk, and is refused there
+        folders.pop()
+    else:
+        model.save_pretrained(tmp_path / "model")
+        calibrate(tmp_path / "model", tiny.blocks(), moments=folders[1])
+    plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
+    made = corrections_for(model.config, family, plan, tmp_path / "resident")
+    modules = dict(model.named_modules())
+    corrected = {name: place for name, place in made.taps.items() if name in modules and name not in made.norms}
+    expected = inputs_of(model, corrected)
+    assert expected.keys() == corrected.keys()
+    for name, (axis, layer, stored) in corrected.items():
+        for folder in folders:
+            found = read_moment(folder, layer, stored)
+            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4), f"{folder.name}: {name} ({axis}) by {stored}"
+    linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    narrow = {name for name in linear if name.endswith(("q_b_proj", "kv_b_proj"))}  # read no hidden channels
+    headless = {"lm_head"} if model_type == "opt" and changes else set()  # no norm outside of the layers: only sliced
+    assert linear - corrected.keys() - narrow == headless

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron import DistillationTrainer, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.data import load_text, text_hash
+from hf_minitron.data import adds_bos_token, load_text, text_hash
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling import PrunedConfig
-from hf_minitron.stages import training
+from hf_minitron.stages import cache, training
 
 LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
 
@@ -125,6 +125,65 @@ def test_positions_start_again_at_documents_and_blocks():
     assert "position_ids" not in token_blocks(documents(), tiny.tokenizer(), 16).column_names
     blocks = token_blocks(documents((3, 9, 0, 5)), tiny.tokenizer(), 8, cross_documents=False)
     assert blocks["position_ids"][:].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_and_blocks_begin_with_bos_where_the_tokenizer_does(streaming):
+    texts = Dataset.from_dict({"text": ["w0 w1 w2", "", "w3 w4 w5 w6 w7", "<s> w0"]})  # as a chat, the last has its own
+    texts = texts.to_iterable_dataset() if streaming else texts
+    blocks = token_blocks(texts, tiny.tokenizer(adds_bos=True), 6, 18, cross_documents=False)
+    rows = [{key: value.tolist() for key, value in row.items()} for row in blocks]
+    assert [row["input_ids"] for row in rows] == [[1, 3, 4, 5, 2, 1], [1, 2, 1, 6, 7, 8], [1, 9, 10, 2, 1, 3]]
+    assert [row["position_ids"] for row in rows] == [[0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1]]
+    for row in rows:  # given, not predicted
+        assert row["labels"] == [-100 if token == 1 else token for token in row["input_ids"]]
+
+
+def test_every_document_is_what_the_tokenizer_makes_of_it():
+    tokenizer, texts = tiny.tokenizer(adds_bos=True), documents((3, 9, 0, 5, 14) * 30)
+    whole = [token for ids in tokenizer(list(texts["text"]))["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    for size in (7, 16, 64):
+        found = []
+        for row in token_blocks(texts, tokenizer, size)["input_ids"][:].tolist():
+            assert row[0] == tokenizer.bos_token_id
+            found += row[1:] if whole[len(found)] != tokenizer.bos_token_id else row
+        assert found == whole[: len(found)] and len(whole) - len(found) < size
+
+
+def test_without_bos_blocks_are_as_they_were():
+    """A tokenizer that has a BOS token but does not set it, and one that shall not: no token, no column more."""
+    rows = [token_blocks(documents(), tiny.tokenizer(adds_bos=adds), 16, add_bos_token=wanted)
+            for adds, wanted in ((False, None), (False, False), (True, False))]  # fmt: skip
+    ids = [i for text in documents()["text"] for i in [*tiny.tokenizer()(text)["input_ids"], 2]]
+    for blocks in rows:
+        assert blocks.column_names == ["input_ids"]
+        assert blocks["input_ids"][:].flatten().tolist() == ids[:80]
+    wanted = token_blocks(documents(), tiny.tokenizer(), 16, add_bos_token=True)
+    assert text_hash(wanted) == text_hash(token_blocks(documents(), tiny.tokenizer(adds_bos=True), 16)) != text_hash(rows[0])
+
+
+def test_bos_where_there_is_none_is_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = None
+    assert adds_bos_token(tokenizer) is False
+    with pytest.raises(ValueError, match="add_bos_token: true, but the tokenizer has no BOS token; leave it out"):
+        token_blocks(documents(), tokenizer, 16, add_bos_token=True)
+
+
+def test_a_loss_does_not_count_bos(tmp_path):
+    blocks = token_blocks(documents(), tiny.tokenizer(adds_bos=True), 16)
+    batch = collate([blocks[i] for i in range(3)])
+    assert (batch["labels"] == -100).equal(batch["input_ids"] == 1) and (batch["input_ids"][:, 1:] == 1).any()
+    trainer = DistillationTrainer(tiny.model(seed=1), tiny.model(), arguments(tmp_path), train_dataset=blocks)
+    predicted = (batch["labels"][:, 1:] != -100).sum()
+    assert float(trainer.compute_loss(trainer.model, batch)) > 0 and predicted < batch["labels"][:, 1:].numel()
+    assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(
+        float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=1) / predicted), rel=1e-5
+    )
+
+
+def test_a_cache_is_made_again_when_bos_changes():
+    assert "add_bos_token" in training.BLOCK_SETTINGS and "distill.add_bos_token" in cache.READS
 
 
 @pytest.fixture

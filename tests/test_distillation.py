@@ -4,12 +4,16 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from hf_minitron.data import token_blocks
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
 from hf_minitron.evaluation.text import perplexity
+from hf_minitron.importance.calibrate import calibrate
 
 RAGGED = Dataset.from_dict(
     {"input_ids": [tiny.blocks(1, n, seed=n)["input_ids"][0].tolist() for n in (4, 12, 7, 9, 5, 11, 8, 6)]}
@@ -176,6 +180,84 @@ def test_what_cannot_be_distilled_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2 tokens differ, such as 'w0' with id 4 \(teacher\) and 3"):
         words = [tiny.WORDS[1], tiny.WORDS[0], *tiny.WORDS[2:]]
         check_tokenizers(tiny.tokenizer(words), tiny.tokenizer())
+
+
+def bpe(merges=(("a", "b"), ("c", "d")), normalizer=None, scheme=None, added=()):
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", *"abcdABCD ", "ab", "cd"])}
+    made = Tokenizer(models.BPE(vocabulary, list(merges), unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizer, scheme or pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+class InPython(PreTrainedTokenizer):
+    """Words, split by a tokenizer that is no file of rules."""
+
+    def __init__(self, split=str.split, **kwargs):
+        self.ids, self.split = tiny.tokenizer().get_vocab(), split
+        super().__init__(unk_token="<pad>", eos_token="</s>", **kwargs)
+
+    vocab_size = property(lambda self: len(self.ids))
+
+    def get_vocab(self):
+        return dict(self.ids)
+
+    def _tokenize(self, text, **kwargs):
+        return self.split(text)
+
+    def _convert_token_to_id(self, token):
+        return self.ids.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return next(token for token, i in self.ids.items() if i == index)
+
+
+SAME = {
+    "itself": (bpe(), bpe()),
+    "a token that no model has": (bpe(), bpe(added=["<image>"])),
+    "its name differs": (bpe(added=["<pad>"]), bpe(added=["<image>"])),
+    "a BOS token is set": (tiny.tokenizer(), tiny.tokenizer(adds_bos=True)),
+    "in Python": (InPython(), tiny.tokenizer()),
+}
+DIFFERENT = {
+    "merges": (bpe(), bpe(merges=(("c", "d"), ("a", "b"))), 13, "another list of merges"),
+    "normalizer": (bpe(), bpe(normalizer=normalizers.Lowercase()), 13, "another normalizer"),
+    "pre-tokenizer": (bpe(), bpe(scheme=pre_tokenizers.ByteLevel()), 13, "another pre_tokenizer"),
+    "an added token that models have": (bpe(), bpe(added=["<image>"]), 16, "'<image>' with id None .teacher. and 13 .student."),
+    "special tokens": (bpe(added=["<x>", "<y>"]), bpe(added=["<y>", "<x>"]), 16, "2 tokens differ, such as '<x>' with id 13"),
+    "in Python": (InPython(lambda text: list(text)), tiny.tokenizer(), 99, "split a text in different ways"),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_tokenizer_is_seen_as_such(case):
+    first, second = SAME[case]
+    check_tokenizers(first, second, min(first.vocab_size, second.vocab_size))
+    check_tokenizers(second, first, min(first.vocab_size, second.vocab_size))
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_tokens_alone_do_not_make_the_same_tokenizer(case):
+    first, second, size, match = DIFFERENT[case]
+    with pytest.raises(ValueError, match=f"different tokenizers: .*{match}.* Distill from a teacher of the same family"):
+        check_tokenizers(first, second, size)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path):
+    """As Gemma 3's sign for images: the tokenizer has one token more than the model."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    texts = [" ".join(tiny.WORDS[:20])] * 9
+    given = {"model": tiny.model(seed=1), "teacher": tiny.model(), "args": arguments(tmp_path), "processing_class": tokenizer}
+    blocks = token_blocks(Dataset.from_dict({"text": texts}), tokenizer, 16)
+    DistillationTrainer(**given, train_dataset=blocks)
+    blocks = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}), tokenizer, 16)
+    message = r"The text holds id 99 \('<image>'\), but the model's vocabulary has 99: take it out of the text"
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(**given, train_dataset=blocks)
+    with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
+        calibrate(given["teacher"], blocks)
 
 
 @pytest.mark.parametrize(

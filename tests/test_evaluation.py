@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 
 import hf_minitron
 from hf_minitron import token_blocks
@@ -19,7 +20,7 @@ from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
 from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks, task_manager
-from hf_minitron.evaluation.text import in_tokens_of, read_text, text_bytes, text_facts, text_records
+from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_facts, text_records
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
@@ -119,9 +120,58 @@ def test_bytes_are_those_of_the_predicted_text():
 
 def test_another_tokenizer_reads_the_same_text(blocks):
     ours, other = tiny.tokenizer(), tiny.tokenizer([*tiny.WORDS[::-1], "extra"])
-    for mine, theirs in zip(blocks["input_ids"][:].tolist(), in_tokens_of(other, blocks, ours), strict=True):
+    found, labels = in_tokens_of(other, blocks, ours)
+    assert labels == found
+    for mine, theirs in zip(blocks["input_ids"][:].tolist(), found, strict=True):
         assert mine != theirs and other.decode(theirs) == ours.decode(mine)
         assert mine.count(ours.eos_token_id) == theirs.count(other.eos_token_id)
+
+
+def test_another_tokenizer_reads_the_same_text_with_its_own_bos():
+    texts = Dataset.from_dict({"text": ["w1 w2", "w3 w4 w5 w6 w7 w8", "w9"]})
+    ours, other = tiny.tokenizer(), tiny.tokenizer(tiny.WORDS[::-1], adds_bos=True)
+    rows = token_blocks(texts, ours, 6)
+    found, labels = in_tokens_of(other, rows, ours)
+    assert [other.decode(ids) for ids in found] == ["<s> w1 w2 </s> <s> w3 w4 w5", "<s> w6 w7 w8 </s> <s> w9 </s>"]
+    assert [[i for i, label in enumerate(row) if label == -100] for row in labels] == [[0, 4], [0, 5]]
+    rows = token_blocks(texts, other, 6)
+    back, labels = in_tokens_of(ours, rows, other)
+    assert back == labels and [ours.decode(ids) for ids in back] == ["w1 w2 </s> w3", "w4 w5 w6 w7 w8"]
+
+
+def test_perplexity_is_that_of_the_text_without_bos(tmp_path, monkeypatch):
+    """Token by token: what is predicted behind a document's start is not BOS; bytes are all of the text's."""
+    model, tokenizer = tiny.model(dtype=torch.float32), tiny.tokenizer(adds_bos=True)
+    texts = Dataset.from_dict({"text": ["w1 w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11 w12"]})
+    rows = token_blocks(texts, tokenizer, 8)
+    expected = []
+    for ids in rows["input_ids"]:
+        with torch.no_grad():
+            logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        expected += [float(logp[i, token]) for i, token in enumerate(ids[1:]) if token != tokenizer.bos_token_id]
+    found = perplexity(model, rows)
+    assert found["tokens"] == len(expected) and found["value"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(compare_module, "best_dtype", lambda device: torch.float32)
+    report = compare({"teacher": tmp_path}, rows)
+    assert report.text["add_bos_token"] is True
+    assert report.models["teacher"]["perplexity"]["value"] == pytest.approx(found["value"])
+    assert report.models["teacher"]["perplexity"]["tokens"] == len(expected)
+    plain = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows["input_ids"]]
+    assert report.text["bytes"] == sum(len(text.encode()) for text in plain)  # nothing is a block's first token but BOS
+    assert compare({"teacher": tmp_path}, tiny.blocks()).text["add_bos_token"] is False
+
+
+def test_tasks_begin_with_bos_as_the_tokenizer_does_or_as_told(project, monkeypatch):
+    model, seen = tiny.model(dtype=torch.float32), []
+    monkeypatch.setattr(model, "forward", lambda input_ids, *args, original=model.forward, **kwargs: (
+        seen.append(input_ids[:, 0].unique().tolist()), original(input_ids, *args, **kwargs))[1])  # fmt: skip
+    task = str(project["folder"] / "tasks/tiny.yaml")
+    for adds, wanted in ((False, None), (True, None), (True, False), (False, True)):
+        seen.clear()
+        run_tasks(model, tiny.tokenizer(adds_bos=adds), Tasks.find([task], add_bos_token=wanted))
+        assert all(first == [1] for first in seen) == (adds if wanted is None else wanted), (adds, wanted)
 
 
 def test_models_are_compared_sample_by_sample(folders, blocks, project, tmp_path):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_minitron.families.family import FAMILIES, family_of
 from hf_minitron.families.student import student_config
@@ -208,6 +209,46 @@ def test_an_unknown_family_with_llamas_names_works(model_type):
     pruned = logits(prune_model(teacher, plan))
     with masked(teacher, plan):
         assert relative(pruned, logits(teacher)) < 1e-6
+
+
+@pytest.mark.slow
+def test_every_type_that_is_accepted_is_tested():
+    """A type of a new transformers that happens to fit Llama's rows must come into the tests before it is pruned."""
+    accepted = set()
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = tiny.config(model_type)
+            family_of(config)
+            accepted.add(config.model_type)
+        except Exception:  # refused, or no config of these sizes
+            continue
+    assert accepted == {*tiny.MODEL_TYPES, *tiny.FALLBACK_TYPES}
+
+
+@pytest.mark.parametrize(("model_type", "changes"), tiny.ACCEPTED, ids=str)
+def test_norms_add_to_their_weights_what_is_measured(model_type, changes):
+    """Weights of minus the offset let nothing pass."""
+    model = tiny.model(model_type, **changes)
+    family = family_of(model.config)
+    offset = family.norm_offset_of(model.config)
+    assert offset == (1 if model_type in ("gemma", "gemma2", "gemma3_text", "vaultgemma", "nemotron") else 0)
+    for _, name in family.taps_of(model.config)["hidden"]:
+        norm = model.get_submodule(name)
+        if hasattr(norm, "weight"):
+            with torch.no_grad():
+                for parameter, value in norm.named_parameters():
+                    value.fill_(-offset if parameter == "weight" else 0)
+                assert not norm(torch.randn(1, 3, 40, dtype=model.dtype)).any(), name
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line(monkeypatch):
+    config = tiny.config("llama", rms_norm_eps=1.25e-6)  # no other test's: results are kept
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x if x.sum() > 0 else -x)
+    with pytest.raises(
+        ValueError, match="Cannot see which norms .* of model type 'llama' read: .*Score it with moments: false"
+    ) as e:
+        family_of(config).readers_of(config)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(("model_type", "wrong"), [("apertus", "act_fn.alpha_p"), ("helium", "self_attn.o_proj.weight")])

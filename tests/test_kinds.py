@@ -37,7 +37,7 @@ KINDS = {
         r"'chatglm' needs code of its own \(auto_map\), which is not run here",
     ),
     "unknown": ({"config.json": LLAMA | {"model_type": "llamma"}}, "'llamma' is in no class of Transformers"),
-    "no type": ({"config.json": {}}, "config.json is damaged: it has no model_type"),
+    "no type": ({"config.json": {}}, "config.json has no model_type"),
     "AWQ": (
         {"config.json": LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}},
         "is compressed with awq, which",

@@ -16,9 +16,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
-axes shape scores plan families.llama families.gpt families.moe families.config families.family
-families.student data mixture memory environment
-model_kinds model_files checkpoint saving pruning.compensate pruning.rotate pruning.prune pruning.export
+axes shape scores plan families.llama families.gpt families.moe families.config families.meta families.trace families.family
+families.student data vocabulary mixture memory environment
+model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
@@ -30,8 +30,8 @@ distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run hub.facts recipe
-stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
-stages.search stages.select stages.publish chain estimate __main__
+stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache
+stages.evaluate stages.search stages.select stages.publish chain estimate __main__
 """.split()
 
 

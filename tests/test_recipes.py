@@ -31,7 +31,8 @@ from hf_minitron.data import check_text
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.evaluation.tasks import task_manager
-from hf_minitron.families.family import family_of, parameters_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.meta import parameters_of
 from hf_minitron.families.student import student_config
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan

@@ -1,18 +1,21 @@
 """The rotated stream, merged layers, biases and head residuals, each against what they claim."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_minitron import axes
-from hf_minitron.families.family import FAMILIES, family_of
+from hf_minitron.families.family import FAMILIES, OUTPUT, family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.gaps import read_gaps
-from hf_minitron.plan import Plan, make_plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, OUTPUT, moments_path
+from hf_minitron.plan import Plan, copy_plan, make_plan
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, moments_path
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.rotate import rotation_for, untied
 
@@ -104,7 +107,11 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
         plan = Plan(shape, after, {"layers": kept, "ffn": [plan.keep["ffn"][layer] for layer in kept]})
         gaps = read_gaps(teacher, blocks, plan, tmp_path / f"gaps{kept}")
         assert len(list(gaps.iterdir())) == (0 if kept[0] == 1 else 1)  # nothing stands before the first layer
-        plain, merged = (prune_model(teacher, plan, tmp_path / "m", MERGING, g) for g in (None, gaps))
+        if kept[0] == 1:
+            with pytest.raises(ValueError, match="layer_merge has no effect: no kept layer stands before a dropped one"):
+                prune_model(teacher, plan, tmp_path / "m", MERGING, gaps)
+            continue
+        plain, merged = (prune_model(teacher, plan, tmp_path / "m", *given) for given in ((), (MERGING, gaps)))
 
         def state(model, layer):  # behind the first gap, before what follows
             found = []
@@ -163,7 +170,8 @@ def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
 
     expected = mean(teacher)
     without = tuple(n for n in names if n != "bias")
-    plain, biased = ((mean(prune_model(teacher, plan, tmp_path, n)) - expected).abs().max() for n in (without, names))
+    cases = [(tmp_path, without) if without else (), (tmp_path, names)]
+    plain, biased = ((mean(prune_model(teacher, plan, *given)) - expected).abs().max() for given in cases)
     if model_type == "qwen2":  # its norm sees fewer channels: not the very same input
         assert biased < plain
     else:
@@ -180,3 +188,63 @@ def test_head_residuals_pair_the_weakest_that_stays_with_the_strongest_that_goes
         query = teacher.model.layers[layer].self_attn.q_proj.weight.view(4, 6, 40)
         expected = [2 * query[h] - query[h ^ 1] for h in plan.keep["heads"][layer]]  # two heads a group: one stays, one goes
         assert torch.allclose(student.model.layers[layer].self_attn.q_proj.weight.view(2, 6, 40), torch.stack(expected))
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """A teacher on disk, its plan, and the student that a rotation made of it."""
+    folder = tmp_path_factory.mktemp("turned")
+    teacher = tiny.model(dtype=torch.float32, tie_word_embeddings=True)
+    teacher.save_pretrained(folder / "teacher")
+    scores = calibrate(teacher, tiny.blocks(40), moments=folder / "m")
+    plan = make_plan(scores, shape_of(teacher), shape_of(teacher).cut_to({"hidden": 24, "ffn": 48}))
+    for names in ROTATIONS:
+        prune_checkpoint(folder / "teacher", plan, folder / str(len(names)), moments=folder / "m", corrections=names)
+    return folder, teacher
+
+
+ROTATIONS = (("rotation",), ("rotation", "least_squares", "norm_ratio"))
+
+
+@pytest.mark.parametrize("names", ROTATIONS)
+def test_a_rotated_plan_that_is_loaded_gives_the_same_student(names, turned, tmp_path):
+    """Not a bit differs, also without the rotation's moments: the basis comes with the plan."""
+    folder, teacher = turned
+    student, plan = folder / str(len(names)), Plan.load(folder / str(len(names)) / "plan.json")
+    assert plan.rotated and plan.keep["hidden"] == list(range(24)) and plan.basis.dtype == torch.float64
+    written = json.loads((student / "plan.json").read_text())["basis"]
+    assert written["file"] == "plan/basis.safetensors" and written["bytes"] == (student / written["file"]).stat().st_size
+    stored = load_file(student / "model.safetensors")
+    given = {"moments": folder / "m", "corrections": names} if len(names) > 1 else {}
+    made = prune_model(teacher, plan, **given).state_dict()
+    prune_checkpoint(folder / "teacher", plan, tmp_path / "again", **given)
+    for name, value in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(value, stored[name]), name
+        assert torch.equal(value, made[name]), name
+    assert json.loads((tmp_path / "again" / "plan.json").read_text())["basis"] == written
+    assert [path.name for path in student.glob("*.safetensors")] == ["model.safetensors"]  # what vLLM takes for weights
+
+
+def test_a_rotated_plan_without_its_basis_is_refused(turned, tmp_path):
+    folder, teacher = turned
+    shutil.copyfile(folder / "1" / "plan.json", tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.kept_layers == [0, 1, 2]  # what needs no basis can be read
+    for call in (lambda: prune_model(teacher, plan), lambda: plan.save(tmp_path / "copy.json")):
+        with pytest.raises(ValueError, match="basis, plan/basis.safetensors beside plan.json, which is missing: copy it"):
+            call()
+    (tmp_path / "plan").mkdir()
+    save_file({"basis": torch.eye(40, dtype=torch.float64)}, tmp_path / "plan" / "basis.safetensors")
+    with pytest.raises(ValueError, match="basis.safetensors is not the basis that .*plan.json names"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_large_basis_stays_with_the_run_and_is_told(turned, tmp_path, monkeypatch, caplog):
+    folder, _ = turned
+    copy_plan(folder / "1", tmp_path)
+    assert Plan.load(tmp_path / "plan.json").basis is not None
+    monkeypatch.setattr("hf_minitron.plan.LARGE_BASIS", 1000)
+    (tmp_path / "large").mkdir()
+    copy_plan(folder / "1", tmp_path / "large")
+    assert Plan.load(tmp_path / "large" / "plan.json").basis is None
+    assert "will not be published" in caplog.text

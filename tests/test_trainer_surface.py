@@ -157,7 +157,7 @@ def assert_alike(theirs, ours, tolerance=2e-5):
         assert torch.allclose(a.float(), b.float(), atol=tolerance), name
     assert ours.state.num_input_tokens_seen == theirs.state.num_input_tokens_seen
     assert ours.state.best_global_step == theirs.state.best_global_step
-    assert ours.model.config.use_cache == theirs.model.config.use_cache
+    assert ours.model.config.use_cache is True  # what is saved keeps the model's own; every call says that it is off
     folders = [sorted(p.relative_to(t.args.output_dir).as_posix() for p in _files(t)) for t in (theirs, ours)]
     assert folders[0] == folders[1]
 

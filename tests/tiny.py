@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_dim": 6, "vocab": 99}
@@ -29,6 +29,7 @@ CHANGES = {
     "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": ROPE},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
+    "helium": {"head_dim": 10},
     "mixtral": ROUTER,
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
     "phi": {"head_dim": 8},
@@ -43,6 +44,21 @@ MODEL_TYPES = (
     "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
+# Model types without a table that fit Llama's, and settings that move a norm or a reader: everything that is accepted.
+FALLBACK_TYPES = (
+    "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "helium", "internlm3", "iquestcoder", "jais2",
+    "ministral3", "nanochat", "seed_oss",
+)  # fmt: skip
+VARIANTS = (
+    ("opt", {"do_layer_norm_before": False}),
+    ("opt", {"do_layer_norm_before": False, "_remove_final_layer_norm": True}),
+    ("opt", {"_remove_final_layer_norm": True}),
+    ("stablelm", {"use_parallel_residual": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt2", {"tie_word_embeddings": True}),
+    ("gemma2", {"tie_word_embeddings": True}),
+)
+ACCEPTED = (*((model_type, {}) for model_type in (*MODEL_TYPES, *FALLBACK_TYPES)), *VARIANTS)
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
 
 
@@ -102,10 +118,12 @@ def blocks(rows=6, length=12, seed=0):
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
 
 
-def tokenizer(words=WORDS):
+def tokenizer(words=WORDS, adds_bos=False):
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 

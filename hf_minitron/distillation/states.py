@@ -272,7 +272,7 @@ def _places(config, names: Sequence[str]) -> dict[str, list[list[Place]]]:
     parts = family.attention_of(config)
     found: dict[str, list[list[Place]]] = {
         "embedding": [[(norm, None, "")] for norm in attention[:1]],
-        "block": [[(norm, None, "")] for norm in [*attention[1:], *([last] if attention and last else [])]],
+        "block": [[(norm, None, "")] for norm in ([*attention[1:], last] if attention and last else [])],
         "mlp_input": [[(norm, None, "")] for norm in mlp],
     }
     for name, kinds in RELATIONS.items():

@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.data import adds_bos_token
+
 NGRAM = 10  # tokens
 
 
 def start_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, max_tokens: int, chat: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | None,
+    max_tokens: int,
+    chat: bool = False,
+    add_bos_token: bool | None = None,
 ) -> list[list[int]]:
     """Return the ids that generation starts from.
 
@@ -26,16 +32,19 @@ def start_ids(
             begins a text, or the one that ends the text before.
         max_tokens (`int`): Tokens taken from the start of each document.
         chat (`bool`): Put each into the tokenizer's chat template, as what the user says.
+        add_bos_token (`bool`, *optional*): Whether each begins with the BOS token; as the tokenizer does when left out. A chat
+            template has its own.
     """
     if prompts is None:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [[first]]
+        first = None if add_bos_token is False else tokenizer.bos_token_id
+        return [[tokenizer.eos_token_id if first is None else first]]
     if chat:
         plain = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
         turns = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in plain]
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    ids = tokenizer(list(prompts), truncation=True, max_length=max_tokens)["input_ids"]  # begun as the tokenizer does it
-    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    opening = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
+    ids = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+    return [[*opening, *row][:max_tokens] for row in ids]
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
+from hf_minitron.vocabulary import difference
 
 
 class LiveTeacher:
@@ -43,9 +44,6 @@ class LiveTeacher:
     ):
         if isinstance(model, str | Path):
             model = _load(model, device, init_kwargs)
-        elif init_kwargs:
-            raise ValueError(f"teacher_model_init_kwargs: {', '.join(init_kwargs)}, but the teacher is a model that is loaded "
-                             "already; give its name, or leave them out")  # fmt: skip
         self.model = base_of(model)
         quantized = getattr(self.model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
         if not quantized and not hasattr(self.model, "hf_device_map"):  # these stay where they are
@@ -136,17 +134,16 @@ def teacher_folder(model: str | Path, init_kwargs: dict | None = None) -> Path:
     return resolve(adapter_base(model) or model, variant=how.get("variant"), **which)
 
 
-def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that give a token different ids: logits could not be compared.
+def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+    """Refuse two tokenizers that make different ids of a text: logits could not be compared.
+
+    Args:
+        teacher (`PreTrainedTokenizerBase`): The teacher's.
+        student (`PreTrainedTokenizerBase`): The student's.
+        vocab_size (`int`, *optional*): The smaller of their models' vocabularies; tokens beyond it do not count.
 
     Raises:
-        ValueError: naming the first token whose ids differ.
+        ValueError: naming the first token whose ids differ, or what else does.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"Teacher and student have different tokenizers: {len(different):,} tokens differ, such as {token!r} with id "
-            f"{theirs.get(token)} (teacher) and {ours.get(token)} (student). Distill from a teacher of the same family"
-        )
+    if found := difference(teacher, student, vocab_size, ("teacher", "student")):
+        raise ValueError(f"Teacher and student have different tokenizers: {found}. Distill from a teacher of the same family")

@@ -33,6 +33,7 @@ from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.saving import complete_side_files, repair_generation, save_config
+from hf_minitron.vocabulary import check_vocabularies
 
 # The projections of the losses on states, in a checkpoint.
 PROJECTIONS = "projections.safetensors"
@@ -89,7 +90,8 @@ class DistillationTrainer(Trainer):
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
         if self.teacher is not None:
-            _check_vocabularies(self.teacher.config, student.config, self.processing_class)
+            sizes = {"teacher": self.teacher.config.vocab_size, "student": student.config.vocab_size}
+            check_vocabularies(sizes, self.processing_class, self.train_dataset)
         if "position_ids" in (getattr(self.train_dataset, "column_names", None) or ()):  # documents of their own
             for reader in [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]:
                 check_documents_apart(reader)
@@ -99,8 +101,7 @@ class DistillationTrainer(Trainer):
             self.teacher.shard(self.accelerator)
         self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch,
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # which is counted for every class of models
-        self.terminated = False
-        self._loss_only = False
+        self.terminated = self._loss_only = False
         self._named = NamedLosses(self.accelerator, args.average_tokens_across_devices)
 
     def train(self, *args, **kwargs):
@@ -267,10 +268,8 @@ class DistillationTrainer(Trainer):
             formulas = TOKEN_LOSSES | {"jsd": partial(TOKEN_LOSSES["jsd"], beta=self.args.beta)}
             losses = {name: formulas[name](student_logp, teacher_logp) * temperature**2 for name in names}
         if CROSS_ENTROPY in self._logit_weights:
-            smoothing = self.args.label_smoothing_factor
-            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(
-                logits, targets[rows], reduction="none", label_smoothing=smoothing
-            )
+            settings = {"reduction": "none", "label_smoothing": self.args.label_smoothing_factor}
+            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(logits, targets[rows], **settings)
         return losses
 
     def _terminate(self) -> None:
@@ -299,13 +298,3 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._states and checkpoint is not None:
             self._states.load(Path(checkpoint) / PROJECTIONS)
-
-
-def _check_vocabularies(teacher, student, tokenizer) -> None:
-    """Vocabularies may differ by padding only: all tokens of the tokenizer must lie in both."""
-    sizes = {"teacher": teacher.vocab_size, "student": student.vocab_size}
-    if tokenizer is not None and hasattr(tokenizer, "__len__") and min(sizes.values()) < len(tokenizer):
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than padding. "
-            "Use a teacher and a student with the same tokenizer"
-        )

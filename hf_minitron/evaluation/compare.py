@@ -18,10 +18,19 @@ from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_mod
 from hf_minitron.data import text_hash
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
-from hf_minitron.evaluation.text import TeacherStates, in_tokens_of, read_text, text_bytes, text_facts, text_records
+from hf_minitron.evaluation.text import (
+    TeacherStates,
+    in_tokens_of,
+    plain_blocks,
+    read_text,
+    text_bytes,
+    text_facts,
+    text_records,
+)
 from hf_minitron.families.family import family_of
 from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.vocabulary import check_ids, difference
 
 
 def compare(
@@ -36,6 +45,7 @@ def compare(
     tensor_parallel: bool = False,
     folder: Path | None = None,
     seed: int = 0,
+    add_bos_token: bool | None = None,
 ) -> Report:
     """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
@@ -53,6 +63,8 @@ def compare(
         folder (`Path`, *optional*): Where the records of each model are kept, as `samples/<name>.parquet`. A model that an
             interrupted comparison with this folder has finished is not measured again.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+        add_bos_token (`bool`, *optional*): Whether tasks, and the text of a model with another tokenizer, begin with its BOS
+            token; as each tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
 
     Returns:
         `Report`: Without speed; the same on every process.
@@ -66,7 +78,8 @@ def compare(
     ['bits_per_byte', 'perplexity']
     ```
     """
-    chosen = Tasks.find(tasks, include_path, limit=limit, few_shot=few_shot, chat_template=chat_template)
+    settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
+    chosen = Tasks.find(tasks, include_path, **settings, add_bos_token=add_bos_token)
     folders = {name: resolve(source) for name, source in models.items()}
     if tensor_parallel:
         for path in folders.values():
@@ -78,7 +91,7 @@ def compare(
         results[name] = {"path": str(source), **({"revision": revision} if revision else {}), **results[name]}
     text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
     text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
-    settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
+    text["add_bos_token"] = "labels" in blocks.column_names
     return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
 
 
@@ -87,7 +100,11 @@ def _measure(
 ) -> dict[str, tuple[dict, list[dict]]]:
     """Return facts and records of every model, measuring those that are not kept in `folder`."""
     tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
-    texts = {name: _Text(blocks, tokenizer, next(iter(tokenizers.values()))) for name, tokenizer in tokenizers.items()}
+    sizes, teachers = {name: AutoConfig.from_pretrained(path).vocab_size for name, path in folders.items()}, next(iter(folders))
+    texts = {}
+    for name, tokenizer in tokenizers.items():
+        size = min(sizes[name], sizes[teachers])
+        texts[name] = _Text(blocks, tokenizer, tokenizers[teachers], size, tasks.add_bos_token)
     kept, teacher = {name: _kept(folder, name) for name in folders}, None
     for number, (name, path) in enumerate(folders.items()):
         waiting = any(kept[other] is None and not texts[other].other for other in list(folders)[1:])
@@ -108,10 +125,20 @@ def _measure(
 class _Text:
     """The held-out text in one model's tokens."""
 
-    def __init__(self, blocks: Dataset, tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase):
-        self.other = tokenizer.get_vocab() != teachers.get_vocab()
-        ids = blocks.with_format(None)["input_ids"]
-        self.blocks = in_tokens_of(tokenizer, blocks, teachers) if self.other else [list(map(int, row)) for row in ids]
+    def __init__(
+        self,
+        blocks: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        teachers: PreTrainedTokenizerBase,
+        vocab_size: int,
+        add_bos_token: bool | None,
+    ):
+        self.other = bool(difference(tokenizer, teachers, vocab_size))
+        if self.other:
+            self.blocks, self.labels = in_tokens_of(tokenizer, blocks, teachers, add_bos_token)
+        else:
+            check_ids(blocks, vocab_size, tokenizer)
+            self.blocks, self.labels = plain_blocks(blocks)
         self.num_bytes = text_bytes(self.blocks, tokenizer)
 
     def measure(
@@ -121,9 +148,9 @@ class _Text:
         shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
         first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
-        blocks, known = self.blocks[first:last], None if self.other else teacher
-        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}")
-        rows = text_records(sums, blocks, self.num_bytes[first:last], first)
+        blocks, labels, known = self.blocks[first:last], self.labels[first:last], None if self.other else teacher
+        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}", labels=labels)
+        rows = text_records(sums, labels, self.num_bytes[first:last], first)
         rows = gather_object(rows) if processes > 1 else rows
         rows.sort(key=lambda row: (row["metric"], row["doc"]))
         return text_facts(rows) | ({"tokenizer": "another"} if self.other else {}), rows, reading

@@ -3,6 +3,7 @@
 It must not know how a model was made. Under `accelerate launch` the documents are split over the processes.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.data import adds_bos_token
 from hf_minitron.evaluation.report import samples_of
 from hf_minitron.evaluation.significance import AGGREGATIONS, interval
 
@@ -33,6 +35,7 @@ class Tasks:
         limit (`int`, *optional*): Documents per task; all when left out.
         few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
         chat_template (`bool`, *optional*, defaults to `False`): Whether to wrap questions in the tokenizer's chat template.
+        add_bos_token (`bool`, *optional*): Whether questions begin with the BOS token; as the tokenizer does when left out.
     """
 
     names: Sequence[str] = ()
@@ -40,6 +43,7 @@ class Tasks:
     limit: int | None = None
     few_shot: int | None = None
     chat_template: bool = False
+    add_bos_token: bool | None = None
 
     @classmethod
     def find(cls, tasks: Sequence[str], include_path: str | Path | None = None, **settings) -> "Tasks":
@@ -97,7 +101,8 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model in memory, which is what we want
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = 8  # lm-eval would try 64 sequences: a CPU gains nothing and does not refuse them
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    tokenizer = _with_bos(tokenizer) if tasks.add_bos_token else tokenizer
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=tasks.add_bos_token)
     state = PartialState()
     if split and state.num_processes > 1:  # lm-eval leaves this to us for a model that is loaded already
         lm.accelerator, lm._rank, lm._world_size = Accelerator(), state.process_index, state.num_processes
@@ -121,6 +126,16 @@ def run_tasks(
     facts, records = (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
     _add_samples_view(facts, records)
     return facts, records
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that begins texts with its BOS token: lm-eval only asks it to do what it does."""
+    if not adds_bos_token(tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = True
+        if not adds_bos_token(tokenizer):
+            raise ValueError(f"add_bos_token: true, but a {type(tokenizer).__name__} cannot begin tasks with it; leave it out")
+    return tokenizer
 
 
 def task_manager(include_paths: Sequence[str] | str | Path | None, names: Sequence[str] = ()):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.losses.chunked import Head, head_of, next_token_rows
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
@@ -41,21 +42,38 @@ def text_bytes(blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBa
     return [len(text.encode()) - len(start.encode()) for text, start in zip(whole, first, strict=True)]
 
 
-def in_tokens_of(other: PreTrainedTokenizerBase, blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the blocks in another tokenizer's tokens, documents separated by its own end token."""
-    found = []
-    for ids in _plain(blocks):
+def in_tokens_of(
+    other: PreTrainedTokenizerBase, blocks: Dataset, tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the blocks in another tokenizer's tokens, documents separated by its own end token, and their labels.
+
+    Args:
+        other (`PreTrainedTokenizerBase`): The other one.
+        blocks (`Dataset`): From `token_blocks`.
+        tokenizer (`PreTrainedTokenizerBase`): The one that made them.
+        add_bos_token (`bool`, *optional*): Whether blocks and documents begin with the other's BOS token; as it does by itself
+            when left out.
+    """
+    found, labels = [], []
+    opening = [other.bos_token_id] if adds_bos_token(other, add_bos_token) else []
+    for ids, targets in zip(*plain_blocks(blocks), strict=True):
+        ids = [token for token, target in zip(ids, targets, strict=True) if target != -100]  # without BOS tokens
         pieces, start = [], 0
         for place in [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]:
             pieces.append((ids[start:place], True))
             start = place + 1
         pieces.append((ids[start:], False))
         tokens: list[int] = []
+        wanted: list[int] = []
         for piece, ended in pieces:
             text = tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            tokens += other(text, add_special_tokens=False, verbose=False)["input_ids"] + [other.eos_token_id] * ended
+            own = other(text, add_special_tokens=False, verbose=False)["input_ids"] + [other.eos_token_id] * ended
+            begun = opening if own or not tokens else []
+            tokens += begun + own
+            wanted += [-100] * len(begun) + own
         found.append(tokens)
-    return found
+        labels.append(wanted)
+    return found, labels
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ def read_text(
     keep: bool = False,
     description: str = "Held-out text",
     chunk_size: int = 256,
+    labels: Sequence[Sequence[int]] | None = None,
 ) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
     """Run a model over token blocks.
 
@@ -94,6 +113,7 @@ def read_text(
         keep (`bool`, *optional*, defaults to `False`): Whether to return this model's reading, for others to be compared with.
         description (`str`, *optional*): Label of the progress bar.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
+        labels (`Sequence[Sequence[int]]`, *optional*): The blocks with -100 for tokens that are not predicted (BOS tokens).
 
     Returns:
         `tuple`: Per-block sums by name, each of shape `(blocks,)`: `loglikelihood` in nats; with a teacher `top1_match` in
@@ -104,14 +124,14 @@ def read_text(
     def read(size: int) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
         head, sums, kept, start = _whole_head(model), [], [], 0
         signal = teacher and teacher.on(model.device)
-        for ids, labels in tqdm(_batches(blocks, size), desc=description, total=-(-len(blocks) // size)):
+        for ids, wanted in tqdm(_batches(blocks, labels or blocks, size), desc=description, total=-(-len(blocks) // size)):
             hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-            rows, targets = next_token_rows(hidden, labels.to(model.device))
+            rows, targets = next_token_rows(hidden, wanted.to(model.device))
             states = None
             if signal is not None:
                 states = DenseSignal(signal.hidden[start : start + len(rows)].to(rows.device), signal.head)
             found = _token_sums(head, rows, targets, states, chunk_size)
-            lengths = (labels[:, 1:] != -100).sum(1).tolist()
+            lengths = (wanted[:, 1:] != -100).sum(1).tolist()
             sums += [[part.sum().item() for part in parts] for parts in zip(*(f.split(lengths) for f in found), strict=True)]
             start += len(rows)
             if keep:
@@ -129,8 +149,8 @@ def read_text(
 def text_records(
     sums: dict[str, np.ndarray], blocks: Sequence[Sequence[int]], num_bytes: Sequence[int], first: int = 0
 ) -> list[dict]:
-    """Return the records of blocks, numbered from `first`: see `save_samples`."""
-    tokens = [len(ids) - 1 for ids in blocks]
+    """Return the records of blocks (or of their labels), numbered from `first`: see `save_samples`."""
+    tokens = [sum(label != -100 for label in ids[1:]) for ids in blocks]
     columns = {
         "perplexity": (sums["loglikelihood"], tokens),
         "bits_per_byte": (sums["loglikelihood"], num_bytes),
@@ -177,9 +197,9 @@ def perplexity(
     Returns:
         `dict[str, float]`: `value`, `stderr`, and the predicted `tokens`.
     """
-    ids = _plain(blocks)
-    sums, _ = read_text(model, ids, batch_size, description=description, chunk_size=chunk_size)
-    tokens = np.array([len(block) - 1 for block in ids], dtype=float)
+    ids, labels = plain_blocks(blocks)
+    sums, _ = read_text(model, ids, batch_size, description=description, chunk_size=chunk_size, labels=labels)
+    tokens = np.array([sum(label != -100 for label in block[1:]) for block in labels], dtype=float)
     found = estimate(np.stack([sums["loglikelihood"], tokens], axis=1), "perplexity")
     return found | {"tokens": int(tokens.sum())}
 
@@ -199,13 +219,16 @@ def _token_sums(head: Head, rows: Tensor, targets: Tensor, teacher: DenseSignal 
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def _batches(blocks: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    blocks: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ids and labels; shorter blocks are filled up on the right, where no token before looks, and not predicted."""
     for start in range(0, len(blocks), batch_size):
-        rows = blocks[start : start + batch_size]
-        longest = max(map(len, rows))
+        part = slice(start, start + batch_size)
+        longest = max(map(len, blocks[part]))
         yield tuple(
-            torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long) for fill in (0, -100)
+            torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long)
+            for rows, fill in ((blocks[part], 0), (labels[part], -100))
         )
 
 
@@ -217,5 +240,9 @@ def _whole_head(model: PreTrainedModel) -> Head:
     return replace(head, weight=head.weight.full_tensor(), bias=None if head.bias is None else head.bias.full_tensor())
 
 
-def _plain(blocks: Dataset) -> list[list[int]]:
-    return [list(map(int, ids)) for ids in blocks.with_format(None)["input_ids"]]
+def plain_blocks(blocks: Dataset) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of blocks as lists, and their labels: the ids themselves where there are none."""
+    plain = blocks.with_format(None)
+    ids, labels = ([list(map(int, row)) for row in plain[name]] if name in plain.column_names else None
+                   for name in ("input_ids", "labels"))  # fmt: skip
+    return ids, labels or ids

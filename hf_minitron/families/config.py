@@ -1,53 +1,12 @@
-"""The config of a model folder, and what it says that cannot be pruned. It must not know a family's table."""
+"""What a config says that cannot be pruned. It must not know a family's table."""
 
 import inspect
-import json
 from collections.abc import Container
 from pathlib import Path
 
-import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-
-def read_config(folder: str | Path) -> PreTrainedConfig:
-    """Return the config of a model folder.
-
-    Args:
-        folder (`str` or `Path`): A folder with a `config.json`; nothing else is read.
-
-    Raises:
-        ValueError: in one line, for a file that Transformers cannot read, a model type that it does not know, or remote code.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():  # Transformers would take the folder for a name on the Hub
-        raise ValueError(f"{folder} has no config.json: not a model folder")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # config classes raise their own kinds
-        raise ValueError(f"{path}: {_reason(path, error)}") from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Say why Transformers refused a config, and what to do."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as broken:
-        return f"this is not JSON ({broken}); download it again"
-    if not isinstance(content, dict):
-        return f"this holds a {type(content).__name__}, not the keys of a config; download it again"
-    kind, version = content.get("model_type"), f"transformers {transformers.__version__}"
-    if kind in CONFIG_MAPPING:
-        return f"{version} cannot read it ({one_line(error)}); correct that key"
-    if content.get("auto_map"):
-        return (
-            f"model type {kind!r} is remote code (auto_map), which hf_minitron does not run; "
-            f"convert the checkpoint to a model type of {version} first"
-        )
-    if kind is None:
-        return 'it has no model_type; add one, such as "llama"'
-    return f"{version} does not know model type {kind!r}; upgrade transformers, or correct model_type"
 
 
 def one_line(error: Exception) -> str:

@@ -3,19 +3,24 @@
 It must not read weights: a model's parameter names and shapes come from building it on the meta device.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families import gpt, llama, moe
-from hf_minitron.families.config import not_a_language_model, one_line
+from hf_minitron.families.config import not_a_language_model
+from hf_minitron.families.meta import base_prefix, modules_of, parameters_of
+from hf_minitron.families.trace import Trace, norm_offset, trace
 from hf_minitron.shape import AXES, Shape
+
+# What a module gives, and what it is given.
+OUTPUT, INPUT = ".output", ".input"
+
+HIDDEN: axes.Dim = (("hidden",),)
+ATTENTION_AXES = {"heads", "kv_heads", "q_rank", "kv_rank"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,6 @@ class Family:
         rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
             list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         taps (`Mapping[str, tuple[str, ...]]`): Axis to the modules where its activations are read.
-        readers (`Mapping[str, tuple[str, ...]]`): Norm to the projections that read what it gives.
         attention (`Mapping[str, tuple[str, ...]]`): `query`, `key` and `value`, to the modules that give them.
         plain_stream (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added to
             the residual stream as they are; rotating it and merging layers take that for granted.
@@ -35,7 +39,6 @@ class Family:
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
         inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
-        norm_offset (`float`): What the norms add to their stored weights.
         held_by (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
     """
 
@@ -46,9 +49,7 @@ class Family:
     follows: Mapping[str, str] = field(default_factory=dict)
     inexact: Mapping[str, str] = field(default_factory=dict)
     inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    norm_offset: float = 0.0
     held_by: Mapping[str, object] = field(default_factory=dict)
-    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     plain_stream: bool = False
 
@@ -122,13 +123,22 @@ class Family:
         return {axis: places for axis, places in taps.items() if places}
 
     def readers_of(self, config: PreTrainedConfig) -> dict[str, tuple[int | None, str]]:
-        """Return the projections that read hidden channels through a norm, a tied head too: to each its layer and the norm."""
-        found = {}
-        for norm, readers in self.readers.items():
-            norms = dict(self._places(config, norm))
-            for layer, module in [place for reader in readers for place in self._places(config, reader)]:
-                if layer in norms:
-                    found[module] = (layer, norms[layer])
+        """Return the projections that read hidden channels, a tied head too: to each its layer and where its input is seen.
+
+        That is `<norm>.output` when a norm of its layer gives that tensor (of the head: a norm, or the model without it), else
+        `<projection>.input`, of the first that reads it. A head that reads neither is left out. Routers are only sliced.
+        """
+        traced, norms, first, found = trace(config), self._norms(config), {}, {}
+        for module, layer, given in self._readers(config, traced):
+            outputs = [name for name in traced.reads.get(module, ()) if name in norms and norms[name] == layer]
+            if layer is None and base_prefix(config) in traced.reads.get(module, ()):
+                outputs.append(base_prefix(config))
+            if "experts" in given:
+                continue
+            if outputs:
+                found[module] = (layer, f"{outputs[0]}{OUTPUT}")
+            elif layer is not None:
+                found[module] = (layer, f"{first.setdefault((layer, traced.inputs[module]), module)}{INPUT}")
         return found
 
     def norms_of(self, config: PreTrainedConfig) -> tuple[list[str], list[str], str | None]:
@@ -136,10 +146,31 @@ class Family:
 
         The lists are empty for a family whose norms stand elsewhere.
         """
-        rows = [norm for norm in self.readers if axes.placeholders(norm)]
-        places = [[name for _, name in self._places(config, row)] for row in rows[:1] + rows[-1:]]
-        last = [name for norm in self.readers if norm not in rows for _, name in self._places(config, norm)]
-        return *(places or ([], [])), last[0] if last else None
+        traced, norms = trace(config), self._norms(config)
+        attention, mlp, last = {}, {}, {}
+        for module, layer, given in self._readers(config, traced):
+            kind = last if layer is None else attention if given & ATTENTION_AXES else mlp
+            for norm in traced.reads.get(module, ()):
+                if norm in norms and norms[norm] == layer:
+                    kind[layer] = norm
+        return [attention[layer] for layer in sorted(attention)], [mlp[layer] for layer in sorted(mlp)], last.get(None)
+
+    def norm_offset_of(self, config: PreTrainedConfig) -> float:
+        """Return what the norms add to their stored weights."""
+        return norm_offset(config, self._norms(config))
+
+    def _norms(self, config: PreTrainedConfig) -> dict[str, int | None]:
+        """Return the norms of the hidden channels, and the layer of each."""
+        return {name: layer for layer, name in self.taps_of(config).get("hidden", ())}
+
+    def _readers(self, config: PreTrainedConfig, traced: Trace) -> Iterator[tuple[str, int | None, set[str]]]:
+        """Yield the modules whose weights go from hidden channels to something else: name, layer, and the axes of that."""
+        for module in traced.inputs:
+            row, indices = axes.match(f"{module}.weight", self.rows) or ("", {})
+            dims = axes.parse(self.rows[row]) if row else ()
+            given, read = dims[::-1] if module in traced.transposed else dims if len(dims) == 2 else ((), ())
+            if read == HIDDEN:
+                yield module, axes.layer_in(indices), axes.dim_names(given)
 
     def attention_of(self, config: PreTrainedConfig) -> dict[str, list[tuple[str, axes.Dim]]]:
         """Return the modules that give queries, keys and values, one per layer, and the pattern of what they give."""
@@ -152,41 +183,35 @@ class Family:
 
     def _places(self, config: PreTrainedConfig, row: str) -> list[tuple[int | None, str]]:
         """Return layer and name of the modules of a model that a row of names stands for."""
-        modules = _meta(type(config), config.to_json_string(use_diff=False)).modules
+        modules = modules_of(config)
         layers = range(_read(config, self.config_keys["layers"])) if axes.placeholders(row) else [None]
         places = [(layer, row.format_map(dict.fromkeys(axes.placeholders(row), layer))) for layer in layers]
         return [place for place in places if place[1] in modules]
 
 
-LLAMA = Family(
-    llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, readers=llama.LLAMA_READERS, attention=llama.LLAMA_ATTENTION
-)
+LLAMA = Family(llama.LLAMA_ROWS, llama.LLAMA_TAPS, llama.CONFIG_KEYS, attention=llama.LLAMA_ATTENTION)
 PLAIN = replace(LLAMA, plain_stream=True)
 MOE = Family(
     moe.MOE_ROWS,
     moe.MOE_TAPS,
     moe.QWEN_MOE_KEYS,
     moe.STORED,
-    readers=moe.MOE_READERS,
     attention=llama.LLAMA_ATTENTION,
 )
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
-GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}, "norm_offset": 1.0}
+GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}}
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
     **dict.fromkeys(llama.PLAIN_STREAM_MODEL_TYPES, PLAIN),
     # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
     "llama": replace(PLAIN, held_by={"model_type": "mistral", "sliding_window": None}),
-    **dict.fromkeys(llama.PARALLEL_MODEL_TYPES, replace(LLAMA, readers=llama.PARALLEL_READERS)),
     "gemma": replace(PLAIN, **GEMMA),
-    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, readers=llama.GEMMA_READERS, **GEMMA)),
-    "nemotron": replace(LLAMA, norm_offset=1.0),
+    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, **GEMMA)),
     "olmo2": replace(
         LLAMA,
         rows=llama.OLMO2_ROWS,
-        readers=llama.HEAD_READERS,  # its norms stand behind attention and MLP
         inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM),
     ),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
@@ -195,7 +220,6 @@ FAMILIES: dict[str, Family] = {
         gpt.GPT2_TAPS,
         gpt.GPT2_KEYS,
         inexact_if=gpt.GPT2_INEXACT,
-        readers=gpt.GPT2_READERS,
         attention=gpt.GPT2_ATTENTION,
     ),
     "gpt_neox": Family(
@@ -203,7 +227,6 @@ FAMILIES: dict[str, Family] = {
         gpt.GPT_NEOX_TAPS,
         gpt.GPT_NEOX_KEYS,
         gpt.GPT_NEOX_STORED,
-        readers=gpt.GPT_NEOX_READERS,
         attention=gpt.GPT_NEOX_ATTENTION,
     ),
     "opt": Family(
@@ -211,16 +234,13 @@ FAMILIES: dict[str, Family] = {
         gpt.OPT_TAPS,
         gpt.OPT_KEYS,
         follows=gpt.OPT_FOLLOWS,
-        readers=gpt.OPT_READERS,
         attention=gpt.OPT_ATTENTION,
     ),
     "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
     "qwen2_moe": MOE,
     "qwen3_moe": MOE,
     "gpt_oss": replace(MOE, rows=moe.GPT_OSS_ROWS, config_keys=moe.MIXTRAL_KEYS, stored={}),
-    "deepseek_v3": Family(
-        moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS, readers=moe.MOE_READERS
-    ),
+    "deepseek_v3": Family(moe.DEEPSEEK_ROWS, moe.MOE_TAPS, moe.DEEPSEEK_KEYS, moe.STORED, moe.DEEPSEEK_FOLLOWS),
 }
 
 
@@ -238,52 +258,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
-@dataclass(frozen=True)
-class _Meta:
-    """What building a model without weights tells: its parameters' shapes, its modules' names, its class and base's name."""
-
-    parameters: Mapping[str, tuple[int, ...]]
-    modules: frozenset[str]
-    class_name: str
-    prefix: str
-
-
-def parameters_of(config: PreTrainedConfig) -> Mapping[str, tuple[int, ...]]:
-    """Return name and shape of every parameter and stored buffer of a model, without its weights; tied ones once."""
-    return _meta(type(config), config.to_json_string(use_diff=False)).parameters
-
-
-def class_name(config: PreTrainedConfig) -> str:
-    """Return the name of the causal language model that a config makes."""
-    return _meta(type(config), config.to_json_string(use_diff=False)).class_name
-
-
-def base_prefix(config: PreTrainedConfig) -> str:
-    """Return the name of the model without its head inside the model: `model`, `transformer`."""
-    return _meta(type(config), config.to_json_string(use_diff=False)).prefix
-
-
 def _read(config: PreTrainedConfig, key: str) -> object:
     try:
         return getattr(config, key, None)
     except Exception:  # a size that differs by layer, which transformers does not let be read at once
         return None
-
-
-def _float(content: dict) -> object:
-    """Return infinity and NaN for what Transformers writes in their place; JSON has neither."""
-    return float(content["__float__"]) if content.keys() == {"__float__"} else content
-
-
-@lru_cache(maxsize=64)
-def _meta(kind: type[PreTrainedConfig], content: str) -> _Meta:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content, object_hook=_float)))
-    except Exception as error:  # config classes and modules raise their own kinds
-        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored = model.state_dict().keys()
-    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
-    modules = frozenset(name for name, _ in model.named_modules())
-    return _Meta(shapes, modules, type(model).__name__, model.base_model_prefix)

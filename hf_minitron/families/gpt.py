@@ -30,11 +30,6 @@ GPT2_TAPS = {
     "hidden": ("transformer.h.{layers}.ln_1", "transformer.h.{layers}.ln_2", "transformer.ln_f"),
     "layers": ("transformer.h.{layers}",),
 }
-GPT2_READERS = {
-    "transformer.h.{layers}.ln_1": ("transformer.h.{layers}.attn.c_attn",),
-    "transformer.h.{layers}.ln_2": ("transformer.h.{layers}.mlp.c_fc",),
-    "transformer.ln_f": ("lm_head",),
-}
 GPT2_ATTENTION = dict.fromkeys(("query", "key", "value"), ("transformer.h.{layers}.attn.c_attn",))
 
 GPT2_INEXACT = {
@@ -77,11 +72,6 @@ GPT_NEOX_TAPS = {
     ),
     "layers": ("gpt_neox.layers.{layers}",),
 }
-GPT_NEOX_READERS = {
-    "gpt_neox.layers.{layers}.input_layernorm": ("gpt_neox.layers.{layers}.attention.query_key_value",),
-    "gpt_neox.layers.{layers}.post_attention_layernorm": ("gpt_neox.layers.{layers}.mlp.dense_h_to_4h",),
-    "gpt_neox.final_layer_norm": ("lm_head",),
-}
 GPT_NEOX_ATTENTION = dict.fromkeys(("query", "key", "value"), ("gpt_neox.layers.{layers}.attention.query_key_value",))
 
 OPT_KEYS = {
@@ -123,13 +113,6 @@ OPT_TAPS = {
         "model.decoder.final_layer_norm",
     ),
     "layers": ("model.decoder.layers.{layers}",),
-}
-OPT_READERS = {
-    "model.decoder.layers.{layers}.self_attn_layer_norm": tuple(
-        f"model.decoder.layers.{{layers}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")
-    ),
-    "model.decoder.layers.{layers}.final_layer_norm": ("model.decoder.layers.{layers}.fc1",),
-    "model.decoder.final_layer_norm": ("lm_head",),
 }
 OPT_ATTENTION = {part: (f"model.decoder.layers.{{layers}}.self_attn.{part[0]}_proj",) for part in ("query", "key", "value")}
 # Keys of config.json that repeat an axis.

@@ -105,27 +105,10 @@ LLAMA_ATTENTION = {
     for part in ("query", "key", "value")
 }
 
-# Norms, to the projections that read what they give. A model has only some of the names.
-_LAYER = "model.layers.{layers}"
-_ATTENTION = tuple(f"{_LAYER}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-_MLP = tuple(f"{_LAYER}.mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1"))
-HEAD_READERS = {"model.norm": ("lm_head",), "model.final_layernorm": ("lm_head",)}
-LLAMA_READERS = {
-    f"{_LAYER}.input_layernorm": _ATTENTION,
-    f"{_LAYER}.post_attention_layernorm": _MLP,
-    **HEAD_READERS,
-}
-# phi, cohere2: attention and MLP read the same norm
-PARALLEL_READERS = {f"{_LAYER}.input_layernorm": _ATTENTION + _MLP, **HEAD_READERS}
-# gemma2, gemma3, vaultgemma
-GEMMA_READERS = {f"{_LAYER}.input_layernorm": _ATTENTION, f"{_LAYER}.pre_feedforward_layernorm": _MLP, **HEAD_READERS}
-
-LLAMA_MODEL_TYPES = ("glm4", "granite", "olmo", "starcoder2")
+LLAMA_MODEL_TYPES = ("cohere2", "glm4", "granite", "nemotron", "olmo", "phi", "starcoder2")
 
 # RMS norms that stand before attention and MLP, both of which are added to the stream as they are.
 PLAIN_STREAM_MODEL_TYPES = ("arcee", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-
-PARALLEL_MODEL_TYPES = ("cohere2", "phi")
 
 # Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
 GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")

@@ -9,10 +9,8 @@ from hf_minitron.families.llama import (
     ATTENTION_ROWS,
     CONFIG_KEYS,
     EMBEDDING_ROWS,
-    HEAD_READERS,
     HEAD_ROWS,
     HEAD_TAPS,
-    LLAMA_READERS,
     NORM_ROWS,
     NORMS,
 )
@@ -87,21 +85,6 @@ MOE_TAPS = {
     "heads": HEAD_TAPS,
     "hidden": NORMS,
     "layers": ("model.layers.{layers}",),
-}
-
-# Routers and routed experts read the stream too, but are only sliced.
-MOE_READERS = {
-    "model.layers.{layers}.input_layernorm": (
-        *LLAMA_READERS["model.layers.{layers}.input_layernorm"],
-        "model.layers.{layers}.self_attn.q_a_proj",
-        "model.layers.{layers}.self_attn.kv_a_proj_with_mqa",
-    ),
-    "model.layers.{layers}.post_attention_layernorm": tuple(
-        f"model.layers.{{layers}}.mlp.{name}"
-        for part in ("", "shared_expert.", "shared_experts.")
-        for name in (f"{part}gate_proj", f"{part}up_proj")
-    ),
-    **HEAD_READERS,
 }
 
 ROUTER_KEYS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, class_name, parameters_of
+from hf_minitron.families.family import Family
+from hf_minitron.families.meta import class_name, parameters_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError

@@ -68,7 +68,7 @@ def gather(run: Run) -> dict[str, Any]:
 
 def cut_of(plan: Plan) -> dict[str, Any]:
     """Return a plan without its indices: sizes `before` and `after`, the layers `dropped`, and `by_layer` what each of the
-    teacher's layers keeps (0 where it is gone), where not all keep the same."""
+    teacher's layers keeps (0 where it is gone), where not all keep the same; whether hidden was cut `rotated`."""
     by_layer, kept = plan.sizes_by_layer, set(plan.kept_layers)
     dropped = [layer for layer in range(plan.before["layers"]) if layer not in kept]
     if dropped and not by_layer:
@@ -76,7 +76,8 @@ def cut_of(plan: Plan) -> dict[str, Any]:
         axes = [axis for axis in (*BY_LAYER, "experts") if axis in plan.after.axes and (plain or axis in ("heads", "kv_heads"))]
         layers = range(plan.before["layers"])
         by_layer = {axis: [plan.after[axis] if layer in kept else 0 for layer in layers] for axis in axes}
-    return {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes), "dropped": dropped, "by_layer": by_layer}
+    sizes = {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes)}
+    return sizes | {"dropped": dropped, "by_layer": by_layer, "rotated": plan.rotated}
 
 
 def public(value: Any) -> Any:

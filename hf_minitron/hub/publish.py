@@ -84,7 +84,7 @@ def files_to_push(folder: Path) -> dict[str, int]:
     if INDEX in names:
         shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         missing += sorted(shards - set(names))
-    elif not fnmatch.filter(names, "*.safetensors"):
+    elif not any("/" not in name for name in fnmatch.filter(names, "*.safetensors")):
         missing.append("*.safetensors")
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; run the publish stage again before pushing")

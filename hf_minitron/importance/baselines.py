@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.checkpoint import Checkpoint, resolve
-from hf_minitron.families.family import family_of, parameters_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.meta import parameters_of
 from hf_minitron.pruning.prune import stored_names
 
 

@@ -23,6 +23,7 @@ from hf_minitron.importance.streamed import read_layers
 from hf_minitron.importance.taps import DEFAULT, WIDTHS, Reading, open_taps, save_moments
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+from hf_minitron.vocabulary import check_ids
 
 SCORED = (*WIDTHS, "experts", "layers")
 
@@ -64,8 +65,7 @@ def calibrate(
             `layers` by Block Importance.
 
     Raises:
-        ValueError: naming the tensor, when weights or activations hold NaN or infinity; for fewer blocks than processes; for a
-            metric that does not exist, or not for its axis.
+        ValueError: for NaN or infinity, naming the tensor; fewer blocks than processes; an unknown metric; ids of no token.
 
     Example:
 
@@ -80,6 +80,7 @@ def calibrate(
     folder = None if moments is None else Path(moments)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
+        check_ids(blocks, config.vocab_size)
         readings = save_moments(_read_model(model, batches, moments is not None, read), folder)
     else:
         config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder, read)

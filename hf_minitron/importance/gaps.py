@@ -17,6 +17,7 @@ from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import input_device
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import GAP, moments_path
+from hf_minitron.pruning.effects import DROPPED
 
 
 @torch.inference_mode()
@@ -44,11 +45,9 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
         raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
     taps = family.taps_of(model.config)
     layers, projections = dict(taps["layers"]), dict(taps.get("ffn", ()))
-    kept = [layer for layer in plan.kept_layers if layer in projections]
-    gaps = {layer: range(layer + 1, end) for layer, end in zip(kept, [*kept[1:], len(layers)], strict=True) if end > layer + 1}
-    seen = {layer: _Gap() for layer in gaps}
+    seen = {layer: _Gap() for layer in plan.gaps}
     hooks = []
-    for layer, dropped in gaps.items():
+    for layer, dropped in plan.gaps.items():
         hooks.append(model.get_submodule(projections[layer]).register_forward_pre_hook(seen[layer].enter))
         for other in dropped:
             module = model.get_submodule(layers[other])
@@ -63,7 +62,8 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
     folder.mkdir(parents=True, exist_ok=True)
     for layer, gap in seen.items():
         added, entered = gap.finish()
-        save_file({f"{projections[layer]}{GAP}": added, projections[layer]: entered}, moments_path(folder, layer))
+        tensors = {f"{projections[layer]}{GAP}": added, projections[layer]: entered}
+        save_file(tensors, moments_path(folder, layer), metadata={DROPPED: str(plan.gaps[layer])})
     return folder
 
 

@@ -198,8 +198,7 @@ def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
 def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
     layer, finish = run.model.get_output_embeddings(), head_of(run.model).finish
-    ids = run.inputs["input_ids"]
-    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    following = torch.nn.functional.pad(run.labels[:, 1:], (0, 1), value=-100)
     following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
     targets = following[run.real].to(run.last.device)
     states = []

@@ -21,7 +21,8 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 
 from hf_minitron import axes
 from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
-from hf_minitron.families.family import Family, base_prefix, family_of
+from hf_minitron.families.family import Family, family_of
+from hf_minitron.families.meta import base_prefix
 from hf_minitron.families.student import student_config
 from hf_minitron.importance.taps import Reading, Taps, open_taps, save_moments
 from hf_minitron.memory import give_back_freed_memory

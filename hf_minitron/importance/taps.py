@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, base_prefix
+from hf_minitron.families.family import INPUT, OUTPUT, Family
+from hf_minitron.families.meta import base_prefix
 from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation
 from hf_minitron.importance.experts import RoutedOutputNorm
 from hf_minitron.importance.layers import BlockImportance
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.importance.routed import observer
-from hf_minitron.pruning.compensate import OUTPUT, moments_path
+from hf_minitron.pruning.compensate import moments_path
 
 
 class Metric(Protocol):
@@ -47,7 +48,7 @@ WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
 
 # What corrections need, read at the taps of the same axis; their readings' axis is named so.
 MOMENT = ".moment"
-READERS = f"readers{MOMENT}"
+READ = {suffix: f"{suffix}{MOMENT}" for suffix in (INPUT, OUTPUT)}  # by projections of hidden channels
 MOMENTS: dict[str, type[Metric]] = {
     "ffn": SecondMoment,
     "dense_ffn": SecondMoment,
@@ -132,7 +133,7 @@ class Taps:
         for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
             if weight.device.type != "meta" and not weight.isfinite().all():
                 raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
-        order = [f"{base_prefix(model.config)}.{name}" for name, _ in model.base_model.named_modules()]
+        order = [f"{base_prefix(model.config)}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
         # a block stands before its parts, but is read after them
         bad = [reading for reading, finite in zip(self.readings, flags, strict=True) if not finite]
         first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
@@ -164,7 +165,7 @@ def open_taps(
     modules = dict(base.named_modules())
 
     def tap(axis: str, layer: int | None, name: str, kind: Callable[..., Metric]) -> None:
-        module, routed = modules[name.removeprefix(f"{base_prefix(model.config)}.")], name.endswith(".experts")
+        module, routed = modules[name.removeprefix(base_prefix(model.config)).removeprefix(".")], name.endswith(".experts")
         dim = _dim_of(family, name, axis) if axis in WIDTHS and axis != "hidden" else None
         if kind in OUTGOING.values():
             made = [kind(outgoing) for outgoing in _outgoing(module, family, name, axis, sizes)]
@@ -183,7 +184,8 @@ def open_taps(
             if moments and axis in MOMENTS and not name.endswith(".experts"):
                 tap(f"{axis}{MOMENT}", layer, name, MOMENTS[axis])
     for layer, name in dict.fromkeys(family.readers_of(model.config).values()) if moments else ():
-        tap(READERS, layer, name, SecondMoment)
+        module, dot, side = name.rpartition(".")
+        tap(READ[dot + side], layer, module, SecondMoment)
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:
@@ -206,7 +208,8 @@ def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Readi
     for reading in readings:
         if reading.axis.endswith(MOMENT):
             reading.add_up_processes()
-            name = f"{reading.module}{OUTPUT if reading.axis == READERS else ''}"
+            side = reading.axis.removesuffix(MOMENT)
+            name = f"{reading.module}{side if side in READ else ''}"
             by_layer.setdefault(reading.layer, {})[name] = reading.finish().cpu().contiguous()
     if by_layer and PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,10 +225,10 @@ def _hook(taps: Taps, reading: Reading):
             before = args[0] if args else kwargs["hidden_states"]
             taps.update(reading, (before, output[0] if isinstance(output, tuple) else output))
 
-    elif reading.axis in ("hidden", READERS):  # what a norm gives
+    elif reading.axis in ("hidden", READ[OUTPUT]):  # what a norm gives, or the whole model
 
         def hook(module, args, kwargs, output):
-            taps.update(reading, output)
+            taps.update(reading, output if isinstance(output, Tensor) else output[0])
 
     else:  # what a projection (or, for energies, a norm) is given
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, PreTrainedModel
 
-from hf_minitron.families.family import base_prefix, family_of
+from hf_minitron.families.family import family_of
+from hf_minitron.families.meta import base_prefix
 
 
 def layers_of(model: PreTrainedModel) -> list[Module]:
@@ -94,6 +95,7 @@ class WholePass:
     real: Tensor
     states: list[Tensor]
     last: Tensor
+    labels: Tensor
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> "WholePass":
@@ -113,7 +115,9 @@ class WholePass:
         finally:
             for hook in hooks:
                 hook.remove()
-        return cls(model, layers, inputs, real, states, last[real.to(last.device)])
+        return cls(
+            model, layers, inputs, real, states, last[real.to(last.device)], batch.get("labels", batch["input_ids"]).to(device)
+        )
 
     def without(self, removal: Removal) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, parameters_of
+from hf_minitron.families.family import INPUT, OUTPUT, Family
+from hf_minitron.families.meta import parameters_of
 from hf_minitron.plan import Plan
 
-# Beside a module's moments: what a norm gives (its own are energies of what it is given), and what dropped layers added.
-OUTPUT, GAP = ".output", ".gap"
+# Beside a module's moments: what dropped layers added. (A norm's are energies of what it is given.)
+GAP = ".gap"
 
 CORRECTIONS = {
     "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
@@ -173,23 +174,51 @@ def corrections_for(
     gaps: Path | None = None,
 ) -> Corrections:
     """Return the corrections of a plan, refusing moments that lack something before any weight is read."""
-    taps = {
+    check_names(names)
+    projections = corrected_modules(config, family)
+    norms = {module: ("hidden", layer, module) for layer, module in family.taps_of(config)["hidden"]}
+    taps = norms | projections
+    taps |= {alias: taps[module] for module in taps for alias in _aliases(family, module)}
+    if names:
+        _check_moments(moments, plan, norms, projections)
+    biased = frozenset(module for module in taps if f"{module}.bias" in parameters_of(config))
+    rows = family.stored_rows(family.rows_of(config))
+    return Corrections(
+        moments, names, taps, frozenset(norms), biased, rows, plan, family.norm_offset_of(config), rotation, gaps
+    )
+
+
+def corrected_modules(config: PreTrainedConfig, family: Family) -> dict[str, tuple[str, int | None, str]]:
+    """Return the projections that can be corrected: the axis that each reads, its layer, where its moments are stored."""
+    found = {
         module: (axis, layer, module)
         for axis, places in family.taps_of(config).items()
-        if axis in ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
+        if axis in ("ffn", "dense_ffn", "shared_ffn", "heads")
         for layer, module in places
         if not module.endswith(".experts")
     }
-    norms = frozenset(module for module, (axis, *_) in taps.items() if axis == "hidden")
-    taps |= {module: ("hidden", layer, f"{norm}{OUTPUT}") for module, (layer, norm) in family.readers_of(config).items()}
-    taps |= {alias: taps[module] for module in taps for alias in _aliases(family, module)}
-    check_names(names)
-    for layer in {layer for _, layer, _ in taps.values()}:
-        if names and not moments_path(moments, layer).is_file():
-            raise ValueError(f"Corrections need {moments_path(moments, layer)}, which is missing: score with moments: true")
-    biased = frozenset(module for module in taps if f"{module}.bias" in parameters_of(config))
-    rows = family.stored_rows(family.rows_of(config))
-    return Corrections(moments, names, taps, norms, biased, rows, plan, family.norm_offset, rotation, gaps)
+    return found | {module: ("hidden", *place) for module, place in family.readers_of(config).items()}
+
+
+def _check_moments(moments: Path, plan: Plan, norms: Mapping[str, tuple], projections: Mapping[str, tuple]) -> None:
+    """Refuse moments that lack something, or are those of another model."""
+    wanted: dict[int | None, dict[str, int]] = {}
+    for _, layer, stored in [*norms.values(), *projections.values()]:
+        wanted.setdefault(layer, {})[stored] = 1 if stored in norms else 2
+    for layer, names in wanted.items():
+        path, found = moments_path(moments, layer), {}
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        else:
+            raise ValueError(f"Corrections need {path}, which is missing: score with moments: true")
+        hidden = plan.before["hidden"]
+        for name, dims in names.items():
+            shape = found.get(name)
+            wrong = shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != hidden
+            if wrong:
+                what = "none" if shape is None else f"those of shape {tuple(shape)}"
+                raise ValueError(f"Corrections need the moments of {name!r}, and {path} has {what}: score this model again")
 
 
 def _aliases(family: Family, module: str) -> list[str]:

@@ -22,8 +22,9 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_tensors,
 )
-from hf_minitron.families.family import FAMILIES, class_name, parameters_of
+from hf_minitron.families.family import FAMILIES
 from hf_minitron.families.llama import LLAMA_ROWS
+from hf_minitron.families.meta import class_name, parameters_of
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
 from hf_minitron.modeling.layer_schemas import LIST_OF
 from hf_minitron.saving import copy_side_files, save_config

@@ -24,10 +24,12 @@ from hf_minitron.checkpoint import (
     write_tensors,
 )
 from hf_minitron.families.config import check_not_quantized
-from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of
+from hf_minitron.families.family import Family, family_of
+from hf_minitron.families.meta import base_prefix, parameters_of
 from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, Corrections, check_names, corrections_for
+from hf_minitron.pruning.compensate import Corrections, corrections_for
+from hf_minitron.pruning.effects import chosen_corrections
 from hf_minitron.pruning.rotate import rotation_for, untied
 from hf_minitron.saving import copy_side_files, repair_generation, save_config
 
@@ -36,7 +38,7 @@ def prune_model(
     model: PreTrainedModel,
     plan: Plan,
     moments: str | Path | None = None,
-    corrections: Sequence[str] = DEFAULT_CORRECTIONS,
+    corrections: Sequence[str] | None = None,
     gaps: str | Path | None = None,
 ) -> PreTrainedModel:
     """Return the student of a model in memory; the model stays unchanged.
@@ -45,13 +47,17 @@ def prune_model(
         model (`PreTrainedModel`): The teacher.
         plan (`Plan`): What is kept, from `make_plan`.
         moments (`str` or `Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
-        corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; those that
-            cost no parameter by default.
+        corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with moments,
+            those of the three that cost no parameter which apply, by default.
         gaps (`str` or `Path`, *optional*): The folder that `read_gaps` wrote, for layer_merge.
 
     Returns:
         `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape;
             `PrunedForCausalLM` when layers differ.
+
+    Raises:
+        ValueError: for a plan of another model, moments or gaps that are missing, another model's, or not used, and for a
+            correction that has no effect on this plan (`check_corrections`).
 
     Example:
 
@@ -95,7 +101,7 @@ def prune_checkpoint(
     target: Path,
     max_shard_bytes: int = 5_000_000_000,
     moments: Path | None = None,
-    corrections: Sequence[str] = DEFAULT_CORRECTIONS,
+    corrections: Sequence[str] | None = None,
     gaps: Path | None = None,
 ) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
@@ -103,15 +109,16 @@ def prune_checkpoint(
     Args:
         source (`Path`): The teacher's folder.
         plan (`Plan`): What is kept.
-        target (`Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`. It has
-            its name only once it is complete.
+        target (`Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`, which,
+            loaded and applied with the same moments and corrections, gives the same student. It has its name only once it
+            is complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
         moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
         corrections (`Sequence[str]`, *optional*): Which corrections to make, as for `prune_model`.
         gaps (`Path`, *optional*): As for `prune_model`.
 
     Raises:
-        ValueError: for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
+        ValueError: as `prune_model`; for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
     """
     config = AutoConfig.from_pretrained(source)
     family = family_of(config)
@@ -150,28 +157,28 @@ def _corrected(
     names: dict[str, str],
     read: Callable[[str], Tensor],
     moments: str | Path | None,
-    corrections: Sequence[str],
+    corrections: Sequence[str] | None,
     gaps: str | Path | None,
 ) -> tuple[PreTrainedConfig, Plan, Corrections | None, Callable[[str], Tensor]]:
     """Return the config, the plan, the corrections and what reads a tensor; a rotation changes them all, and adds a head."""
-    check_names(corrections)
-    if moments is None or not corrections:
-        return config, plan, None, read
+    moments, gaps = (None if folder is None else Path(folder) for folder in (moments, gaps))
+    corrections = chosen_corrections(config, family, plan, moments, corrections, gaps)
     rotation, turned = None, read
-    if "rotation" in corrections and "hidden" in plan.keep:
+    if "rotation" in corrections or plan.rotated:
         tied, config = config.tie_word_embeddings, untied(config, family)
         full, rows = {name: stored for stored, name in names.items()}, family.rows_of(config)
         if tied:
             names["lm_head.weight"] = "lm_head.weight"
             full["lm_head.weight"] = full[next(name for name in full if rows[axes.match(name, rows)[0]] == "vocab hidden")]
-        rotation = rotation_for(config, family, Path(moments), lambda name: read(full[name]))
+        basis = plan.require_basis() if plan.rotated else None
+        rotation = rotation_for(config, family, moments, lambda name: read(full[name]), basis)
         plan = rotation.plan(plan)
 
         def turned(stored: str) -> Tensor:
             name = names[stored]
             return rotation(name, rows[axes.match(name, rows)[0]], read(full[name]))
 
-    made = corrections_for(config, family, plan, Path(moments), corrections, rotation, None if gaps is None else Path(gaps))
+    made = corrections_for(config, family, plan, moments, corrections, rotation, gaps) if moments else None
     return config, plan, made, turned
 
 

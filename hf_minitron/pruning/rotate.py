@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family, parameters_of
+from hf_minitron.families.family import OUTPUT, Family
+from hf_minitron.families.meta import parameters_of
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import OUTPUT, read_moment
+from hf_minitron.pruning.compensate import read_moment
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,39 @@ class Rotation:
         return torch.cat([turn.T @ moment @ turn, (mean @ turn)[None]])
 
     def plan(self, plan: Plan) -> Plan:
-        """Return a plan that keeps the leading components, as many as it kept channels."""
-        return replace(plan, keep={**plan.keep, "hidden": list(range(plan.after["hidden"]))})
+        """Return a plan that keeps the leading components, as many as it kept channels; a rotated one as it is."""
+        if plan.rotated:
+            return plan
+        leading = list(range(plan.after["hidden"]))
+        return replace(plan, keep={**plan.keep, "hidden": leading}, rotated=True, basis=self.basis)
 
 
-def rotation_for(config: PreTrainedConfig, family: Family, moments: Path, read: Callable[[str], Tensor]) -> Rotation:
+def rotation_for(
+    config: PreTrainedConfig,
+    family: Family,
+    moments: Path | None,
+    read: Callable[[str], Tensor],
+    basis: Tensor | None = None,
+) -> Rotation:
     """Return the rotation onto the principal components of the normalised residual stream, summed over all norms.
 
     Args:
         config (`PreTrainedConfig`): The teacher's, untied.
         family (`Family`): Its family.
-        moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
+        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; not needed with a basis.
         read (`Callable`): Returns the teacher's parameter of a name.
+        basis (`Tensor` of shape `(hidden, hidden)`, *optional*): Of a rotated plan, in place of one that is computed.
     """
-    readers = family.readers_of(config)
-    norms = {norm: read(f"{norm}.weight").cpu().double() + family.norm_offset for _, norm in set(readers.values())}
-    total = 0.0
-    for layer, norm in sorted(set(readers.values()), key=str):
-        scale = _unscaled(norms[norm])
-        total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
-    _, basis = torch.linalg.eigh(total)
-    return Rotation(basis.flip(1), norms, {reader: norm for reader, (_, norm) in readers.items()}, family.norm_offset)
+    offset = family.norm_offset_of(config)
+    readers = {reader: (layer, tap.removesuffix(OUTPUT)) for reader, (layer, tap) in family.readers_of(config).items()}
+    norms = {norm: read(f"{norm}.weight").cpu().double() + offset for _, norm in set(readers.values())}
+    if basis is None:
+        total = 0.0
+        for layer, norm in sorted(set(readers.values()), key=str):
+            scale = _unscaled(norms[norm])
+            total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
+        basis = torch.linalg.eigh(total)[1].flip(1)
+    return Rotation(basis, norms, {reader: norm for reader, (_, norm) in readers.items()}, offset)
 
 
 def untied(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:

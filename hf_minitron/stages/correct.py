@@ -7,11 +7,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import check_generation
+from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
     callbacks_of,
@@ -20,8 +22,6 @@ from hf_minitron.stages.training import (
     fit,
     make_blocks,
     make_eval_blocks,
-    save_log,
-    save_trained,
     tokens_of,
 )
 
@@ -76,6 +76,8 @@ def check(args: Args, run: Run) -> None:
                              "leave it out")  # fmt: skip
     check_generation(resolve(run.model))
     check_text_for(args, lambda name: False, [config])
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(resolve(run.model)), True)
     if args.lora is None:
         check_checkpoints(run, args, "correct")
     else:

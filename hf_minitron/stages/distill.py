@@ -1,6 +1,5 @@
 """distill: train the student to say what the teacher says; continues from its last checkpoint when it was interrupted."""
 
-import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,15 +8,18 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import correct, prune, synthesize
+from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
     callbacks_of,
@@ -26,8 +28,6 @@ from hf_minitron.stages.training import (
     fit,
     make_blocks,
     make_eval_blocks,
-    save_log,
-    save_trained,
     tokens_of,
 )
 
@@ -69,7 +69,10 @@ def check_blocks(args: Args, run: Run) -> None:
     if args.teacher or args.teacher_model_init_kwargs:
         if args.teacher or "correct" not in run.recipe:
             models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
-        check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
+        sizes = [AutoConfig.from_pretrained(model).vocab_size for model in models]
+        check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     check_text_for(args, partial(synthesize.names, run), [AutoConfig.from_pretrained(model) for model in models])
 
 
@@ -111,7 +114,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     save_trained(trainer, source, out / "student")
     save_log(trainer, out, **facts)
     if trainer.is_world_process_zero():
-        shutil.copyfile(source / "plan.json", out / "student" / "plan.json")
+        copy_plan(source, out / "student")
 
 
 def _cached_teacher(args: Args, run: Run) -> CachedTeacher:

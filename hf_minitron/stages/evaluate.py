@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_text, load_text, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
@@ -33,6 +33,10 @@ class Args:
     split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    add_bos_token: bool | None = field(
+        default=None,
+        metadata={"help": "Begin documents, blocks and tasks with the BOS token; as the tokenizer does when left out."},
+    )
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
     models: dict = field(
         default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id (owner/name@revision)."}
@@ -63,6 +67,8 @@ def check(args: Args, run: Run) -> None:
             raise ValueError(f"models.{name}: {source!r} is not a folder or a Hub id")
     for name, source in {"teacher": run.model, **args.models}.items():
         config = check_model(source, args.block_size, args.chat_template and bool(args.tasks))
+        if args.add_bos_token:
+            adds_bos_token(AutoTokenizer.from_pretrained(source), True)
         if speed and name in _timed(args):
             speed.check(getattr(config, "max_position_embeddings", None), name)
         if args.tensor_parallel:
@@ -92,10 +98,10 @@ def run(args: Args, run: Run, out: Path) -> None:
     }
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     documents = load_text(args.text, args.split, args.text_column)
-    blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
+    blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
     report = compare(
         models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, args.chat_template,
-        args.tensor_parallel, out, run.seed,
+        args.tensor_parallel, out, run.seed, args.add_bos_token,
     )  # fmt: skip
     speed, main = _speed(args, run), PartialState().is_main_process
     if speed and (main or args.tensor_parallel):  # one process alone, or all of one model

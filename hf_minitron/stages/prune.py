@@ -1,5 +1,6 @@
 """prune: keep the best-scored part of every axis and write the student as a stock checkpoint."""
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_minitron.checkpoint import (
     NAMES,
@@ -21,13 +22,15 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_outline,
 )
-from hf_minitron.families.config import check_not_quantized, read_config
-from hf_minitron.families.family import Family, family_of, parameters_of
+from hf_minitron.families.config import check_not_quantized
+from hf_minitron.families.family import Family, family_of
+from hf_minitron.families.meta import parameters_of
 from hf_minitron.families.student import check_target, student_config
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
+from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.pruning.rotate import untied
@@ -36,6 +39,8 @@ from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
+
+logger = logging.getLogger(__name__)
 
 NEEDS = ("score",)
 
@@ -76,7 +81,7 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
 
 
 def _teacher(model: str) -> tuple[PreTrainedConfig, Family]:
-    config = read_config(resolve(model))
+    config = AutoConfig.from_pretrained(resolve(model))
     check_not_quantized(config, model)
     return config, family_of(config)
 
@@ -111,9 +116,9 @@ def rotates(args: Args) -> bool:
     return "rotation" in args.corrections and "hidden" in args.target
 
 
-def merges(args: Args, model: str) -> bool:
-    """Return whether to read what dropped layers added, with another pass over the text; some families cannot take it over."""
-    return "layer_merge" in args.corrections and "layers" in args.target and _teacher(model)[1].plain_stream
+def merges(args: Args) -> bool:
+    """Return whether to read what dropped layers added, with another pass over the text."""
+    return "layer_merge" in args.corrections and "layers" in args.target
 
 
 def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
@@ -131,11 +136,12 @@ def check(args: Args, run: Run) -> None:
     if args.nonuniform is not None:
         check_nonuniform(args, run)
     full, after, _ = shapes(args, run.model)
+    check_effects(args, run.model, full, after)
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
     check_generation(folder)
-    if merges(args, run.model) and not fits(folder, best_dtype(device), device):
+    if merges(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     config, family = _teacher(run.model)
     checkpoint = Checkpoint(folder)
@@ -145,6 +151,15 @@ def check(args: Args, run: Run) -> None:
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
         left = sum(path.stat().st_size for path in run.folder.glob("prune.tmp/**/*") if path.is_file())
         require_space(run.folder, num_bytes - left, "the student")
+
+
+def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
+    """Refuse corrections that have no effect on the target."""
+    cut = [axis for axis in after.axes if after[axis] != before[axis]]
+    names = args.corrections
+    if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
+        cut, names = ["heads", "kv_heads", "ffn"], [name for name in names if name != "head_residual"]
+    check_corrections(*_teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
 
 
 def check_nonuniform(args: Args, run: Run) -> None:
@@ -176,12 +191,17 @@ def run(args: Args, run: Run, out: Path) -> None:
         plan = _nonuniform_plan(args, run, scores)
     else:
         plan = make_plan(scores, before, after)
-    if merges(args, run.model):
+    if merges(args):
         device = best_device()
         blocks = Dataset.from_parquet(str(run.path("score") / BLOCKS), keep_in_memory=True)
         gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
-    used = moments if args.corrections else None
-    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, args.corrections, gaps)
+    used, names = moments if args.corrections else None, args.corrections
+    if gaps is not None and not plan.gaps:
+        logger.warning("corrections: layer_merge merges nothing: no kept layer stands before a dropped one")
+        names = [name for name in names if name != "layer_merge"]
+    prune_checkpoint(
+        source, plan, out / "student", args.max_shard_bytes, used if names else None, names, gaps if plan.gaps else None
+    )
     if gaps is not None:
         shutil.rmtree(gaps)
 

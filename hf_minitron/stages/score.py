@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_text, load_text, token_blocks
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
@@ -35,6 +35,7 @@ from hf_minitron.importance.removal import (
 from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
+from hf_minitron.vocabulary import check_ids
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
 NEEDS = ()
@@ -57,6 +58,9 @@ class Args:
         default=524_288, metadata={"min": 1, "help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."}
     )
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    add_bos_token: bool | None = field(
+        default=None, metadata={"help": "Begin documents and blocks with the BOS token; as the tokenizer does when left out."}
+    )
     batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
     metric: str | dict = field(
@@ -106,6 +110,8 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("device_map spreads a whole model, layer_by_layer holds one layer: set one of them")
     check_text(args.text, args.block_size)
     folder = resolve(run.model)
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     config = AutoConfig.from_pretrained(folder)
     longest = getattr(config, "max_position_embeddings", None) or args.block_size
     if args.block_size > longest:
@@ -178,7 +184,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
-    blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed)
+    blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
+    check_ids(blocks, AutoConfig.from_pretrained(folder).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed, moments = args.layer_by_layer, out / "moments" if args.moments else None
@@ -214,7 +221,7 @@ def score_layers(
         task, metric = _task(args.layers)
 
         def measure(model: PreTrainedModel) -> float:
-            chosen = Tasks.find([task], args.include_path, limit=args.layers_limit)
+            chosen = Tasks.find([task], args.include_path, limit=args.layers_limit, add_bos_token=args.add_bos_token)
             found = run_tasks(model, tokenizer, chosen, args.batch_size)[0][task]
             if metric not in found:
                 raise ValueError(f"layers: {task} has no {metric!r}; it has {', '.join(found)}")

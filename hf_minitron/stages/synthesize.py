@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import check_text, load_text
+from hf_minitron.data import adds_bos_token, check_text, load_text
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.correct import teacher_of
@@ -42,6 +42,9 @@ class Args:
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each document."})
     chat_template: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as the user's words."})
+    add_bos_token: bool | None = field(
+        default=None, metadata={"help": "Begin prompts with the BOS token; as the tokenizer does when left out."}
+    )
     max_new_tokens: int = field(default=512, metadata={"min": 1, "help": "Tokens to generate per text, at most."})
     batch_size: int = field(default=16, metadata={"min": 1, "help": "Texts generated side by side."})
     temperature: float = field(
@@ -82,6 +85,12 @@ def check(args: Args, run: Run) -> None:
     if args.min_tokens > args.max_new_tokens:
         raise ValueError(f"min_tokens: {args.min_tokens} is more than max_new_tokens: {args.max_new_tokens}")
     folder = resolve(run.model)
+    if args.add_bos_token is not None and args.chat_template:
+        raise ValueError(
+            "add_bos_token: a chat template has its own BOS token; leave one of add_bos_token and chat_template out"
+        )
+    if args.add_bos_token:
+        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     if args.prompts is not None:
         check_text(args.prompts)
     elif args.chat_template:
@@ -159,7 +168,13 @@ def _write(args: Args, run: Run, journal: Path, made: int) -> Iterator[list[dict
     config = sampling(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     prompts = _prompts(args, run.seed)
     while True:
-        starts = start_ids(tokenizer, prompts and prompts(made + state.process_index), args.prompt_tokens, args.chat_template)
+        starts = start_ids(
+            tokenizer,
+            prompts and prompts(made + state.process_index),
+            args.prompt_tokens,
+            args.chat_template,
+            args.add_bos_token,
+        )
         starts = starts * args.batch_size if prompts is None else starts
         seed = (run.seed * 1_000_003 + made + state.process_index) % 2**32  # of which a CPU's generator takes no more
         new = generate_batch(model, starts, config, seed)

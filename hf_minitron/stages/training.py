@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -12,40 +12,27 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_from_disk
-from peft import PeftModel
-from torch import Tensor
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from hf_minitron.checkpoint import (
-    DTYPES,
-    NAMES,
-    Checkpoint,
-    TensorSpec,
     complete_or_absent,
     require_space,
     resolve,
-    stored_dtype,
-    write_tensors,
 )
-from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
-from hf_minitron.environment import environment
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
-from hf_minitron.saving import copy_side_files, save_config
 
 
 @dataclass
@@ -61,6 +48,9 @@ class TextArguments:
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     cross_documents: bool = field(
         default=True, metadata={"help": "Tokens see the documents before theirs in a block; false keeps documents apart."}
+    )
+    add_bos_token: bool | None = field(
+        default=None, metadata={"help": "Begin documents and blocks with the BOS token; as the tokenizer does when left out."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read and tokenize while training; needs max_steps."})
     shuffle_buffer: int = field(
@@ -148,13 +138,10 @@ def callbacks_of(args: TextArguments) -> list[TrainerCallback]:
     return [] if args.early_stopping_patience is None else [Patience(args.early_stopping_patience)]
 
 
-# Size limit of one weights file of a trained model.
-MAX_SHARD_BYTES = 5_000_000_000
-
 # What of a section decides which blocks are made of its text.
 BLOCK_SETTINGS = (
-    "text", "text_column", "split", "block_size", "cross_documents", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "eval_text", "eval_tokens",
+    "text", "text_column", "split", "block_size", "cross_documents", "add_bos_token", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_text", "eval_tokens",
 )  # fmt: skip
 
 
@@ -220,6 +207,7 @@ def make_blocks(
     wanted = max_tokens or tokens_of(args) * args.world_size or None
     settings = {"streaming": args.streaming, "cross_documents": args.cross_documents, "shuffle_buffer": args.shuffle_buffer}
     settings |= {"sources": sources_of(args), "tokenizer": tokenizer, "block_size": args.block_size, "seed": seed}
+    settings["add_bos_token"] = args.add_bos_token
     if args.streaming:
         return mixed_blocks(**settings)
     # another number of processes wants other blocks
@@ -230,7 +218,7 @@ def make_eval_blocks(args: TextArguments, tokenizer: PreTrainedTokenizerBase, fo
     """Return the blocks for evaluation, a file that one process makes once; `None` where nothing is evaluated."""
     if not (sources := eval_sources_of(args)):
         return None
-    settings = {"max_tokens": args.eval_tokens, "cross_documents": args.cross_documents}
+    settings = {"max_tokens": args.eval_tokens, "cross_documents": args.cross_documents, "add_bos_token": args.add_bos_token}
     return _made_once(folder / "eval-blocks", partial(mixed_blocks, sources, tokenizer, args.block_size, **settings))
 
 
@@ -255,64 +243,6 @@ def fit(trainer: Trainer) -> None:
     if trainer.terminated:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
-
-
-def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
-    if not trainer.is_world_process_zero():
-        return
-    args, state = trainer.args, trainer.state
-    # as many rows as were found to fit, with auto_find_batch_size
-    rows = state.global_step * state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    log = {"tokens": rows * args.block_size, "history": state.log_history, "machine": environment()} | facts
-    if args.load_best_model_at_end:
-        log["best"] = {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-
-
-def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
-    """Write a trained model's folder, gathered from all processes: LoRA merged, in the dtype it was stored in, with side files.
-
-    Args:
-        trainer (`Trainer`): It has trained a model of `source`, or a PEFT model made of it.
-        source (`Path`): The folder that the model was loaded from.
-        target (`Path`): The folder to write.
-    """
-    model, adapter = trainer.accelerator.unwrap_model(trainer.model_wrapped), Path(trainer.args.output_dir) / "adapter"
-    if isinstance(model, PeftModel):
-        trainer.save_model(adapter)
-    else:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        if isinstance(model, PeftModel):
-            model = merge_lora(source, adapter)
-            state = model.state_dict()
-        write_model(model, state, source, target)
-
-
-def write_model(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path, target: Path) -> None:
-    """Write weights in the dtypes, and all else, of the folder that a model comes from.
-
-    Args:
-        model (`PreTrainedModel`): The model, for the names of its tensors on disk.
-        state (`Mapping[str, Tensor]`): Its weights, by their names in memory.
-        source (`Path`): The folder that the model was loaded from.
-        target (`Path`): The folder to write.
-    """
-    stored, prefix = Checkpoint(source).specs, f"{model.base_model_prefix}."
-    # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
-    state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
-    state = revert_weight_conversion(model, state)
-    specs, usual = {}, NAMES[stored_dtype(stored.values())]
-    for name, tensor in state.items():
-        like = stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
-        specs[name] = TensorSpec(like.dtype if like else usual, tuple(tensor.shape))
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = ((name, [tensor.detach().cpu().to(DTYPES[specs[name].dtype])]) for name, tensor in state.items())
-    write_tensors(target, specs, tensors, MAX_SHARD_BYTES)
-    # the folder's own config: the Trainer has changed the model's for training (use_cache, special tokens)
-    save_config(AutoConfig.from_pretrained(source), target, dtype=stored_dtype(specs.values()))
-    copy_side_files(source, target)
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,146 @@
+"""Which module gives what another one reads, seen by running a model without weights on the meta device.
+
+Identity of tensors tells: a projection reads a norm when its input is the very tensor that the norm gave, not changed since.
+It must not know an axis or a family.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+# Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
+SHAPES_ONLY = "hf_minitron_shapes_only"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass has shown.
+
+    Args:
+        reads (`Mapping[str, tuple[str, ...]]`): Module to the modules that gave the tensor it was called with, the whole base
+            model among them. Only of modules that were called once, by modules that were called once.
+        inputs (`Mapping[str, int]`): Module to a number of that tensor, equal for modules that read the same one.
+        transposed (`frozenset[str]`): The modules whose weights have their input dimension first.
+        modules (`Mapping[str, Module]`): All of them, without weights.
+    """
+
+    reads: Mapping[str, tuple[str, ...]]
+    inputs: Mapping[str, int]
+    transposed: frozenset[str]
+    modules: Mapping[str, nn.Module]
+
+
+def trace(config: PreTrainedConfig) -> Trace:
+    """Run a model of a config without weights and return which module reads what.
+
+    Raises:
+        ValueError: for a model that cannot be run without weights.
+    """
+    return _trace(type(config), config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever calls: its tensors have no versions
+@torch.no_grad()
+def _trace(kind: type[PreTrainedConfig], content: str) -> Trace:
+    with torch.device("meta"):
+        config = kind.from_dict(json.loads(content))
+        ways = {"attn_implementation": SHAPES_ONLY, "experts_implementation": SHAPES_ONLY}
+        model = AutoModelForCausalLM.from_config(config, **ways).eval()
+    calls = _Calls()
+    for name, module in model.named_modules():
+        module.register_forward_hook(calls.hook(name), with_kwargs=True)
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:  # models raise their own kinds
+        raise ValueError(
+            f"Cannot see which norms the projections of model type {config.model_type!r} read: {' '.join(str(error).split())}. "
+            "Score it with moments: false and prune with corrections: []"
+        ) from error
+    once = {name for name, count in calls.counts.items() if count == 1}
+    givers: dict[tuple, list[str]] = {}
+    for name, key in calls.outputs.items():
+        if name in once:
+            givers.setdefault(key, []).append(name)
+    reads = {name: tuple(givers.get(key, ())) for name, key in calls.inputs.items() if name in once}
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(calls.inputs.values()))}
+    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
+    return Trace(reads, {name: numbers[key] for name, key in calls.inputs.items()}, transposed, dict(model.named_modules()))
+
+
+class _Calls:
+    """Keys of the tensors that modules were given and gave, the last call's where there were several."""
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
+        self.inputs: dict[str, tuple] = {}
+        self.outputs: dict[str, tuple] = {}
+        self._alive: list[Tensor] = []  # so that no storage's address is given to another tensor
+
+    def hook(self, name: str):
+        """Return the forward hook of a module."""
+
+        def record(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            self.counts[name] = self.counts.get(name, 0) + 1
+            for found, value in ((self.inputs, [*args, *kwargs.values()]), (self.outputs, output)):
+                first = _first(value)
+                if first is not None:
+                    self._alive.append(first)
+                    # views have one storage and one version, which a change in place raises
+                    found[name] = (first.untyped_storage()._cdata, first._version, first.storage_offset(), first.numel())
+
+        return record
+
+
+def _first(value: object) -> Tensor | None:
+    """Return the tensor of a module's arguments or output that holds its states; token ids are none."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    return next((tensor for tensor in values if isinstance(tensor, Tensor) and tensor.is_floating_point()), None)
+
+
+def norm_offset(config: PreTrainedConfig, norms: Iterable[str]) -> float:
+    """Return what norms add to their stored weights, tried out: 1 where zeros scale nothing.
+
+    Raises:
+        ValueError: for norms that are not alike in this.
+    """
+    modules = trace(config).modules
+    kinds = {type(modules[name]): modules[name] for name in norms if hasattr(modules[name], "weight")}
+    found = {kind.__name__: _offset(norm) for kind, norm in kinds.items()}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"The norms of model type {config.model_type!r} add different numbers to their weights: {found}. "
+                         "Prune it with corrections: []")  # fmt: skip
+    return next(iter(found.values()), 0.0)
+
+
+@torch.no_grad()
+def _offset(norm: nn.Module) -> float:
+    norm = copy.deepcopy(norm).to_empty(device="cpu").double()
+    states = torch.arange(1.0, 1 + norm.weight.shape[-1], dtype=torch.float64)[None]
+    for parameter in norm.parameters():
+        parameter.zero_()
+    zeros = norm(states)
+    norm.weight.fill_(1)
+    return round(float((zeros / (norm(states) - zeros)).mean()), 3)
+
+
+def _shapes_only_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    batch, heads, seq, _ = query.shape
+    return query.new_empty(batch, seq, heads, value.shape[-1]), None
+
+
+def _shapes_only_experts(module: nn.Module, hidden_states: Tensor, *args) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+AttentionInterface.register(SHAPES_ONLY, _shapes_only_attention)
+ALL_EXPERTS_FUNCTIONS.register(SHAPES_ONLY, _shapes_only_experts)

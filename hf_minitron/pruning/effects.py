@@ -1,0 +1,157 @@
+"""Which corrections have an effect on a cut: one that was asked for and has none is refused by name, before any weight is read.
+
+It must not know moments or weights; a model's config and the axes that are cut are all it looks at.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from hf_minitron import axes
+from hf_minitron.families.family import Family
+from hf_minitron.families.meta import parameters_of
+from hf_minitron.plan import Plan
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names, corrected_modules, moments_path
+
+# The metadata of a file of gaps: the layers whose outputs were read.
+DROPPED = "dropped"
+
+
+def chosen_corrections(
+    config: PreTrainedConfig,
+    family: Family,
+    plan: Plan,
+    moments: Path | None,
+    corrections: Sequence[str] | None,
+    gaps: Path | None,
+) -> Sequence[str]:
+    """Return the corrections to make: those asked for, else the default ones where there are moments.
+
+    Raises:
+        ValueError: for what is given and would not be used, and for what is needed and not given.
+    """
+    names = corrections if corrections is not None else DEFAULT_CORRECTIONS if moments else ()
+    check_corrections(config, family, plan, [*names, *(["rotation"] if plan.rotated else [])])
+    if plan.rotated:
+        plan.require_basis()
+    if moments is None and (needy := [name for name in names if name != "rotation" or not plan.rotated]):
+        raise ValueError(f"corrections: {needy[0]} needs moments: give the folder that calibrate(..., moments=...) wrote, or "
+                         "leave corrections out for plain slicing")  # fmt: skip
+    if moments is not None and not names:
+        raise ValueError(f"moments: {moments} is not used with corrections: []; leave moments out, or name corrections")
+    check_gaps(plan, names, gaps)
+    return names
+
+
+def check_corrections(config: PreTrainedConfig, family: Family, plan: Plan, names: Sequence[str]) -> None:
+    """Refuse corrections that do not exist, are not for a model, or have nothing to correct in a cut.
+
+    The default corrections, when all three are named, do what applies to a model and a cut, which may be nothing; any other
+    list must have the effect of each of its names.
+
+    Args:
+        config (`PreTrainedConfig`): The teacher's.
+        family (`Family`): Its family.
+        plan (`Plan`): What is cut: only the axes in `keep` and the sizes are looked at.
+        names (`Sequence[str]`): The corrections.
+
+    Raises:
+        ValueError: naming the first such correction, and why.
+    """
+    check_names(names)
+    may_do_nothing = DEFAULT_CORRECTIONS if set(DEFAULT_CORRECTIONS) <= set(names) else ()
+    for name in names:
+        reason = "" if name in may_do_nothing else _REASONS[name](config, family, plan)
+        if reason:
+            raise ValueError(f"corrections: {name} {reason}. Leave {name} out")
+
+
+def check_gaps(plan: Plan, names: Sequence[str], gaps: Path | None) -> None:
+    """Refuse gaps that are not used, are missing, or were read for another plan.
+
+    Args:
+        plan (`Plan`): What is kept.
+        names (`Sequence[str]`): The corrections.
+        gaps (`Path`, *optional*): The folder that `read_gaps` wrote.
+    """
+    if "layer_merge" not in names:
+        if gaps is not None:
+            raise ValueError(
+                f"gaps: {gaps} is for layer_merge, which is none of corrections {list(names)}; leave one out, or add it"
+            )
+        return
+    if gaps is None:
+        raise ValueError("corrections: layer_merge needs gaps, the folder that read_gaps(model, blocks, plan, folder) writes")
+    if not plan.gaps:
+        raise ValueError(
+            "corrections: layer_merge has no effect: no kept layer stands before a dropped one. Leave layer_merge out"
+        )
+    for layer, dropped in plan.gaps.items():
+        path, found = moments_path(gaps, layer), None
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                found = (file.metadata() or {}).get(DROPPED)
+        if found != str(dropped):
+            raise ValueError(f"{path} does not hold what the dropped layers {dropped} added: call read_gaps with this plan")
+
+
+def _no_projection(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    read = {axis for axis, *_ in corrected_modules(config, family).values()}
+    return "" if read & plan.keep.keys() else f"has no effect: no projection reads an axis that is cut ({_cut(plan)})"
+
+
+def _no_bias(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    biased = {axis for name, (axis, *_) in corrected_modules(config, family).items() if f"{name}.bias" in parameters_of(config)}
+    return (
+        ""
+        if biased & plan.keep.keys()
+        else f"has no effect: no projection that reads an axis that is cut ({_cut(plan)}) has a bias"
+    )
+
+
+def _no_norm(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    if "hidden" not in plan.keep:
+        return f"has no effect: hidden is not cut ({_cut(plan)})"
+    weighted = any(f"{norm}.weight" in parameters_of(config) for _, norm in family.taps_of(config)["hidden"])
+    return "" if weighted else f"has no effect: the norms of {config.model_type} have no weights"
+
+
+def _no_merge(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    if not family.plain_stream:
+        return f"is not for {config.model_type}, whose MLPs are not added to the residual stream as they are"
+    return "" if "layers" in plan.keep else f"has no effect: no layer is dropped ({_cut(plan)})"
+
+
+def _no_rotation(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    if not family.plain_stream:
+        return (f"is not for {config.model_type}: it needs RMS norms that stand before attention and MLP, and both added to "
+                "the stream as they are")  # fmt: skip
+    return "" if "hidden" in plan.keep else f"has no effect: hidden is not cut ({_cut(plan)})"
+
+
+def _no_group(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+    if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in family.rows_of(config).values()):
+        return f"is not for {config.model_type}, whose queries have no projection of their own"
+    uniform = {"heads": [plan.after["heads"]], "kv_heads": [plan.after.kv_groups]}
+    sizes, group = plan.by_layer or uniform, plan.before["heads"] // plan.before.kv_groups
+    groups = [heads // kept for heads, kept in zip(sizes["heads"], sizes["kv_heads"], strict=True) if kept]
+    if "heads" in plan.keep and any(size < group for size in groups):
+        return ""
+    return f"has no effect: no KV group keeps some of its {group} query heads and loses others"
+
+
+def _cut(plan: Plan) -> str:
+    return f"cut: {', '.join(plan.keep) or 'nothing'}"
+
+
+# Why a correction cannot be made or changes nothing; an empty text when it does.
+_REASONS: Mapping[str, Callable[[PreTrainedConfig, Family, Plan], str]] = {
+    "least_squares": _no_projection,
+    "bias": _no_bias,
+    "norm_ratio": _no_norm,
+    "layer_merge": _no_merge,
+    "head_residual": _no_group,
+    "rotation": _no_rotation,
+}

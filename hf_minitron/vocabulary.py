@@ -1,0 +1,104 @@
+"""Whether two tokenizers are the same for the ids that models have, and whether a text keeps to these ids.
+
+It must not know a model.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+# What tokenizers with the same tokens may split in different ways: case, accents, spaces, digits, scripts, signs.
+PROBE = (
+    "The Quick brown fox's 12,345.678 jumps  over\tthe lazy dog!\n\n    def f(x_1): return x**2 # ok\r\n"
+    "caf\u00e9 cafe\u0301 \ufb01ne \u2460 na\u00efve \u00a0stra\u00dfe \u4f60\u597d\uff0c\u4e16\u754c "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 "
+    "\ud55c\uad6d\uc5b4 \U0001f600\U0001f468\u200d\U0001f469 </a> $x_i$ trailing  "
+)
+
+
+def difference(
+    first: PreTrainedTokenizerBase,
+    second: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    names: tuple[str, str] = ("the first", "the second"),
+) -> str:
+    """Return how two tokenizers differ; an empty text when they give the same ids.
+
+    Tokens whose ids no model has (a sign for images, a padding token that was added behind the vocabulary) do not count. Equal
+    tokens are not enough: merges, normalizer and pre-tokenizer decide which of them a text becomes. What a tokenizer adds
+    around a text does not matter, for texts are tokenized without it.
+
+    Args:
+        first (`PreTrainedTokenizerBase`): A tokenizer.
+        second (`PreTrainedTokenizerBase`): Another one.
+        vocab_size (`int`, *optional*): Ids from here on do not count; the smaller of the models' vocabularies.
+        names (`tuple[str, str]`, *optional*): What they are called.
+    """
+    ours, theirs = (
+        {token: index for token, index in tokenizer.get_vocab().items() if vocab_size is None or index < vocab_size}
+        for tokenizer in (first, second)
+    )
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        ids = [f"{side.get(different[0])} ({name})" for side, name in zip((ours, theirs), names, strict=True)]
+        return f"{len(different):,} tokens differ, such as {different[0]!r} with id {' and '.join(ids)}"
+    rules = [_rules(tokenizer) for tokenizer in (first, second)]
+    if all(rules):
+        unlike = [part for part in rules[0] if rules[0][part] != rules[1][part]]
+        return f"they have the same tokens, but another {unlike[0]}" if unlike else ""
+    probes = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (first, second)]
+    return "" if probes[0] == probes[1] else "they have the same tokens, but split a text in different ways"
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Return what a fast tokenizer makes tokens by; `None` of one in Python, which can only be tried."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    scores = model.get("vocab") if isinstance(model.get("vocab"), list) else None  # of a unigram model
+    parts = {"normalizer": state["normalizer"], "pre_tokenizer": state["pre_tokenizer"], "model type": model.get("type")}
+    return parts | {"list of merges": model.get("merges"), "scores": scores}
+
+
+def check_vocabularies(sizes: Mapping[str, int], tokenizer: Any, blocks: Dataset | IterableDataset | None) -> None:
+    """Refuse models whose vocabularies differ by more than padding, and added tokens that the text does not use.
+
+    Args:
+        sizes (`Mapping[str, int]`): Name of a model to its `vocab_size`.
+        tokenizer (`PreTrainedTokenizerBase` or another processor): The models'; nothing is checked of one without a vocabulary.
+        blocks (`Dataset` or `IterableDataset`, *optional*): What is trained on; a stream's ids are not looked at.
+    """
+    least = min(sizes.values())
+    if not hasattr(tokenizer, "get_vocab") or len(tokenizer) <= least:
+        return
+    added = tokenizer.get_added_vocab()
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
+    if beyond:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than padding "
+            f"({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
+        )
+    if isinstance(blocks, Dataset):
+        check_ids(blocks, least, tokenizer)
+
+
+def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Refuse blocks with ids that a model does not have.
+
+    Args:
+        blocks (`Dataset`): `input_ids` per row.
+        vocab_size (`int`): The model's.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Names the token in the error.
+    """
+    for rows in blocks.with_format("numpy").iter(batch_size=256):
+        highest = max((int(np.max(ids)) for ids in rows["input_ids"] if len(ids)), default=0)
+        if highest >= vocab_size:
+            token = f" ({tokenizer.convert_ids_to_tokens(highest)!r})" if tokenizer else ""
+            raise ValueError(f"The text holds id {highest:,}{token}, but the model's vocabulary has {vocab_size:,}: take it "
+                             "out of the text, or use the model's own tokenizer")  # fmt: skip
