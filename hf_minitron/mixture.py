@@ -107,8 +107,7 @@ def mixed_blocks(
         seed (`int`, *optional*): Shuffle the documents of every source with it.
         streaming (`bool`, *optional*, defaults to `False`): Read and tokenize while the blocks are asked for.
         cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`.
-        shuffle_buffer (`int`, *optional*, defaults to 10,000): As for `token_blocks`, for every source.
-        add_bos_token (`bool`, *optional*): As for `token_blocks`.
+        shuffle_buffer (`int`, *optional*): As for `token_blocks`, for every source; `add_bos_token` (`bool`, *optional*) too.
 
     Returns:
         `Dataset` or `IterableDataset`: One block per row, the same for the same arguments.
@@ -119,9 +118,10 @@ def mixed_blocks(
     Example:
 
     ```python
-    >>> sources = read_sources({"allenai/c4:en": 0.8, "code.jsonl": {"weight": 0.2, "column": "content"}})
-    >>> blocks = mixed_blocks(sources, tokenizer, block_size=4096, seed=0, streaming=True)
-    >>> DistillationTrainer(student, teacher, DistillationArguments("out", max_steps=1000), train_dataset=blocks)
+    >>> sources = read_sources({"train.jsonl": 0.8, "code.jsonl": {"weight": 0.2, "column": "content"}})  # or of the Hub
+    >>> blocks = mixed_blocks(sources, tokenizer, block_size=256, seed=0, streaming=True)
+    >>> len(next(iter(blocks))["input_ids"])
+    256
     ```
     """
     check_sources(sources, block_size, max_tokens)

@@ -6,7 +6,7 @@ It knows no stage: `__main__` hands it the table of stages.
 import dataclasses
 import difflib
 import math
-import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from hf_minitron.run import RecipeError, Run
+from hf_minitron.yaml_text import load_yaml
 
 TOP_LEVEL = {
     "run": "folder for everything the run makes",
@@ -23,13 +24,6 @@ TOP_LEVEL = {
     "seed": "random seed",
     "minutes": "time for all stages on this machine, which it measures first: tokens, steps and documents shrink to fit",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
@@ -76,7 +70,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
 def read_yaml(text: str, where: str) -> Any:
     """Read YAML, with an error that says where it stands."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {error}") from error
 
@@ -140,18 +134,25 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
     if not kinds <= _KINDS.keys():
         return value
+    if bool in kinds and str not in kinds and isinstance(value, str):
+        value = YES_NO.get(value.lower(), value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and int in kinds and math.isfinite(value) and value == int(value):
+    finite = number and abs(value) <= sys.float_info.max
+    if finite and int in kinds and value == int(value):
         value = int(value)
-    elif number and float in kinds:
+    elif finite and float in kinds:
         value = float(value)
-    elif type(value) not in kinds:
-        raise RecipeError(f"{name}: {value!r} is not {' or '.join(words for kind, words in _KINDS.items() if kind in kinds)}")
+    elif number or type(value) not in kinds:
+        quotes = "; put it in quotes" if number and str in kinds else ""
+        wanted = " or ".join(words for kind, words in _KINDS.items() if kind in kinds)
+        raise RecipeError(f"{name}: {value!r} is not {wanted}{quotes}")
     if least is not None and value is not None and value < least:
         raise RecipeError(f"{name}: {value} must be at least {least}")
     return value
 
 
+# Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.
+YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 # The types of YAML, in words.
 _KINDS = {
     int: "a whole number",

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
+from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 # Where a stage keeps what it needs to be resumed; deleted once the stage is done.
 CHECKPOINTS = "checkpoints"
@@ -84,7 +84,7 @@ class Run:
         self.check_owner()
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / "run.json", json.dumps(self._mark()) + "\n")
-        _write(self.folder / "recipe.yaml", yaml.safe_dump(dict(self.recipe), sort_keys=False))
+        _write(self.folder / "recipe.yaml", dump_yaml(dict(self.recipe)))
 
     def _mark(self) -> dict[str, str]:
         return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
@@ -96,7 +96,7 @@ def made_by(model: str) -> Run | None:
     mark, path = _read_json(folder / "run.json"), folder / "recipe.yaml"
     if not Path(model).expanduser().is_dir() or not {"recipe", "model"} <= mark.keys() or not path.is_file():
         return None
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = load_yaml(path.read_text(encoding="utf-8"))
     recipe_path = os.path.relpath((folder / mark["recipe"]).resolve())
     return Run(folder, mark["model"], recipe.get("seed", 0), recipe, Path(recipe_path))
 

@@ -4,6 +4,7 @@ It must not know a model.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -79,3 +80,25 @@ def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBa
             token = f" ({tokenizer.convert_ids_to_tokens(highest)!r})" if tokenizer else ""
             raise ValueError(f"The text holds id {highest:,}{token}, but the model's vocabulary has {vocab_size:,}: take it "
                              "out of the text, or use the model's own tokenizer")  # fmt: skip
+
+
+def check_vocabularies(sizes: Mapping[str, int], tokenizer: object, blocks: object = None) -> None:
+    """Refuse models whose vocabularies differ by more than padding and added tokens that a text does not use.
+
+    Args:
+        sizes (`Mapping[str, int]`): Teacher and student to the sizes of their vocabularies.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Theirs; anything else that processes is not looked at.
+        blocks (`Dataset`, *optional*): The text; that of a stream is not known.
+    """
+    least = min(sizes.values())
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) <= least:
+        return
+    added = tokenizer.get_added_vocab()
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
+    if beyond:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {dict(sizes)}: they differ by more than "
+            f"padding ({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
+        )
+    if isinstance(blocks, Dataset):
+        check_ids(blocks, least, tokenizer)

@@ -15,13 +15,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-axes shape scores plan families.llama families.gpt families.moe families.trace families.family families.student
-data vocabulary mixture memory environment checkpoint pruning.compensate pruning.effects pruning.rotate pruning.prune
-pruning.export pruning.allocate pruning.nonuniform pruning.search importance.moments
+yaml_text
+axes shape scores plan families.llama families.gpt families.moe families.config families.trace families.family
+families.student data vocabulary mixture memory environment
+model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune pruning.export
+pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.batch
+distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.named
 distillation.signals distillation.records distillation.teacher distillation.documents
 distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
 distillation.cache distillation.adapters distillation.synthesis

@@ -139,9 +139,7 @@ def test_gaps_of_another_plan_are_refused(tmp_path):
     one, two = (Plan(shape, shape.cut_to({"layers": len(kept)}), {"layers": kept}) for kept in ([0, 2, 3], [0, 3]))
     gaps = read_gaps(model, tiny.blocks(), one, tmp_path / "gaps")
     prune_model(model, one, tmp_path / "m", MERGING, gaps)
-    with pytest.raises(
-        ValueError, match=r"not hold what the dropped layers \[1, 2\] added: call read_gaps with this plan"
-    ):
+    with pytest.raises(ValueError, match=r"not hold what the dropped layers \[1, 2\] added: call read_gaps with this plan"):
         prune_model(model, two, tmp_path / "m", MERGING, gaps)
 
 

@@ -38,7 +38,9 @@ class Args:
         metadata={"help": "Begin documents, blocks and tasks with the BOS token; as the tokenizer does when left out."},
     )
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
-    models: dict = field(default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id."})
+    models: dict = field(
+        default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id (owner/name@revision)."}
+    )
     tasks: list = field(default_factory=list, metadata={"help": "lm-eval tasks: names, or paths of their YAML files."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})

@@ -1,0 +1,50 @@
+"""YAML as recipes and cards mean it: language codes, dates and revisions are text, numbers are numbers.
+
+PyYAML reads YAML 1.1, where `no` is false, `0123` is octal and `12:30` is a number. Here only `true` and `false` are truth
+values, a number begins with no needless zero, and `1e-4` is one. What is written is read back as it was, by 1.1 and 1.2 alike.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)|(?:0|[1-9][0-9_]*)\.[0-9]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+_RESOLVERS = {"bool": (_BOOL, "tTfF"), "int": (_INT, "-+0123456789"), "float": (_FLOAT, "-+0123456789.")}
+
+
+class Loader(yaml.SafeLoader):
+    """A safe loader that takes for text what YAML 1.2 does."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes text which YAML 1.1 or 1.2 would take for something else."""
+
+
+for _tag, (_pattern, _first) in _RESOLVERS.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        yaml.YAMLError: for text that is none.
+    """
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
+def dump_yaml(value: Any) -> str:
+    """Write YAML, in the order of the value's keys."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
