@@ -107,8 +107,7 @@ def mixed_blocks(
         seed (`int`, *optional*): Shuffle the documents of every source with it.
         streaming (`bool`, *optional*, defaults to `False`): Read and tokenize while the blocks are asked for.
         cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`.
-        shuffle_buffer (`int`, *optional*, defaults to 10,000): As for `token_blocks`, for every source.
-        add_bos_token (`bool`, *optional*): As for `token_blocks`.
+        shuffle_buffer (`int`, *optional*): As for `token_blocks`, for every source; `add_bos_token` (`bool`, *optional*) too.
 
     Returns:
         `Dataset` or `IterableDataset`: One block per row, the same for the same arguments.

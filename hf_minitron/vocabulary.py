@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 # What tokenizers with the same tokens may split in different ways: case, accents, spaces, digits, scripts, signs.
@@ -66,28 +66,6 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     return parts | {"list of merges": model.get("merges"), "scores": scores}
 
 
-def check_vocabularies(sizes: Mapping[str, int], tokenizer: Any, blocks: Dataset | IterableDataset | None) -> None:
-    """Refuse models whose vocabularies differ by more than padding, and added tokens that the text does not use.
-
-    Args:
-        sizes (`Mapping[str, int]`): Name of a model to its `vocab_size`.
-        tokenizer (`PreTrainedTokenizerBase` or another processor): The models'; nothing is checked of one without a vocabulary.
-        blocks (`Dataset` or `IterableDataset`, *optional*): What is trained on; a stream's ids are not looked at.
-    """
-    least = min(sizes.values())
-    if not hasattr(tokenizer, "get_vocab") or len(tokenizer) <= least:
-        return
-    added = tokenizer.get_added_vocab()
-    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
-    if beyond:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than padding "
-            f"({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
-        )
-    if isinstance(blocks, Dataset):
-        check_ids(blocks, least, tokenizer)
-
-
 def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Refuse blocks with ids that a model does not have.
 
@@ -102,3 +80,25 @@ def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBa
             token = f" ({tokenizer.convert_ids_to_tokens(highest)!r})" if tokenizer else ""
             raise ValueError(f"The text holds id {highest:,}{token}, but the model's vocabulary has {vocab_size:,}: take it "
                              "out of the text, or use the model's own tokenizer")  # fmt: skip
+
+
+def check_vocabularies(sizes: Mapping[str, int], tokenizer: object, blocks: object = None) -> None:
+    """Refuse models whose vocabularies differ by more than padding and added tokens that a text does not use.
+
+    Args:
+        sizes (`Mapping[str, int]`): Teacher and student to the sizes of their vocabularies.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Theirs; anything else that processes is not looked at.
+        blocks (`Dataset`, *optional*): The text; that of a stream is not known.
+    """
+    least = min(sizes.values())
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) <= least:
+        return
+    added = tokenizer.get_added_vocab()
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
+    if beyond:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {dict(sizes)}: they differ by more than "
+            f"padding ({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
+        )
+    if isinstance(blocks, Dataset):
+        check_ids(blocks, least, tokenizer)

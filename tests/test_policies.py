@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
-axes shape scores plan families.llama families.gpt families.moe families.config families.meta families.trace families.family
+axes shape scores plan families.llama families.gpt families.moe families.config families.trace families.meta families.family
 families.student data vocabulary mixture memory environment
 model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments

@@ -132,6 +132,17 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
             assert all(torch.allclose(loaded[n], v, rtol=1e-3, atol=1e-4) for n, v in merged.state_dict().items())
 
 
+def test_gaps_of_another_plan_are_refused(tmp_path):
+    model = tiny.model(dtype=torch.float32, num_hidden_layers=4)
+    calibrate(model, tiny.blocks(), moments=tmp_path / "m")
+    shape = shape_of(model)
+    one, two = (Plan(shape, shape.cut_to({"layers": len(kept)}), {"layers": kept}) for kept in ([0, 2, 3], [0, 3]))
+    gaps = read_gaps(model, tiny.blocks(), one, tmp_path / "gaps")
+    prune_model(model, one, tmp_path / "m", MERGING, gaps)
+    with pytest.raises(ValueError, match=r"not hold what the dropped layers \[1, 2\] added: call read_gaps with this plan"):
+        prune_model(model, two, tmp_path / "m", MERGING, gaps)
+
+
 def test_gaps_are_means_over_the_text_and_not_over_padding(tmp_path):
     model = tiny.model(dtype=torch.float32)
     rows = [tiny.blocks(1, 12, seed=seed)["input_ids"][0].tolist() for seed in range(4)]

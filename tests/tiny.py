@@ -29,7 +29,6 @@ CHANGES = {
     "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": ROPE},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
-    "helium": {"head_dim": 10},
     "mixtral": ROUTER,
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
     "phi": {"head_dim": 8},
@@ -46,7 +45,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 # Model types without a table that fit Llama's, and settings that move a norm or a reader: everything that is accepted.
 FALLBACK_TYPES = (
-    "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "helium", "internlm3", "iquestcoder", "jais2",
+    "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "internlm3", "iquestcoder", "jais2",
     "ministral3", "nanochat", "seed_oss",
 )  # fmt: skip
 VARIANTS = (
@@ -55,6 +54,7 @@ VARIANTS = (
     ("opt", {"_remove_final_layer_norm": True}),
     ("stablelm", {"use_parallel_residual": True}),
     ("gpt_neox", {"use_parallel_residual": False}),
+    ("helium", {"head_dim": 10}),
     ("gpt2", {"tie_word_embeddings": True}),
     ("gemma2", {"tie_word_embeddings": True}),
 )

@@ -1,7 +1,7 @@
-"""Which module gives what another one reads, seen by running a model without weights on the meta device.
+"""What a model without weights tells, built on the meta device, and run there: which module gives what another one reads.
 
 Identity of tensors tells: a projection reads a norm when its input is the very tensor that the norm gave, not changed since.
-It must not know an axis or a family.
+It must not know a family.
 """
 
 import copy
@@ -12,12 +12,57 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from hf_minitron import axes
+from hf_minitron.families.config import one_line
+
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What building a model without weights tells: its parameters' shapes, its modules' names, its class and base's name."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    modules: frozenset[str]
+    class_name: str
+    prefix: str
+
+
+def outline(config: PreTrainedConfig) -> Outline:
+    """Build a model of a config without weights.
+
+    Raises:
+        AxisError: for a config that does not make a causal language model.
+    """
+    return _outline(type(config), config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=64)
+def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
+    try:
+        model = _build(kind, content)
+    except Exception as error:  # config classes and modules raise their own kinds
+        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
+    modules = frozenset(name for name, _ in model.named_modules())
+    return Outline(shapes, modules, type(model).__name__, model.base_model_prefix)
+
+
+def _build(kind: type[PreTrainedConfig], content: str, **kwargs) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content, object_hook=_float)), **kwargs)
+
+
+def _float(content: dict) -> object:
+    """Return infinity and NaN for what Transformers writes in their place; JSON has neither."""
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
 
 
 @dataclass(frozen=True)
@@ -51,10 +96,7 @@ def trace(config: PreTrainedConfig) -> Trace:
 @torch.inference_mode(False)  # whoever calls: its tensors have no versions
 @torch.no_grad()
 def _trace(kind: type[PreTrainedConfig], content: str) -> Trace:
-    with torch.device("meta"):
-        config = kind.from_dict(json.loads(content))
-        ways = {"attn_implementation": SHAPES_ONLY, "experts_implementation": SHAPES_ONLY}
-        model = AutoModelForCausalLM.from_config(config, **ways).eval()
+    model = _build(kind, content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
     calls = _Calls()
     for name, module in model.named_modules():
         module.register_forward_hook(calls.hook(name), with_kwargs=True)
@@ -63,7 +105,7 @@ def _trace(kind: type[PreTrainedConfig], content: str) -> Trace:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # models raise their own kinds
         raise ValueError(
-            f"Cannot see which norms the projections of model type {config.model_type!r} read: {' '.join(str(error).split())}. "
+            f"Cannot see which norms the projections of model type {kind.model_type!r} read: {one_line(error)}. "
             "Score it with moments: false and prune with corrections: []"
         ) from error
     once = {name for name, count in calls.counts.items() if count == 1}
