@@ -70,7 +70,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     if not isinstance(minutes, int | float) or isinstance(minutes, bool) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: {minutes!r} is not a number above zero")
     folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
-    return Run(folder, str(recipe["model"]), seed, recipe, path)
+    return Run(folder, str(recipe["model"]), seed, recipe, path, stages)
 
 
 def read_yaml(text: str, where: str) -> Any:

@@ -13,6 +13,7 @@ from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import check_tokenizers
 from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.inputs import model_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import correct, synthesize
 from hf_minitron.stages.training import (
@@ -38,7 +39,11 @@ class Args(TextArguments, DistillationArguments):
     """The `distill:` section: everything that `DistillationArguments` and `TrainingArguments` know, and the text."""
 
     teacher: str | None = field(
-        default=None, metadata={"help": "Another teacher than `model` or, with a `correct:` section, the corrected one."}
+        default=None,
+        metadata={
+            "help": "Another teacher than `model` or, with a `correct:` section, the corrected one.",
+            "reads": model_files,
+        },
     )
     lora: dict | None = field(
         default=None,

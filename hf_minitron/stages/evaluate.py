@@ -13,7 +13,9 @@ from hf_minitron.data import check_text, load_text, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
+from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
+from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stages import correct
 
@@ -28,14 +30,20 @@ OURS = ("teacher", "pruned", "distilled")
 class Args:
     """The `evaluate:` section."""
 
-    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id."})
+    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id.", "reads": text_files})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
-    models: dict = field(default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id."})
-    tasks: list = field(default_factory=list, metadata={"help": "lm-eval tasks: names, or paths of their YAML files."})
+    models: dict = field(
+        default_factory=dict,
+        metadata={"help": "Other models to compare with: name: folder or Hub id.", "reads": model_files},
+    )
+    tasks: list = field(
+        default_factory=list,
+        metadata={"help": "lm-eval tasks: names, or paths of their YAML files.", "reads": task_files},
+    )
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
     few_shot: int | None = field(default=None, metadata={"min": 0, "help": "Examples before a question; else the task's own."})

@@ -28,11 +28,17 @@ class Args:
     """The `publish:` section."""
 
     repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
-    private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to, made when missing; main when left out."})
-    create_pr: bool = field(default=False, metadata={"help": "Whether --push opens a pull request."})
-    collection: str | None = field(default=None, metadata={"help": "Collection to add the model to: its slug, or a title."})
-    overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
+    private: bool = field(default=True, metadata={"bits": False, "help": "Whether a repository made by --push is private."})
+    revision: str | None = field(
+        default=None, metadata={"bits": False, "help": "Branch to push to, made when missing; main when left out."}
+    )
+    create_pr: bool = field(default=False, metadata={"bits": False, "help": "Whether --push opens a pull request."})
+    collection: str | None = field(
+        default=None, metadata={"bits": False, "help": "Collection to add the model to: its slug, or a title."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"bits": False, "help": "Whether --push may replace a model of other provenance."}
+    )
     base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
     license: str | None = field(
         default=None, metadata={"help": "Licence of the teacher, where its folder has no card that says so."}

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
@@ -33,6 +34,7 @@ from hf_minitron.importance.removal import (
     task_costs,
 )
 from hf_minitron.importance.taps import DEFAULT
+from hf_minitron.inputs import text_files
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 
@@ -50,7 +52,9 @@ HALF_COSTS = "halves.safetensors"
 class Args:
     """The `score:` section."""
 
-    text: str = field(metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id."})
+    text: str = field(
+        metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id.", "reads": text_files}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(
@@ -68,7 +72,10 @@ class Args:
     )
     layers: str = field(
         default="block_importance",
-        metadata={"help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm."},
+        metadata={
+            "help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm.",
+            "reads": lambda value, section: task_files([_task(value)[0]], section),
+        },
     )
     layers_block: int = field(default=1, metadata={"min": 1, "help": "Layers that go together, side by side."})
     layers_remove: int | None = field(
@@ -89,7 +96,8 @@ class Args:
         default=None, metadata={"help": "Read one layer at a time from disk; by itself when the model does not fit in memory."}
     )
     state_bytes: int = field(
-        default=4_000_000_000, metadata={"min": 0, "help": "Memory for states between layers; what is beyond goes to disk."}
+        default=4_000_000_000,
+        metadata={"min": 0, "bits": False, "help": "Memory for states between layers; what is beyond goes to disk."},
     )
 
 

@@ -17,6 +17,7 @@ from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.speed import shape_tokens_per_second
 from hf_minitron.families.family import Family, family_of
 from hf_minitron.families.student import check_target
+from hf_minitron.inputs import HASHES
 from hf_minitron.pruning import search
 from hf_minitron.pruning.search import Candidate
 from hf_minitron.recipe import bind
@@ -157,7 +158,14 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
 
 def start(child: Run, run: Run) -> None:
     """Claim a child's folder and share with it what does not depend on the target; its digests of that are the same."""
-    child.claim()
+    with child.locked():
+        child.claim()
+        _share(child, run)
+
+
+def _share(child: Run, run: Run) -> None:
+    if (run.folder / HASHES).is_file():
+        shutil.copy2(run.folder / HASHES, child.folder / HASHES)
     for stage in SHARED:
         if done_digest(child.path(stage)) == done_digest(run.path(stage)) or not run.path(stage).is_dir():
             continue

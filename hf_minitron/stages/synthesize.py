@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data import check_text, load_text
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.correct import teacher_of
 
@@ -36,7 +37,8 @@ class Args:
     documents: int | None = field(default=None, metadata={"min": 1, "help": "Texts wanted; or tokens."})
     tokens: int | None = field(default=None, metadata={"min": 1, "help": "Tokens wanted, prompts included; or documents."})
     prompts: str | None = field(
-        default=None, metadata={"help": "Text whose documents are begun and continued; from nothing when left out."}
+        default=None,
+        metadata={"help": "Text whose documents are begun and continued; from nothing when left out.", "reads": text_files},
     )
     text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})

@@ -21,6 +21,7 @@ from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
+from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
@@ -32,7 +33,10 @@ class TextArguments:
 
     text: str | dict = field(
         default="",
-        metadata={"help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed."},
+        metadata={
+            "help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed.",
+            "reads": text_files,
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -44,6 +48,16 @@ class TextArguments:
     shuffle_buffer: int = field(
         default=10_000, metadata={"min": 1, "help": "Documents of each source among which streaming shuffles."}
     )
+
+    # What is logged, saved, shown and loaded ahead: inherited settings that leave every weight as it is.
+    NO_BITS = (
+        "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "log_level",
+        "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
+        "include_num_input_tokens_seen", "skip_memory_metrics", "save_steps", "save_strategy", "save_total_limit",
+        "save_on_each_node", "enable_jit_checkpoint", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_timeout", "push_to_hub", "hub_model_id",
+        "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "torch_empty_cache_steps",
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
