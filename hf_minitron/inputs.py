@@ -23,9 +23,15 @@ SETTLED = 2  # seconds; a file may be written twice within a tick of its clock
 
 def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
     """Return the local files among the texts of a setting: a name, or a table of several; Hub ids and other names are none."""
-    names = value if isinstance(value, Mapping) else [value]
-    paths = {name: Path(name).expanduser() for name in names if isinstance(name, str) and Path(name).suffix}
-    return {name: path for name, path in paths.items() if _is_file(path)}
+    found = {}
+    for name in value if isinstance(value, Mapping) else [value]:
+        path = Path(name).expanduser() if isinstance(name, str) and name else None
+        if path and _is_file(path):
+            found[name] = path
+        elif path:  # a folder of shards, or a pattern
+            every = path.rglob("*") if path.is_dir() else path.parent.glob(path.name) if path.parent.is_dir() else ()
+            found |= {f"{name}: {file.name}": file for file in sorted(every) if _is_file(file)}
+    return found
 
 
 def model_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
