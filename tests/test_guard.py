@@ -16,7 +16,9 @@ def write_task(folder, name="own", **changes):
     """Write a task of one's own, with everything that a task can be made of."""
     folder.mkdir(exist_ok=True)
     (folder / "data [1].jsonl").write_text('{"context": "w1", "word": "w2"}\n')
-    (folder / "base.yaml").write_text(yaml.safe_dump(TASK | {"dataset_kwargs": {"data_files": {"test": str(folder / "data [1].jsonl")}}}))
+    (folder / "base.yaml").write_text(
+        yaml.safe_dump(TASK | {"dataset_kwargs": {"data_files": {"test": str(folder / "data [1].jsonl")}}})
+    )
     (folder / "words.py").write_text("import more\n\ndef process(docs):\n    return docs\n")
     (folder / "more.py").write_text("X = 1\n")
     text = yaml.safe_dump({"include": "base.yaml", "task": name, "doc_to_target": " {{word}}", **changes})
