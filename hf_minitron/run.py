@@ -62,6 +62,10 @@ class Run:
         """Return the folder of a stage."""
         return self.folder / stage
 
+    def left_bytes(self, stage: str) -> int:
+        """Return the bytes on disk of what an interrupted attempt at a stage has left."""
+        return sum(path.stat().st_size for path in _unfinished(self, stage).rglob("*") if path.is_file())
+
     def section(self, stage: str) -> dict:
         """Return the values of a stage's section."""
         return self.recipe.get(stage) or {}

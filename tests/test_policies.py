@@ -27,7 +27,8 @@ distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks evaluation.task_files
 evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish inputs run hub.facts recipe
-stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
+stages.resuming stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache
+stages.evaluate
 stages.search stages.select stages.publish chain estimate execute __main__
 """.split()
 

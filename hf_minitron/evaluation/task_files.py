@@ -3,12 +3,11 @@
 It reads task files; it must not run a task.
 """
 
-import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.evaluation.tasks import task_manager
+from hf_minitron.evaluation.tasks import children_of, task_manager
 
 
 def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Path]:
@@ -31,32 +30,6 @@ def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Pa
     return found
 
 
-def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield the content of the YAML files of a task, or of every task of a group, includes put in and functions by name."""
-    index, waiting, seen = task_manager(folders).task_index, [task], set()
-    while waiting:
-        entry = index.get(waiting.pop())
-        if entry is None or entry.name in seen:
-            continue
-        seen.add(entry.name)
-        children = _children(entry)
-        waiting += [child for child in children if isinstance(child, str)]
-        yield from (child for child in children if isinstance(child, Mapping))
-        if not children:
-            yield entry.cfg or {}
-
-
-def _children(entry) -> list:
-    """Return the tasks of a group or a tag."""
-    listed = (
-        (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else sorted(entry.tags) if entry.yaml_path is None else ()
-    )
-    names = []
-    for child in listed if isinstance(listed, list) else ():
-        names += [child, child.get("task") or child.get("group")] if isinstance(child, Mapping) else [child]
-    return names
-
-
 def _of_task(task: str, folder: Path) -> Iterator[Path]:
     index, waiting, seen = task_manager(folder).task_index, [task], set()
     while waiting:
@@ -66,7 +39,7 @@ def _of_task(task: str, folder: Path) -> Iterator[Path]:
         seen.add(entry.name)
         if entry.yaml_path and entry.yaml_path.resolve().is_relative_to(folder.resolve()):
             yield from _of_file(entry.yaml_path, folder)
-        waiting += [child for child in _children(entry) if isinstance(child, str)]
+        waiting += [child for child in children_of(entry) if isinstance(child, str)]
 
 
 def _of_file(path: Path, folder: Path) -> Iterator[Path]:
@@ -86,7 +59,7 @@ def _of_file(path: Path, folder: Path) -> Iterator[Path]:
     for text in _strings(content):
         module = Path(text.removeprefix(f"{path.parent.resolve()}/").rpartition(".")[0].replace(".", "/") + ".py")
         if text.startswith(f"{path.parent.resolve()}/"):  # what `!function` became
-            yield from _of_module(path.parent / module, set())
+            yield from _data(path.parent / module)
     for text in _strings([content.get("dataset_path"), content.get("dataset_kwargs")]):
         yield from _data(Path(text).expanduser())
     if isinstance(content.get("task"), list):
@@ -98,23 +71,6 @@ def _data(path: Path) -> Iterator[Path]:
     found = [path] if path.exists() else path.parent.glob(path.name) if path.parent.is_dir() and path.name else ()
     for item in found:
         yield from (file for file in (sorted(item.rglob("*")) if item.is_dir() else [item]) if file.is_file())
-
-
-def _of_module(path: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yield a Python file and those beside it that it imports."""
-    if path in seen or not path.is_file():
-        return
-    seen.add(path)
-    yield path
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        for name in names:
-            yield from _of_module(path.parent / (name.replace(".", "/") + ".py"), seen)
 
 
 def _strings(value: Any) -> list[str]:

@@ -66,7 +66,7 @@ def check(args: Args, run: Run) -> None:
     config = AutoConfig.from_pretrained(resolve(run.model))
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
-    check_text_for(args, sources_of(args), [config])
+    check_text_for(args, sources_of(args), [config], AutoTokenizer.from_pretrained(resolve(run.model)))
     if 0 < args.max_steps <= args.warmup_steps:
         raise ValueError(f"warmup_steps: {args.warmup_steps:g} are not fewer than max_steps: {args.max_steps}; set it lower")
     if args.lora is None:

@@ -67,7 +67,8 @@ def check_blocks(args: Args, run: Run) -> None:
     if args.teacher:
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
     there = [source for source in sources_of(args) if not synthesize.names(run, source.name)]
-    check_text_for(args, there, [AutoConfig.from_pretrained(model) for model in models])
+    configs = [AutoConfig.from_pretrained(model) for model in models]
+    check_text_for(args, there, configs, AutoTokenizer.from_pretrained(folder))
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

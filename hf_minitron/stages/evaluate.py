@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.data import check_first_block, check_text, load_text, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
@@ -57,7 +57,7 @@ def check(args: Args, run: Run) -> None:
     check_text(args.text, args.block_size)
     if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
         raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
-    Tasks.find(args.tasks, args.include_path)
+    Tasks.find(args.tasks, args.include_path, **_task_settings(args)).check()
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:
         splits_evenly(args.limit, processes)
@@ -73,6 +73,12 @@ def check(args: Args, run: Run) -> None:
             speed.check(getattr(config, "max_position_embeddings", None), name)
         if args.tensor_parallel:
             check_tensor_parallel(config, processes)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
+
+
+def _task_settings(args: Args) -> dict[str, int | bool | None]:
+    return {"limit": args.limit, "few_shot": args.few_shot, "chat_template": args.chat_template}
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

@@ -138,8 +138,7 @@ def check(args: Args, run: Run) -> None:
     before = sum(torch.Size(spec.shape).numel() for spec in stored)
     num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
-        left = sum(path.stat().st_size for path in run.folder.glob("prune.tmp/**/*") if path.is_file())
-        require_space(run.folder, num_bytes - left, "the student")
+        require_space(run.folder, num_bytes - run.left_bytes("prune"), "the student")
 
 
 def check_nonuniform(args: Args, run: Run) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.data import check_first_block, check_text, load_text, token_blocks
 from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
@@ -37,6 +37,7 @@ from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.inputs import text_files
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
+from hf_minitron.stages.training import check_positions
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
 NEEDS = ()
@@ -115,9 +116,9 @@ def check(args: Args, run: Run) -> None:
     check_text(args.text, args.block_size)
     folder = resolve(run.model)
     config = AutoConfig.from_pretrained(folder)
-    longest = getattr(config, "max_position_embeddings", None) or args.block_size
-    if args.block_size > longest:
-        raise ValueError(f"block_size: {args.block_size} is more than the {longest} positions of the model")
+    check_positions(config, args.block_size)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
     check_layers(args, config)
     target = run.section("prune").get("target")
     if isinstance(target, dict) and "layers" in target:
@@ -144,6 +145,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
     if task not in task_manager(args.include_path).all_tasks:
         raise ValueError(f"layers: {task!r} is none of {', '.join(METRICS)}, and lm-eval knows no such task; see `lm-eval ls "
                          "tasks`, or set include_path")  # fmt: skip
+    Tasks.find([task], args.include_path).check("layers")
     if args.layers_remove:
         raise ValueError(f"layers_remove takes one of {', '.join(METRICS)}; a task ranks single layers or a layers_block")
     from lm_eval.api.registry import is_higher_better  # seconds to import

@@ -151,7 +151,9 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
     folder = run.folder / FOLDER / name
     recipe = child_recipe(run, folder, target, args)
     recipe["distill"] = {**run.section("distill"), "max_steps": args.steps}
-    recipe["evaluate"] = {**run.section("evaluate"), "tasks": [], "speed": False, "models": {}}
+    of_tasks = ("tasks", "include_path", "limit", "few_shot", "chat_template")
+    text = {key: value for key, value in run.section("evaluate").items() if key not in of_tasks}
+    recipe["evaluate"] = {**text, "tasks": [], "speed": False, "models": {}}
     recipe["publish"] = {key: value for key, value in run.section("publish").items() if key != "repo_id"}
     return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
 

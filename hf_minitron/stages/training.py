@@ -1,8 +1,6 @@
 """What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
 
 import json
-import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_side_files, require_space, resolve
+from hf_minitron.data import check_first_block
 from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
@@ -25,6 +25,7 @@ from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
+from hf_minitron.stages.resuming import last_checkpoint
 
 
 @dataclass
@@ -88,23 +89,50 @@ def tokens_of(args: DistillationArguments) -> int:
     return max(args.max_steps * tokens_per_step(args), 0)
 
 
-def check_text_for(args: TextArguments, sources: Sequence[Source], configs: Sequence[PreTrainedConfig]) -> None:
-    """Refuse an unusable text among those that exist already, and models that cannot keep documents apart when asked to."""
+def check_text_for(
+    args: TextArguments,
+    sources: Sequence[Source],
+    configs: Sequence[PreTrainedConfig],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse an unusable text among those that exist already, blocks longer than a model's positions, and models that cannot
+    keep documents apart when asked to."""
+    for config in configs:
+        check_positions(config, args.block_size)
     if sources:
         check_sources(sources, args.block_size, tokens_of(args) * args.world_size or None)
+    for source in sources:
+        check_first_block(
+            source.name, tokenizer, args.block_size, split=source.split, column=source.column, streaming=args.streaming
+        )
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
             check_documents_apart(random_model(config, torch.float32))
 
 
+def check_positions(config: PreTrainedConfig, block_size: int) -> None:
+    """Refuse blocks of more tokens than a model has positions.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and block_size > longest:
+        raise ValueError(f"block_size: {block_size} is more than the {longest} positions of the model; set it to that or less")
+
+
 def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None:
-    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's."""
+    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's.
+
+    What an interrupted attempt has left is part of both, or goes first.
+    """
     text = 0 if args.streaming else tokens_of(args) * args.world_size * (4 if args.cross_documents else 8)  # ids, positions
     config = AutoConfig.from_pretrained(resolve(run.model))
     family = family_of(config)  # from the config alone: with a cache the teacher's weights may be gone
     weights = 4 * family.shape_of(config).num_parameters(family.rows_of(config))
     # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
-    require_space(run.folder, 3 * weights * ((args.save_total_limit or 1) + 1) + text, f"the checkpoints of {stage}")
+    needed = 3 * weights * ((args.save_total_limit or 1) + 1) + text
+    require_space(run.folder, needed - run.left_bytes(stage), f"the checkpoints of {stage}")
 
 
 def make_blocks(
@@ -139,7 +167,8 @@ def fit(trainer: Trainer) -> None:
     Raises:
         ValueError: when SIGTERM has stopped it, its checkpoint written.
     """
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
+    trainer.train(resume_from_checkpoint=broadcast_object_list(found)[0])
     trainer.accelerator.wait_for_everyone()
     if trainer.terminated:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
@@ -178,18 +207,3 @@ def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
         state = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
         model.to(dtype).save_pretrained(target, state_dict=state)
         copy_side_files(source, target)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint; the Trainer writes `trainer_state.json` last.
-
-    Half-written ones, left by a killed process, are deleted.
-    """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(re.fullmatch(r"checkpoint-(\d+)", path.name)[1]), path))
-        except (OSError, ValueError, TypeError):
-            shutil.rmtree(path, ignore_errors=True)
-    return str(max(found)[1]) if found else None
