@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -20,8 +21,9 @@ from hf_minitron.estimate import store_values, stored_values, time_allows, with_
 from hf_minitron.evaluation.report import Report
 from hf_minitron.execute import execute, read_inputs, summary
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
+from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_overrides
+from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.shape import Shape
 from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
@@ -62,8 +64,22 @@ run, `select` ranks them and writes the recipe of the best:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    args, rest = _parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        check_no_token("\n".join(argv), "the command line")
+        return _main(argv)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nStopped by Ctrl-C. Start the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {TOKEN.sub('<token>', str(error))}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: Sequence[str]) -> int:
+    args, rest = _parser().parse_known_args(argv)
+    with told():
         overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
         check_chain(runs, overrides)
@@ -74,20 +90,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb == "report":
             print(publish.report(with_values(run, stored_values(run) or {}), args.open))
             return 0
-        keep_freed_memory()
-        PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
-        push = _push(args)
-        if args.verb == "run":
-            if len(runs) > 1:
-                check_ahead(runs, push)
-            for run in runs:
-                run_all(run, push)
-        else:
-            run_stages(run, [args.verb], push)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    keep_freed_memory()
+    PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
+    push = _push(args)
+    if args.verb == "run":
+        if len(runs) > 1:
+            check_ahead(runs, push)
+        for run in runs:
+            run_all(run, push)
+    else:
+        run_stages(run, [args.verb], push)
     return 0
+
+
+@contextmanager
+def told(where: str = "") -> Iterator[None]:
+    """Make one line of whatever a user's input sets off before any work is begun, in the libraries below, too.
+
+    Raises:
+        RecipeError: with where it was, and what.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}{error}") from error
+    except (ValueError, OSError) as error:
+        raise RecipeError(where + " ".join(str(error).split())) from error
+    except Exception as error:
+        raise RecipeError(f"{where}{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None:
@@ -154,7 +184,8 @@ def own_stages(run: Run) -> dict[str, ModuleType]:
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
     if PartialState().is_main_process:
-        print(plan_text(run), flush=True)
+        with told():
+            print(plan_text(run), flush=True)
     run_stages(run, list(own_stages(run)), push, estimate=True)
     if PartialState().is_main_process:
         report = Report.load(run.path("evaluate") / "report.json")
@@ -176,7 +207,8 @@ def run_stages(
         run.check_owner()
         run.check_free()
     check_stages(run, stages, push)
-    values, text = time_allows(run, own_stages(run), estimate)
+    with told():
+        values, text = time_allows(run, own_stages(run), estimate)
     whole, run = run, with_values(run, values)
     bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     with run.locked() if state.is_main_process else nullcontext():
@@ -198,14 +230,13 @@ def run_stages(
 
 def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
     """Read the arguments of some stages, on every process; the first one checks them all."""
-    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
+    with told():
+        bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     for name, args in bound.items() if PartialState().is_main_process else ():
-        try:
+        with told(f"{name}: "):
             VERBS[name].check(args, run)
-        except ValueError as error:
-            raise RecipeError(f"{name}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

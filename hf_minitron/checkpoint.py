@@ -20,14 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_minitron.side_files import SIDE_FILES, check_config_file
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# What a user of the model needs beside weights and config.
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 # safetensors' name of a dtype to torch's.
 DTYPES = {
@@ -53,12 +49,15 @@ def resolve(model: str | Path) -> Path:
     """Return the local folder of a model: itself, or the snapshot of a Hub id (safetensors and small files only)."""
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
+        check_config_file(folder / "config.json")
         return folder
     if folder.is_dir():
         raise ValueError(f"{folder} has no config.json: not a model folder")
     if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
         raise ValueError(f"No model at {str(model)!r}: neither a folder with a config.json nor a Hub id (owner/name)")
-    return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
+    folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
+    check_config_file(folder / "config.json")
+    return folder
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
@@ -203,12 +202,6 @@ def write_outline(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(_header(specs))
         file.truncate(file.tell() + sum(spec.num_bytes for spec in specs.values()))
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence files."""
-    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        shutil.copyfile(path, target / path.name)
 
 
 @contextmanager

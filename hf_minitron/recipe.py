@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_minitron.hub.publish import TOKEN
 from hf_minitron.run import RecipeError, Run
 
 TOP_LEVEL = {
@@ -25,8 +26,21 @@ TOP_LEVEL = {
 }
 
 
+# A recipe is small: more than this is a mistake, or meant to be expanded until the memory is full.
+LARGEST, MOST_NODES, DEEPEST = 1_000_000, 100_000, 50
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else."""
+    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else, and no key stands twice in a table."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = repr(self.construct_object(key_node, deep=True))
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"the key {key} stands twice in a section, again in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
@@ -45,7 +59,12 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     """
     if not path.is_file():
         raise RecipeError(f"No recipe at {path}")
-    recipe = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    check_no_token(text, f"the recipe {path}")
+    recipe = read_yaml(text, str(path)) or {}
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} holds a {type(recipe).__name__}, not sections by name")
     for key, value in overrides.items():
@@ -56,6 +75,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
             if not isinstance(section, dict):
                 raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
         section[last] = value
+    check_no_token(yaml.safe_dump(recipe, width=LARGEST), f"the recipe {path}")  # however it was written
     _check_keys("recipe", recipe, [*TOP_LEVEL, *stages])
     for stage, args in stages.items():
         if not isinstance(recipe.get(stage) or {}, dict):
@@ -75,10 +95,41 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
 
 def read_yaml(text: str, where: str) -> Any:
     """Read YAML, with an error that says where it stands."""
+    if len(text) > LARGEST:
+        raise RecipeError(f"{where} has {len(text):,} characters; a recipe has at most {LARGEST:,}")
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not YAML: {error}") from error
+        loader = _Loader(text)  # a SafeLoader
+        node = loader.get_single_node()
+        _weigh(node, (), {})
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise RecipeError(f"{where} is nested deeper than the {DEEPEST} levels that a recipe may have") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _weigh(node: yaml.Node | None, above: tuple[int, ...], known: dict[int, int]) -> int:
+    """Return how many values a node stands for, aliases written out; refuse too many, or too deep."""
+    if id(node) in above or len(above) > DEEPEST:
+        raise RecursionError
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_weigh(part, (*above, id(node)), known) for part in parts)
+        if known[id(node)] > MOST_NODES:
+            raise yaml.YAMLError(f"with its aliases written out it holds more than {MOST_NODES:,} values")
+    return known[id(node)]
+
+
+def check_no_token(text: str, where: str) -> None:
+    """Refuse an access token or key, which would be shown or published; it is not repeated.
+
+    Raises:
+        RecipeError: naming where it stands.
+    """
+    if TOKEN.search(text):
+        raise RecipeError(f"{where} holds an access token (hf_... or another's), which would be published: take it out, renew "
+                          "it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
 
 
 def read_overrides(rest: Sequence[str]) -> dict[str, Any]:

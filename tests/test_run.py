@@ -65,7 +65,7 @@ def do(run, stage, needs=()):
     ("changes", "message"),
     [
         ({"bak": {}}, r"Unknown key 'bak' in recipe; did you mean 'bake'\?"),
-        ({"xyz": {}}, "Unknown key 'xyz' in recipe; known: bake, model, run, seed, slice"),
+        ({"xyz": {}}, "Unknown key 'xyz' in recipe; known: bake, minutes, model, run, seed, slice"),
         ({"slice": {"widht": 3}}, r"Unknown key 'widht' in slice; did you mean 'width'\?"),
         ({"slice": [3]}, r"slice: \[3\] is not a section"),
         ({"drop": ["model"]}, "names no model: add `model:`"),

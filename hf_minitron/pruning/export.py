@@ -18,7 +18,6 @@ from hf_minitron.checkpoint import (
     Checkpoint,
     TensorSpec,
     complete_or_absent,
-    copy_side_files,
     require_space,
     write_tensors,
 )
@@ -27,6 +26,7 @@ from hf_minitron.families.llama import LLAMA_ROWS
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
 from hf_minitron.modeling.layer_schemas import LIST_OF
 from hf_minitron.shape import ShapeError
+from hf_minitron.side_files import copy_side_files
 
 
 @dataclass(frozen=True)

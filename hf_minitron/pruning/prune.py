@@ -19,7 +19,6 @@ from hf_minitron.checkpoint import (
     Checkpoint,
     TensorSpec,
     complete_or_absent,
-    copy_side_files,
     require_space,
     write_tensors,
 )
@@ -28,6 +27,7 @@ from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, Corrections, check_names, corrections_for
 from hf_minitron.pruning.rotate import rotation_for, untied
+from hf_minitron.side_files import copy_side_files
 
 
 def prune_model(

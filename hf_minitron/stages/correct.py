@@ -11,6 +11,7 @@ from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.side_files import side_files
 from hf_minitron.stages.training import (
     TextArguments,
     check_checkpoints,
@@ -64,6 +65,7 @@ def teacher_of(run: Run) -> Path:
 def check(args: Args, run: Run) -> None:
     """Refuse an unusable text, a warm-up that never ends, settings that LoRA refuses, a disk that is too full."""
     config = AutoConfig.from_pretrained(resolve(run.model))
+    side_files(resolve(run.model))
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
     check_text_for(args, sources_of(args), [config], AutoTokenizer.from_pretrained(resolve(run.model)))

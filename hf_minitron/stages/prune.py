@@ -14,7 +14,6 @@ from hf_minitron.checkpoint import (
     TensorSpec,
     best_device,
     best_dtype,
-    copy_side_files,
     load_model,
     require_space,
     resolve,
@@ -32,6 +31,7 @@ from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.side_files import copy_side_files, side_files
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
 
 NEEDS = ("score",)
@@ -130,6 +130,7 @@ def check(args: Args, run: Run) -> None:
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
+    side_files(folder)
     if merges(args, run.model) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     config, family = _teacher(run.model)

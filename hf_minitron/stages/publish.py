@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_minitron.checkpoint import resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, load_log, write_card
 from hf_minitron.hub.page import write_page
-from hf_minitron.hub.publish import TOKEN, Target
+from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
+from hf_minitron.side_files import side_files
 
 NEEDS = ("distill", "evaluate")
 PAGE = "report.html"
@@ -49,11 +51,9 @@ class Args:
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse a licence that is not the base's, an access token in the recipe, and options of a push that do not go together."""
+    """Refuse another licence than the base's, an access token in what would be published, and options that clash."""
     facts.license_of(run)
-    if TOKEN.search(yaml.safe_dump(dict(run.recipe))):
-        raise ValueError("the recipe holds an access token (hf_...), which its card would show: take it out, renew it, and use "
-                         "`hf auth login` or HF_TOKEN")  # fmt: skip
+    check_no_token({f"{path.name} of {run.model}": path for path in side_files(resolve(run.model))})
     if args.repo_id is not None:
         _target(args)
 

@@ -11,7 +11,7 @@ from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.card import markdown_table, measured
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml
-from hf_minitron.run import Run, damaged, done_digest, needs_of
+from hf_minitron.run import RecipeError, Run, damaged, done_digest, needs_of
 from hf_minitron.stages import distill, evaluate, prune, score, search
 
 ALWAYS = True  # done anew each time: it takes seconds, and other candidates may have come in
@@ -29,7 +29,7 @@ class Args:
 def check(args: Args, run: Run) -> None:
     """Refuse to rank nothing."""
     if done_digest(run.path("search")) and not any(finished(child) for child in candidates(run).values()):
-        raise ValueError("no candidate is finished yet:\n" + _commands(run, list(candidates(run))))
+        raise RecipeError("no candidate is finished yet:\n" + _commands(run, list(candidates(run))))
 
 
 def candidates(run: Run) -> dict[str, Run]:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import check_text, load_text
+from hf_minitron.data import check_first_block, check_text, load_text
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
@@ -86,6 +86,7 @@ def check(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     if args.prompts is not None:
         check_text(args.prompts)
+        check_first_block(args.prompts, AutoTokenizer.from_pretrained(folder), 1, None, args.split, args.text_column)
     elif args.chat_template:
         raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
     elif args.temperature == 0:

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
-from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, copy_side_files, require_space, resolve
+from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, require_space, resolve
 from hf_minitron.data import check_first_block
 from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
@@ -25,6 +25,7 @@ from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
+from hf_minitron.side_files import copy_side_files
 from hf_minitron.stages.resuming import last_checkpoint
 
 
