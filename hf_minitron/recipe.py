@@ -36,8 +36,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = repr(self.construct_object(key_node, deep=True))
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+            if key in seen:
                 raise yaml.YAMLError(f"the key {key} stands twice in a section, again in line {key_node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep)

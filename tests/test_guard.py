@@ -3,15 +3,24 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from huggingface_hub import HfApi, ModelCard
 
 from hf_minitron.__main__ import main
+from hf_minitron.checkpoint import resolve
 from hf_minitron.data import check_first_block
 from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import Tasks
+from hf_minitron.hub.facts import shorten
+from hf_minitron.hub.page import write_page
+from hf_minitron.hub.retry import persist
+from hf_minitron.recipe import read_yaml
+from hf_minitron.run import RecipeError
+from hf_minitron.side_files import side_files
 from hf_minitron.stages.resuming import last_checkpoint
 
 TASK = {
@@ -177,3 +186,126 @@ def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, check
     for folder in (checkpoints, tmp_path / "fresh"):
         assert main(["distill", str(project["path"]), "--run", str(folder)]) == 0
     assert left > 100_000 and needed[1] - needed[0] == left
+
+
+TOKENS = ["hf_" + "Secret" * 6, "ghp_" + "a1B2" * 9, "sk-proj-" + "a1B2" * 9, "AKIA" + "A1B2" * 4]
+
+
+@pytest.mark.parametrize("verb", ["plan", "report", "run", "score", "publish"])
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_is_refused_by_every_verb_and_not_shown(project, tmp_path, capsys, verb, token):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(project["recipe"] | {"publish": {"notes": f"made with {token}"}}))
+    for command in (
+        [verb, str(path)],
+        [verb, str(project["path"]), "--publish.notes", token],
+        [verb, str(path), f"--{token}=1"],
+    ):
+        assert main(command) == 1
+        out = capsys.readouterr()
+        assert "holds an access token" in out.err, command
+        assert token not in out.err + out.out, command
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD_YAML = {
+    "bomb": (BOMB, "holds more than 100,000 values"),
+    "itself": ("a: &a [*a]", "nested deeper"),
+    "deep": ("[" * 5000, "nested deeper|is not YAML"),
+    "less deep": ("[" * 80 + "]" * 80, "nested deeper than the 50 levels"),
+    "twice": ("model: a/b\nseed: 1\nseed: 2\n", "the key 'seed' stands twice in a section, again in line 3"),
+    "twice below": ("model: a/b\nscore: {tokens: 1, tokens: 2}\n", "the key 'tokens' stands twice"),
+    "large": ("a" * 1_000_001, "a recipe has at most 1,000,000"),
+    "python": ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+    "date": ("a: 2020-99-99", "is not YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_YAML.values(), ids=BAD_YAML)
+def test_yaml_that_would_fill_the_memory_or_say_two_things_is_refused(text, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        read_yaml(text, "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_and_merges_are_read():
+    assert read_yaml("a: &a {b: 1}\nc: *a\nd: {<<: *a, b: 2}", "x") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"num_hidden_layers": 1000000000}', "num_hidden_layers: 1,000,000,000 is more than any model has"),
+        ('{"text_config": {"n_layer": 20000}}', "n_layer: 20,000 is more"),
+        ('{"vocab_size": 1e15}', "vocab_size: "),
+        ("{", "config.json is damaged"),
+        ("[]", "holds a list"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused_at_once(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        resolve(tmp_path)
+
+
+def test_links_out_of_a_models_folder_are_not_followed(tmp_path, caplog):
+    model = tmp_path / "models--a--b/snapshots/abc"
+    model.mkdir(parents=True)
+    (tmp_path / "models--a--b/blobs").mkdir()
+    (tmp_path / "models--a--b/blobs/123").write_text("licence")
+    (model / "LICENSE").symlink_to("../../blobs/123")
+    (model / "tokenizer.json").symlink_to("LICENSE")
+    (model / "vocab").mkdir()
+    assert [path.name for path in side_files(model)] == ["LICENSE", "tokenizer.json"]
+    assert "vocab is a folder, which does not go with" in caplog.text
+    (model / "NOTICE").symlink_to("../../blobs/none")
+    with pytest.raises(ValueError, match="NOTICE is a link to .*none, which is not there"):
+        side_files(model)
+    (model / "NOTICE").unlink()
+    (model / "NOTICE").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="NOTICE is a link to /etc/passwd, out of the model's folder"):
+        side_files(model)
+
+
+def test_what_a_base_card_says_is_text_in_the_page(tmp_path):
+    bad = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](../secret.txt) <script>x</script>"
+    (tmp_path / "secret.txt").write_text("mine")
+    (tmp_path / "page").mkdir()
+    card = ModelCard(f"---\nmodel_name: a\n---\n# A\n\n{bad}\n\n{bad.replace('<img', '<div><img')}\n\n"
+                     "<details><summary>The recipe</summary>\n\nx\n\n</details>\n")  # fmt: skip
+    write_page(card, tmp_path / "page", tmp_path / "page.html")
+    body = (tmp_path / "page.html").read_text().partition("<main>")[2]
+    assert "<script" not in body and "<img src=x" not in body and "<div><img" not in body
+    assert 'href="javascript' not in body and "data:" not in body
+    assert "<details><summary>The recipe</summary>" in body and "</details>" in body
+
+
+def test_paths_with_blanks_are_paths(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    for text, short in {
+        "/data/my texts/train 1.jsonl": ".../my texts/train 1.jsonl",
+        "read /srv/data/x.jsonl twice": "read .../data/x.jsonl twice",
+        "file:///home/me/x": "~/x",
+        "https://huggingface.co/a/b": "https://huggingface.co/a/b",
+        "/no thinking": "/no thinking",
+    }.items():
+        assert shorten(text) == short
+
+
+def test_ctrl_c_says_one_line(project, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_minitron.__main__.run_stages", interrupted)
+    assert main(["score", str(project["path"])]) == 130
+    assert capsys.readouterr().err == "\nStopped by Ctrl-C. Start the same command again to go on\n"
+
+
+@pytest.mark.parametrize("status", [402, 413, 507])
+def test_what_the_hub_says_is_told(hub, status):
+    hub.fail("GET", "/api/models/", status, body='{"error": "Private storage limit reached"}')
+    with pytest.raises(ValueError, match=rf"me/small.*\({status}\)(.|\n)*Private storage limit reached"):
+        persist(lambda: HfApi().model_info("me/small"), "me/small")
