@@ -1,6 +1,7 @@
 # make demo: compress a real language model; make test: run the tests; make quality: lint and format check; make style: format
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 RECIPE := recipes/smollm2-135m-width/recipe.yaml
 
 .PHONY: demo test quality style
@@ -16,7 +17,7 @@ demo: $(VENV)/ready
 	@$(VENV)/bin/hf-minitron run $(RECIPE)
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 quality: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -26,6 +26,7 @@ from hf_minitron.hub import plots
 from hf_minitron.hub.card import load_log
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
+from hf_minitron.saving import save_config
 from hf_minitron.stages.search import start
 
 # Sizes of the body: by width as the paper's recipe cuts it, by depth, and the share of the layers' parameters that stays.
@@ -167,6 +168,7 @@ def draw_anew(folder: Path) -> None:
     set_seed(0)
     config = AutoConfig.from_pretrained(folder)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
+    save_config(config, folder, dtype=torch.bfloat16)
 
 
 def command(stage: str, path: Path, folder: Path | None = None) -> None:

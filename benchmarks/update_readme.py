@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+import yaml
 from claims import PAPER
 from keep_cards import keep
 
@@ -41,6 +42,26 @@ def demo_block(run: Path, recipe: Path) -> str:
             f"2 CPU cores, {sum(seconds.values()) / 60:.1f} minutes after installing: {times}.",
         ]
     )
+
+
+def expected_block(run: Path, recipe: Path) -> str:
+    """Return the table of the demo's recipe: sizes, tokens, and what to expect of it."""
+    report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
+    whole = yaml.safe_load((recipe / "recipe.yaml").read_text())
+    distill = whole["distill"]
+    tokens = distill["max_steps"] * distill["per_device_train_batch_size"] * distill["block_size"]
+    sizes = [report.models[name]["parameters"] for name in ("teacher", "distilled")]
+    expected = ", ".join(f"{measured(model['perplexity'])} ({name})" for name, model in report.models.items())
+    seconds = sum(json.loads(mark.read_text())["seconds"] for mark in run.glob("*/done.json"))
+    rows = [
+        ["parameters", f"{sizes[0]:,} to {sizes[1]:,}"],
+        ["tokens", f"{tokens / 1e3:.1f} k; fewer where `minutes: {whole['minutes']}` are too few"],
+        ["hardware", "2 CPU cores, no GPU"],
+        ["expected", f"perplexity on held-out text {expected}, after {log['tokens'] / 1e3:.1f} k tokens"],
+        ["source", "measured: the table in the main README and [its card](../../model_cards/smollm2-135m-width/README.md)"],
+        ["run by us", f"yes, {seconds / 60:.1f} minutes"],
+    ]
+    return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
 
 
 def benchmark_block(results: Path) -> str:
@@ -108,6 +129,7 @@ def main() -> None:
     blocks["models"] = models_block({path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))})
     if run.is_dir():
         blocks["demo"] = demo_block(run, ROOT / "recipes" / run.name)
+        blocks["expected"] = expected_block(run, ROOT / "recipes" / run.name)
         for name in ("loss.png", "shapes.png"):
             shutil.copyfile(run / "publish/model" / name, ROOT / "recipes" / run.name / name)
         keep(run, run.name)
@@ -118,7 +140,8 @@ def main() -> None:
 def write_block(name: str, block: str) -> None:
     """Write what stands between two markers, in the one file that has them."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    (path,) = (path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if begin in path.read_text(encoding="utf-8"))
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
+    (path,) = (path for path in pages if begin in path.read_text(encoding="utf-8"))
     before, rest = path.read_text(encoding="utf-8").split(begin)
     path.write_text(f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 

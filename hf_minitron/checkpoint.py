@@ -5,8 +5,8 @@ It must not know an axis or a stage.
 
 import errno
 import json
-import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_minitron.side_files import SIDE_FILES, check_config_file
+from hf_minitron.model_files import resolve, split_kwargs, weights_of
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # safetensors' name of a dtype to torch's.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,13 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
-def resolve(model: str | Path) -> Path:
-    """Return the local folder of a model: itself, or the snapshot of a Hub id (safetensors and small files only)."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        check_config_file(folder / "config.json")
-        return folder
-    if folder.is_dir():
-        raise ValueError(f"{folder} has no config.json: not a model folder")
-    if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
-        raise ValueError(f"No model at {str(model)!r}: neither a folder with a config.json nor a Hub id (owner/name)")
-    folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES]))
-    check_config_file(folder / "config.json")
-    return folder
+def stored_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
+    """Return the dtype of most of the numbers of a checkpoint: what its config says, so that `dtype="auto"` means it."""
+    sizes = Counter()
+    for spec in specs:
+        if DTYPES[spec.dtype].is_floating_point:
+            sizes[DTYPES[spec.dtype]] += torch.Size(spec.shape).numel()
+    return max(sizes, key=sizes.get, default=torch.float32)
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
@@ -72,28 +66,24 @@ class Checkpoint:
 
     Args:
         folder (`Path`): A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
+        variant (`str`, *optional*): Which weights, as for `from_pretrained`.
 
     Raises:
-        ValueError: when a shard is missing, truncated or unreadable, or lacks a tensor that the index promises.
+        ValueError: as `weights_of`; when a shard is truncated or unreadable, lacks a tensor that the index promises or holds
+            another's, or holds what cannot be computed with.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, variant: str | None = None):
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif (self.folder / "model.safetensors").is_file():
-            promised = None
-        else:
-            raise ValueError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json")
+        weights = weights_of(self.folder, variant)
         self._file_of: dict[str, Path] = {}
         self.specs: dict[str, TensorSpec] = {}
-        for file in sorted(set(promised.values())) if promised else ["model.safetensors"]:
-            self._read_header(self.folder / file)
-        lost = [name for name in promised or () if name not in self.specs]
+        for file in weights.files:
+            self._read_header(file)
+        lost = [name for name in weights.index or () if name not in self.specs]
         if lost:
-            raise ValueError(f"{index.name} promises {lost[0]!r} in {promised[lost[0]]}, which does not hold it; "
-                             "download the checkpoint again")  # fmt: skip
+            raise ValueError(f"{weights.source} promises {lost[0]!r} in {weights.index[lost[0]]}, which does not hold it: it "
+                             "is the index of another save; take index and shards from the same one")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file: its bytes are read when they are looked at."""
@@ -101,17 +91,22 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def _read_header(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"Shard {path.name} is missing from {path.parent}; download the checkpoint again")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
+                    if name in self.specs:
+                        raise ValueError(f"{path} and {self._file_of[name].name} both hold {name!r}: they are of different "
+                                         "saves; delete what is left of the other")  # fmt: skip
                     spec = file.get_slice(name)
                     self.specs[name] = TensorSpec(spec.get_dtype(), tuple(spec.get_shape()))
                     self._file_of[name] = path
         except SafetensorError as error:
             raise ValueError(f"Shard {path} is truncated or damaged ({path.stat().st_size:,} bytes; {error}); "
                              "download it again") from error  # fmt: skip
+        for name, spec in self.specs.items():
+            if spec.dtype not in DTYPES:
+                raise ValueError(f"{name!r} in {path} is stored as {spec.dtype}; save the model as bfloat16, float16 or "
+                                 "float32 first, or name the checkpoint that it was made from")  # fmt: skip
 
 
 def write_tensors(
@@ -254,22 +249,22 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def load_model(model: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", **kwargs) -> PreTrainedModel:
+def load_model(model: str | Path, dtype: torch.dtype | str, device: torch.device | str = "cpu", **kwargs) -> PreTrainedModel:
     """Load a causal language model for inference; refuse a checkpoint that lacks parameters.
 
     Args:
-        model (`str` or `Path`): A folder or a Hub id. Safetensors only; no remote code unless asked through `kwargs`.
-        dtype (`torch.dtype`): What the weights are loaded as.
+        model (`str` or `Path`): A folder or a Hub id, with `@revision` where not the newest is meant. Safetensors only, and no
+            remote code.
+        dtype (`torch.dtype` or `str`): What the weights are loaded as.
         device (`torch.device` or `str`): Where they go; `"auto"` spreads them over all devices.
-        **kwargs: Passed to `from_pretrained`.
+        **kwargs: Arguments of `from_pretrained`: those of `model_files.WHICH` and `HOW`.
     """
-    folder = resolve(model)
-    Checkpoint(folder)  # a missing or truncated shard is named before any weight is loaded
-    spread = {"device_map": "auto"} if str(device) == "auto" else {}
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread, **kwargs
-    )
+    which, how = split_kwargs(kwargs)
+    folder = resolve(model, variant=how.get("variant"), **which)
+    Checkpoint(folder, how.get("variant"))  # a missing or truncated shard is named before any weight is loaded
+    how = {"dtype": dtype, **({"device_map": "auto"} if str(device) == "auto" else {}), **how}
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ValueError(f"The checkpoint {folder} lacks {sorted(info['missing_keys'])[0]!r} "
                          f"({len(info['missing_keys'])} tensors in all)")  # fmt: skip
-    return (loaded if spread else loaded.to(device)).eval()
+    return (loaded if "device_map" in how else loaded.to(device)).eval()

@@ -1,8 +1,7 @@
 """How long a run takes on this machine, and a run that fits into a given time.
 
 The work of every stage is counted in units (a token scored, a token distilled, an optimizer step). What a unit takes is
-measured with the functions that the stages call, on random models with the run's own layers: one layer deep and three layers
-deep, and the rest by extrapolation.
+measured with the functions that the stages call, on a random model with a few of the run's own layers; the others take as long.
 """
 
 import contextlib
@@ -10,7 +9,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
@@ -38,8 +39,8 @@ from hf_minitron.stages import prune
 
 # What a run's time allows, in its folder: another start of the same recipe gets the same.
 BUDGET = "budget.json"
-DEPTHS = (1, 3)
-TOKENS = 1024  # of a rehearsal's batch, at most
+DEPTH = 4  # layers of the models that are measured
+TOKENS = 1024  # of their batch, at most
 NEW_TOKENS = 8
 LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result would say nothing
 
@@ -94,52 +95,76 @@ def rehearse(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, float]:
         `dict[str, float]`: `score`, `train`, `read`, `compare`: a token scored, distilled, read by the teacher, and read by a
         student and compared; `step`: an optimizer step; `prune`: all of it; `decode`: a step of generation.
     """
-    bound = _bound(run, stages)
-    layers = prune.shapes(bound["prune"], run.model)[0]["layers"]
-    depths = [min(depth, layers) for depth in DEPTHS]
+    bound, device = _bound(run, stages), best_device()
+    before, after, rows = prune.shapes(bound["prune"], run.model)
+    depth = min(DEPTH, before["layers"])
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # without the stages' progress bars
-        shallow, deep = (_rehearse(run, bound, depth) for depth in depths)
-    more = (layers - depths[0]) / max(1, depths[1] - depths[0])
-    return {unit: time + max(0.0, deep[unit] - time) * more for unit, time in shallow.items()}
+        config = AutoConfig.from_pretrained(resolve(run.model))
+        teacher = random_model(config, best_dtype(device), depth, vocab=None).to(device)
+        block = min(bound["distill"].block_size, TOKENS)
+        ids = torch.randint(teacher.config.vocab_size, (max(1, TOKENS // block), block), device=device)
+        student, times = _rehearse_pruning(teacher, ids, bound["prune"])
+        times |= _rehearse_reading(teacher, student, ids)
+        times |= _rehearse_training(teacher, student.float(), ids, bound["distill"])
+    more = dict.fromkeys(("score", "prune", "read", "decode"), before["layers"] / depth - 1)
+    more |= dict.fromkeys(("compare", "train"), after["layers"] / depth - 1)
+    rates = {unit: whole + body * more.get(unit, 0) for unit, (whole, body) in times.items()}
+    return rates | {"step": rates["step"] * after.num_parameters(rows) / student.num_parameters()}
 
 
-def _rehearse(run: Run, bound: Mapping[str, Any], layers: int) -> dict[str, float]:
-    """Measure every unit on models that are some layers deep."""
-    device, training = best_device(), bound["distill"]
-    teacher = random_model(AutoConfig.from_pretrained(resolve(run.model)), best_dtype(device), layers, vocab=None).to(device)
-    block = min(training.block_size, TOKENS)
-    ids = torch.randint(teacher.config.vocab_size, (max(1, TOKENS // block), block))
-    blocks, rows, batch = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch"), ids.tolist(), len(ids)
+def _rehearse_pruning(
+    teacher: PreTrainedModel, ids: Tensor, args: Any
+) -> tuple[PreTrainedModel, dict[str, tuple[float, float]]]:
+    """Return a student, and the seconds of scoring a token and of pruning: the model's, and those that its layers take."""
     family = family_of(teacher.config)
     shape = family.shape_of(teacher.config)
-    target = {axis: size for axis, size in bound["prune"].target.items() if axis not in ("layers", "experts")}
+    after = shape.cut_to({axis: size for axis, size in args.target.items() if axis not in ("layers", "experts")})
+    blocks = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     with TemporaryDirectory() as folder:
-        moments = folder if bound["prune"].corrections else None
-        score = _seconds(lambda: calibrate(teacher, blocks, batch, moments=moments))
-        plan = make_plan(calibrate(teacher, blocks, batch), shape, shape.cut_to(target))
+        moments = folder if args.corrections else None
+        plan = make_plan(calibrate(teacher, blocks, len(ids), moments=moments), shape, after)
+        score = _seconds(lambda: calibrate(teacher, blocks, len(ids), moments=moments)) / ids.numel()
         student = prune_model(teacher, plan, moments)
-        times = {"score": score / ids.numel(), "prune": seconds_of(lambda: prune_model(teacher, plan, moments))}
-    _, reading = read_text(teacher, rows, batch, keep=True)
-    times["read"] = _seconds(lambda: read_text(teacher, rows, batch)) / ids.numel()
-    times["compare"] = _seconds(lambda: read_text(student, rows, batch, reading)) / ids.numel()
-    prompt = ids[:1, :NEW_TOKENS].to(device)
-    with torch.inference_mode():
-        times["decode"] = _seconds(lambda: generate(teacher, prompt, NEW_TOKENS)) / NEW_TOKENS
-    return times | _rehearse_training(teacher, student.float(), ids.to(device), training)
+        cut = seconds_of(lambda: prune_model(teacher, plan, moments))
+    return student, {"score": (score, score), "prune": (cut, cut)}
 
 
-def _rehearse_training(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, args: Any) -> dict[str, float]:
-    """Measure a token of distillation, forward and backward, and an optimizer step."""
+@torch.inference_mode()
+def _rehearse_reading(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor) -> dict[str, tuple[float, float]]:
+    """Return the seconds of reading a token, of reading and comparing one, and of a step of generation."""
+    rows, prompt = ids.tolist(), ids[:1, :NEW_TOKENS]
+    _, reading = read_text(teacher, rows, len(rows), keep=True)
+    times = {
+        "read": (lambda: read_text(teacher, rows, len(rows)), lambda: _states(teacher, ids), ids.numel()),
+        "compare": (lambda: read_text(student, rows, len(rows), reading), lambda: _states(student, ids), ids.numel()),
+        "decode": (lambda: generate(teacher, prompt, NEW_TOKENS), lambda: _states(teacher, ids[:1, :1]), NEW_TOKENS),
+    }
+    found = {unit: (_seconds(whole) / count, _seconds(body) / count) for unit, (whole, body, count) in times.items()}
+    return found | {"decode": (found["decode"][0], found["decode"][1] * NEW_TOKENS)}
+
+
+def _rehearse_training(
+    teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, args: Any
+) -> dict[str, tuple[float, float]]:
+    """Return the seconds of distilling a token, forward and backward, and of an optimizer step."""
     student.train()
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+    autocast = partial(torch.autocast, ids.device.type, torch.bfloat16, enabled=args.bf16)
+
+    def body() -> None:
+        with torch.no_grad():
+            _states(teacher, ids)
+        with autocast():
+            states = _states(student, ids)
+        states.backward(torch.ones_like(states))
 
     def train() -> None:
         with torch.no_grad():
-            signal = DenseSignal(_rows(teacher, ids)[0], head_of(teacher))
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.bf16):
-            rows, targets = _rows(student, ids)
+            signal = DenseSignal(next_token_rows(_states(teacher, ids), ids)[0], head_of(teacher))
+        with autocast():
+            rows, targets = next_token_rows(_states(student, ids), ids)
 
             def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
                 return {"forward_kl": forward_kl(*signal.align(logits, part, 1))}
@@ -151,19 +176,21 @@ def _rehearse_training(teacher: PreTrainedModel, student: PreTrainedModel, ids: 
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
 
-    return {"train": _seconds(train) / ids.numel(), "step": _seconds(step)}
+    return {"train": (_seconds(train) / ids.numel(), _seconds(body) / ids.numel()), "step": (_seconds(step), 0.0)}
 
 
-def _rows(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    return next_token_rows(model.base_model(input_ids=ids, use_cache=False).last_hidden_state, ids)
+def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return a model's last hidden states."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Return how long some work takes once it has been done before: two times at least, five if it is short."""
+    """Return how long some work takes once it has been done before: the median of two, or of more if it is short."""
+    work()
     times = [seconds_of(work), seconds_of(work)]
-    while len(times) < 5 and sum(times) < 0.5:
+    while len(times) < 7 and sum(times) < 1:
         times.append(seconds_of(work))
-    return min(times)
+    return statistics.median(times)
 
 
 def seconds_by_stage(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> dict[str, float]:

@@ -117,9 +117,10 @@ def mixed_blocks(
     Example:
 
     ```python
-    >>> sources = read_sources({"allenai/c4:en": 0.8, "code.jsonl": {"weight": 0.2, "column": "content"}})
-    >>> blocks = mixed_blocks(sources, tokenizer, block_size=4096, seed=0, streaming=True)
-    >>> DistillationTrainer(student, teacher, DistillationArguments("out", max_steps=1000), train_dataset=blocks)
+    >>> sources = read_sources({"train.jsonl": 0.8, "code.jsonl": {"weight": 0.2, "column": "content"}})  # or of the Hub
+    >>> blocks = mixed_blocks(sources, tokenizer, block_size=256, seed=0, streaming=True)
+    >>> len(next(iter(blocks))["input_ids"])
+    256
     ```
     """
     check_sources(sources, block_size, max_tokens)

@@ -122,7 +122,7 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
     Example:
 
     ```python
-    >>> plan = make_plan(scores, shape, shape.cut_to({"hidden": 504, "ffn": 1152}))
+    >>> plan = make_plan(scores, shape, shape.cut_to({"hidden": 512, "ffn": 1152}))
     >>> plan.after["ffn"], len(plan.keep["ffn"][0])
     (1152, 1152)
     ```

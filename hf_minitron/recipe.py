@@ -6,7 +6,7 @@ It knows no stage: `__main__` hands it the table of stages.
 import dataclasses
 import difflib
 import math
-import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ import yaml
 
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.run import RecipeError, Run
+from hf_minitron.yaml_text import DEEPEST, load_yaml
 
 TOP_LEVEL = {
     "run": "folder for everything the run makes",
@@ -26,26 +27,8 @@ TOP_LEVEL = {
 }
 
 
-# A recipe is small: more than this is a mistake, or meant to be expanded until the memory is full.
-LARGEST, MOST_NODES, DEEPEST = 1_000_000, 100_000, 50
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as in YAML 1.2 and everywhere else, and no key stands twice in a table."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = repr(self.construct_object(key_node, deep=True))
-            if key in seen:
-                raise yaml.YAMLError(f"the key {key} stands twice in a section, again in line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+# A recipe is small: more than this is a mistake.
+LARGEST = 1_000_000
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
@@ -100,27 +83,11 @@ def read_yaml(text: str, where: str) -> Any:
     if len(text) > LARGEST:
         raise RecipeError(f"{where} has {len(text):,} characters; a recipe has at most {LARGEST:,}")
     try:
-        loader = _Loader(text)  # a SafeLoader
-        node = loader.get_single_node()
-        _weigh(node, (), {})
-        return None if node is None else loader.construct_document(node)
+        return load_yaml(text)
     except RecursionError:
         raise RecipeError(f"{where} is nested deeper than the {DEEPEST} levels that a recipe may have") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
         raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _weigh(node: yaml.Node | None, above: tuple[int, ...], known: dict[int, int]) -> int:
-    """Return how many values a node stands for, aliases written out; refuse too many, or too deep."""
-    if id(node) in above or len(above) > DEEPEST:
-        raise RecursionError
-    if id(node) not in known:
-        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
-        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_weigh(part, (*above, id(node)), known) for part in parts)
-        if known[id(node)] > MOST_NODES:
-            raise yaml.YAMLError(f"with its aliases written out it holds more than {MOST_NODES:,} values")
-    return known[id(node)]
 
 
 def check_no_token(text: str, where: str) -> None:
@@ -193,18 +160,25 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
     if not kinds <= _KINDS.keys():
         return value
+    if bool in kinds and str not in kinds and isinstance(value, str):
+        value = YES_NO.get(value.lower(), value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and int in kinds and math.isfinite(value) and value == int(value):
+    finite = number and abs(value) <= sys.float_info.max
+    if finite and int in kinds and value == int(value):
         value = int(value)
-    elif number and float in kinds:
+    elif finite and float in kinds:
         value = float(value)
-    elif type(value) not in kinds:
-        raise RecipeError(f"{name}: {value!r} is not {' or '.join(words for kind, words in _KINDS.items() if kind in kinds)}")
+    elif number or type(value) not in kinds:
+        quotes = "; put it in quotes" if number and str in kinds else ""
+        wanted = " or ".join(words for kind, words in _KINDS.items() if kind in kinds)
+        raise RecipeError(f"{name}: {value!r} is not {wanted}{quotes}")
     if least is not None and value is not None and value < least:
         raise RecipeError(f"{name}: {value} must be at least {least}")
     return value
 
 
+# Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.
+YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 # The types of YAML, in words.
 _KINDS = {
     int: "a whole number",

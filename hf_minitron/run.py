@@ -18,11 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from hf_minitron import inputs
 from hf_minitron.inputs import read_json, write_whole
+from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Run:
         self.check_owner()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "run.json", json.dumps(self._mark()) + "\n")
-        write_whole(self.folder / "recipe.yaml", yaml.safe_dump(dict(self.recipe), sort_keys=False))
+        write_whole(self.folder / "recipe.yaml", dump_yaml(dict(self.recipe)))
 
     def _mark(self) -> dict[str, str]:
         return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
@@ -162,7 +162,7 @@ def made_by(model: str) -> Run | None:
     mark, path = read_json(folder / "run.json"), folder / "recipe.yaml"
     if not Path(model).expanduser().is_dir() or not {"recipe", "model"} <= mark.keys() or not path.is_file():
         return None
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = load_yaml(path.read_text(encoding="utf-8"))
     recipe_path = os.path.relpath((folder / mark["recipe"]).resolve())
     return Run(folder, mark["model"], recipe.get("seed", 0), recipe, Path(recipe_path))
 

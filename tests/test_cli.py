@@ -238,13 +238,29 @@ def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, 
     assert run(project, tmp_path / "run", verb="score") == 0 and (tmp_path / "run/score/done.json").is_file()
 
 
+STEPS = 60
+
+
+def long_recipe(project, folder):
+    """Write a recipe that saves every fifth of its steps."""
+    training = {**project["recipe"]["distill"], "max_steps": STEPS, "save_steps": 5}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**project["recipe"], "run": str(folder / "run"), "distill": training}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(project, tmp_path_factory):
+    """The student of such a recipe."""
+    path = long_recipe(project, tmp_path_factory.mktemp("uninterrupted"))
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, str(path)]) == 0
+    return load_file(path.parent / "run/distill/student/model.safetensors")
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, tmp_path, how):
-    folder, steps = tmp_path / "run", 60
-    recipe = {**project["recipe"], "run": str(folder)}
-    recipe["distill"] = {**recipe["distill"], "max_steps": steps, "save_steps": 5}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, uninterrupted, tmp_path, how):
+    folder, path = tmp_path / "run", long_recipe(project, tmp_path)
     command, checkpoints = [sys.executable, "-m", "hf_minitron", "run", str(path)], folder / "distill.tmp/checkpoints"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
     while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
@@ -265,13 +281,10 @@ def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, tm
         assert main([stage, str(path)]) == 0
     assert (folder / "prune/done.json").stat().st_mtime_ns == before
     history = json.loads((folder / "distill/log.json").read_text())["history"]
-    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, steps + 1))
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
     assert history[-1]["train_runtime"] > 0
-    assert main(["score", str(path), "--run", str(tmp_path / "whole")]) == 0
-    for stage in ("prune", "distill"):
-        assert main([stage, str(path), "--run", str(tmp_path / "whole")]) == 0
-    resumed, whole = (load_file(f / "distill/student/model.safetensors") for f in (folder, tmp_path / "whole"))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed = load_file(folder / "distill/student/model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
 def test_a_tied_head_is_stored_once(project, tmp_path):

@@ -18,7 +18,7 @@ from hf_minitron import token_blocks
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
-from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks
+from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks, task_manager
 from hf_minitron.evaluation.text import in_tokens_of, read_text, text_bytes, text_facts, text_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +26,10 @@ METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
 EVALUATE = """
 import json, sys
 import evaluate, numpy as np
-data = np.load(sys.argv[1])
-top1 = evaluate.load(sys.argv[2] + "/top1_match").compute(predictions=data["s"].argmax(1), references=data["t"].argmax(1))
-kl = evaluate.load(sys.argv[2] + "/teacher_kl").compute(predictions=data["s"], references=data["t"])
-print(json.dumps(top1 | kl))
+top1, kl = (evaluate.load(f"{sys.argv[1]}/{name}") for name in ("top1_match", "teacher_kl"))
+for data in map(np.load, sys.argv[2:]):
+    found = top1.compute(predictions=data["s"].argmax(1), references=data["t"].argmax(1))
+    print(json.dumps(found | kl.compute(predictions=data["s"], references=data["t"])))
 """
 
 
@@ -62,28 +62,41 @@ def blocks(project):
     return token_blocks(documents, tiny.tokenizer(), 16, 160, 0)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])  # a plain head, a softcap, a scale
-def test_agreement_equals_full_logits_and_the_evaluate_modules(tmp_path, model_type):
-    teacher, student = tiny.model(model_type), tiny.model(model_type, seed=1, hidden_size=24)
+AGREEING = ("llama", "gemma2", "granite")  # a plain head, a softcap, a scale
+
+
+@pytest.fixture(scope="module")
+def agreement(tmp_path_factory):
+    """Of each type two models, their full logits, and what the evaluate modules say of these, in one process for all."""
+    folder, made = tmp_path_factory.mktemp("agreement"), {}
+    ids = torch.tensor(tiny.blocks()["input_ids"][:].tolist())
+    for model_type in AGREEING:
+        models = {"t": tiny.model(model_type), "s": tiny.model(model_type, seed=1, hidden_size=24)}
+        logits = {name: model(ids).logits[:, :-1].detach() for name, model in models.items()}
+        arrays = {name: values.flatten(0, 1).float().numpy() for name, values in logits.items()}
+        arrays["t"] = np.concatenate([arrays["t"], np.full((len(arrays["t"]), 2), 50.0)], 1)  # a padded vocabulary
+        np.savez(folder / f"{model_type}.npz", **arrays)
+        made[model_type] = (models, logits)
+    command = [sys.executable, "-c", EVALUATE, METRICS, *(folder / f"{model_type}.npz" for model_type in AGREEING)]
+    done = subprocess.run([*map(str, command)], env=offline(folder), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()[-len(AGREEING) :]]
+    return {model_type: (*made[model_type], said) for model_type, said in zip(AGREEING, found, strict=True)}
+
+
+@pytest.mark.parametrize("model_type", AGREEING)
+def test_agreement_equals_full_logits_and_the_evaluate_modules(agreement, model_type):
+    models, logits, found = agreement[model_type]
     blocks = tiny.blocks()["input_ids"][:].tolist()
-    _, states = read_text(teacher, blocks, 4, keep=True, chunk_size=7)
-    sums, nothing = read_text(student, blocks, 4, states, chunk_size=5)
-    ids = torch.tensor(blocks)
-    logits = {name: model(ids).logits[:, :-1] for name, model in (("s", student), ("t", teacher))}
+    _, states = read_text(models["t"], blocks, 4, keep=True, chunk_size=7)
+    sums, nothing = read_text(models["s"], blocks, 4, states, chunk_size=5)
     logp = {name: values.log_softmax(-1) for name, values in logits.items()}
     kl = (logp["t"].exp() * (logp["t"] - logp["s"])).sum(-1)
     match = (logits["s"].argmax(-1) == logits["t"].argmax(-1)).double()
-    loglikelihood = logp["s"].gather(-1, ids[:, 1:, None])[..., 0]
+    loglikelihood = logp["s"].gather(-1, torch.tensor(blocks)[:, 1:, None])[..., 0]
     for name, expected in (("loglikelihood", loglikelihood), ("top1_match", match), ("teacher_kl", kl)):
-        assert sums[name] == pytest.approx(expected.sum(1).detach().numpy(), rel=1e-6), name
+        assert sums[name] == pytest.approx(expected.sum(1).numpy(), rel=1e-6), name
     assert nothing is None
-    arrays = {name: values.detach().flatten(0, 1).float().numpy() for name, values in logits.items()}
-    arrays["t"] = np.concatenate([arrays["t"], np.full((len(arrays["t"]), 2), 50.0)], 1)  # a padded vocabulary
-    np.savez(tmp_path / "logits.npz", **arrays)
-    command = [sys.executable, "-c", EVALUATE, tmp_path / "logits.npz", METRICS]
-    done = subprocess.run([*map(str, command)], env=offline(tmp_path), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
     assert found["teacher_kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
     facts = text_facts(text_records(sums, blocks, [11] * len(blocks)))
     assert facts["agreement"]["teacher_kl"]["value"] == pytest.approx(kl.mean().item(), rel=1e-6)
@@ -171,6 +184,12 @@ def test_a_group_is_compared_through_its_tasks(project, tmp_path):
     model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
     found = compare_models({"teacher": model, "student": model}, dict.fromkeys(("teacher", "student"), [*records, text]))
     assert {c["task"]: c["samples"] for c in found} == {"tiny_one": 5, "tiny_two": 5, "tiny_group": 10}
+    both = ["tiny_one", "hellaswag"]
+    assert set(both) <= set(task_manager(tmp_path, both).all_tasks)
+
+
+def test_a_task_of_a_folder_is_found_without_reading_those_of_lm_eval(project):
+    assert task_manager(project["folder"] / "tasks", ["tiny_last_word"]).all_tasks == ["tiny_last_word"]
 
 
 def test_few_shot_limit_and_chat_template_reach_the_prompts(project, tmp_path, monkeypatch):

@@ -345,15 +345,20 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hf_minitron import checkpoint, prune_checkpoint, Plan
-pieces, folder = 0, Path(sys.argv[1])
-def kill(name, tensor):
-    global pieces
-    pieces += 1
-    if pieces == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return tensor
-checkpoint.check_finite = kill
-prune_checkpoint(folder / "teacher", Plan.load(folder / "plan.json"), folder / "student", max_shard_bytes=20_000)
+folder = Path(sys.argv[1])
+def killed_at(piece):
+    pieces = 0
+    def kill(name, tensor):
+        nonlocal pieces
+        pieces += 1
+        if pieces == piece:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tensor
+    checkpoint.check_finite = kill
+    prune_checkpoint(folder / "teacher", Plan.load(folder / "plan.json"), folder / "student", max_shard_bytes=20_000)
+for piece in (1, 20):
+    process = os.fork() or killed_at(piece) or os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), *sorted(path.name for path in folder.glob("student*")))
 """
 
 
@@ -362,10 +367,9 @@ def test_a_killed_pruning_leaves_nothing_that_looks_complete(tmp_path):
     plan = plan_for(teacher, hidden=24)
     teacher.save_pretrained(tmp_path / "teacher")
     plan.save(tmp_path / "plan.json")
-    for pieces in (1, 20):
-        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(pieces)], check=False, capture_output=True)
-        assert done.returncode == -9 and not (tmp_path / "student").exists() and (tmp_path / "student.tmp").exists()
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "0"], check=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["-9 student.tmp", "-9 student.tmp"]
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", max_shard_bytes=20_000)
     assert not (tmp_path / "student.tmp").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(prune_model(teacher, plan)))
 

@@ -1,15 +1,18 @@
 """Formulas against textbook ones on full tensors, and the head that changes its logits."""
 
+import math
+
 import pytest
 import tiny
 import torch
 from scipy.spatial.distance import cosine, jensenshannon
 from scipy.stats import entropy
 
-from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import Head, chunked_loss, head_of, next_token_rows
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES, generalized_jsd
 from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.distillation.states import StateLosses
 
 
 def tables(rows=5, vocab=11):
@@ -119,3 +122,46 @@ def test_relations_equal_full_ones(chunk_size):
     assert torch.allclose(found, total, atol=1e-12) and total.max() > 0.1
     for a, b in zip(torch.autograd.grad(found.sum(), student), expected, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("tokens", [64, 2**20])
+def test_gradients_in_fp16_are_those_of_fp32(loss, tokens):
+    """A step of a million tokens: divided by them before the GradScaler's scale arrives, most would round to zero."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 40, generator=generator) for size in (48, 1000))
+    hidden, weight = hidden.half().float(), (weight / 6).half().float()
+    teacher, scale = torch.randn(48, 1000, generator=generator).log_softmax(-1), 2.0**16
+    found, expected = [], []
+    for kept, dtype in ((found, torch.float16), (expected, torch.float32)):
+        states, matrix = hidden.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+
+        def chunk(logits, at):
+            return {loss: TOKEN_LOSSES[loss](logits.log_softmax(-1), teacher[at])}
+
+        if dtype == torch.float16:
+            total, _ = chunked_loss(states, Head(matrix), chunk, {loss: 1.0}, torch.tensor(tokens), 7)
+        else:
+            total = chunk(states @ matrix.T, slice(None))[loss].sum() / tokens
+        total.backward(torch.tensor(scale))
+        kept += [states.grad.float() / scale, matrix.grad / scale, total.detach()]
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours - reference).norm() < 0.01 * reference.norm()
+        lost = (ours == 0) & (reference != 0)
+        assert lost.float().mean() < 0.01
+
+
+def test_projections_know_the_scale_of_the_loss():
+    """What the GradScaler multiplies is divided before clipping, and a step that overflowed is skipped."""
+    models = [tiny.model(seed=1, hidden_size=24, dtype=torch.float32), tiny.model(dtype=torch.float32)]
+    results = []
+    for scale in (1.0, 2.0**16, math.inf):
+        states = StateLosses(*models, ("block",), seed=3)
+        before = [parameter.clone() for parameter in states.projections.parameters()]
+        for number, parameter in enumerate(states.projections.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.5 + number) * scale
+        states.step(0.1, 1.0, 1, 2.0**16 if scale > 1 else 1.0)
+        results.append(list(states.projections.parameters()))
+    for plain, scaled, overflowed, start in zip(*results, before, strict=True):
+        assert torch.allclose(plain, scaled, atol=1e-6) and not torch.equal(plain, start)
+        assert torch.equal(overflowed, start)

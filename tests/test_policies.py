@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_minitron
 
@@ -14,23 +15,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-axes shape scores plan families.llama families.gpt families.moe families.family families.student data mixture memory environment
-side_files
-checkpoint pruning.compensate pruning.rotate pruning.prune pruning.export
+yaml_text
+axes shape scores plan families.llama families.gpt families.moe families.config families.family
+families.student data mixture memory environment
+side_files model_kinds model_files checkpoint saving pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.batch
+distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.named
 distillation.signals distillation.records distillation.teacher distillation.documents
 distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
 distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks evaluation.task_files
 evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish inputs run hub.facts recipe
-stages.resuming stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache
-stages.evaluate
-stages.search stages.select stages.publish chain estimate execute __main__
+stages.resuming stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune stages.distill
+stages.cache stages.evaluate stages.search stages.select stages.publish chain estimate execute __main__
 """.split()
 
 
@@ -101,3 +102,7 @@ def test_the_readme_tree_is_the_real_one():
     real = {path.relative_to(ROOT).as_posix() + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir()}
     real = {path for path in real if not path.endswith(("__pycache__/", "__init__.py", "py.typed"))}
     assert real <= set(listed), real - set(listed)
+
+
+def test_a_process_of_the_suite_has_one_thread():
+    assert torch.get_num_threads() == 1

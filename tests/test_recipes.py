@@ -37,7 +37,7 @@ from hf_minitron.families.student import student_config
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
-from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe
 from hf_minitron.stages import prune
 from hf_minitron.stages.training import sources_of
 
@@ -101,7 +101,7 @@ def test_everything_is_there():
 def test_every_section_binds(path):
     found = set(yaml.safe_load(path.read_text()))
     needed = {name for name, module in STAGES.items() if not getattr(module, "OPTIONAL", False)}
-    assert {"model", "run", "seed", *needed} <= found <= {"model", "run", "seed", *STAGES}
+    assert {"model", "run", "seed", *needed} <= found <= {*TOP_LEVEL, *STAGES}
     _, sections = bound(path)
     texts = [args.text for args in sections.values() if isinstance(getattr(args, "text", None), str)]
     if "135m" not in path.parent.name:  # looked up on the Hub, not from here
@@ -351,7 +351,7 @@ def test_offline_text_is_split_by_module(tmp_path, monkeypatch):
         parts[part] = [json.loads(line) for line in (tmp_path / f"stdlib/{part}.jsonl").read_text().splitlines()]
     modules = [{row["module"] for row in rows} for rows in parts.values()]
     assert all(modules) and sum(map(len, modules)) == len(set.union(*modules)) == 25
-    assert "stdlib_last_word" in task_manager(tmp_path / "stdlib/tasks").all_tasks
+    assert "stdlib_last_word" in task_manager(tmp_path / "stdlib/tasks", ["stdlib_last_word"]).all_tasks
     assert prepare_offline.part_of("_pydecimal") == prepare_offline.part_of("decimal")
 
 

@@ -1,5 +1,7 @@
 """Costs of removal against students that really lack the layers, and what a removal runs."""
 
+from functools import cache
+
 import pytest
 import tiny
 import torch
@@ -48,6 +50,19 @@ def full(model, rows):
         return [model(input_ids=row[None], use_cache=False).logits[0].double() for row in rows]
 
 
+@cache
+def deep_sample(model_type):
+    """A model that no test changes, its blocks and their rows."""
+    model, blocks = deep(model_type), tiny.blocks(3)
+    return model, blocks, tuple(blocks["input_ids"][:])
+
+
+@cache
+def logits_without(model, rows, removed):
+    """Every metric compares the same students."""
+    return full(student(model, removed) if removed else model, rows)
+
+
 def states(model, rows):
     """The input of every layer and the output of the last one, all rows one after the other."""
     layers, kept = layers_of(model), []
@@ -65,7 +80,7 @@ def reference(model, rows, metric, removed):
         seen = states(model, rows)
         before, after = seen[min(removed)], seen[max(removed) + 1]
         return float((1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)).mean())
-    whole, without = full(model, rows), full(student(model, removed), rows)
+    whole, without = (logits_without(model, tuple(rows), layers) for layers in ((), tuple(removed)))
     if metric == "logit_mse":
         return float(
             sum((a - b).square().sum() for a, b in zip(whole, without, strict=True)) / sum(a.square().sum() for a in whole)
@@ -86,8 +101,7 @@ def close(found, expected):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_costs_are_those_of_students_without_the_layers(model_type, metric):
-    model, blocks = deep(model_type), tiny.blocks(3)
-    rows = blocks["input_ids"][:]
+    model, blocks, rows = deep_sample(model_type)
     for size in (1, 2):
         expected = [reference(model, rows, metric, range(start, start + size)) for start in range(LAYERS - size + 1)]
         for batch_size in (1, 2):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,20 +11,31 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.checkpoint import load_model
+from hf_minitron.distillation.checks import check_number, one_line
 
 # What is not said in a recipe.
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# What no recipe says: it follows from the model and from training.
+OURS = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 
 
 def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
     """Refuse settings that `add_lora` would refuse for a model of this config, without its weights."""
-    known = [setting.name for setting in dataclasses.fields(LoraConfig)]
-    for key in settings:
+    known, hints = [setting.name for setting in dataclasses.fields(LoraConfig)], typing.get_type_hints(LoraConfig)
+    for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             raise ValueError(f"lora: {key!r} is no field of peft.LoraConfig" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if key in OURS:
+            raise ValueError(f"lora: {key} is set for you; leave it out")
+        if hints[key] in (int, float):
+            check_number(f"lora: {key}", value, whole=hints[key] is int)
+        if hints[key] is bool and not isinstance(value, bool):
+            raise ValueError(f"lora: {key}: {value!r} is neither true nor false")
     with torch.device("meta"):  # no weights
-        add_lora(AutoModelForCausalLM.from_config(config), settings)
+        tuned = add_lora(AutoModelForCausalLM.from_config(config), settings)
+    if not any(parameter.requires_grad for parameter in tuned.parameters()):
+        raise ValueError(f"lora: {dict(settings)} adds to no layer, so nothing would be trained; name other target_modules")
 
 
 def add_lora(model: PreTrainedModel, settings: Mapping) -> PeftModel:
@@ -39,8 +51,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping) -> PeftModel:
     """
     try:
         tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**LORA, **settings}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+    except Exception as error:  # peft does not look at most settings before it uses them
+        raise ValueError(f"lora: {one_line(error)}") from error
     for layer, kind in ((model.get_input_embeddings(), torch.nn.Embedding), (model.get_output_embeddings(), torch.nn.Linear)):
         if not isinstance(layer, kind):
             raise ValueError(f"lora: {settings} changes the embedding or the output head; name other target_modules")

@@ -1,29 +1,88 @@
 """A batch: how rows become one, and what each of its tokens may be compared by and look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+# What a row may hold, and what its padding is: one entry per token.
+COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
 
-def collate(rows: Sequence[dict]) -> dict[str, Tensor]:
-    """Batch rows of `input_ids` (and `labels`); pad shorter ones at the end, where nothing is learnt.
 
-    Padding is told by length, never by a token id: many models use their end token for both. With `position_ids` a row holds
-    documents that do not see each other, each from position 0 on: its first token is not predicted from the document before.
-    There is no attention mask then, for Transformers finds documents in its absence only; a padding token is a document.
+def collate(rows: Sequence[Mapping], ignored: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Batch rows of `input_ids` (and `labels`, `attention_mask`, `position_ids`); pad shorter ones at the end.
+
+    Padding is told by length and by the rows' own masks, never by a token id: many models use their end token for both. Nothing
+    is learnt there. With `position_ids` a row holds documents that do not see each other, each from position 0 on: its first
+    token is not predicted from the document before. There is no attention mask then, for Transformers finds documents in its
+    absence only; a padding token is a document.
+
+    Args:
+        rows (`Sequence[Mapping]`): Rows of a dataset.
+        ignored (`Sequence[str]`, *optional*): Columns of other use, such as the length that rows are grouped by.
+
+    Raises:
+        ValueError: for another column, or one that has not an entry for every token.
     """
-    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    labels = [torch.as_tensor(row.get("labels", row["input_ids"])) for row in rows]
+    parts = {name: [torch.as_tensor(row[name]) for row in rows if name in row] for name in COLUMNS}
+    for row in rows:
+        _check_row(row, rows[0], ignored)
+    ids = parts["input_ids"]
+    parts["labels"] = parts["labels"] or ids
+    if parts["position_ids"]:
+        if not all(mask.all() for mask in parts["attention_mask"]):
+            raise ValueError("attention_mask: rows with position_ids hold documents, and a mask lets these see each other: "
+                             "leave padding out of the rows")  # fmt: skip
+        del parts["attention_mask"]
+    elif len({len(row) for row in ids}) > 1 or not all(mask.all() for mask in parts["attention_mask"]):
+        parts["attention_mask"] = parts["attention_mask"] or [torch.ones_like(row) for row in ids]
+    else:
+        del parts["attention_mask"]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    batch = {"input_ids": pad(ids), "labels": pad(labels, padding_value=-100)}
-    if "position_ids" in rows[0]:
-        batch["position_ids"] = pad([torch.as_tensor(row["position_ids"]) for row in rows])
-        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
-    elif len({len(row) for row in ids}) > 1:
-        batch["attention_mask"] = pad([torch.ones_like(row) for row in ids])
-    return batch
+    batch = {name: pad(values, padding_value=COLUMNS[name]) for name, values in parts.items() if values}
+    return batch | {"labels": supervised(batch)}
+
+
+def _check_row(row: Mapping, first: Mapping, ignored: Sequence[str]) -> None:
+    """Refuse a row that differs from the first one in kind, or whose columns cannot be batched."""
+    if unknown := [name for name in row if name not in (*COLUMNS, *ignored)]:
+        raise ValueError(f"the rows' column {unknown[0]!r} is none of {', '.join(COLUMNS)}: remove it, rename it, or give a "
+                         "data_collator that knows it")  # fmt: skip
+    if "input_ids" not in row or row.keys() != first.keys():
+        raise ValueError(
+            f"a row has the columns {sorted(row)}, another {sorted(first)}: all need input_ids, and the same others"
+        )
+    for name in COLUMNS.keys() & row.keys():
+        if len(row[name]) != len(row["input_ids"]):
+            raise ValueError(f"{name}: a row has {len(row[name])} of them for {len(row['input_ids'])} input_ids")
+
+
+def supervised(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return a batch's labels, -100 where nothing is learnt: at padding, behind padding, and at a document's first token.
+
+    Args:
+        batch (`Mapping[str, Tensor]`): `labels` of shape `(batch, seq)`, and perhaps `attention_mask` and `position_ids`.
+    """
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    if mask is not None:
+        if mask.shape != labels.shape:
+            raise ValueError(f"attention_mask: its shape is {tuple(mask.shape)}, not (batch, seq) as that of labels, "
+                             f"{tuple(labels.shape)}: where padding is cannot be told")  # fmt: skip
+        real = mask.bool()
+        labels = labels.masked_fill(~real | ~torch.nn.functional.pad(real[:, :-1], (1, 0), value=True), -100)
+    if batch.get("position_ids") is not None:
+        labels = labels.masked_fill(batch["position_ids"] == 0, -100)
+    return labels
+
+
+def with_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch whose labels say where something is learnt, for student and teacher; refuse one without."""
+    if inputs.get("labels") is None or "input_ids" not in inputs or "shift_labels" in inputs:
+        raise ValueError(
+            f"data_collator: it makes {', '.join(inputs)}; a batch needs input_ids and labels that are not shifted"
+        )
+    return {name: value for name, value in inputs.items() if name != "skip_logits"} | {"labels": supervised(inputs)}
 
 
 def predicts(labels: Tensor) -> Tensor:
@@ -31,7 +90,7 @@ def predicts(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
 
-def visible(inputs: dict[str, Tensor]) -> Tensor | None:
+def visible(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return which tokens each may look at beside the causal mask, shape `(batch, seq, seq)`: its document's, no padding."""
     seen = None
     if "position_ids" in inputs:

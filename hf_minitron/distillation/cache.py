@@ -36,6 +36,7 @@ def write_cache(
     seed: int = 0,
     batch_size: int = 4,
     chunk_size: int = 256,
+    init_kwargs: dict | None = None,
 ) -> dict:
     """Ask a teacher about every block once and keep its answers; started again after an interruption, go on.
 
@@ -53,6 +54,7 @@ def write_cache(
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
         batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
+        init_kwargs (`dict`, *optional*): How a teacher that is named is loaded, as `teacher_model_init_kwargs`.
 
     Returns: what `cache.json` says, with `bytes_per_token`.
 
@@ -62,26 +64,20 @@ def write_cache(
     Example:
 
     ```python
-    >>> write_cache("teacher", blocks, "cache", {"top_k": 64})["bytes_per_token"]
+    >>> facts = write_cache(teacher, blocks, "cache/top_k", {"top_k": 64})
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
-    lengths, identity = _lengths(blocks), teacher_identity(model)
+    lengths, identity = _lengths(blocks), teacher_identity(model, init_kwargs)
     record = record_of(method, identity["vocab_size"], dtype)
-    settings = {
-        "format": 1,
-        "method": dict(method),
-        "dtype": dtype,
-        "seed": seed,
-        "teacher": identity,
-        "text": text_hash(blocks),
-    }
+    settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
+    settings |= {"teacher": identity, "text": text_hash(blocks)}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
     settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
     settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        ask = _Asker(LiveTeacher(model, state.device), record, seed, batch_size, chunk_size)
+        ask = _Asker(LiveTeacher(model, state.device, init_kwargs), record, seed, batch_size, chunk_size)
         _write_shards(folder, settings, blocks, ask, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
@@ -93,6 +89,10 @@ def _lengths(blocks: Dataset) -> list[int]:
     """Return the tokens of every block; refuse what cannot be cached."""
     if not hasattr(blocks, "__len__"):
         raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
+    if "attention_mask" in blocks.column_names and not all(
+        np.all(mask) for mask in blocks.with_format("numpy")["attention_mask"]
+    ):
+        raise ValueError("attention_mask: the blocks are padded. Leave padding out of them; it is added batch by batch")
     lengths = [len(ids) for rows in blocks.with_format("numpy").iter(batch_size=64) for ids in rows["input_ids"]]
     if min(lengths, default=0) < 2:
         raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")

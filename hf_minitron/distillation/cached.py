@@ -18,12 +18,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_minitron.checkpoint import Checkpoint, resolve
+from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.config import CROSS_ENTROPY
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.signals import SparseSignal, StoredSignal
+from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
 ENTRY = 3  # int64 per block in a shard's index: end, rows, key
@@ -48,9 +49,12 @@ class CachedTeacher:
     Example:
 
     ```python
-    >>> write_cache("teacher", blocks, "cache", {"random": 50})
-    >>> teacher = CachedTeacher("cache")
-    >>> teacher.check_blocks(blocks)
+    >>> from hf_minitron.distillation.cache import write_cache
+    >>> facts = write_cache(teacher, blocks, "cache/random", {"random": 50})
+    >>> cached = CachedTeacher("cache/random")  # a teacher for DistillationTrainer
+    >>> cached.check_blocks(blocks)
+    >>> cached.meta["method"]
+    {'random': 50}
     ```
     """
 
@@ -71,13 +75,16 @@ class CachedTeacher:
     def __call__(self, inputs: dict[str, Tensor]) -> SparseSignal | StoredSignal:
         """Return what the teacher said about the labelled tokens of a batch."""
         predicts = (inputs["labels"][:, 1:] != -100).cpu().numpy()
+        real = _real(inputs)
         kept = []
-        for key, wanted in zip(keys_of(inputs), predicts, strict=True):
+        for key, wanted, pairs in zip(keys_of(inputs), predicts, real[:, 1:] & real[:, :-1], strict=True):
             block = self._find(key)
             if block is None:
                 raise ValueError(f"A batch holds a block that is not in the cache {self.folder}: {self._what()}")
             arrays = self._read(block)
-            kept.append([array[wanted[: len(array)]] for array in arrays])
+            if len(arrays[0]) != pairs.sum():
+                raise ValueError("attention_mask: a row has padding between its tokens, which no cache was asked about")
+            kept.append([array[wanted[pairs]] for array in arrays])
         device = inputs["labels"].device
         return self.record.signal(*(torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*kept, strict=True)))
 
@@ -96,13 +103,13 @@ class CachedTeacher:
             f"{self.folder}: they are {reason}. {self._what()}. Cache these blocks: hf-minitron cache, or write_cache"
         )
 
-    def check_teacher(self, model: PreTrainedModel | str | Path) -> None:
+    def check_teacher(self, model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> None:
         """Refuse a cache of another teacher than the one named. A folder without weights is compared by its config alone.
 
         Raises:
             ValueError: with what differs.
         """
-        theirs, ours = self.meta["teacher"], teacher_identity(model)
+        theirs, ours = self.meta["teacher"], teacher_identity(model, init_kwargs)
         for key, value in ours.items():
             if value is not None and value != theirs[key]:
                 raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
@@ -158,19 +165,24 @@ def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
 
 def keys_of(inputs: dict[str, Tensor]) -> Iterator[int]:
     """Yield the keys of a batch's blocks, without their padding."""
-    ids, mask, positions = (
-        inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "attention_mask", "position_ids")
-    )
-    for row in range(len(ids)):
-        length = ids.shape[1] if mask is None else int(mask[row].sum())
-        yield key_of(ids[row, :length], None if positions is None else positions[row, :length])
+    ids, positions = (inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "position_ids"))
+    for row, real in enumerate(_real(inputs)):
+        yield key_of(ids[row, real], None if positions is None else positions[row, real])
+
+
+def _real(inputs: dict[str, Tensor]) -> np.ndarray:
+    """Return which tokens of a batch are no padding, shape `(batch, seq)`."""
+    mask = inputs.get("attention_mask")
+    return np.ones(inputs["input_ids"].shape, bool) if mask is None else mask.bool().cpu().numpy()
 
 
 def block_keys(blocks: Dataset) -> Iterator[int]:
-    """Yield the keys of a dataset's blocks."""
+    """Yield the keys of a dataset's blocks, without their padding."""
     for rows in blocks.with_format("numpy").iter(batch_size=64):
-        positions = rows.get("position_ids", [None] * len(rows["input_ids"]))
-        yield from map(key_of, rows["input_ids"], positions)
+        nothing = [None] * len(rows["input_ids"])
+        positions, masks = (rows.get(name, nothing) for name in ("position_ids", "attention_mask"))
+        for ids, starts, mask in zip(rows["input_ids"], positions, masks, strict=True):
+            yield key_of(ids if mask is None else ids[mask.astype(bool)], starts)
 
 
 def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:
@@ -198,20 +210,22 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
         )
 
 
-def teacher_identity(model: PreTrainedModel | str | Path) -> dict:
+def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> dict:
     """Say which teacher a model is, the same on every machine and in every dtype, shard size and library version.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): A model, a folder or a Hub id.
+        init_kwargs (`dict`, *optional*): Which files are meant, as `teacher_model_init_kwargs`.
 
     Returns:
         `dict`: `model_type`, `vocab_size`, and `weights`: a SHA-256 of every parameter's name, shape and 16 of its values,
             rounded to bfloat16; `None` for a folder without weights.
     """
     if isinstance(model, str | Path):
-        folder = resolve(model)
+        which, how = split_kwargs(init_kwargs)
+        folder = resolve(model, variant=how.get("variant"), **which)
         config = AutoConfig.from_pretrained(folder)
-        stored = Checkpoint(folder) if any(folder.glob("*.safetensors")) else None
+        stored = Checkpoint(folder, how.get("variant")) if any(folder.glob("*.safetensors")) else None
         tensors = ((name, stored.read(name)) for name in sorted(stored.specs)) if stored else None
     else:
         config, tensors = model.config, sorted(model.named_parameters(), key=lambda item: item[0])

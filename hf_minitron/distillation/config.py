@@ -3,18 +3,32 @@
 Names follow TRL where meanings agree. Defaults are the paper's, with their table.
 """
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from hf_minitron.checkpoint import best_dtype
+from hf_minitron.distillation.checks import (
+    check_mapping,
+    check_number,
+    check_optimizer,
+    check_refused,
+    check_schedule,
+    check_trackers,
+    check_values,
+    one_line,
+)
 from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
+from hf_minitron.model_files import split_kwargs, with_hidden_token
 
 CROSS_ENTROPY = "cross_entropy"
 BALANCES = ("static", "minitron")
+# Schedules that want to be told how far they fall.
+MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 
 @dataclass
@@ -62,13 +76,15 @@ class DistillationArguments(TrainingArguments):
         default=None, metadata={"help": "Tokens whose logits exist at the same time; 128 on a CPU, 1024 elsewhere."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name."}
+        default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name: revision, dtype, ..."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (2408.11796, table 4)."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule (2408.11796, table 4)."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine_with_min_lr", metadata={"help": "Schedule (2408.11796, table 4)."}
+    )
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule: fall to a tenth."}
+        default=None, metadata={"help": "Arguments of the schedule; the default one falls to a tenth: {min_lr_rate: 0.1}."}
     )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "layer_pairs", "teacher_model_init_kwargs"]
@@ -81,29 +97,64 @@ class DistillationArguments(TrainingArguments):
             self.bf16 = not self.fp16 and best_dtype(device) == torch.bfloat16
         if self.chunk_size is None:  # on a GPU small matrices are slow, and so is adding to the head's gradient often
             self.chunk_size = 128 if self.use_cpu else 1024
-        super().__post_init__()
-        if self.hub_token is not None:  # do not show it
-            raise ValueError(
-                "hub_token: the Trainer would write it into every checkpoint; use `hf auth login` or HF_TOKEN instead"
-            )
+        check_values(self)
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in (*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES):
+            self.greater_is_better = False
+        try:
+            super().__post_init__()
+        except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise ValueError(f"training arguments: {one_line(error)}") from error
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in MIN_LR_SCHEDULES:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config"):
+            check_mapping(name, getattr(self, name), "such as {key: value}")
+        check_refused(self)
+        check_trackers(self.report_to)
+        check_optimizer(self)
+        check_schedule(self)
+        self.teacher_model_init_kwargs = with_hidden_token(self.teacher_model_init_kwargs)
+        split_kwargs(self.teacher_model_init_kwargs)
+        self._check_losses()
+        self._check_states()
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None) -> "DistillationArguments":
+        """Return the settings that a Trainer was given: as they are, or with the defaults of what distillation adds.
+
+        Args:
+            args (`TrainingArguments`, *optional*): `DistillationArguments`, plain `TrainingArguments`, or none: all defaults.
+        """
+        if args is None:
+            return cls("tmp_trainer")
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(f"args: {type(args).__name__} is neither DistillationArguments nor TrainingArguments")
+        given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+        if more := given.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"args: {type(args).__name__} has {sorted(more)[0]}, which has no effect here; "
+                             "give DistillationArguments")  # fmt: skip
+        return cls(**given)
+
+    def _check_losses(self) -> None:
+        """Refuse losses that there are not, weights that are none, and settings that none of the losses reads."""
         known = [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES]
-        numbers = isinstance(self.losses, dict) and all(isinstance(weight, int | float) for weight in self.losses.values())
-        if not numbers:
-            raise ValueError(f"losses: {self.losses!r} is not a table of weights, such as {{forward_kl: 1.0}}")
-        unknown = [name for name in self.losses if name not in known]
-        if unknown:
-            raise ValueError(f"losses: {unknown[0]!r} is not a loss; there are {', '.join(known)}")
+        check_mapping("losses", self.losses, "of weights, such as {forward_kl: 1.0}")
+        for name, weight in (self.losses or {}).items():
+            if name not in known:
+                raise ValueError(f"losses: {name!r} is not a loss; there are {', '.join(known)}")
+            check_number(f"losses: the weight of {name}", weight)
         if not self.losses or min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
             raise ValueError(f"losses: {self.losses} must have at least one positive weight and none below zero")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: {self.temperature} must be above zero")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta: {self.beta} must lie between 0 and 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} must be at least 1, or left out")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size: {self.chunk_size} must be at least 1")
-        self._check_states()
+        if self.label_smoothing_factor and CROSS_ENTROPY not in self.losses:
+            raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor} smooths labels, which only "
+                             f"{CROSS_ENTROPY} reads; give that a weight in losses, or leave it out")  # fmt: skip
+
+    def to_dict(self) -> dict:
+        """Return the settings as `TrainingArguments` does, the teacher's token hidden too."""
+        found = super().to_dict()
+        return found | {"teacher_model_init_kwargs": copy.deepcopy(found["teacher_model_init_kwargs"])}
 
     def _check_states(self) -> None:
         """Refuse settings of the losses on states that no model could have."""
@@ -112,6 +163,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"layer_pairs: {self.layer_pairs!r} is none of {', '.join(LAYER_RULES)}, nor a table such as {{29: 13}}"
             )
+        if not isinstance(self.layer_pairs, str):
+            _check_pairs(self.layer_pairs)
         if self.state_distance not in DISTANCES:
             raise ValueError(f"state_distance: {self.state_distance!r} is none of {', '.join(DISTANCES)}")
         if self.balance not in BALANCES:
@@ -119,5 +172,12 @@ class DistillationArguments(TrainingArguments):
         if states and self.balance == "minitron" and len(states) == len(self.losses):
             raise ValueError(f"losses: {', '.join(states)} are all on states, and balance: minitron scales them to the others; "
                              "add forward_kl, or set balance: static")  # fmt: skip
-        if states and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("gradient_checkpointing_kwargs: use_reentrant: true hides states from losses; leave it out")
+        if states and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("activation_checkpointing_kwargs: use_reentrant: true hides states from losses; leave it out")
+
+
+def _check_pairs(pairs: object) -> None:
+    """Refuse what is no table from a teacher's layer to a student's; keys that came through JSON are text."""
+    whole = isinstance(pairs, dict) and all(str(t).isdecimal() and str(s).isdecimal() for t, s in pairs.items())
+    if not pairs or not whole:
+        raise ValueError(f"layer_pairs: {pairs!r} is no table of the teacher's layers and the student's, such as {{29: 13}}")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
@@ -162,14 +162,28 @@ class StateLosses(nn.Module):
             pairs.append(tuple(part.repeat_interleave(most // part.shape[2], 2) for part in parts))  # keys of a group
         return relation_kl(*pairs, visible, self._chunk_size)[predicts].sum()
 
-    def step(self, learning_rate: float, max_norm: float, processes: int) -> None:
-        """Train the projections by the gradients of an accumulated batch, the same on every process."""
+    def step(self, learning_rate: float, max_norm: float, processes: int, scale: float = 1.0) -> None:
+        """Train the projections by the gradients of an accumulated batch, the same on every process.
+
+        Args:
+            learning_rate (`float`): Of this step.
+            max_norm (`float`): What the gradients are clipped to; 0 for not at all.
+            processes (`int`): How many take part.
+            scale (`float`, *optional*, defaults to 1): What the loss was multiplied by (fp16). A step whose gradients it has
+                made infinite is skipped, as the GradScaler skips the student's.
+        """
         if self._optimizer is None:
             return
         parameters = [parameter for parameter in self.projections.parameters() if parameter.grad is not None]
         for parameter in parameters if processes > 1 else ():
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= processes
+        if scale != 1:
+            for parameter in parameters:
+                parameter.grad /= scale
+            if not all(parameter.grad.isfinite().all() for parameter in parameters):
+                self._optimizer.zero_grad()
+                return
         if max_norm > 0:
             clip_grad_norm_(parameters, max_norm)
         self._optimizer.param_groups[0]["lr"] = learning_rate
@@ -198,6 +212,21 @@ class StateLosses(nn.Module):
                 self._optimizer.state[parameter] = {
                     key.rpartition(":")[2]: file.get_tensor(key).to(device[key]) for key in keys
                 }
+
+
+def check_states(
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    student_layers: int,
+    names: Sequence[str],
+    layers: str | Mapping[int, int],
+) -> None:
+    """Refuse losses and layers that a teacher, or what is left of the model that becomes the student, does not have."""
+    for config in (teacher, student):
+        _places(config, names)
+    before = family_of(student).shape_of(student)["layers"]
+    kept = range(before - student_layers, before)  # plan's are known later; none lies behind these
+    layer_pairs(layers, family_of(teacher).shape_of(teacher)["layers"], student_layers, kept)
 
 
 def layer_pairs(

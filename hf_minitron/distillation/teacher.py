@@ -3,7 +3,6 @@
 A live teacher is frozen, in eval mode and in its own dtype; it is never part of the student or of its checkpoints.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
-
-# What a model is asked for beside its labels.
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
+from hf_minitron.model_kinds import adapter_base
 
 
 class LiveTeacher:
@@ -31,7 +30,7 @@ class LiveTeacher:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the
             device has it); a folder with a PEFT adapter means its base model with the adapter.
         device (`torch.device`): Where it runs.
-        init_kwargs (`dict`, *optional*): Passed to `from_pretrained` when a path or Hub id is given.
+        init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a path or Hub id, such as `revision` or `dtype`.
         top_k (`int`, *optional*): Compare only its most likely tokens, and all others as one.
     """
 
@@ -43,8 +42,15 @@ class LiveTeacher:
         top_k: int | None = None,
     ):
         if isinstance(model, str | Path):
-            model = _load(model, device, {"dtype": best_dtype(device), **(init_kwargs or {})})
-        self.model = base_of(model).to(device).eval().requires_grad_(False)
+            model = _load(model, device, init_kwargs)
+        elif init_kwargs:
+            raise ValueError(f"teacher_model_init_kwargs: {', '.join(init_kwargs)}, but the teacher is a model that is loaded "
+                             "already; give its name, or leave them out")  # fmt: skip
+        self.model = base_of(model)
+        quantized = getattr(self.model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
+        if not quantized and not hasattr(self.model, "hf_device_map"):  # these stay where they are
+            self.model.to(device)
+        self.model.eval().requires_grad_(False)
         self.config = self.model.config
         self._top_k = top_k
         self.hidden = LastHidden(self.model)
@@ -67,7 +73,7 @@ class LiveTeacher:
     def __call__(self, inputs: dict[str, Tensor]) -> DenseSignal:
         """Return what the teacher says about the labelled tokens of a batch; its head must be `gathered` to be used."""
         with torch.autocast(self.model.device.type, enabled=False):
-            kwargs = {name: inputs[name] for name in INPUTS if name in inputs}
+            kwargs = {name: value for name, value in inputs.items() if name != "labels"}
             self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
             rows, _ = next_token_rows(self.hidden.take(), inputs["labels"])
             return DenseSignal(rows, head_of(self.model), self._top_k)
@@ -115,12 +121,19 @@ def gathered(model: PreTrainedModel | None) -> Iterator[bool]:
         yield False
 
 
-def _load(model: str | Path, device: torch.device, kwargs: dict) -> PreTrainedModel:
-    adapter = Path(model).expanduser() / "adapter_config.json"
-    if not adapter.is_file():
-        return load_model(model, device=device, **kwargs)
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return PeftModel.from_pretrained(load_model(base, device=device, **kwargs), adapter.parent).merge_and_unload()
+def _load(model: str | Path, device: torch.device, init_kwargs: dict | None) -> PreTrainedModel:
+    which, how = split_kwargs(init_kwargs)
+    base, dtype = adapter_base(model), how.pop("dtype", best_dtype(device))
+    loaded = load_model(model if base is None else base, dtype, device, **which, **how)
+    if is_hub_id(model):  # what a card names, rather than a folder of the cache
+        loaded.config.name_or_path = pinned(model)[0]
+    return loaded if base is None else PeftModel.from_pretrained(loaded, Path(model).expanduser()).merge_and_unload()
+
+
+def teacher_folder(model: str | Path, init_kwargs: dict | None = None) -> Path:
+    """Return the folder of a teacher given by name, with its config and tokenizer; an adapter's are its base model's."""
+    which, how = split_kwargs(init_kwargs)
+    return resolve(adapter_base(model) or model, variant=how.get("variant"), **which)
 
 
 def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

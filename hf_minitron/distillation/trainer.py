@@ -4,10 +4,8 @@ It overrides how the loss is computed, what is logged and what a stop leaves beh
 accumulation, checkpoints and resuming are the Trainer's.
 """
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,22 +13,26 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
-from hf_minitron.checkpoint import Checkpoint, check_finite
-from hf_minitron.distillation.batch import collate, predicts, visible
+from hf_minitron.distillation.batch import collate, predicts, visible, with_labels
 from hf_minitron.distillation.cached import META as CACHE
 from hf_minitron.distillation.cached import CachedTeacher
+from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
+from hf_minitron.distillation.named import NamedLosses
 from hf_minitron.distillation.signals import DenseSignal, SparseSignal, StoredSignal
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
+from hf_minitron.distillation.stopping import last_finite_checkpoint, on_sigterm
 from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, gathered, no_tokens
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
+from hf_minitron.saving import complete_side_files, repair_generation, save_config
 
 # The projections of the losses on states, in a checkpoint.
 PROJECTIONS = "projections.safetensors"
@@ -40,34 +42,50 @@ class DistillationTrainer(Trainer):
     """Train a student to say what its teacher says.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The student, in float32 for mixed precision.
+        model (`PreTrainedModel` or `PeftModel`, *optional*): The student, in float32 for mixed precision; or give `model_init`.
         teacher (`PreTrainedModel`, `PeftModel`, `CachedTeacher`, `str`, `Path` or `None`): A model with the same tokenizer, or
             what it said before (`write_cache`), or where to load either from; `None` when the only loss is cross_entropy.
-        args (`DistillationArguments`): Settings.
-        **kwargs: As for `transformers.Trainer`. `train_dataset` has rows of `input_ids`, and optionally `labels` (not shifted,
-            -100 where nothing is learnt) and `position_ids`, where blocks hold documents that do not see each other.
+        args (`DistillationArguments`, *optional*): Settings; plain `TrainingArguments` get the defaults of distillation.
+        data_collator (`Callable`, *optional*): Makes a batch with `labels` of rows; `collate` when left out.
+        **kwargs: As for `transformers.Trainer`, but for `compute_loss_func`. Datasets have rows of `input_ids`, and optionally
+            `labels` (not shifted, -100 where nothing is learnt), `attention_mask` (0 at padding, as there) and
+            `position_ids`, where blocks hold documents that do not see each other.
 
     Example:
 
     ```python
-    >>> trainer = DistillationTrainer(student, teacher="teacher", args=DistillationArguments("out"), train_dataset=blocks)
-    >>> trainer.train()
+    >>> args = DistillationArguments("out/example", max_steps=1, report_to="none", disable_tqdm=True)
+    >>> trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks)
+    >>> result = trainer.train()
+    {'train_runtime': ...}
+    >>> result.global_step
+    1
     ```
     """
 
+    _watching = False  # not while it is made
+
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | CachedTeacher | str | Path | None,
-        args: DistillationArguments,
+        model: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | CachedTeacher | str | Path | None = None,
+        args: DistillationArguments | TrainingArguments | None = None,
         data_collator=None,
         **kwargs,
     ):
-        super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process (DataParallel): start with `accelerate launch` instead")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: the loss is made chunk by chunk, and full logits never exist; put a function "
+                             "of two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
+        args = DistillationArguments.of(args)
+        collator = data_collator or partial(collate, ignored=[args.length_column_name])
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model=model, args=args, data_collator=collator, **kwargs)
+        check_engine(self)
         keep_freed_memory()
-        student = base_of(model)
+        student = base_of(self.model)
+        if use_cache is not None:  # the Trainer switches it off in the config that is saved; here every call says it is off
+            student.config.use_cache = use_cache
+        repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
         if self.teacher is not None:
@@ -76,19 +94,18 @@ class DistillationTrainer(Trainer):
             for reader in [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]:
                 check_documents_apart(reader)
         self._logit_weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
-        self._states = self._state_losses(student)
+        self._watch(self.model)
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.shard(self.accelerator)
-        self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch
-        self._hidden = LastHidden(student)
+        self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch,
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # which is counted for every class of models
         self.terminated = False
-        self._part_sums: dict[str, Tensor] = {}
-        self._num_steps = 0
-        self._eval_sums: dict[str, Tensor] = {}
+        self._loss_only = False
+        self._named = NamedLosses(self.accelerator, args.average_tokens_across_devices)
 
     def train(self, *args, **kwargs):
         """Train as the Trainer does; on SIGTERM save a checkpoint at the end of the step, stop, and set `terminated`."""
-        with _on_sigterm(self._terminate):
+        with on_sigterm(self._terminate):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -96,12 +113,16 @@ class DistillationTrainer(Trainer):
 
         Without `num_items_in_batch` (a direct call) it is divided by the batch's own tokens.
         """
+        inputs = with_labels(inputs)
         labels, student = inputs["labels"], base_of(self.accelerator.unwrap_model(model))
+        # logits exist where they are asked for only; else the head is applied to no token, through the wrapper all the same,
+        # so that DDP and FSDP see the forward pass. The Trainer's debugging cannot look at none
+        few = 1 if "underflow_overflow" in self.args.debug else no_tokens(labels)
+        kept = {} if return_outputs and not self._loss_only else {"logits_to_keep": few}
         with self._states.tapped() if self._states else nullcontext() as seen:
             signal = None if self.teacher is None else self.teacher(inputs)
-            # through the wrapper, so that DDP and FSDP see the forward pass, but with the head applied to no token
             kwargs = {name: value for name, value in inputs.items() if name != "labels"}
-            outputs = model(**kwargs, use_cache=False, logits_to_keep=no_tokens(labels))
+            outputs = model(**kwargs, use_cache=False, **kept)
         rows, targets = next_token_rows(self._hidden.take(), labels)
         num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
         with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)) as teacher_sharded:
@@ -114,8 +135,8 @@ class DistillationTrainer(Trainer):
             loss = loss + self._balanced(loss.detach(), sum(self.args.losses[name] * part for name, part in states.items()))
             parts |= {name: part.detach() for name, part in states.items()}
         if sharded:  # nothing is added, but the backward pass goes through the head's module, which gathers its weights
-            loss = loss + outputs.logits.sum()
-        self._keep_parts(parts, num_items, len(targets))
+            loss = loss + outputs.logits[:, :0].sum()
+        self._named.add(parts, num_items, len(targets), self.model.training)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the token count is that of all, and DDP averages gradients
         return (loss, outputs) if return_outputs else loss
@@ -129,39 +150,59 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not self.accelerator.sync_gradients:
             return loss
-        self._num_steps += 1
-        bad = [name for name, total in self._part_sums.items() if not total.isfinite()]
+        self._named.steps += 1
+        bad = self._named.not_finite()
         flags = torch.tensor([len(bad), int(self.terminated)], device=loss.device)
         others_bad, terminated = self.accelerator.reduce(flags, "sum").tolist()  # all processes stop at the same step
         if others_bad:
             self._refuse(bad)
         if self._states:
-            self._states.step(self._get_learning_rate(), self.args.max_grad_norm, self.accelerator.num_processes)
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._states.step(self._get_learning_rate(), self.args.max_grad_norm, self.accelerator.num_processes, scale)
         if terminated:
             self.terminated = self.control.should_save = self.control.should_training_stop = True
         return loss
 
     def _run_epoch(self, *args, **kwargs):
-        """Train an epoch; none when resuming from the last checkpoint: the Trainer would take one step more."""
-        if self.state.global_step < self.state.max_steps:
+        """Train an epoch; none when the end was reached before: resumed, the Trainer would take one step more."""
+        if self.state.global_step == self._initial_global_step:
+            self._named.begin_training()  # drop those of an attempt with too large a batch, or an earlier `train`
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def call_model_init(self, trial=None):
+        """Make a new student as the Trainer does, and read its states."""
+        model = super().call_model_init(trial)
+        if self._watching:
+            self._move_model_to_device(model, self.args.device)
+            self._watch(model)
+        return model
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict as the Trainer does; logits exist where somebody reads them only."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """Count the tokens that are learnt from: not those that a mask alone marks as padding."""
+        return super()._get_num_items_in_batch([with_labels(batch) for batch in batch_samples], device)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluate as the Trainer does; add the mean over tokens of every named loss."""
-        self._eval_sums = {}
+        self._named.begin_evaluation()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, sums in self._eval_sums.items():
-            total, count = self.accelerator.reduce(sums, "sum").tolist()
-            output.metrics[f"{metric_key_prefix}_{name}"] = total / count
+        for name, mean in self._named.evaluation_means().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the mean of every named loss since the last log."""
-        if "loss" in logs and self._num_steps:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            for name, total in self._part_sums.items():
-                logs[name] = processes * self.accelerator.reduce(total, "mean").item() / self._num_steps
-            self._part_sums, self._num_steps = {}, 0
+        if "loss" in logs and self._named.steps:
+            logs |= self._named.training_means()
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, **kwargs) -> None:
@@ -172,6 +213,11 @@ class DistillationTrainer(Trainer):
             card = write_training_card(self.args, self.state, self.teacher.config, **kwargs)
             card.save(Path(self.args.output_dir) / "README.md")
 
+    def _watch(self, model: PreTrainedModel) -> None:
+        """Read a student's states from now on: that of this trainer, or the next that `model_init` makes."""
+        student = base_of(model)
+        self._hidden, self._states, self._watching = LastHidden(student), self._state_losses(student), True
+
     def _teacher(self, teacher: PreTrainedModel | CachedTeacher | str | Path | None) -> LiveTeacher | CachedTeacher | None:
         args, needed = self.args, self.args.losses.keys() - {CROSS_ENTROPY}
         if teacher is None and needed:
@@ -180,6 +226,8 @@ class DistillationTrainer(Trainer):
             return None
         if isinstance(teacher, str | Path) and (Path(teacher) / CACHE).is_file():
             teacher = CachedTeacher(teacher)
+        if args.teacher_model_init_kwargs and not isinstance(teacher, str | Path):
+            raise ValueError("teacher_model_init_kwargs: the teacher is loaded already; leave them out, or name the teacher")
         if not isinstance(teacher, CachedTeacher):
             return LiveTeacher(teacher, self.accelerator.device, args.teacher_model_init_kwargs, args.top_k)
         teacher.check_losses(args.losses, args.temperature)
@@ -187,8 +235,10 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"top_k: {args.top_k}, but a cache holds what it holds; make it with k: {args.top_k}, or leave top_k out"
             )
-        if isinstance(self.train_dataset, Dataset):
-            teacher.check_blocks(self.train_dataset)
+        others = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for blocks in (self.train_dataset, *others):
+            if isinstance(blocks, Dataset):
+                teacher.check_blocks(blocks)
         return teacher
 
     def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:
@@ -217,16 +267,11 @@ class DistillationTrainer(Trainer):
             formulas = TOKEN_LOSSES | {"jsd": partial(TOKEN_LOSSES["jsd"], beta=self.args.beta)}
             losses = {name: formulas[name](student_logp, teacher_logp) * temperature**2 for name in names}
         if CROSS_ENTROPY in self._logit_weights:
-            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none")
+            smoothing = self.args.label_smoothing_factor
+            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(
+                logits, targets[rows], reduction="none", label_smoothing=smoothing
+            )
         return losses
-
-    def _keep_parts(self, parts: dict[str, Tensor], num_items: Tensor | int, count: int) -> None:
-        """Add the named losses of a batch to what is logged."""
-        for name, part in parts.items():
-            if self.model.training:
-                self._part_sums[name] = self._part_sums.get(name, 0) + part
-            else:
-                self._eval_sums[name] = self._eval_sums.get(name, 0) + torch.stack([part * num_items, part.new_tensor(count)])
 
     def _terminate(self) -> None:
         self.terminated = True
@@ -234,10 +279,16 @@ class DistillationTrainer(Trainer):
     def _refuse(self, bad: Sequence[str]) -> None:
         """Stop at a loss that is no number, naming it and the last checkpoint whose weights are finite."""
         step, what = self.state.global_step + 1, ", ".join(bad) or "on another process"
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-        good = next((str(path) for path in checkpoints if _is_finite(path)), "none")
+        good = last_finite_checkpoint(Path(self.args.output_dir)) or "none"
         raise ValueError(f"The loss is not a number at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
                          "learning_rate, or float32 instead of mixed precision, and start again from there")  # fmt: skip
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / CONFIG_NAME).is_file():  # not beside an adapter
+            save_config(base_of(self.accelerator.unwrap_model(self.model)).config, folder)
+        complete_side_files(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -248,30 +299,6 @@ class DistillationTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._states and checkpoint is not None:
             self._states.load(Path(checkpoint) / PROJECTIONS)
-
-
-@contextmanager
-def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Act on SIGTERM until the context ends; elsewhere than in the main thread it cannot be heeded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _is_finite(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is complete and its weights are numbers."""
-    try:
-        stored = Checkpoint(checkpoint)
-        for name in stored.specs:
-            check_finite(name, stored.read(name))
-    except ValueError:
-        return False
-    return (checkpoint / "trainer_state.json").is_file()
 
 
 def _check_vocabularies(teacher, student, tokenizer) -> None:

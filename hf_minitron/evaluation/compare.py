@@ -14,12 +14,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
+from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import TeacherStates, in_tokens_of, read_text, text_bytes, text_facts, text_records
 from hf_minitron.families.family import family_of
+from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 
 
@@ -39,7 +40,7 @@ def compare(
     """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
     Args:
-        models (`Mapping[str, str | Path]`): Name to folder or Hub id, teacher first.
+        models (`Mapping[str, str | Path]`): Name to folder or Hub id (`owner/name@revision` for a pin), teacher first.
         blocks (`Dataset`): Held-out text from `token_blocks`, in the teacher's tokens. A model with another tokenizer reads the
             same text in its own; it is compared per byte, and not with the teacher's distribution.
         tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks, or paths of their YAML files.
@@ -59,9 +60,10 @@ def compare(
     Example:
 
     ```python
-    >>> report = compare({"teacher": "teacher", "student": "student"}, blocks, tasks=["lambada_openai"])
+    >>> report = compare({"teacher": "HuggingFaceTB/SmolLM2-135M-Instruct", "student": "out"}, blocks)  # tasks=["arc_easy"]
     >>> report.save("report.json")
-    >>> print("\\n".join(comparison["sentence"] for comparison in report.comparisons))
+    >>> sorted({comparison["metric"] for comparison in report.comparisons})
+    ['bits_per_byte', 'perplexity']
     ```
     """
     chosen = Tasks.find(tasks, include_path, limit=limit, few_shot=few_shot, chat_template=chat_template)
@@ -72,7 +74,8 @@ def compare(
     kept = _measure(folders, blocks, chosen, batch_size, not tensor_parallel, folder)
     results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
     for name, source in models.items():
-        results[name] = {"path": str(source), **results[name]}
+        revision = revision_of(folders[name])
+        results[name] = {"path": str(source), **({"revision": revision} if revision else {}), **results[name]}
     text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
     text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
     settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
@@ -158,12 +161,9 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
         ValueError: when it is missing or damaged, has fewer positions than a block has
             tokens, or lacks a chat template that is asked for.
     """
-    local = Path(source).expanduser()
-    if local.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        local = resolve(source)
+    local = resolve(source, weights=False)
+    if not is_hub_id(source):  # of the Hub there are small files only
         Checkpoint(local)
-    else:
-        local = source  # of the Hub: its small files only
     config = AutoConfig.from_pretrained(local)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and block_size > positions:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.families import gpt, llama, moe
+from hf_minitron.families.config import not_a_language_model, one_line
 from hf_minitron.shape import AXES, Shape
 
 
@@ -74,31 +75,38 @@ class Family:
         """Return the rows that a model of this config has; refuse it when a parameter fits none.
 
         Raises:
-            AxisError: naming each parameter without a row or with another shape than its row says.
+            AxisError: naming the first of the parameters that `misfits` lists.
         """
-        sizes = self.shape_of(config).sizes
-        used, problems = set(), {}
+        problems = list(self.misfits(config).values())
+        if problems:
+            shown = ", ".join(problems[:3])
+            if len(problems) > 3:
+                shown += f" and {len(problems) - 3} more (Family.misfits lists them)"
+            known = config.model_type in FAMILIES
+            supported = f"Supported model types: {', '.join(sorted(FAMILIES))}; for another one"
+            raise axes.AxisError(
+                f"The axis map does not cover {'this variant of ' if known else ''}model type {config.model_type!r}: {shown}. "
+                f"{'Choose another checkpoint of it, or' if known else supported + ','} add a table to hf_minitron/families/ "
+                "(docs/families.md)"
+            )
+        matched = (axes.match(name, self.rows) for name in parameters_of(config))
+        used = {row for row, _ in matched}
+        return {row: pattern for row, pattern in self.rows.items() if row in used}
+
+    def misfits(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Return what is wrong with each parameter that has no row, or another shape than its row says; empty if none is."""
+        sizes, problems = self.shape_of(config).sizes, {}
         for name, shape in parameters_of(config).items():
             found, like = axes.match(name, self.rows), re.sub(r"\.\d+\.", ".{layers}.", name, count=1)
             names = set().union(*map(axes.dim_names, axes.parse(self.rows[found[0]]))) if found else set()
             if found is None:
                 problems[like] = f"{like!r} (shape {shape}) has no row"
             elif names - sizes.keys():
-                problems[like] = (
-                    f"{like!r} (shape {shape}) has a size that neither config nor shape gives: {names - sizes.keys()}"
-                )
+                missing = ", ".join(sorted(names - sizes.keys()))
+                problems[like] = f"{like!r} (shape {shape}) has a size that neither config nor shape gives: {missing}"
             elif shape != (expected := axes.tensor_shape(self.rows[found[0]], sizes)):
                 problems[like] = f"{like!r} has shape {shape}, but its row {self.rows[found[0]]!r} means {expected}"
-            else:
-                used.add(found[0])
-        if problems:
-            raise axes.AxisError(
-                f"The axis map does not cover model type {config.model_type!r}:\n  "
-                + "\n  ".join(problems.values())
-                + "\nEvery parameter needs one row with one axis per dimension. Supported model types: "
-                + f"{', '.join(sorted(FAMILIES))}. For another one, add a table to hf_minitron/families/ (docs/families.md)."
-            )
-        return {row: pattern for row, pattern in self.rows.items() if row in used}
+        return problems
 
     def inexact_of(self, config: PreTrainedConfig) -> dict[str, str]:
         """Return the axes of a model whose cut changes more than masking would, with the reasons."""
@@ -220,8 +228,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a config. An unknown model type is tried as Llama-style; what no row fits is refused.
 
     Raises:
-        AxisError: naming each parameter without a row or with another shape than its row says.
+        AxisError: for what is no causal language model of text, or has a parameter without a row or with another shape than its
+            row says.
     """
+    if problem := not_a_language_model(config, FAMILIES):
+        raise axes.AxisError(problem)
     family = FAMILIES.get(config.model_type, LLAMA)
     family.rows_of(config)
     return family
@@ -259,15 +270,18 @@ def _read(config: PreTrainedConfig, key: str) -> object:
         return None
 
 
+def _float(content: dict) -> object:
+    """Return infinity and NaN for what Transformers writes in their place; JSON has neither."""
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
+
+
 @lru_cache(maxsize=64)
 def _meta(kind: type[PreTrainedConfig], content: str) -> _Meta:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content)))
+            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content, object_hook=_float)))
     except Exception as error:  # config classes and modules raise their own kinds
-        raise axes.AxisError(
-            f"A {kind.__name__} does not make a causal language model: {' '.join(str(error).split())}"
-        ) from error
+        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.evaluation.report import TEXT, Report
 from hf_minitron.hub.training_card import TAGS
 from hf_minitron.shape import Shape
+from hf_minitron.yaml_text import dump_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # lm-eval's task to the benchmark that the Hub has registered (https://huggingface.co/docs/hub/eval-results), its task there and
@@ -60,7 +60,7 @@ def write_card(
         template_path=TEMPLATE,
         facts=facts,
         recipe=recipe,
-        recipe_text=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
+        recipe_text=dump_yaml(dict(recipe)).strip(),
         report=report,
         shape_rows=_shape_rows(facts["cut"]) if facts.get("cut") else [],
         sizes=markdown_table(size_rows(report, facts.get("cut"))) if report else "",
@@ -265,7 +265,7 @@ def benchmark_files(report: Report, section: Mapping[str, Any]) -> dict[str, str
             shots = "the task's own examples" if settings.get("few_shot") is None else f"{settings['few_shot']}-shot"
             notes = f"lm-eval {task}, {shots}" + (", chat template" if settings.get("chat_template") else "")
             found = EvalResultEntry(dataset, benchmark, round(100 * entry["value"], 2), notes=notes)
-            text = yaml.safe_dump(eval_result_entries_to_yaml([found]), sort_keys=False)
+            text = dump_yaml(eval_result_entries_to_yaml([found]))
             files[f".eval_results/{task}.yaml"] = text
     return files
 

@@ -13,14 +13,17 @@ from urllib.parse import quote
 
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
+from transformers import AutoConfig
 
 import hf_minitron
 from hf_minitron.data import check_text
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.publish import TOKEN
+from hf_minitron.model_files import is_hub_id, pinned
 from hf_minitron.plan import BY_LAYER, Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
+from hf_minitron.saving import minimum_transformers
 
 STAGES = ("correct", "synthesize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
@@ -38,9 +41,9 @@ def gather(run: Run) -> dict[str, Any]:
 
     Returns:
         `dict`: `name`, and what `from_pretrained` takes to `load` it; `base_model`, the student of it that was pruned in its
-        place (`between`) and another `teacher`; the licence and `license_source`, where that stands; `cut`, see `cut_of`, and
-        the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did; `command`, `version` and
-        the sections' own words.
+        place (`between`) and another `teacher`; the base's commit, `base_revision`; the oldest `transformers` that loads the
+        student; the licence and `license_source`, where that stands; `cut`, see `cut_of`, and the `corrections` made; `seconds`
+        of every stage; what `correct`, `synthesize` and `cache` did; `command`, `version` and the sections' own words.
     """
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
@@ -58,6 +61,7 @@ def gather(run: Run) -> dict[str, Any]:
         "cut": plan and cut_of(plan),
         "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
         "remote_code": bool(plan and plan.by_layer),
+        "transformers": _minimum_transformers(run) if plan else None,
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
         "command": f"{launcher} run " + " ".join(shlex.quote(shorten(path)) for path in recipes(run)),
@@ -144,7 +148,8 @@ def _base_card(run: Run) -> dict[str, Any]:
     """Return the metadata of the card of a run's model, or of what it was made from; nothing where there is none."""
     folder = Path(run.model).expanduser()
     try:
-        path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(run.model, "README.md"))
+        name, revision = pinned(run.model)
+        path = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(name, "README.md", revision=revision))
         if path.is_file():
             return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no network, no card, or one that is none
@@ -163,18 +168,38 @@ def lineage(run: Run) -> dict[str, str | None]:
     """Return what the card says of the origin: the nearest ancestor on the Hub or else its folder, the student between, another
     teacher, and whether the teacher was corrected."""
     base, parent, teacher = _base_model(run), _made_student(run), run.section("distill").get("teacher")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir()
+    base, revision = pinned(base)
+    on_hub = is_hub_id(base)
     between = parent.folder.name if parent and base != parent.section("publish").get("repo_id") else None
+    if on_hub and base == pinned(run.model)[0]:
+        revision = _measured_revision(run) or revision
     root = run
     while root and teacher not in (None, root.model):
         root = made_by(root.model)
     return {
         "base_model": base if on_hub else None,
+        "base_revision": revision if on_hub else None,
         "base_folder": None if on_hub else shorten(base),
         "between": between,
-        "teacher": None if teacher in (None, run.model) else shorten(_base_model(root) if root else teacher),
+        "teacher": None if teacher in (None, run.model) else shorten(_base_model(root) if root else teacher) + _pin(run),
         "corrected": "correct" in run.recipe and teacher is None,
     }
+
+
+def _measured_revision(run: Run) -> str | None:
+    """Return the commit that evaluation loaded as the teacher."""
+    report = _done_json(run, "evaluate", "report.json") or {}
+    return report.get("models", {}).get("teacher", {}).get("revision")
+
+
+def _pin(run: Run) -> str:
+    """Return the revision of another teacher, where it stands beside its name."""
+    revision = (run.section("distill").get("teacher_model_init_kwargs") or {}).get("revision")
+    return f"@{revision}" if revision else ""
+
+
+def _minimum_transformers(run: Run) -> str | None:
+    return minimum_transformers(AutoConfig.from_pretrained(run.path("prune") / "student"))
 
 
 def _base_model(run: Run) -> str:

@@ -70,7 +70,7 @@ def calibrate(
     Example:
 
     ```python
-    >>> scores = calibrate(model, token_blocks(documents, tokenizer, block_size=512, max_tokens=32_768))
+    >>> scores = calibrate(teacher, token_blocks(documents, tokenizer, block_size=512, max_tokens=32_768))
     >>> scores.save("scores.safetensors")
     ```
     """

@@ -49,8 +49,9 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
     Example:
 
     ```python
-    >>> costs = removal_costs(model, blocks, "loss", size=4)
-    >>> scores.by_axis["layers"] = layer_scores(costs, size=4)
+    >>> costs = removal_costs(teacher, blocks, "loss", size=2)
+    >>> layer_scores(costs, size=2).shape == (teacher.config.num_hidden_layers,)
+    True
     ```
     """
     layers = len(layers_of(model))

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+
+try:
+    from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+except ImportError as error:
+    raise ImportError("Layers of different sizes need transformers >= 5.15: pip install -U transformers") from error
 
 from .layer_schemas import (  # noqa: TID252  remote code is imported by its folder
     FFN,

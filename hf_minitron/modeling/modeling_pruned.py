@@ -204,7 +204,9 @@ class PrunedForCausalLM(PrunedPreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> model = PrunedForCausalLM.from_pretrained("folder")  # or AutoModelForCausalLM, once hf_minitron is imported
+    >>> config = PrunedConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, layer_intermediate_size=[128, 0])
+    >>> PrunedForCausalLM(config).save_pretrained("nonuniform")
+    >>> model = PrunedForCausalLM.from_pretrained("nonuniform")  # or AutoModelForCausalLM, once hf_minitron is imported
     ```
     """
 

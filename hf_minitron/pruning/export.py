@@ -19,14 +19,15 @@ from hf_minitron.checkpoint import (
     TensorSpec,
     complete_or_absent,
     require_space,
+    stored_dtype,
     write_tensors,
 )
 from hf_minitron.families.family import FAMILIES, class_name, parameters_of
 from hf_minitron.families.llama import LLAMA_ROWS
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
 from hf_minitron.modeling.layer_schemas import LIST_OF
+from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.shape import ShapeError
-from hf_minitron.side_files import copy_side_files
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     Example:
 
     ```python
+    >>> from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
+    >>> sizes = [1536, 768] * (teacher.config.num_hidden_layers // 2)
+    >>> PrunedForCausalLM(PrunedConfig.from_stock(teacher.config, layer_intermediate_size=sizes)).save_pretrained("pruned")
     >>> export(Path("pruned"), Path("padded"))
     >>> AutoModelForCausalLM.from_pretrained("padded").config.model_type
     'llama'
@@ -99,7 +103,7 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the export {target}")
         write_tensors(folder, specs, _padded_tensors(specs, checkpoint, present, padding), max_shard_bytes)
-        padding.config.save_pretrained(folder)
+        save_config(padding.config, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(source, folder)
 
 

@@ -20,14 +20,16 @@ from hf_minitron.checkpoint import (
     TensorSpec,
     complete_or_absent,
     require_space,
+    stored_dtype,
     write_tensors,
 )
+from hf_minitron.families.config import check_not_quantized
 from hf_minitron.families.family import Family, base_prefix, family_of, parameters_of
 from hf_minitron.families.student import student_config
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, Corrections, check_names, corrections_for
 from hf_minitron.pruning.rotate import rotation_for, untied
-from hf_minitron.side_files import copy_side_files
+from hf_minitron.saving import copy_side_files, repair_generation, save_config
 
 
 def prune_model(
@@ -54,8 +56,10 @@ def prune_model(
     Example:
 
     ```python
-    >>> shape = family_of(model.config).shape_of(model.config)
-    >>> student = prune_model(model, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> shape = family_of(teacher.config).shape_of(teacher.config)
+    >>> student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> student.config.intermediate_size
+    1152
     ```
     """
     config, family = model.config, family_of(model.config)
@@ -77,7 +81,11 @@ def prune_model(
     own = {name: tensor.clone() if id(tensor) in originals else tensor for name, tensor in pruned.items()}
     kind = type(model) if type(student) is type(model.config) else AutoModelForCausalLM._model_mapping[type(student)]
     made = kind.from_pretrained(None, config=student, state_dict=own, dtype=model.dtype)
+    for name, tensor in made.state_dict(keep_vars=True).items():
+        if name in own and own[name].dtype != tensor.dtype:  # from_pretrained knows one dtype for all
+            tensor.data = own[name]
     made.generation_config = copy.deepcopy(model.generation_config)
+    repair_generation(made.generation_config)
     return made.to(model.device).train(model.training)
 
 
@@ -123,7 +131,7 @@ def prune_checkpoint(
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, prune_tensors(names, read, rows, plan, axes.pieces, correct), max_shard_bytes)
-        student.save_pretrained(folder)
+        save_config(student, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(source, folder)
         plan.save(folder / "plan.json")
 
@@ -183,9 +191,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
         ValueError: for a checkpoint that is quantized, lacks a parameter, holds one in a dtype that cannot be cut, or ties its
             head by config but stores another one.
     """
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{checkpoint.folder} is quantized; save it dequantized first: from_pretrained, dequantize(), "
-                         "save_pretrained")  # fmt: skip
+    check_not_quantized(config, checkpoint.folder)
     memory = family.rows_of(config)
     rows, shape, prefix = family.stored_rows(memory), family.shape_of(config), base_prefix(config)
     names = {}
@@ -196,7 +202,7 @@ def stored_names(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
                 names[stored] = name
                 break
     for stored in names:
-        if checkpoint.specs[stored].dtype not in DTYPES:
+        if not DTYPES[checkpoint.specs[stored].dtype].is_floating_point:
             raise ValueError(f"{stored!r} in {checkpoint.folder} is stored as {checkpoint.specs[stored].dtype}; save the model "
                              "as bfloat16, float16 or float32 first")  # fmt: skip
     _check_tied(checkpoint, family, memory, names)

@@ -4,21 +4,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
+from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import check_losses
 from hf_minitron.distillation.records import record_of
+from hf_minitron.distillation.teacher import teacher_folder
+from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import distill, synthesize
-from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks
+from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks, make_eval_blocks
 
 ALL_PROCESSES = True
 NEEDS = ()
 USES = ("correct", "synthesize")
-READS = tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher"))
+READS = tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs"))
 OPTIONAL = True
 
 
@@ -52,7 +55,10 @@ def check(args: Args, run: Run) -> None:
     distill.check_blocks(training, run)
     if training.streaming:
         raise ValueError("streaming: a stream has no end, and a cache holds every block: leave one of them out")
-    config = AutoConfig.from_pretrained(resolve(training.teacher or run.model))
+    if training.teacher and adapter_base(training.teacher):
+        raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
+                         "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
+    config = AutoConfig.from_pretrained(teacher_folder(training.teacher or run.model, training.teacher_model_init_kwargs))
     check_losses(record_of(args.how, config.vocab_size, args.dtype), training.losses, training.temperature)
 
 
@@ -65,10 +71,13 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `cache.json` and the shards; say how many bytes a token takes."""
     training = bind(run, "distill", distill.Args)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
-    training.text = synthesize.text_of(run, training.text)
+    training.text, training.eval_text = (synthesize.text_of(run, text) for text in (training.text, training.eval_text))
     blocks = make_blocks(training, tokenizer, out / CHECKPOINTS, run.seed, args.tokens)
+    if eval_blocks := make_eval_blocks(training, tokenizer, out / CHECKPOINTS):
+        blocks = concatenate_datasets([blocks, eval_blocks])
     teacher = distill.teacher_of(training, run)
-    facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size)
+    facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
+                        training.teacher_model_init_kwargs)  # fmt: skip
     PartialState().print(
         f"{facts['tokens']:,} tokens of {facts['blocks']:,} blocks, {facts['bytes_per_token']:.1f} bytes per token", flush=True
     )

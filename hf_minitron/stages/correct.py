@@ -1,6 +1,6 @@
 """correct: fine-tune the teacher on the text that distillation will use, so that it knows what it teaches (optional)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -11,22 +11,25 @@ from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.saving import check_generation
 from hf_minitron.side_files import side_files
+from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
+    callbacks_of,
     check_checkpoints,
     check_text_for,
     fit,
     make_blocks,
-    save_log,
-    save_trained,
-    sources_of,
+    make_eval_blocks,
     tokens_of,
 )
 
 ALL_PROCESSES = True
 OPTIONAL = True
 NEEDS = ()
+# What is about a teacher.
+TEACHERS = ("temperature", "beta", "top_k", "layer_pairs", "state_distance", "balance", "teacher_model_init_kwargs")
 
 
 @dataclass
@@ -57,9 +60,9 @@ class Args(TextArguments, DistillationArguments):
     )
 
 
-def teacher_of(run: Run) -> Path:
-    """Return the folder of a run's teacher: the corrected one when there is a `correct:` section."""
-    return run.path("correct") / "teacher" if "correct" in run.recipe else resolve(run.model)
+def teacher_of(run: Run) -> str | Path:
+    """Return where a run's teacher lies: the corrected one when there is a `correct:` section, else the run's model."""
+    return run.path("correct") / "teacher" if "correct" in run.recipe else run.model
 
 
 def check(args: Args, run: Run) -> None:
@@ -68,9 +71,12 @@ def check(args: Args, run: Run) -> None:
     side_files(resolve(run.model))
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
-    check_text_for(args, sources_of(args), [config], AutoTokenizer.from_pretrained(resolve(run.model)))
-    if 0 < args.max_steps <= args.warmup_steps:
-        raise ValueError(f"warmup_steps: {args.warmup_steps:g} are not fewer than max_steps: {args.max_steps}; set it lower")
+    for setting in fields(args):
+        if setting.name in TEACHERS and getattr(args, setting.name) != setting.default:
+            raise ValueError(f"{setting.name}: {getattr(args, setting.name)!r} has no effect, for nobody teaches the teacher; "
+                             "leave it out")  # fmt: skip
+    check_generation(resolve(run.model))
+    check_text_for(args, lambda name: False, [config], AutoTokenizer.from_pretrained(resolve(run.model)))
     if args.lora is None:
         check_checkpoints(run, args, "correct")
     else:
@@ -88,10 +94,19 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
+    eval_blocks = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
     model = load_model(source, torch.float32).train()
     set_seed(run.seed)  # the additions begin at random
     tuned = model if args.lora is None else add_lora(model, args.lora)
-    trainer = DistillationTrainer(tuned, None, args, train_dataset=blocks, processing_class=tokenizer)
+    trainer = DistillationTrainer(
+        tuned,
+        None,
+        args,
+        train_dataset=blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        callbacks=callbacks_of(args),
+    )
     fit(trainer)
     save_trained(trainer, source, out / "teacher")
     save_log(trainer, out)

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,20 +12,22 @@ from hf_minitron.checkpoint import load_model, resolve
 from hf_minitron.distillation.adapters import add_lora, check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.distillation.teacher import check_tokenizers
+from hf_minitron.distillation.states import STATE_LOSSES, check_states
+from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.inputs import model_files
+from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
-from hf_minitron.stages import correct, synthesize
+from hf_minitron.stages import correct, prune, synthesize
+from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
+    callbacks_of,
     check_checkpoints,
     check_text_for,
     fit,
     make_blocks,
-    save_log,
-    save_trained,
-    sources_of,
+    make_eval_blocks,
     tokens_of,
 )
 
@@ -54,6 +57,10 @@ class Args(TextArguments, DistillationArguments):
 def check(args: Args, run: Run) -> None:
     """Refuse an unusable text, another tokenizer, a model that cannot keep documents apart, and too small a disk."""
     check_blocks(args, run)
+    if names := [name for name in args.losses if name in STATE_LOSSES]:
+        teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
+        _, after, _ = prune.shapes(bind(run, "prune", prune.Args), run.model)
+        check_states(teacher, student, after["layers"], names, args.layer_pairs)
     if args.lora is None:
         check_checkpoints(run, args, "distill")
     else:
@@ -62,13 +69,13 @@ def check(args: Args, run: Run) -> None:
 
 def check_blocks(args: Args, run: Run) -> None:
     """Refuse an unusable text, and a teacher with another tokenizer."""
-    folder = resolve(run.model)
-    models = [folder, resolve(args.teacher)] if args.teacher else [folder]
-    if args.teacher:
+    folder, models = resolve(run.model), [resolve(run.model)]
+    if args.teacher or args.teacher_model_init_kwargs:
+        if args.teacher or "correct" not in run.recipe:
+            models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder))
-    there = [source for source in sources_of(args) if not synthesize.names(run, source.name)]
     configs = [AutoConfig.from_pretrained(model) for model in models]
-    check_text_for(args, there, configs, AutoTokenizer.from_pretrained(folder))
+    check_text_for(args, partial(synthesize.names, run), configs, AutoTokenizer.from_pretrained(folder))
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -87,13 +94,24 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer, teacher, facts = AutoTokenizer.from_pretrained(source), teacher_of(args, run), {}
     if "cache" in run.recipe:
         teacher = _cached_teacher(args, run)
+        args.teacher_model_init_kwargs = None  # the teacher is not loaded
         facts["cache"] = teacher.meta
-    args.text, args.output_dir, args.seed = synthesize.text_of(run, args.text), str(out / CHECKPOINTS), run.seed
+    args.text, args.eval_text = (synthesize.text_of(run, text) for text in (args.text, args.eval_text))
+    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     student = load_model(source, torch.float32)
     blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
+    eval_blocks = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
     set_seed(run.seed)  # LoRA's additions begin at random
     student = student.train() if args.lora is None else add_lora(student.train(), args.lora)
-    trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks, processing_class=tokenizer)
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        callbacks=callbacks_of(args),
+    )
     fit(trainer)
     save_trained(trainer, source, out / "student")
     save_log(trainer, out, **facts)
@@ -104,5 +122,6 @@ def run(args: Args, run: Run, out: Path) -> None:
 def _cached_teacher(args: Args, run: Run) -> CachedTeacher:
     """Open the cache; refuse one of another teacher."""
     teacher = CachedTeacher(run.path("cache"))
-    teacher.check_teacher(teacher_of(args, run))
+    teacher.check_teacher(teacher_of(args, run), args.teacher_model_init_kwargs)
+    args.teacher_model_init_kwargs = None  # they have named the cache's teacher
     return teacher

@@ -38,7 +38,10 @@ class Args:
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
     models: dict = field(
         default_factory=dict,
-        metadata={"help": "Other models to compare with: name: folder or Hub id.", "reads": model_files},
+        metadata={
+            "help": "Other models to compare with: name: folder or Hub id (owner/name@revision).",
+            "reads": model_files,
+        },
     )
     tasks: list = field(
         default_factory=list,

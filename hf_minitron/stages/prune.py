@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_minitron.checkpoint import (
+    NAMES,
     Checkpoint,
     TensorSpec,
     best_device,
@@ -17,8 +18,10 @@ from hf_minitron.checkpoint import (
     load_model,
     require_space,
     resolve,
+    stored_dtype,
     write_outline,
 )
+from hf_minitron.families.config import check_not_quantized, read_config
 from hf_minitron.families.family import Family, family_of, parameters_of
 from hf_minitron.families.student import check_target, student_config
 from hf_minitron.importance.gaps import read_gaps
@@ -29,9 +32,10 @@ from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, stored_names
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
+from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
-from hf_minitron.side_files import copy_side_files, side_files
+from hf_minitron.side_files import side_files
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
 
 NEEDS = ("score",)
@@ -73,7 +77,8 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
 
 
 def _teacher(model: str) -> tuple[PreTrainedConfig, Family]:
-    config = AutoConfig.from_pretrained(resolve(model))
+    config = read_config(resolve(model))
+    check_not_quantized(config, model)
     return config, family_of(config)
 
 
@@ -96,9 +101,9 @@ def outline(args: Args, model: str, folder: Path) -> None:
     config, family = _teacher(model)
     config = untied(config, family) if rotates(args) else config
     config = student_config(config, family, Plan(before, after, {"layers": list(range(after["layers"]))}))
-    config.save_pretrained(folder)
-    stored = next(iter(Checkpoint(resolve(model)).specs.values())).dtype
-    write_outline(folder, {name: TensorSpec(stored, shape) for name, shape in parameters_of(config).items()})
+    dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
+    save_config(config, folder, dtype=dtype)
+    write_outline(folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in parameters_of(config).items()})
     copy_side_files(resolve(model), folder)
 
 
@@ -130,6 +135,7 @@ def check(args: Args, run: Run) -> None:
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
+    check_generation(folder)
     side_files(folder)
     if merges(args, run.model) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import yaml
 from huggingface_hub import ModelCard
 
 from hf_minitron.checkpoint import resolve
@@ -20,6 +19,7 @@ from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.side_files import side_files
+from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 NEEDS = ("distill", "evaluate")
 PAGE = "report.html"
@@ -53,7 +53,10 @@ class Args:
 def check(args: Args, run: Run) -> None:
     """Refuse another licence than the base's, an access token in what would be published, and options that clash."""
     facts.license_of(run)
-    check_no_token({f"{path.name} of {run.model}": path for path in side_files(resolve(run.model))})
+    check_no_token({f"{path.name} of {run.model}": path for path in side_files(resolve(run.model, weights=False))})
+    for code in [args.language] if isinstance(args.language, str) else args.language or []:
+        if not isinstance(code, str):
+            raise ValueError(f"language: {code!r} is not a language code, such as en; put it in quotes")
     if args.repo_id is not None:
         _target(args)
 
@@ -69,7 +72,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     shutil.copytree(run.path("distill") / "student", folder, dirs_exist_ok=True)
     report, recipe, log = read(run)
     report.save(folder / "report.json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     for name, text in benchmark_files(report, run.section("evaluate")).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -168,7 +171,7 @@ def render(folder: Path) -> ModelCard:
     recipe, found = (folder / name for name in ("recipe.yaml", "card.json"))
     log = load_log(folder / "log.json") if (folder / "log.json").is_file() else None
     return write_card(
-        Report.load(folder / "report.json"), yaml.safe_load(recipe.read_text(encoding="utf-8")), log,
+        Report.load(folder / "report.json"), load_yaml(recipe.read_text(encoding="utf-8")), log,
         json.loads(found.read_text(encoding="utf-8")),
     )  # fmt: skip
 

@@ -11,6 +11,16 @@ from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
+# What is logged, saved, shown and loaded ahead: settings of TrainingArguments that leave every weight as it is.
+NO_BITS = (
+    "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "log_level",
+    "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
+    "include_num_input_tokens_seen", "skip_memory_metrics", "save_steps", "save_strategy", "save_total_limit",
+    "save_on_each_node", "enable_jit_checkpoint", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_timeout", "push_to_hub", "hub_model_id",
+    "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "torch_empty_cache_steps",
+)  # fmt: skip
+
 # What a checkpoint must hold: any of the names under which the Trainer's engines save it (one process or DDP, FSDP, DeepSpeed).
 PARTS = {
     "weights": ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model_fsdp*", "global_step*"),

@@ -142,7 +142,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
         return
     if args.include_path and not Path(args.include_path).expanduser().is_dir():
         raise ValueError(f"include_path: no folder at {args.include_path}")
-    if task not in task_manager(args.include_path).all_tasks:
+    if task not in task_manager(args.include_path, [task]).all_tasks:
         raise ValueError(f"layers: {task!r} is none of {', '.join(METRICS)}, and lm-eval knows no such task; see `lm-eval ls "
                          "tasks`, or set include_path")  # fmt: skip
     Tasks.find([task], args.include_path).check("layers")

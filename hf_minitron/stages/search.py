@@ -89,8 +89,9 @@ def check(args: Args, run: Run) -> None:
     limits = search.limits_of(args.budget, {name: cost(space.before) for name, cost in space.costs.items()} | named)
     if not named:  # what is measured is known later
         search.candidates(space.legal, limits, space.costs, args.tolerance)
+    short = replace(run, recipe={**run.recipe, "distill": short_distillation(run, args)})
     for name, stage in {"distill": distill, "evaluate": evaluate}.items():  # every candidate needs them
-        bind(run, name, stage.Args)
+        bind(short, name, stage.Args)
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -146,11 +147,16 @@ def child_recipe(run: Run, folder: Path, target: Mapping[str, int], args: Args) 
     return {**recipe, "run": str(folder), "prune": prune}
 
 
+def short_distillation(run: Run, args: Args) -> dict[str, Any]:
+    """Return the `distill:` section of a candidate."""
+    return {**run.section("distill"), "max_steps": args.steps}
+
+
 def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run:
     """Return a candidate's run: a short distillation, perplexity only, nowhere to push to."""
     folder = run.folder / FOLDER / name
     recipe = child_recipe(run, folder, target, args)
-    recipe["distill"] = {**run.section("distill"), "max_steps": args.steps}
+    recipe["distill"] = short_distillation(run, args)
     of_tasks = ("tasks", "include_path", "limit", "few_shot", "chat_template")
     text = {key: value for key, value in run.section("evaluate").items() if key not in of_tasks}
     recipe["evaluate"] = {**text, "tasks": [], "speed": False, "models": {}}

@@ -5,14 +5,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.card import markdown_table, measured
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml
 from hf_minitron.run import RecipeError, Run, damaged, done_digest, needs_of
 from hf_minitron.stages import distill, evaluate, prune, score, search
+from hf_minitron.yaml_text import dump_yaml
 
 ALWAYS = True  # done anew each time: it takes seconds, and other candidates may have come in
 NEEDS = ("search",)
@@ -75,7 +74,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     points = {e["name"]: (e["parameters"], e["pruned"]["value"], e["distilled"]["value"]) for e in entries}
     plot_candidates(points, out / "candidates.png")
     best = _best(run, entries[0])
-    (out / "best.yaml").write_text(yaml.safe_dump(dict(best.recipe), sort_keys=False), encoding="utf-8")
+    (out / "best.yaml").write_text(dump_yaml(dict(best.recipe)), encoding="utf-8")
 
 
 def report(run: Run) -> str:

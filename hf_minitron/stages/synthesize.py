@@ -157,7 +157,7 @@ def _enough(args: Args, sieve: Sieve) -> bool:
 
 def _write(args: Args, run: Run, journal: Path, made: int) -> Iterator[list[dict]]:
     """Yield new batches without end, one from every process in turn, each written down first."""
-    state, device, folder = PartialState(), best_device(), teacher_of(run)
+    state, device, folder = PartialState(), best_device(), resolve(teacher_of(run))
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder, best_dtype(device), device)
     config = sampling(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     prompts = _prompts(args, run.seed)

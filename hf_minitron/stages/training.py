@@ -1,32 +1,39 @@
 """What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_from_disk
-from peft import PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoConfig,
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 
-from hf_minitron.checkpoint import DTYPES, Checkpoint, complete_or_absent, require_space, resolve
+from hf_minitron.checkpoint import (
+    complete_or_absent,
+    require_space,
+    resolve,
+)
 from hf_minitron.data import check_first_block
-from hf_minitron.distillation.adapters import merge_lora
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
-from hf_minitron.environment import environment
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
 from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
-from hf_minitron.side_files import copy_side_files
-from hf_minitron.stages.resuming import last_checkpoint
+from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 
 
 @dataclass
@@ -51,33 +58,109 @@ class TextArguments:
         default=10_000, metadata={"min": 1, "help": "Documents of each source among which streaming shuffles."}
     )
 
-    # What is logged, saved, shown and loaded ahead: inherited settings that leave every weight as it is.
-    NO_BITS = (
-        "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "log_level",
-        "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
-        "include_num_input_tokens_seen", "skip_memory_metrics", "save_steps", "save_strategy", "save_total_limit",
-        "save_on_each_node", "enable_jit_checkpoint", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_timeout", "push_to_hub", "hub_model_id",
-        "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "torch_empty_cache_steps",
-    )  # fmt: skip
+    eval_text: str | dict = field(
+        default="",
+        metadata={
+            "help": "Text for eval_strategy, as text: held out, for what is trained on tells nothing.",
+            "reads": text_files,
+        },
+    )
+    eval_tokens: int = field(default=65_536, metadata={"min": 1, "help": "Tokens of eval_text."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"min": 1, "help": "Evaluations without a better metric_for_best_model after which training stops."},
+    )
+    # of the run, not of a section
+    output_dir: str | None = field(default=None, metadata={"help": "Not here: set `run`."})
+    seed: int | None = field(default=None, metadata={"help": "Not here: set `seed` at the top."})
+    NO_BITS = NO_BITS
 
     def __post_init__(self):
+        for setting in fields(self):
+            reason = RESERVED.get("hub_" if setting.name.startswith("hub_") else setting.name)
+            if reason and setting.name != "hub_token" and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name}: {getattr(self, setting.name)!r}, but {reason}")
         super().__post_init__()
         sources_of(self)
         if self.streaming and self.max_steps <= 0:
             raise ValueError(f"streaming: a stream has no end, so max_steps says when training stops; it is {self.max_steps}")
+        if 0 < self.max_steps <= self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps:g} are not fewer than max_steps: {self.max_steps}; set it lower"
+            )
+        self._check_evaluation()
 
+    def _check_evaluation(self) -> None:
+        """Refuse an evaluation without a text, and what needs an evaluation without one."""
+        evaluates = self.eval_on_start or self.eval_strategy != "no"
+        if evaluates != bool(self.eval_text):
+            raise ValueError(f"eval_strategy: {self.eval_strategy.value} and eval_text: {self.eval_text!r} do not go together: "
+                             "evaluation needs both, a text and steps or epoch; leave out both for none")  # fmt: skip
+        if evaluates:
+            eval_sources_of(self)
+        choosing = {
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "save_strategy": self.save_strategy == "best",
+            "early_stopping_patience": self.early_stopping_patience is not None,
+        }
+        chosen = next((name for name, given in choosing.items() if given), None)
+        if chosen and self.eval_strategy == "no":
+            raise ValueError(f"{chosen} needs an evaluation: set eval_strategy and eval_text")
+        if choosing["early_stopping_patience"] and not self.load_best_model_at_end:
+            raise ValueError(f"early_stopping_patience: {self.early_stopping_patience} needs load_best_model_at_end: true")
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in ("loss", *self.losses):
+            raise ValueError(f"metric_for_best_model: {metric!r} is none of loss, {', '.join(self.losses)}")
+        if choosing["early_stopping_patience"]:  # or the count would begin again after an interruption
+            self.restore_callback_states_from_checkpoint = True
+
+
+# What `TrainingArguments` has and a section cannot set, and why; `hub_` stands for all that begin with it.
+RESERVED = {
+    "output_dir": "a run's folder is said once: set `run` at the top of the recipe",
+    "seed": "a run has one seed: set `seed` at the top of the recipe",
+    "resume_from_checkpoint": "an interrupted stage goes on by itself: start the same command again",
+    "save_only_model": "an interrupted stage could not go on from such a checkpoint; leave it out",
+    "push_to_hub": "a run is pushed when it is measured: hf-minitron publish --push",
+    "hub_": "a run is pushed when it is measured: set publish.repo_id, publish.private, publish.revision",
+    "do_train": "it has no effect; leave it out",
+    "do_eval": "it has no effect; set eval_strategy and eval_text",
+    "do_predict": "it has no effect; leave it out",
+    "local_rank": "it has no effect; use accelerate launch",
+}
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that stays stopped when training is started again behind its end."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Stop at once when the patience has ended before."""
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+def callbacks_of(args: TextArguments) -> list[TrainerCallback]:
+    """Return what a section adds to the Trainer's callbacks."""
+    return [] if args.early_stopping_patience is None else [Patience(args.early_stopping_patience)]
+
+
+# Size limit of one weights file of a trained model.
 
 # What of a section decides which blocks are made of its text.
 BLOCK_SETTINGS = (
     "text", "text_column", "split", "block_size", "cross_documents", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "eval_text", "eval_tokens",
 )  # fmt: skip
 
 
 def sources_of(args: TextArguments) -> list[Source]:
     """Return the sources of a section's text; refuse a text that cannot be read as such."""
     return read_sources(args.text, args.split, args.text_column)
+
+
+def eval_sources_of(args: TextArguments) -> list[Source]:
+    """Return the sources of a section's text for evaluation; none where nothing is evaluated."""
+    return read_sources(args.eval_text, args.split, args.text_column) if args.eval_text else []
 
 
 def tokens_per_step(args: DistillationArguments) -> int:
@@ -92,20 +175,28 @@ def tokens_of(args: DistillationArguments) -> int:
 
 def check_text_for(
     args: TextArguments,
-    sources: Sequence[Source],
+    made: Callable[[str], bool],
     configs: Sequence[PreTrainedConfig],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse an unusable text among those that exist already, blocks longer than a model's positions, and models that cannot
-    keep documents apart when asked to."""
+    """Refuse an unusable text, blocks longer than a model's positions, and models that cannot keep documents apart.
+
+    Args:
+        args (`TextArguments`): The section.
+        made (`Callable[[str], bool]`): Whether a text is one that an earlier stage will make.
+        configs (`Sequence[PreTrainedConfig]`): Those of the models that will read it.
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
+    """
     for config in configs:
         check_positions(config, args.block_size)
-    if sources:
-        check_sources(sources, args.block_size, tokens_of(args) * args.world_size or None)
-    for source in sources:
-        check_first_block(
-            source.name, tokenizer, args.block_size, split=source.split, column=source.column, streaming=args.streaming
-        )
+    wanted = tokens_of(args) * args.world_size or None
+    for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
+        there = [source for source in sources if not made(source.name)]
+        if there:
+            check_sources(there, args.block_size, tokens)
+        for source in there:
+            streaming = args.streaming and tokens is wanted
+            check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
             check_documents_apart(random_model(config, torch.float32))
@@ -153,10 +244,23 @@ def make_blocks(
     settings |= {"sources": sources_of(args), "tokenizer": tokenizer, "block_size": args.block_size, "seed": seed}
     if args.streaming:
         return mixed_blocks(**settings)
-    path = folder / f"blocks-{wanted or 'all'}"  # another number of processes wants other blocks
+    # another number of processes wants other blocks
+    return _made_once(folder / f"blocks-{wanted or 'all'}", partial(mixed_blocks, **settings, max_tokens=wanted))
+
+
+def make_eval_blocks(args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Dataset | None:
+    """Return the blocks for evaluation, a file that one process makes once; `None` where nothing is evaluated."""
+    if not (sources := eval_sources_of(args)):
+        return None
+    settings = {"max_tokens": args.eval_tokens, "cross_documents": args.cross_documents}
+    return _made_once(folder / "eval-blocks", partial(mixed_blocks, sources, tokenizer, args.block_size, **settings))
+
+
+def _made_once(path: Path, make: Callable[[], Dataset]) -> Dataset:
+    """Return a dataset that the first process makes, and all read."""
     if PartialState().is_main_process and not path.exists():
         with complete_or_absent(path) as unfinished:
-            mixed_blocks(**settings, max_tokens=wanted).save_to_disk(unfinished)
+            make().save_to_disk(unfinished)
     while not path.exists():  # a collective call would give up after some minutes
         time.sleep(0.2)
     return load_from_disk(path).with_format("torch")
@@ -174,37 +278,3 @@ def fit(trainer: Trainer) -> None:
     if trainer.terminated:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
-
-
-def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
-    if not trainer.is_world_process_zero():
-        return
-    args, steps = trainer.args, trainer.state.global_step
-    log = {"tokens": steps * tokens_per_step(args) * args.world_size, "history": trainer.state.log_history}
-    log |= {"machine": environment()} | facts
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-
-
-def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
-    """Write a trained model's folder, gathered from all processes: LoRA merged, in the dtype it was stored in, with side files.
-
-    Args:
-        trainer (`Trainer`): It has trained a model of `source`, or a PEFT model made of it.
-        source (`Path`): The folder that the model was loaded from.
-        target (`Path`): The folder to write.
-    """
-    model, adapter = trainer.accelerator.unwrap_model(trainer.model_wrapped), Path(trainer.args.output_dir) / "adapter"
-    if isinstance(model, PeftModel):
-        trainer.save_model(adapter)
-    else:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        if isinstance(model, PeftModel):
-            model = merge_lora(source, adapter)
-            state = model.state_dict()
-        dtype, tied = next(DTYPES[spec.dtype] for spec in Checkpoint(source).specs.values()), model.all_tied_weights_keys
-        # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
-        state = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
-        model.to(dtype).save_pretrained(target, state_dict=state)
-        copy_side_files(source, target)

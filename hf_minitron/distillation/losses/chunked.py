@@ -59,6 +59,11 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(
             "The output head has a PEFT adapter, which the chunked loss does not see: leave it out of target_modules"
         )
+    if not layer.weight.is_floating_point():
+        raise ValueError(
+            f"The output head is quantized ({type(layer).__name__}, {layer.weight.dtype}), which the chunked loss cannot read: "
+            "leave it out of the quantization (modules_to_not_convert)"
+        )
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
@@ -115,6 +120,9 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_grad = grad_enabled and any(ctx.needs_input_grad)
         wanted = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)  # not of a frozen head beside an adapter
         grads = [torch.zeros_like(t) if needed and wants_grad else None for t, needed in wanted]
+        # fp16 would round what a large batch's count leaves of a gradient to zero: there the count waits for the backward
+        # pass, which brings the GradScaler's scale
+        late = num_items if dtype == torch.float16 and len(hidden) else 1
         with torch.autocast(hidden.device.type, enabled=False):
             rows_of, head = hidden.to(dtype), replace(head, weight=weight, bias=bias).to(dtype)
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -126,18 +134,19 @@ class _ChunkedLoss(torch.autograd.Function):
                     by_name = chunk_loss(head.finish(projected), rows)
                     _check_rows(by_name, len(projected))
                     sums = [by_name[name].sum() / num_items for name in names]
-                    total = sum(weight * part for weight, part in zip(weights, sums, strict=True))
+                    total = sum(weight * part for weight, part in zip(weights, sums, strict=True)) * late
                 parts += torch.stack([part.detach() for part in sums])
                 if wants_grad:
                     (grad,) = torch.autograd.grad(total, projected)
                     del projected, by_name, sums, total  # before the next chunk's are made
                     _accumulate(grads, grad, rows_of, rows, head)
+        ctx.late = late
         ctx.save_for_backward(*grads)
         return (parts * parts.new_tensor(weights)).sum(), parts
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        return *(None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors), None
+        return *(None if grad is None else grad.mul_(grad_total / ctx.late) for grad in ctx.saved_tensors), None
 
 
 def _check_rows(by_name: Mapping[str, Tensor], count: int) -> None:

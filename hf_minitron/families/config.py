@@ -1,0 +1,97 @@
+"""The config of a model folder, and what it says that cannot be pruned. It must not know a family's table."""
+
+import inspect
+import json
+from collections.abc import Container
+from pathlib import Path
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def read_config(folder: str | Path) -> PreTrainedConfig:
+    """Return the config of a model folder.
+
+    Args:
+        folder (`str` or `Path`): A folder with a `config.json`; nothing else is read.
+
+    Raises:
+        ValueError: in one line, for a file that Transformers cannot read, a model type that it does not know, or remote code.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():  # Transformers would take the folder for a name on the Hub
+        raise ValueError(f"{folder} has no config.json: not a model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # config classes raise their own kinds
+        raise ValueError(f"{path}: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say why Transformers refused a config, and what to do."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as broken:
+        return f"this is not JSON ({broken}); download it again"
+    if not isinstance(content, dict):
+        return f"this holds a {type(content).__name__}, not the keys of a config; download it again"
+    kind, version = content.get("model_type"), f"transformers {transformers.__version__}"
+    if kind in CONFIG_MAPPING:
+        return f"{version} cannot read it ({one_line(error)}); correct that key"
+    if content.get("auto_map"):
+        return (
+            f"model type {kind!r} is remote code (auto_map), which hf_minitron does not run; "
+            f"convert the checkpoint to a model type of {version} first"
+        )
+    if kind is None:
+        return 'it has no model_type; add one, such as "llama"'
+    return f"{version} does not know model type {kind!r}; upgrade transformers, or correct model_type"
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's kind and its message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) -> str | None:
+    """Say why a config makes no causal language model of text alone, and what to prune instead; `None` when it makes one.
+
+    Args:
+        config (`PreTrainedConfig`): Any config.
+        supported (`Container[str]`): The model types that can be pruned.
+    """
+    kind, text = config.model_type, config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return f"Model type {kind!r} does not make a causal language model, but an encoder and a decoder; choose another one"
+    if text is config:
+        made = kind not in CONFIG_MAPPING or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
+    parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
+    advice = f"and its text model, {text.model_type!r}, is not supported either"
+    if text.model_type in supported:
+        advice = f"save its text model, {text.model_type!r}, as a checkpoint of its own first (docs/families.md shows how)"
+    return f"Model type {kind!r} does not make a causal language model of text alone, but of {parts}; {advice}"
+
+
+def check_not_quantized(config: PreTrainedConfig, folder: str | Path) -> None:
+    """Refuse a quantized checkpoint, whose tensors cannot be cut, and say how to get one that is not.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    content = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(content.get("quant_method") or "unknown method")
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind and "dequantize" in inspect.signature(kind).parameters:
+        how = f"from_pretrained(..., quantization_config={kind.__name__}(dequantize=True)), save_pretrained"
+    elif method in ("bitsandbytes", "higgs"):
+        how = "from_pretrained, dequantize(), save_pretrained"
+    else:
+        raise ValueError(f"{folder} is quantized ({method}), which Transformers cannot undo; use the checkpoint that it was "
+                         "made from")  # fmt: skip
+    raise ValueError(f"{folder} is quantized; save it dequantized first ({method}: {how})")

@@ -1,0 +1,86 @@
+"""What a stage that trains leaves behind: its log, and the model in the dtypes and files of the one that it came from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Trainer,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from hf_minitron.checkpoint import (
+    DTYPES,
+    NAMES,
+    Checkpoint,
+    TensorSpec,
+    stored_dtype,
+    write_tensors,
+)
+from hf_minitron.distillation.adapters import merge_lora
+from hf_minitron.environment import environment
+from hf_minitron.saving import copy_side_files, save_config
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def save_log(trainer: Trainer, out: Path, **facts) -> None:
+    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
+    if not trainer.is_world_process_zero():
+        return
+    args, state = trainer.args, trainer.state
+    # as many rows as were found to fit, with auto_find_batch_size
+    rows = state.global_step * state.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    log = {"tokens": rows * args.block_size, "history": state.log_history, "machine": environment()} | facts
+    if args.load_best_model_at_end:
+        log["best"] = {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}
+    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
+    """Write a trained model's folder, gathered from all processes: LoRA merged, in the dtype it was stored in, with side files.
+
+    Args:
+        trainer (`Trainer`): It has trained a model of `source`, or a PEFT model made of it.
+        source (`Path`): The folder that the model was loaded from.
+        target (`Path`): The folder to write.
+    """
+    model, adapter = trainer.accelerator.unwrap_model(trainer.model_wrapped), Path(trainer.args.output_dir) / "adapter"
+    if isinstance(model, PeftModel):
+        trainer.save_model(adapter)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        if isinstance(model, PeftModel):
+            model = merge_lora(source, adapter)
+            state = model.state_dict()
+        write_model(model, state, source, target)
+
+
+def write_model(model: PreTrainedModel, state: Mapping[str, Tensor], source: Path, target: Path) -> None:
+    """Write weights in the dtypes, and all else, of the folder that a model comes from.
+
+    Args:
+        model (`PreTrainedModel`): The model, for the names of its tensors on disk.
+        state (`Mapping[str, Tensor]`): Its weights, by their names in memory.
+        source (`Path`): The folder that the model was loaded from.
+        target (`Path`): The folder to write.
+    """
+    stored, prefix = Checkpoint(source).specs, f"{model.base_model_prefix}."
+    # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
+    state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    state = revert_weight_conversion(model, state)
+    specs, usual = {}, NAMES[stored_dtype(stored.values())]
+    for name, tensor in state.items():
+        like = stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+        specs[name] = TensorSpec(like.dtype if like else usual, tuple(tensor.shape))
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = ((name, [tensor.detach().cpu().to(DTYPES[specs[name].dtype])]) for name, tensor in state.items())
+    write_tensors(target, specs, tensors, MAX_SHARD_BYTES)
+    # the folder's own config: the Trainer has changed the model's for training (use_cache, special tokens)
+    save_config(AutoConfig.from_pretrained(source), target, dtype=stored_dtype(specs.values()))
+    copy_side_files(source, target)

@@ -1,0 +1,298 @@
+"""Two environments: what is written here loads in transformers 4.57 with equal logits and the same tokens, and in 5."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_minitron.__main__ import main
+from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.families.family import family_of
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.plan import Plan, make_nonuniform_plan
+from hf_minitron.pruning.export import export
+from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.saving import legacy_rope, minimum_transformers, save_config
+
+FOLDER = Path("~/.cache/hf_minitron/transformers-4.57.1").expanduser()
+PACKAGES = ["transformers==4.57.1", "huggingface_hub<1.0", "tokenizers<0.23"]
+IDS = tiny.blocks()["input_ids"][:]
+THETA = 5e4
+LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": THETA, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": THETA, "short_factor": [1.5] * 5, "long_factor": [4.0] * 5}
+# What rope each model type is tried with beside another theta.
+ROPES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_oss"), [LLAMA3, YARN, LINEAR, DYNAMIC]),
+    "deepseek_v3": [YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, LINEAR],
+    "gpt_neox": [LINEAR | {"partial_rotary_factor": 0.4}],
+    "olmo": [LINEAR, DYNAMIC],
+    "olmo2": [LINEAR],
+    "phi3": [LONG | {"original_max_position_embeddings": 8}],
+    "phi": [LINEAR | {"partial_rotary_factor": 0.5}],
+}
+GEMMA3 = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
+# What transformers 4.57 cannot load: it has classes for all model types that are tested, and ours needs version 5.
+NOT_IN_4 = {"nonuniform"}
+
+LOAD = """
+import json, sys, torch, transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert transformers.__version__ == "4.57.1", transformers.__version__
+asked = json.load(open(sys.argv[1]))
+found = {}
+for name, folder in asked["folders"].items():
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", trust_remote_code=True
+        ).eval()
+        assert model.dtype == torch.float32, model.dtype
+        with torch.no_grad():
+            found[name] = model(input_ids=torch.tensor(asked["ids"]), use_cache=False).logits
+        tokens = AutoTokenizer.from_pretrained(folder)(asked["text"])["input_ids"]
+        assert tokens == asked["tokens"], tokens
+    except Exception as error:
+        print(name, type(error).__name__, error, flush=True)
+save_file(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="session")
+def transformers_4():
+    """A folder with transformers 4.57 and what it needs, made once; skipped where it cannot be had."""
+    if not (FOLDER / "ready").is_file():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(FOLDER), *PACKAGES]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"transformers 4.57 cannot be had: {done.stderr.strip().splitlines()[-1]}")
+        (FOLDER / "ready").touch()
+    return {**os.environ, "PYTHONPATH": str(FOLDER), "PYTHONNOUSERSITE": "1"}
+
+
+def cut(config, layers):
+    """A plan that drops a layer and, where it can be, some of the FFN's channels."""
+    shape = family_of(config).shape_of(config)
+    return Plan(shape, shape.cut_to({"layers": layers}), {"layers": list(range(layers))})
+
+
+def configs():
+    for model_type in tiny.MODEL_TYPES:
+        config = tiny.config(model_type)
+        ropes = [None, *ROPES.get(model_type, [])]
+        if model_type == "gemma3_text":
+            ropes = [GEMMA3]
+        elif getattr(config, "rope_parameters", None):
+            ropes[0] = config.rope_parameters | {"rope_theta": THETA}
+        for number, rope in enumerate(ropes):
+            yield f"{model_type}_{number}", model_type, {} if rope is None else {"rope_parameters": rope}
+
+
+@pytest.mark.slow
+def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_path):
+    folders, expected = {}, {}
+    for name, model_type, changes in configs():
+        teacher, folders[name] = tmp_path / "teacher" / name, tmp_path / "student" / name
+        changes |= {"original_max_position_embeddings": 8} if name == "phi3_1" else {}
+        changes |= {"head_dim": None} if name in ("phi3_1", "qwen2_moe_0") else {}  # what transformers 4 has
+        made = tiny.model(model_type, torch.float32, **changes)
+        made.save_pretrained(teacher)
+        tiny.tokenizer().save_pretrained(teacher)
+        prune_checkpoint(teacher, cut(made.config, 2), folders[name])
+    lists = {"layer_intermediate_size": [72, 30, 51], "layer_num_attention_heads": [4, 2, 4]}
+    nonuniform = AutoModelForCausalLM.from_config(PrunedConfig.from_stock(tiny.config(rope_parameters=LLAMA3), **lists))
+    nonuniform.save_pretrained(tmp_path / "nonuniform")
+    save_config(nonuniform.config, tmp_path / "nonuniform")
+    tiny.tokenizer().save_pretrained(tmp_path / "nonuniform")
+    folders["exported"] = tmp_path / "exported"
+    export(tmp_path / "nonuniform", folders["exported"])
+    for name, folder in folders.items():
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            expected[name] = student(input_ids=IDS, use_cache=False).logits
+    text = " ".join(tiny.WORDS[:9])
+    folders["nonuniform"] = tmp_path / "nonuniform"
+    asked = {"folders": {name: str(folder) for name, folder in folders.items()}, "ids": IDS.tolist(), "text": text}
+    asked["tokens"] = tiny.tokenizer()(text)["input_ids"]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-c", LOAD, tmp_path / "asked.json", tmp_path / "logits.safetensors"]
+    done = subprocess.run(command, env=transformers_4, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(refused) == list(NOT_IN_4), done.stdout
+    assert "need transformers >= 5.15" in refused["nonuniform"]
+    found = load_file(tmp_path / "logits.safetensors")
+    differences = {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in found}
+    assert found.keys() == folders.keys() - NOT_IN_4
+    assert not {name: value for name, value in differences.items() if value > 1e-6}
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A teacher in bfloat16 with norms in float32, code of its own beside its config, and a sloppy generation config."""
+    model, folder = tiny.model(dtype=torch.bfloat16), tmp_path / "teacher"
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-3  # no bfloat16 holds it
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    change(folder / "config.json", auto_map={"AutoConfig": "configuration_x.XConfig"}, use_cache=True)
+    change(folder / "generation_config.json", do_sample=False, temperature=0.6, auto_map={"AutoModel": "generate.X"})
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.XTokenizer", None]})
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def dtypes(folder):
+    """Whether every norm is float32 and all else bfloat16."""
+    return {("norm" in name, spec.dtype) for name, spec in Checkpoint(folder).specs.items()}
+
+
+MIXED = {(True, "F32"), (False, "BF16")}
+
+
+@pytest.mark.parametrize("way", ["pruned", "distilled", "lora", "corrected", "exported", "in memory"])
+def test_each_tensor_keeps_its_dtype_and_the_config_the_teachers(teacher, project, tmp_path, way):
+    folder = tmp_path / "student"
+    if way == "in memory":
+        model = AutoModelForCausalLM.from_pretrained(teacher)
+        for name, tensor in load_file(teacher / "model.safetensors").items():
+            model.get_parameter(name).data = tensor
+        student = prune_model(model, cut(model.config, 2))
+        assert student.model.norm.weight.dtype == torch.float32
+        assert torch.equal(student.model.norm.weight, model.model.norm.weight)
+        student.save_pretrained(folder)
+        assert dtypes(folder) == MIXED
+        return
+    if way == "exported":
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        sizes = {"ffn": [72, 48, 8], "heads": [2, 4, 2], "kv_heads": [1, 2, 2]}
+        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()), family_of(model.config).shape_of(model.config), sizes)
+        prune_checkpoint(teacher, plan, tmp_path / "nonuniform")
+        export(tmp_path / "nonuniform", folder)
+    elif way == "pruned":
+        prune_checkpoint(teacher, cut(AutoConfig.from_pretrained(teacher), 2), folder)
+    else:
+        recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+        recipe["distill"] = {**recipe["distill"], "max_steps": 1}
+        stages = ["score", "prune", "distill"]
+        if way == "corrected":
+            recipe["correct"] = {**recipe["distill"], "warmup_steps": 0, "losses": {"cross_entropy": 1.0}}
+            stages = ["correct"]
+        if way == "lora":
+            recipe["distill"]["lora"] = {"r": 2}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        for stage in stages:
+            assert main([stage, str(tmp_path / "recipe.yaml")]) == 0
+        folder = tmp_path / "run" / ("correct/teacher" if way == "corrected" else "distill/student")
+    assert dtypes(folder) == MIXED
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["use_cache"]) == ("bfloat16", "bfloat16", True)
+    assert config["rope_theta"] == 1e4
+    assert config["rope_scaling"] is None
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((folder / name).read_text()), name
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert "temperature" not in generation
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+
+
+def test_a_model_saved_from_python_is_written_the_same_way(tmp_path):
+    model = tiny.model(dtype=torch.float32, rope_parameters=LLAMA3)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    args = DistillationArguments(tmp_path / "out", report_to="none", losses={"cross_entropy": 1.0}, max_steps=1, save_steps=1,
+                                 bf16=False)  # fmt: skip
+    trainer = DistillationTrainer(model, None, args, train_dataset=tiny.blocks(), processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["rope_theta"], config["rope_scaling"]["factor"], config["use_cache"]) == (THETA, 4.0, True), folder
+        assert config["torch_dtype"] == "float32"
+        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_old_files_buffers_are_left_out_and_kill_no_save(tmp_path, project):
+    """Old GPT-2 files: names without the base model's, boolean masks as buffers, one of them the first tensor."""
+    model, teacher = tiny.model("gpt2", torch.float32), tmp_path / "teacher"
+    model.save_pretrained(teacher)
+    tiny.tokenizer().save_pretrained(teacher)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(teacher / "model.safetensors").items()}
+    tensors = {"a.bias_table": torch.ones(2, dtype=torch.bool), **tensors}
+    for layer in range(3):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+    recipe["prune"] = {"target": {"ffn": 48}}
+    recipe["distill"] = {**recipe["distill"], "max_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, str(tmp_path / "recipe.yaml")]) == 0
+    student = tmp_path / "run" / "distill" / "student"
+    assert {spec.dtype for spec in Checkpoint(student).specs.values()} == {"F32"}
+    _, info = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("llama", {}, {"rope_theta": 1e4, "rope_scaling": None}),
+        ("gpt2", {}, {}),
+        ("gpt_neox", {}, {"rotary_emb_base": 1e4, "rotary_pct": 0.4, "rope_scaling": None}),
+        ("stablelm", {}, {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_scaling": None}),
+        ("gemma3_text", {"rope_parameters": GEMMA3},
+         {"rope_theta": THETA, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("olmo", {"rope_parameters": LINEAR}, {"rope_theta": THETA, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("olmo2", {"rope_parameters": YARN}, None),
+        ("gemma3_text", {"rope_parameters": GEMMA3 | {"sliding_attention": LINEAR}}, None),
+    ],
+)  # fmt: skip
+def test_what_transformers_4_reads(model_type, changes, expected):
+    config = tiny.config(model_type, **changes)
+    assert legacy_rope(config) == expected
+    if expected is None:
+        assert minimum_transformers(config) == "5.0"
+
+
+def test_the_oldest_transformers_that_will_do():
+    known = {model_type: minimum_transformers(tiny.config(model_type)) for model_type in ("llama", "qwen3", "gpt_oss")}
+    assert known == {"llama": None, "qwen3": "4.51", "gpt_oss": "4.55"}
+    assert minimum_transformers(tiny.config("qwen2_moe")) == "5.0"  # its heads are not as wide as its hidden states
+    assert minimum_transformers(PrunedConfig.from_stock(tiny.config())) == "5.15"
+
+
+def test_a_generation_config_beyond_repair_is_refused_before_scoring(project, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(project["folder"] / "teacher", teacher)
+    change(teacher / "generation_config.json", do_sample=False, num_return_sequences=3)
+    recipe = {**project["recipe"], "model": str(teacher), "run": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "generation_config.json" in line
+    assert "num_return_sequences" in line
+    assert not (tmp_path / "run" / "score").exists()

@@ -1,0 +1,223 @@
+"""`hf-minitron plan` on the config.json of public checkpoints: it agrees with the published count, or refuses in one line.
+
+`tests/configs/` holds them as the Hub does: the keys of the version they were made with, old names, nulls, `auto_map`. There
+are no weights; what Transformers builds, it builds on the meta device.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from hf_minitron.__main__ import main
+from hf_minitron.families.config import read_config
+from hf_minitron.families.family import FAMILIES, LLAMA, family_of, parameters_of
+from hf_minitron.families.student import LAYER_LISTS, student_config
+from hf_minitron.plan import Plan
+from hf_minitron.stages import prune
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+# Repository to the parameters of its model, as its safetensors headers or its model card count them: numbers from outside, not
+# from this code. A head that is tied but stored too (Qwen3-0.6B, Qwen3-1.7B, Qwen1.5-0.5B) and old buffers (Llama-2, gpt2)
+# are counted by the Hub's page and not here.
+PUBLISHED = {
+    "allenai/OLMo-1B-hf": 1_176_764_416,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "bigcode/starcoder2-3b": 3_030_371_328,
+    "codellama/CodeLlama-7b-hf": 6_738_546_688,
+    "CohereLabs/aya-expanse-8b": 8_028_033_024,
+    "CohereLabs/c4ai-command-r7b-12-2024": 8_028_033_024,
+    "deepseek-ai/deepseek-coder-1.3b-base": 1_346_471_936,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "distilbert/distilgpt2": 81_912_576,
+    "EleutherAI/gpt-neox-20b": 20_554_567_680,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "facebook/opt-125m": 125_239_296,
+    "facebook/opt-6.7b": 6_658_473_984,
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B-Base": 3_075_098_624,
+    "huggyllama/llama-7b": 6_738_415_616,
+    "ibm-granite/granite-3.1-2b-base": 2_533_531_648,
+    "LGAI-EXAONE/EXAONE-3.5-2.4B-Instruct": 2_405_327_360,
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": 1_279_391_488,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "microsoft/phi-1_5": 1_418_270_720,
+    "microsoft/phi-2": 2_779_683_840,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "mistralai/Ministral-8B-Instruct-2410": 8_019_808_256,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "nvidia/Nemotron-Mini-4B-Instruct": 4_190_509_056,
+    "nvidia/nemotron-4-15b": 15_628_775_424,
+    "01-ai/Yi-6B": 6_061_035_520,
+    "openai-community/gpt2": 124_439_808,
+    "openai-community/gpt2-medium": 354_823_168,
+    "Qwen/Qwen1.5-0.5B": 463_987_712,
+    "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B-Base": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
+    "stabilityai/stablelm-2-1_6b": 1_644_515_328,
+    "stabilityai/stablelm-3b-4e1t": 2_795_443_200,
+    "tiiuae/Falcon3-1B-Base": 1_669_408_768,
+    "tiiuae/Falcon3-7B-Base": 7_455_550_464,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "zai-org/glm-4-9b-chat-hf": 9_399_951_360,
+}
+
+# Repository to what is wrong with it and what to do.
+REFUSED = {
+    "bigscience/bloom-560m": r"model type 'bloom': 'transformer.word_embeddings.weight' .* Supported model types: .*families",
+    "deepseek-ai/DeepSeek-V2-Lite": r"model type 'deepseek_v2'.* Supported model types: .*deepseek_v3.*families.md",
+    "deepseek-ai/DeepSeek-V3": r"is quantized; save it dequantized first \(fp8: .*FineGrainedFP8Config\(dequantize=True\)",
+    "facebook/opt-350m": r"this variant of model type 'opt'.*project_out.weight.* Choose another checkpoint",
+    "google/flan-t5-small": r"'t5' does not make a causal language model, but an encoder and a decoder; choose another",
+    "google/gemma-3-4b-pt": r"'gemma3' .*text_config, vision_config; save its text model, 'gemma3_text', .*families.md",
+    "internlm/internlm2_5-7b-chat": r"'internlm2' is remote code \(auto_map\), which hf_minitron does not run; convert",
+    "mistralai/Mistral-Small-3.1-24B-Base-2503": r"'mistral3' .*vision_config; save its text model, 'mistral'",
+    "mosaicml/mpt-7b": r"model type 'mpt'.* Supported model types: .*families.md",
+    "openai/gpt-oss-20b": r"is quantized; save it dequantized first \(mxfp4: .*Mxfp4Config\(dequantize=True\)",
+    "Qwen/Qwen2.5-7B-Instruct-AWQ": r"is quantized \(awq\), which Transformers cannot undo; use the checkpoint that it was",
+    "Qwen/Qwen2.5-VL-3B-Instruct": r"'qwen2_5_vl' .*vision_config, text_config; and its text model, .* is not supported",
+    "state-spaces/mamba-130m-hf": r"model type 'mamba'.* Supported model types: .*families.md",
+    "tiiuae/falcon-7b": r"model type 'falcon'.* Supported model types: .*families.md",
+}
+# Keys of config.json that a cut of layers, ffn and experts may change; all others stay what the teacher's are.
+CUT = {
+    "num_hidden_layers",
+    "n_layer",
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "moe_intermediate_size",
+    "dtype",
+    *LAYER_LISTS,
+}
+CUT |= {"num_experts", "num_local_experts", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"}
+
+
+def folder(repository):
+    return CONFIGS / repository.rpartition("/")[2]
+
+
+def plan(model, target, tmp_path, capsys):
+    """What `hf-minitron plan` says: exit code, its table by name, its errors."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model": str(model), "run": str(tmp_path / "run"), "prune": {"target": target}}))
+    code = main(["plan", str(recipe)])
+    captured = capsys.readouterr()
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in captured.out.splitlines() if "|" in line]
+    return code, {row[0]: row[1:] for row in cells if len(row) > 2}, captured.err
+
+
+def cut(config):
+    """A target that any model allows: a third of its layers, three quarters of its FFN channels and of its experts."""
+    axes = family_of(config).shape_of(config).axes
+    target = {"layers": axes["layers"] // 3, "ffn": axes["ffn"] * 3 // 4 // 8 * 8}
+    return target | ({"experts": axes["experts"] * 3 // 4} if "experts" in axes else {})
+
+
+def test_every_config_is_asked_about():
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(folder(name).name for name in [*PUBLISHED, *REFUSED])
+    assert len(PUBLISHED) + len(REFUSED) >= 40
+    assert {path.name for path in CONFIGS.rglob("*.*") if path.is_file()} == {"config.json"}, "no weights, no index"
+    types = {json.loads((folder(name) / "config.json").read_text())["model_type"] for name in [*PUBLISHED, *REFUSED]}
+    assert types >= FAMILIES.keys() - {"arcee", "ministral", "vaultgemma"}
+
+
+@pytest.mark.parametrize("repository", PUBLISHED)
+def test_plan_agrees_with_the_published_count(repository, tmp_path, capsys):
+    config = read_config(folder(repository))
+    target = cut(config)
+    code, table, errors = plan(folder(repository), target, tmp_path, capsys)
+    assert code == 0, errors
+    before, after = (int(number.replace(",", "")) for number in table["parameters"][:2])
+    assert before == PUBLISHED[repository]
+    assert {axis: int(table[axis][1].replace(",", "")) for axis in target} == target
+
+    full, small, _ = prune.shapes(prune.Args(target), str(folder(repository)))
+    kept = list(range(full["layers"]))[-small["layers"] :]
+    student = student_config(config, family_of(config), Plan(full, small, {"layers": kept}))
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoConfig.from_pretrained(tmp_path / "student")
+    made = sum(math.prod(shape) for shape in parameters_of(loaded).values())
+    assert made == after < before, "what Transformers makes of the student's config.json has another count"
+    old, new = config.to_dict(), loaded.to_dict()
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    assert changed <= CUT | {"transformers_version", "_name_or_path", "head_dim"}, changed
+
+
+@pytest.mark.parametrize("repository", REFUSED)
+def test_what_cannot_be_pruned_is_refused_in_one_line(repository, tmp_path, capsys):
+    code, table, errors = plan(folder(repository), {}, tmp_path, capsys)
+    assert code == 1 and not table
+    (line,) = [line for line in errors.splitlines() if not line.startswith("[transformers]")]
+    assert re.search(REFUSED[repository], line), line
+    assert len(line) < 1000
+
+
+BROKEN = {
+    "{": r"config.json: this is not JSON \(.*line 1.*\); download it again",
+    "[]": "config.json: this holds a list, not the keys of a config",
+    "{}": "config.json: it has no model_type; add one",
+    '{"model_type": "lama"}': r"transformers [\d.]+ does not know model type 'lama'; upgrade transformers, or",
+    '{"auto_map": {"AutoConfig": "my.Config"}}': r"model type None is remote code \(auto_map\)",
+    '{"model_type": "clip"}': "'clip' does not make a causal language model of text alone, but of .*text_config",
+    '{"model_type": "bert"}': "model type 'bert': 'bert.embeddings.word_embeddings.weight' .* and 23 more",
+    '{"model_type": "mamba2"}': "model type 'mamba2': 'backbone.embeddings.weight' ",  # its config holds an infinity
+    '{"model_type": "llama", "hidden_size": "64"}': "cannot read it .*'hidden_size' expected int, got str",
+    '{"model_type": "llama", "torch_dtype": "float17"}': "cannot read it .*float17",
+    '{"model_type": "llama", "num_attention_heads": 31}': "cannot read it .*not a multiple of the number of attention heads",
+    '{"model_type": "llama", "rope_scaling": {"type": "foo"}}': "A LlamaConfig does not make .*KeyError: 'foo'",
+    '{"model_type": "llama", "quantization_config": {"bits": 4}}': r"is quantized \(unknown method\)",
+    '{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}': "bitsandbytes: .*dequantize",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_config_is_named_in_one_line(content, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    code, _, errors = plan(tmp_path / "model", {}, tmp_path, capsys)
+    (line,) = [line for line in errors.splitlines() if not line.startswith("[transformers]")]
+    assert code == 1
+    assert re.search(BROKEN[content], line), line
+
+
+def test_every_parameter_without_a_row_can_be_listed():
+    misfits = LLAMA.misfits(read_config(folder("bigscience/bloom-560m")))
+    assert len(misfits) == 17
+    assert misfits["transformer.ln_f.bias"] == "'transformer.ln_f.bias' (shape (1024,)) has no row"
+    assert not LLAMA.misfits(read_config(folder("meta-llama/Llama-3.2-1B")))
