@@ -3,26 +3,28 @@
 import argparse
 import dataclasses
 import logging
+import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, outlines, stand_in
 from hf_minitron.checkpoint import resolve
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
+from hf_minitron.execute import execute, read_inputs, summary
 from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
+from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe, read_overrides
-from hf_minitron.run import RecipeError, Run, begin, done_digest, finish, needs_of, stages_in
+from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
+from hf_minitron.run import RecipeError, Run
 from hf_minitron.shape import Shape
 from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
 
@@ -62,8 +64,22 @@ run, `select` ranks them and writes the recipe of the best:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    args, rest = _parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        check_no_token("\n".join(argv), "the command line")
+        return _main(argv)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nStopped by Ctrl-C. Start the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {TOKEN.sub('<token>', str(error))}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: Sequence[str]) -> int:
+    args, rest = _parser().parse_known_args(argv)
+    with told():
         overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
         check_chain(runs, overrides)
@@ -74,22 +90,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb == "report":
             print(publish.report(with_values(run, stored_values(run) or {}), args.open))
             return 0
-        keep_freed_memory()
-        PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
-        push = _push(args)
-        if args.verb == "run":
-            if len(runs) > 1:
-                check_ahead(runs, push)
-            for run in runs:
-                run_all(run, push)
-        else:
-            run_stages(run, [args.verb], push)
-        if args.verb in SEARCH and PartialState().is_main_process:
-            print("\n" + SEARCH[args.verb].report(run))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    keep_freed_memory()
+    PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
+    push = _push(args)
+    if args.verb == "run":
+        if len(runs) > 1:
+            check_ahead(runs, push)
+        for run in runs:
+            run_all(run, push)
+    else:
+        run_stages(run, [args.verb], push)
     return 0
+
+
+@contextmanager
+def told(where: str = "") -> Iterator[None]:
+    """Make one line of whatever a user's input sets off before any work is begun, in the libraries below, too.
+
+    Raises:
+        RecipeError: with where it was, and what.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}{error}") from error
+    except (ValueError, OSError) as error:
+        raise RecipeError(where + " ".join(str(error).split())) from error
+    except Exception as error:
+        raise RecipeError(f"{where}{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None:
@@ -139,6 +167,7 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
             ahead = stand_in(run, made)
             try:
                 run.check_owner()
+                run.check_free()
                 check_stages(ahead, list(own_stages(run)), push)
                 if run is not runs[-1]:
                     made |= outlines(run, ahead, Path(scratch) / str(number))
@@ -155,7 +184,8 @@ def own_stages(run: Run) -> dict[str, ModuleType]:
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
     if PartialState().is_main_process:
-        print(plan_text(run), flush=True)
+        with told():
+            print(plan_text(run), flush=True)
     run_stages(run, list(own_stages(run)), push, estimate=True)
     if PartialState().is_main_process:
         report = Report.load(run.path("evaluate") / "report.json")
@@ -175,74 +205,44 @@ def run_stages(
     state = PartialState()
     if state.is_main_process:
         run.check_owner()
+        run.check_free()
     check_stages(run, stages, push)
-    values, text = time_allows(run, own_stages(run), estimate)
+    with told():
+        values, text = time_allows(run, own_stages(run), estimate)
     whole, run = run, with_values(run, values)
     bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
-    if state.is_main_process:
-        run.claim()  # only a run whose checks all pass
-        if "minutes" in run.recipe:
-            store_values(whole, values)
-        if estimate:
-            print("\n" + text, flush=True)
-    state.wait_for_everyone()
-    for name, args in bound.items():
-        _do(run, name, args)
-    if push and state.is_main_process:
-        print(push(bound["publish"], run))
+    with run.locked() if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            run.claim()  # only a run whose checks all pass
+            read_inputs(run, stages, VERBS)
+            if "minutes" in run.recipe:
+                store_values(whole, values)
+            if estimate:
+                print("\n" + text, flush=True)
+        state.wait_for_everyone()
+        for name, args in bound.items():
+            execute(run, name, args, VERBS)
+            if name in SEARCH and state.is_main_process:
+                print("\n" + SEARCH[name].report(run))
+        if push and state.is_main_process:
+            print(push(bound["publish"], run))
 
 
 def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
     """Read the arguments of some stages, on every process; the first one checks them all."""
-    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
+    with told():
+        bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     for name, args in bound.items() if PartialState().is_main_process else ():
-        try:
+        with told(f"{name}: "):
             VERBS[name].check(args, run)
-        except ValueError as error:
-            raise RecipeError(f"{name}: {error}") from error
-
-
-def _do(run: Run, name: str, args: object) -> None:
-    """Do one stage unless it is done. All processes of `accelerate launch` take part where it says so; else one does it."""
-    state, module, start = PartialState(), VERBS[name], time.time()
-    if state.is_main_process:
-        _check_needs(run, name)
-        if module is select:  # always anew: it takes seconds, and other candidates may have come in
-            (run.path(name) / "done.json").unlink(missing_ok=True)
-    folder = [begin(run, name, needs_of(run, module)) if state.is_main_process else None]
-    broadcast_object_list(folder)
-    if folder[0] is None:
-        state.print(f"{name}: done before, skipped", flush=True)
-        return
-    state.print(f"\n{name}: {_summary(module)}", flush=True)
-    if state.is_main_process or getattr(module, "ALL_PROCESSES", False):
-        module.run(args, run, folder[0])
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish(run, name)
-        print(f"{name}: done in {time.time() - start:.0f} s", flush=True)
-    state.wait_for_everyone()
-
-
-def _check_needs(run: Run, name: str) -> None:
-    """Refuse to build on a stage that was done with other settings than the recipe's."""
-    for need in stages_in(needs_of(run, VERBS[name])):
-        _check_needs(run, need)
-        if done_digest(run.path(need)) not in (None, run.digest(need, needs_of(run, VERBS[need]))):
-            raise RecipeError(f"{name} needs {need}, which was done with other settings: hf-minitron {need} {run.recipe_path}")
-
-
-def _summary(module: ModuleType) -> str:
-    """Return what a stage does: its docstring, one line, without the stage's name."""
-    return module.__doc__.split(": ", 1)[1].strip()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    texts = {name: _summary(module) for name, module in VERBS.items()}
+    texts = {name: summary(module) for name, module in VERBS.items()}
     texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
     texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
     texts["report"] = "write report.html, the run's facts as one page, finished or not, and say where it is."

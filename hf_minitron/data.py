@@ -7,6 +7,7 @@ asked for.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -14,7 +15,8 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, config, load_dataset
+from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -124,11 +126,7 @@ def token_blocks(
     Raises:
         ValueError: when the text is too short for one block (a stream's: when the first block is asked for).
     """
-    wanted = None if max_tokens is None else max_tokens // block_size
-    if wanted == 0:
-        raise ValueError(f"{name}: {max_tokens:,} tokens are not one block of {block_size:,}. Ask for more, or smaller blocks")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
+    wanted = _blocks_wanted(tokenizer, block_size, max_tokens, name)
     settings = {"tokenizer": tokenizer, "block_size": block_size, "cross_documents": cross_documents, "name": name}
     settings["opening"] = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
     if isinstance(documents, IterableDataset):
@@ -144,6 +142,75 @@ def token_blocks(
     if wanted is not None and len(blocks) < wanted:
         logger.warning("%s holds only %s of the %s blocks asked for", name, f"{len(blocks):,}", f"{wanted:,}")
     return Dataset.from_dict({key: [block[key] for block in blocks] for key in blocks[0]}).with_format("torch")
+
+
+def _blocks_wanted(tokenizer: PreTrainedTokenizerBase, block_size: int, max_tokens: int | None, name: str) -> int | None:
+    if max_tokens is not None and max_tokens < block_size:
+        raise ValueError(f"{name}: {max_tokens:,} tokens are not one block of {block_size:,}. Ask for more, or smaller blocks")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
+    return None if max_tokens is None else max_tokens // block_size
+
+
+def check_first_block(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    max_tokens: int | None = None,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+) -> None:
+    """Read a text as far as its first block; refuse one of which no block can be made.
+
+    A local text that will not be streamed is converted as a whole, which `datasets` keeps: nothing is read twice. Of one on the
+    Hub only the first documents are fetched.
+
+    Args:
+        source (`str`): As for `load_text`.
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
+        block_size (`int`): Tokens per block.
+        max_tokens (`int`, *optional*): Tokens wanted.
+        split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
+        column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
+        streaming (`bool`, *optional*, defaults to `False`): Whether it will be streamed.
+
+    Raises:
+        ValueError: in one line, with the line of the file where it is broken.
+    """
+    _blocks_wanted(tokenizer, block_size, max_tokens, source)
+    path = Path(source).expanduser()
+    try:
+        documents = load_text(source, split, column, streaming or not (path.exists() or config.HF_HUB_OFFLINE))
+        if isinstance(documents, Dataset):
+            documents.data.column("text").validate(full=True)  # that it is UTF-8, which nobody has looked at yet
+        next(_pack(documents.iter(_READ_TOGETHER), tokenizer, block_size, True, source))
+        if not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
+            raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
+    except Exception as error:  # of any library below: a file's format, the Hub, the network
+        if where := broken_line(path):
+            raise ValueError(f"{source}, {where}. Mend or remove it") from error
+        if isinstance(error, ValueError) and source in str(error):
+            raise
+        said = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or type(said).__name__}") from error
+
+
+def broken_line(path: Path) -> str | None:
+    """Say which line of a text file is not UTF-8 or not a JSON object, and why; `None` when it is not for that."""
+    if not path.is_file() or path.suffix not in (".jsonl", ".json", ".csv", ".txt"):
+        return None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if path.suffix == ".jsonl" and line.strip() else line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number:,} is not UTF-8: byte {error.object[error.start]:#04x}"
+            except (ValueError, RecursionError) as error:
+                return f"line {number:,} is not JSON: {error}"
+            if path.suffix == ".jsonl" and line.strip() and not isinstance(row, dict):
+                return f'line {number:,} holds {str(row)[:40]}, not an object such as {{"text": ...}}'
+    return None
 
 
 def _again_and_again(documents: IterableDataset, name: str, **settings) -> Iterator[dict[str, np.ndarray]]:

@@ -131,12 +131,10 @@ def mixed_blocks(
         order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
         tokens = [int(number) * block_size for number in np.bincount(order)]
     settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "add_bos_token": add_bos_token}
-    parts = [
-        token_blocks(
-            load_text(s.name, s.split, s.column, streaming), tokenizer, block_size, wanted, seed, name=s.name, **settings
-        )
-        for s, wanted in zip(sources, tokens, strict=True)
-    ]
+    parts = []
+    for name, split, column, wanted in ((s.name, s.split, s.column, n) for s, n in zip(sources, tokens, strict=True)):
+        documents = load_text(name, split, column, streaming)
+        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, name=name, **settings))
     if len(parts) == 1:
         return parts[0]
     if streaming:

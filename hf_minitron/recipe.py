@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from hf_minitron.hub.publish import TOKEN
 from hf_minitron.run import RecipeError, Run
-from hf_minitron.yaml_text import load_yaml
+from hf_minitron.yaml_text import DEEPEST, load_yaml
 
 TOP_LEVEL = {
     "run": "folder for everything the run makes",
@@ -24,6 +25,10 @@ TOP_LEVEL = {
     "seed": "random seed",
     "minutes": "time for all stages on this machine, which it measures first: tokens, steps and documents shrink to fit",
 }
+
+
+# A recipe is small: more than this is a mistake.
+LARGEST = 1_000_000
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
@@ -39,7 +44,12 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     """
     if not path.is_file():
         raise RecipeError(f"No recipe at {path}")
-    recipe = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    check_no_token(text, f"the recipe {path}")
+    recipe = read_yaml(text, str(path)) or {}
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} holds a {type(recipe).__name__}, not sections by name")
     for key, value in overrides.items():
@@ -50,6 +60,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
             if not isinstance(section, dict):
                 raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
         section[last] = value
+    check_no_token(yaml.safe_dump(recipe, width=LARGEST), f"the recipe {path}")  # however it was written
     _check_keys("recipe", recipe, [*TOP_LEVEL, *stages])
     for stage, args in stages.items():
         if not isinstance(recipe.get(stage) or {}, dict):
@@ -64,15 +75,30 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     if not isinstance(minutes, int | float) or isinstance(minutes, bool) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: {minutes!r} is not a number above zero")
     folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
-    return Run(folder, str(recipe["model"]), seed, recipe, path)
+    return Run(folder, str(recipe["model"]), seed, recipe, path, stages)
 
 
 def read_yaml(text: str, where: str) -> Any:
     """Read YAML, with an error that says where it stands."""
+    if len(text) > LARGEST:
+        raise RecipeError(f"{where} has {len(text):,} characters; a recipe has at most {LARGEST:,}")
     try:
         return load_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not YAML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{where} is nested deeper than the {DEEPEST} levels that a recipe may have") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def check_no_token(text: str, where: str) -> None:
+    """Refuse an access token or key, which would be shown or published; it is not repeated.
+
+    Raises:
+        RecipeError: naming where it stands.
+    """
+    if TOKEN.search(text):
+        raise RecipeError(f"{where} holds an access token (hf_... or another's), which would be published: take it out, renew "
+                          "it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
 
 
 def read_overrides(rest: Sequence[str]) -> dict[str, Any]:

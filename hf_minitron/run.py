@@ -1,25 +1,35 @@
 """One run's files: its folder, what is done and what must be done again.
 
 It knows no stage. A stage writes into `<stage>.tmp/`, which is renamed once
-`done.json` lies in it; so a stage's folder is complete or absent. `done.json` holds a hash of the stage's section and of
-all that it read; when that changes, the stage and those after it run again.
+`done.json` lies in it; so a stage's folder is complete or absent. `done.json` holds a table of all that the stage's result
+depends on (`inputs`) and the hashes of its files: when either changes, the stage and those after it run again, and say why.
+One process at a time works in a folder.
 """
 
-import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from hf_minitron import inputs
+from hf_minitron.inputs import read_json, write_whole
 from hf_minitron.yaml_text import dump_yaml, load_yaml
+
+logger = logging.getLogger(__name__)
 
 # Where a stage keeps what it needs to be resumed; deleted once the stage is done.
 CHECKPOINTS = "checkpoints"
+# Held by the process that works in a run's folder; the operating system lets go of it when that ends, however it ends.
+LOCK = "run.lock"
 
 
 class RecipeError(ValueError):
@@ -36,6 +46,8 @@ class Run:
         seed (`int`): Random seed of every stage.
         recipe (`Mapping`): The recipe with all overrides.
         recipe_path (`Path`): The file it was read from.
+        sections (`Mapping[str, type]`, *optional*): Name of every stage to the dataclass of its section, which says what its
+            settings mean for the result.
     """
 
     folder: Path
@@ -43,24 +55,52 @@ class Run:
     seed: int
     recipe: Mapping[str, Any]
     recipe_path: Path
+    sections: Mapping[str, type] = field(default_factory=dict, compare=False, repr=False)
+    _inputs: dict[str, dict] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def path(self, stage: str) -> Path:
         """Return the folder of a stage."""
         return self.folder / stage
 
+    def left_bytes(self, stage: str) -> int:
+        """Return the bytes on disk of what an interrupted attempt at a stage has left."""
+        return sum(path.stat().st_size for path in _unfinished(self, stage).rglob("*") if path.is_file())
+
     def section(self, stage: str) -> dict:
         """Return the values of a stage's section."""
         return self.recipe.get(stage) or {}
 
+    def inputs(self, stage: str, needs: Sequence[str]) -> dict[str, Any]:
+        """Return what a stage's result depends on: the seed, the model, its settings, the files these name, what it needs.
+
+        Settings and files are those of the first call: what is edited afterwards does not change what this process does.
+        """
+        if stage not in self._inputs:
+            self._inputs[stage] = self._read_inputs(stage, needs)
+        return self._inputs[stage] | {need: done_digest(self.path(need)) for need in stages_in(needs)}
+
+    def changed(self, stage: str, needs: Sequence[str]) -> str:
+        """Say which of the files that a stage depends on have changed since the first look at them; nothing when none has."""
+        before = self.inputs(stage, needs)
+        return inputs.differences(before, before | self._read_inputs(stage, needs))
+
     def digest(self, stage: str, needs: Sequence[str]) -> str:
-        """Return the hash of a stage: of its section, the seed, the files it names, the teacher and what it needs."""
-        section, upstream = self.section(stage), {}
-        for need in needs:
-            other, dot, key = need.partition(".")
-            upstream[need] = self.section(other).get(key) if dot else done_digest(self.path(need))
-        named = {value: _fingerprint(value) for value in _strings([section, *(upstream[n] for n in needs if "." in n)])}
-        content = [section, named, self.seed, self.model, _fingerprint(self.model), upstream]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        """Return the hash of a stage's inputs."""
+        return inputs.digest(self.inputs(stage, needs))
+
+    def _read_inputs(self, stage: str, needs: Sequence[str]) -> dict[str, Any]:
+        keys: dict[str, list[str]] = {}
+        for other, dot, key in (need.partition(".") for need in needs):
+            if dot:
+                keys.setdefault(other, []).append(key)
+        table, paths = {"seed": self.seed, "model": self.model}, {}
+        for name, only in {stage: None, **keys}.items():
+            start, section, args_type = "" if name == stage else f"{name}.", self.section(name), self.sections.get(name)
+            table |= {start + key: value for key, value in inputs.settings(section, args_type, only).items()}
+            paths |= {start + key: path for key, path in inputs.files(section, args_type, only).items()}
+        paths |= {f"model: {name}": path for name, path in inputs.model_files(self.model, {}).items()}
+        hashes = inputs.hashes_of(paths.values(), self.folder)
+        return table | {name: hashes[path] for name, path in paths.items()}
 
     def check_owner(self) -> None:
         """Refuse a folder that belongs to another run; change nothing.
@@ -70,21 +110,47 @@ class Run:
         """
         mark, ours = self.folder / "run.json", self._mark()
         if mark.is_file():
-            theirs = _read_json(mark)
+            theirs = read_json(mark)
             if not {"recipe", "model"} <= theirs.keys():
                 raise RecipeError(f"{mark} is damaged. Use another --run, or delete the folder")
             if theirs != ours:
                 raise RecipeError(f"{self.folder} belongs to another run: of {theirs['recipe']} on {theirs['model']}, not of "
                                   f"{ours['recipe']} on {ours['model']}. Use another --run, or delete it")  # fmt: skip
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder} holds files, but no run.json: not a run's folder. Use another --run")
+
+    def check_free(self) -> None:
+        """Refuse a folder in which another process works.
+
+        Raises:
+            RecipeError: naming the folder.
+        """
+        if (self.folder / LOCK).is_file():
+            with self.locked():
+                pass
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which is made when it is missing, until the context ends.
+
+        Raises:
+            RecipeError: when another process works in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.folder / LOCK).acquire(timeout=0)
+        except Timeout:
+            raise RecipeError(f"{self.folder}: another hf-minitron works in this folder. Wait until it ends, or use another "
+                              "--run") from None  # fmt: skip
+        with lock:
+            yield
 
     def claim(self) -> None:
         """Make the folder this run's, or check that it is, and save the recipe in it."""
         self.check_owner()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "run.json", json.dumps(self._mark()) + "\n")
-        _write(self.folder / "recipe.yaml", dump_yaml(dict(self.recipe)))
+        write_whole(self.folder / "run.json", json.dumps(self._mark()) + "\n")
+        write_whole(self.folder / "recipe.yaml", dump_yaml(dict(self.recipe)))
 
     def _mark(self) -> dict[str, str]:
         return {"recipe": os.path.relpath(self.recipe_path.resolve(), self.folder.resolve()), "model": self.model}
@@ -93,7 +159,7 @@ class Run:
 def made_by(model: str) -> Run | None:
     """Return the run that made a model's folder, such as `<run>/publish/model`; `None` for any other folder and a Hub id."""
     folder = Path(model).expanduser().parent.parent
-    mark, path = _read_json(folder / "run.json"), folder / "recipe.yaml"
+    mark, path = read_json(folder / "run.json"), folder / "recipe.yaml"
     if not Path(model).expanduser().is_dir() or not {"recipe", "model"} <= mark.keys() or not path.is_file():
         return None
     recipe = load_yaml(path.read_text(encoding="utf-8"))
@@ -103,7 +169,7 @@ def made_by(model: str) -> Run | None:
 
 def done_digest(folder: Path) -> str | None:
     """Return the hash in a stage's `done.json`, or `None` when the stage is not done."""
-    return _read_json(folder / "done.json").get("digest")
+    return _done(folder).get("digest")
 
 
 def needs_of(run: Run, stage: ModuleType) -> tuple[str, ...]:
@@ -121,6 +187,23 @@ def stages_in(needs: Sequence[str]) -> list[str]:
     return [need for need in needs if "." not in need]
 
 
+def again(run: Run, stage: str, needs: Sequence[str]) -> str | None:
+    """Say why a stage has to run again although it was done or begun before; `None` when it has not, or goes on."""
+    digest, folder, unfinished = run.digest(stage, needs), run.path(stage), _unfinished(run, stage)
+    done, started = _done(folder), read_json(unfinished / "started.json")
+    if done.get("digest") == digest:
+        damage = damaged(folder)
+        return damage and f"{stage} runs again: {damage}"
+    if started.get("digest") == digest or not (folder.is_dir() or unfinished.is_dir()):
+        return None
+    before = (done or started).get("inputs")
+    what = "its mark is damaged, or of another version of hf_minitron"
+    if before is not None:
+        what = inputs.differences(before, run.inputs(stage, needs))
+    dropped = "; its checkpoints are dropped" if (unfinished / CHECKPOINTS).is_dir() else ""
+    return f"{stage} runs again: {what}{dropped}"
+
+
 def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     """Return the folder in which a stage has to work, or `None` when the stage is done.
 
@@ -133,32 +216,62 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
         `Path` or `None`: `<stage>.tmp`, with what an interrupted attempt at the very same work has left, and nothing else.
 
     Raises:
-        RecipeError: when a stage that it needs is not done.
+        RecipeError: when a stage that it needs is not done or its files are damaged, or when a file that it reads was changed
+            while the stages before it were done.
     """
     missing = [need for need in stages_in(needs) if done_digest(run.path(need)) is None]
     if missing:
         raise RecipeError(f"{stage} needs {' and '.join(missing)} first: hf-minitron {missing[0]} {run.recipe_path}")
     digest, unfinished = run.digest(stage, needs), _unfinished(run, stage)
-    if done_digest(run.path(stage)) == digest:
+    if done_digest(run.path(stage)) == digest and damaged(run.path(stage)) is None:
         return None
     if done_digest(unfinished) == digest:  # killed after its work, before it got its name
         _settle(run, stage)
         return None
+    for need in stages_in(needs):
+        if damage := damaged(run.path(need)):
+            raise RecipeError(f"{stage} needs {need}, but {damage}. Make it anew: hf-minitron {need} {run.recipe_path}")
+    if changed := run.changed(stage, needs):
+        raise RecipeError(f"{stage}: {changed} since this command began. Start it again to work with what is there now")
     started = unfinished / "started.json"
-    if _read_json(started).get("digest") != digest:
+    if read_json(started).get("digest") != digest:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write(started, json.dumps({"digest": digest, "time": time.time()}))
+        mark = {"digest": digest, "time": time.time(), "inputs": run.inputs(stage, needs)}
+        write_whole(started, json.dumps(mark, default=str))
     return unfinished
 
 
-def finish(run: Run, stage: str) -> None:
+def finish(run: Run, stage: str, needs: Sequence[str] = ()) -> None:
     """Mark a stage's work as done, drop what only an interrupted attempt would need, and give the folder its name."""
     unfinished = _unfinished(run, stage)
     mark = json.loads((unfinished / "started.json").read_text(encoding="utf-8"))
-    seconds = round(time.time() - mark["time"], 1)  # from the first attempt on
-    _write(unfinished / "done.json", json.dumps({"digest": mark["digest"], "seconds": seconds}) + "\n")
+    seconds = round(time.time() - mark.pop("time"), 1)  # from the first attempt on
+    mark |= {"seconds": seconds, "files": inputs.contents_of(_results(unfinished))}
+    write_whole(unfinished / "done.json", json.dumps(mark) + "\n")
     _settle(run, stage)
+    if changed := run.changed(stage, needs):
+        logger.warning("%s: %s while it was running; started again, it will be done with what is there now", stage, changed)
+
+
+def _results(folder: Path) -> dict[str, Path]:
+    """Return the files that a stage has written, but for its marks, and for text that a user may edit."""
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    own = ("done.json", "started.json")
+    return {name.as_posix(): path for name, path in names.items()
+            if name.parts[0] != CHECKPOINTS and str(name) not in own and name.suffix != ".md"}  # fmt: skip
+
+
+def damaged(folder: Path) -> str | None:
+    """Say which file of a finished stage is missing or is not what the stage has written; `None` when all are there."""
+    for name, content in (_done(folder).get("files") or {}).items():
+        if not inputs.holds(folder / name, content):
+            return f"{folder / name} is {'damaged' if (folder / name).is_file() else 'missing'}"
+    return None
+
+
+def _done(folder: Path) -> dict:
+    return read_json(folder / "done.json")
 
 
 def _settle(run: Run, stage: str) -> None:
@@ -172,43 +285,3 @@ def _settle(run: Run, stage: str) -> None:
 
 def _unfinished(run: Run, stage: str) -> Path:
     return run.folder / f"{stage}.tmp"
-
-
-def _read_json(path: Path) -> dict:
-    """Read a mark; one that is absent or damaged says nothing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file that is never seen half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _strings(value: Any) -> list[str]:
-    """Return what may name a file: all text values, and keys with a suffix (sources of a mixture; no option has one)."""
-    if isinstance(value, dict):
-        value = [*(key for key in value if Path(str(key)).suffix), *value.values()]
-    if isinstance(value, list):
-        return [text for item in value for text in _strings(item)]
-    return [value] if isinstance(value, str) else []
-
-
-def _fingerprint(text: str) -> list | None:
-    """Size and time of a file, or of the files in a model's folder; `None` for text that names neither."""
-    path = Path(text).expanduser()
-    try:
-        files = sorted(p for p in path.iterdir() if _counts(p)) if path.is_dir() else [path] if path.is_file() else None
-    except OSError:
-        return None
-    return files and [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _counts(path: Path) -> bool:
-    """Return whether a file in a model's folder is of the model: a card written anew is no reason to do later runs again."""
-    return path.is_file() and path.suffix not in (".md", ".png", ".yaml") and path.name != "report.json"

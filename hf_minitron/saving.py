@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from hf_minitron.model_files import SIDE_FILES
+from hf_minitron.side_files import side_files
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _flat(value: Any) -> list[str]:
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template and licence files, so that transformers 4 and 5 load them alike."""
-    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+    for path in side_files(source):
         shutil.copyfile(path, target / path.name)
     complete_side_files(target)
 

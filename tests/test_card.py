@@ -80,7 +80,7 @@ def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys
     assert "license: 'mit', but the card of" in capsys.readouterr().err
     assert main([*command[:3], "other", *command[4:], "--publish.notes", TOKEN]) == 1
     error = capsys.readouterr().err
-    assert "the recipe holds an access token" in error and TOKEN not in error
+    assert "the command line holds an access token" in error and TOKEN not in error
 
 
 def test_no_path_of_this_machine_is_published(whole):

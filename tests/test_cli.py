@@ -66,9 +66,22 @@ def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, don
     )
     assert run(project, folder) == 0
     assert capsys.readouterr().out.count("done before, skipped") == 5
+    quiet = [
+        "--distill.logging_steps",
+        3,
+        "--distill.save_steps",
+        5,
+        "--distill.report_to",
+        "all",
+        "--publish.private",
+        "false",
+    ]
+    assert run(project, folder, *quiet) == 0
+    assert capsys.readouterr().out.count("done before, skipped") == 5
     assert run(project, folder, "--evaluate.tokens", 128) == 0
     out = capsys.readouterr().out
     assert out.count("done before, skipped") == 3 and "evaluate: done in" in out and "publish: done in" in out
+    assert "evaluate runs again: tokens 256 -> 128\n" in out and "publish runs again: evaluate " in out
 
 
 def test_push_and_its_dry_run(project, done, tmp_path, capsys, hub):

@@ -18,7 +18,8 @@ modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.config families.trace families.meta families.family
 families.student data vocabulary mixture memory environment
-model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune pruning.export
+side_files model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune
+pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
@@ -28,10 +29,10 @@ distillation.signals distillation.records distillation.teacher distillation.docu
 distillation.states distillation.config distillation.cached hub.training_card distillation.trainer
 distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
-evaluation.significance evaluation.report evaluation.text evaluation.tasks
-evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run hub.facts recipe
-stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache
-stages.evaluate stages.search stages.select stages.publish chain estimate __main__
+evaluation.significance evaluation.report evaluation.text evaluation.tasks evaluation.task_files
+evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish inputs run hub.facts recipe
+stages.resuming stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune stages.distill
+stages.cache stages.evaluate stages.search stages.select stages.publish chain estimate execute __main__
 """.split()
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from accelerate.utils import launch as launch_environments
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from datasets import Dataset
 from test_accelerate import launch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -180,6 +181,7 @@ def write_holes(folder):
 @pytest.mark.parametrize("name", [name for name in NAMES if "135m" not in name])  # whose texts and tasks need not be here
 def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13))  # ten terabytes
+    monkeypatch.setattr("hf_minitron.data.load_text", lambda *args: Dataset.from_dict({"text": ["w1 " * 9000]}))  # of the Hub
     made, teacher = {}, tmp_path / "teacher"
     for path in (path for path in RECIPES if path.parent.name == name):
         run = load_recipe(path, {}, SECTIONS)

@@ -1,18 +1,23 @@
 """run: recipes, arguments, the run's folder and the done marks, on made-up stages."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
 import yaml
 
+from hf_minitron import inputs
+from hf_minitron.inputs import text_files
 from hf_minitron.recipe import bind, load_recipe, read_yaml
-from hf_minitron.run import RecipeError, begin, done_digest, finish
+from hf_minitron.run import RecipeError, again, begin, done_digest, finish
 
 
 @dataclass(frozen=True)
 class Bake:
-    flour: str = field(metadata={"help": "What it is made of."})
+    flour: str = field(metadata={"help": "What it is made of.", "reads": text_files})
     heat: float = 200.0
     loaves: int = 1
 
@@ -60,7 +65,7 @@ def do(run, stage, needs=()):
     ("changes", "message"),
     [
         ({"bak": {}}, r"Unknown key 'bak' in recipe; did you mean 'bake'\?"),
-        ({"xyz": {}}, "Unknown key 'xyz' in recipe; known: bake, model, run, seed, slice"),
+        ({"xyz": {}}, "Unknown key 'xyz' in recipe; known: bake, minutes, model, run, seed, slice"),
         ({"slice": {"widht": 3}}, r"Unknown key 'widht' in slice; did you mean 'width'\?"),
         ({"slice": [3]}, r"slice: \[3\] is not a section"),
         ({"drop": ["model"]}, "names no model: add `model:`"),
@@ -202,3 +207,144 @@ def test_a_stage_before_its_needs_is_told_the_command(load):
     begin(run, "bake", ())  # begun is not done
     with pytest.raises(RecipeError, match="slice needs bake first"):
         begin(run, "slice", ["bake"])
+
+
+@dataclass(frozen=True)
+class Knead:
+    speed: int = 1
+    logging_steps: int = 10
+    report_to: str = "none"
+    load_best_model_at_end: bool = False
+    radio: bool = field(default=False, metadata={"bits": False})
+
+    NO_BITS = ("logging_steps", "report_to")
+
+
+def test_a_digest_does_not_follow_what_lies_about_nor_what_changes_no_bits(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_run.STAGES", STAGES | {"knead": Knead})
+    monkeypatch.chdir(tmp_path)
+    same = load({"knead.speed": 2, "bake.heat": 90}).digest("bake", ())
+    for name in ("random", "bake", "90", "flour"):  # any word of a recipe
+        (tmp_path / name).write_text("a file that happens to lie there")
+    assert load({"knead.speed": 2, "bake.heat": 90}).digest("bake", ()) == same
+    kneaded = load({"knead.speed": 2}).digest("knead", ())
+    assert (
+        load({"knead.speed": 2, "knead.logging_steps": 1, "knead.report_to": "all", "knead.radio": True}).digest("knead", ())
+        == kneaded
+    )
+    assert load({"knead.speed": 3}).digest("knead", ()) != kneaded
+    best = {"knead.speed": 2, "knead.load_best_model_at_end": True}  # of the checkpoints there are
+    assert load(best).digest("knead", ()) != load(best | {"knead.logging_steps": 1}).digest("knead", ())
+
+
+def test_contents_count_and_times_do_not(load, tmp_path):
+    same, rye = load().digest("bake", ()), tmp_path / "rye.txt"
+    os.utime(rye, (1, 1))
+    assert load().digest("bake", ()) == same, "a touched file"
+    stat = rye.stat()
+    rye.write_text("oat")  # as long, and as old
+    os.utime(rye, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load().digest("bake", ()) != same
+
+
+def test_hashes_of_large_files_are_kept_and_never_outlive_their_content(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "LARGE", 1)
+    monkeypatch.setattr(inputs, "SETTLED", -1)
+    run, rye = load(), tmp_path / "rye.txt"
+    run.claim()
+    same = run.digest("bake", ())
+    cache = run.folder / inputs.HASHES
+    kept = json.loads(cache.read_text())
+    cache.write_text(json.dumps({str(rye): [*kept[str(rye)][:-1], "looked up"]}))
+    assert load().inputs("bake", ())[f"flour: {rye}"] == "looked up"
+    cache.write_text(json.dumps(kept))
+    stat = rye.stat()
+    rye.write_text("oat")
+    os.utime(rye, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load().digest("bake", ()) != same
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bake.heat": 90}, "bake runs again: heat default -> 90"),
+        ({"seed": 7}, "bake runs again: seed 0 -> 7"),
+        ({}, "bake runs again: flour: {rye} has changed"),
+    ],
+)
+def test_a_stage_that_runs_again_says_why(load, tmp_path, change, words):
+    run, rye = load(), tmp_path / "rye.txt"
+    assert again(run, "bake", ()) is None
+    do(run, "bake")
+    assert again(load(), "bake", ()) is None
+    if not change:
+        rye.write_text("wheat")
+    assert again(load(change), "bake", ()) == words.format(rye=rye)
+    (begin(load(change), "bake", ()) / "checkpoints").mkdir()
+    assert again(load(change), "bake", ()) is None, "it goes on"
+
+
+def test_dropped_checkpoints_and_what_ran_before_are_named(load):
+    do(load(), "bake")
+    folder = begin(load({"slice.width": 2}), "slice", ["bake"])
+    (folder / "checkpoints").mkdir()
+    assert again(load({"slice.width": 3}), "slice", ["bake"]) == "slice runs again: width 2 -> 3; its checkpoints are dropped"
+    do(load({"bake.heat": 90}), "bake")
+    assert "slice runs again: bake " in again(load({"slice.width": 2}), "slice", ["bake"])
+
+
+def test_what_is_edited_while_a_run_goes_on_does_not_become_its_provenance(load, tmp_path, caplog):
+    run = load()
+    same = run.digest("bake", ())
+    (tmp_path / "rye.txt").write_text("wheat")
+    assert run.digest("bake", ()) == same, "looked at once"
+    with pytest.raises(RecipeError, match=r"bake: flour: .*rye.txt has changed since this command began"):
+        begin(run, "bake", ())
+    begin(load(), "bake", ())
+    run = load()
+    begin(run, "bake", ())
+    (tmp_path / "rye.txt").write_text("oat")
+    finish(run, "bake")
+    assert "rye.txt has changed while it was running" in caplog.text
+    assert "rye.txt has changed" in again(load(), "bake", ())
+
+
+def test_damaged_files_of_a_done_stage_are_named_with_what_heals_them(load):
+    run = load()
+    do(run, "bake")
+    out = run.path("bake") / "out.txt"
+    os.utime(out, (1, 1))
+    assert begin(load(), "bake", ()) is None, "a touched file is not damaged"
+    out.write_text("bakE")  # as long as before
+    with pytest.raises(RecipeError, match=r"slice needs bake, but .*out.txt is damaged. Make it anew: hf-minitron bake "):
+        begin(load(), "slice", ["bake"])
+    assert again(load(), "bake", ()) == f"bake runs again: {out} is damaged"
+    do(load(), "bake")
+    assert begin(load(), "slice", ["bake"]) is not None
+    out.unlink()
+    assert again(load(), "bake", ()) == f"bake runs again: {out} is missing"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hf_minitron.run import Run
+with Run(Path(sys.argv[1]), "model", 0, {}, Path("recipe.yaml")).locked():
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_works_in_a_folder_and_a_dead_one_blocks_nobody(load):
+    run = load()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    for entered in (run.check_free, run.locked().__enter__):
+        with pytest.raises(RecipeError, match=f"{run.folder}: another hf-minitron works in this folder. Wait until it ends"):
+            entered()
+    run.check_owner()  # looks only
+    holder.kill()
+    holder.wait()
+    run.check_free()
+    with run.locked():
+        run.claim()

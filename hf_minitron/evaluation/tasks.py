@@ -5,10 +5,11 @@ It must not know how a model was made. Under `accelerate launch` the documents a
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, PartialState
@@ -72,6 +73,67 @@ class Tasks:
         if unknown:
             raise ValueError(f"tasks: lm-eval knows no {unknown[0]!r}; see `lm-eval ls tasks`, or set include_path")
         return found
+
+    def check(self, key: str = "tasks") -> None:
+        """Refuse, without loading any data of the Hub, tasks that cannot be run and settings that none of them heeds.
+
+        Args:
+            key (`str`, *optional*, defaults to `"tasks"`): What errors call them.
+
+        Raises:
+            ValueError: naming the task or the setting.
+        """
+        given = {"limit": self.limit, "few_shot": self.few_shot, "chat_template": self.chat_template or None}
+        idle = [f"{name}: {value}" for name, value in given.items() if value is not None and not self.names]
+        if idle:
+            raise ValueError(f"{idle[0]} is of tasks, and there are none: name some in tasks, or leave it out")
+        for task in self.names:
+            for content in leaves(task, self.include_paths):
+                name = content.get("task") or task
+                if content.get("unsafe_code"):
+                    raise ValueError(f"{key}: {name} runs code that the model writes (unsafe_code), which is not done here: "
+                                     "leave it out")  # fmt: skip
+                if self.few_shot and content.get("num_fewshot") == 0:
+                    raise ValueError(f"few_shot: {self.few_shot}, but the task {name} fixes its worked examples at 0: "
+                                     "leave one of them out")  # fmt: skip
+                if content.get("dataset_path") in ("json", "csv", "parquet", "text"):  # local: its own files, read in no time
+                    _first_document(name, key, self)
+
+
+def _first_document(name: str, key: str, tasks: Tasks) -> None:
+    """Make the first question of a task, as lm-eval will."""
+    try:
+        (task,) = task_manager(tasks.include_paths).load([name])["tasks"].values()
+        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        document = documents[0]
+        task.doc_to_text(document), task.doc_to_target(document)
+    except Exception as error:  # of lm-eval, of the data, or of the task's own functions
+        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise ValueError(f"{key}: {name} cannot be run: {said}") from error
+
+
+def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield what lm-eval reads of a task, or of every task of a group or a tag: its YAML file with those that it includes."""
+    index, waiting, seen = task_manager(folders).task_index, [task], set()
+    while waiting:
+        entry = index.get(waiting.pop())
+        if entry is None or entry.name in seen:
+            continue
+        seen.add(entry.name)
+        children = children_of(entry)
+        waiting += [child for child in children if isinstance(child, str)]
+        yield from (child for child in children if isinstance(child, Mapping))
+        if not children:
+            yield entry.cfg or {}
+
+
+def children_of(entry) -> list[str | Mapping]:
+    """Return the tasks that an entry of lm-eval's index stands for, a group's or a tag's; none of a task."""
+    listed = (entry.cfg or {}).get("task") if entry.yaml_path else sorted(entry.tags)
+    names = []
+    for child in listed if isinstance(listed, list) else ():
+        names += [child, child.get("task") or child.get("group")] if isinstance(child, Mapping) else [child]
+    return names
 
 
 def run_tasks(

@@ -5,9 +5,11 @@ It must not measure anything, and must not let a path of this machine through.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
@@ -25,6 +27,9 @@ from hf_minitron.saving import minimum_transformers
 
 STAGES = ("correct", "synthesize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
+# A path of this machine: all of a text, where blanks may be in it, and within one.
+PATH = re.compile(r"/\S+|/[^\n/]+/[^\n]+")
+WITHIN = re.compile(r"(?<![\w:/.~)\]])(?:/[\w.@+-]+){2,}")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -59,7 +64,7 @@ def gather(run: Run) -> dict[str, Any]:
         "transformers": _minimum_transformers(run) if plan else None,
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
-        "command": f"{launcher} run " + " ".join(shorten(path) for path in recipes(run)),
+        "command": f"{launcher} run " + " ".join(shlex.quote(shorten(path)) for path in recipes(run)),
         "seconds": {stage: _done_json(run, stage, "done.json").get("seconds") for stage in STAGES if _is_done(run, stage)},
         "missing": [stage for stage in ("score", "prune", "distill", "evaluate") if not _is_done(run, stage)],
         "version": hf_minitron.__version__,
@@ -90,15 +95,22 @@ def public(value: Any) -> Any:
 
 
 def shorten(text: str) -> str:
-    """Return a path as everybody may see it: below this folder, below `~`, or its last two parts; other text as it is."""
+    """Return text with its paths as everybody may see them: below this folder, below `~`, or their last two parts."""
+    text = text.replace("file:///", "/")
+    if PATH.fullmatch(text):
+        return _short(text)
     home, here = str(Path.home()), str(Path.cwd())
-    if re.fullmatch(r"/\S+", text):
-        path = Path(text)
-        for base, prefix in ((here, ""), (home, "~/")):
-            if base != "/" and path != Path(base) and path.is_relative_to(base):
-                return prefix + str(path.relative_to(base))
-        return "/".join(["...", *path.parts[1:][-2:]])
-    return text.replace(home + "/", "~/") if home != "/" else text
+    for base, prefix in ((here, ""), (home, "~/")):
+        text = text.replace(base + "/", prefix) if base != "/" else text
+    return WITHIN.sub(lambda match: _short(match[0]), text)
+
+
+def _short(text: str) -> str:
+    path = Path(text)
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if str(base) != "/" and path != base and path.is_relative_to(base):
+            return prefix + str(path.relative_to(base))
+    return "/".join(["...", *path.parts[1:][-2:]])
 
 
 def small_log(log: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,12 +126,13 @@ def license_of(run: Run) -> dict[str, str | None]:
     Raises:
         ValueError: when the recipe says otherwise than the card.
     """
-    card, said = _base_card(run), run.section("publish").get("license")
+    card = dict.fromkeys(LICENSE_KEYS) | _base_card(run)
+    said = run.section("publish").get("license")
     if not card.get("license"):
         return dict.fromkeys(LICENSE_KEYS) | {"license": said, "license_source": "recipe" if said else None}
     if said not in (None, card["license"]):
         raise ValueError(f"license: {said!r}, but the card of {shorten(run.model)} says {card['license']!r}; leave it out")
-    return {key: card.get(key) for key in LICENSE_KEYS} | {"license_source": "card"}
+    return {key: card[key] and " ".join(str(card[key]).split()) for key in LICENSE_KEYS} | {"license_source": "card"}
 
 
 def _licence(run: Run) -> dict[str, Any]:
@@ -127,8 +140,8 @@ def _licence(run: Run) -> dict[str, Any]:
     found, student, base = license_of(run), run.path("distill") / "student", lineage(run)["base_model"]
     files = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in student.glob(pattern))
     link = found["license_link"]
-    if link and "://" not in link and link not in files:  # a file of the base model's that did not come along
-        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+    if link and not re.match("https?://", link) and link not in files:  # a file of the base model's that did not come along
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{quote(link)}" if base and "://" not in link else None
     return found | {"license_files": files}
 
 

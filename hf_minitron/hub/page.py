@@ -3,12 +3,15 @@
 import base64
 import html
 import mimetypes
+import re
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+# What the card folds its recipe with: the only HTML in it that is not shown as text.
+FOLD = re.compile(r"&lt;(/?(?:details|summary))&gt;")
 TEMPLATE = Path(__file__).with_name("page_template.html")
 
 
@@ -20,13 +23,17 @@ def write_page(card: ModelCard, pictures: Path, path: Path) -> None:
         pictures (`Path`): The folder that its pictures lie in.
         path (`Path`): The HTML file to write.
     """
-    # the card folds its recipe with HTML of its own; the page's Content-Security-Policy lets no script and no request through
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
     markdown.add_render_rule("table_open", lambda self, tokens, idx, options, env: '<div class="wide"><table>\n')
     markdown.add_render_rule("table_close", lambda self, tokens, idx, options, env: "</table></div>\n")
+    for kind in ("html_block", "html_inline"):
+        markdown.add_render_rule(kind, lambda self, tokens, idx, *_: FOLD.sub(r"<\1>", html.escape(tokens[idx].content)))
     tokens = markdown.parse(card.text)
     for child in (child for token in tokens for child in token.children or () if child.type == "image"):
-        file = pictures / child.attrs["src"]
+        file = pictures / Path(child.attrs["src"]).name
+        if child.attrs["src"] != file.name or not file.is_file():  # of a text that the card quotes, not of the card
+            child.attrs["src"] = ""
+            continue
         kind, content = mimetypes.guess_type(file.name)[0], base64.b64encode(file.read_bytes()).decode()
         child.attrs["src"] = f"data:{kind};base64,{content}"
     body = markdown.renderer.render(tokens, markdown.options, {})

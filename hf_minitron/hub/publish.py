@@ -24,7 +24,13 @@ REQUIRED = ("README.md", "config.json", "report.json", "plan.json", "recipe.yaml
 INDEX = "model.safetensors.index.json"
 # The Hub's hard limits (https://huggingface.co/docs/hub/storage-limits, section "Explanations")
 MAX_FILE_BYTES, MAX_FILES_PER_FOLDER = 500 * 10**9, 10_000
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # a user access token
+# Access tokens and keys, by the forms of those who issue them: the Hub, GitHub, GitLab, OpenAI and others, AWS, Google, Slack
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,}"
+    r"|glpat-[\w-]{20,}|sk-[\w-]{32,}|AKIA[0-9A-Z]{16}(?![0-9A-Z])|AIza[\w-]{35}|xox[abeprs]-[\w-]{20,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+BINARY = (".safetensors", ".bin", ".gguf", ".png", ".jpg", ".parquet", ".model")
 SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")  # a collection: its owner, its title and its id
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")  # one of these makes a repository one that holds a model
 RESULTS = ".eval_results/"  # of the old model, which the new one has not reached
@@ -75,11 +81,13 @@ def files_to_push(folder: Path) -> dict[str, int]:
         `dict[str, int]`: Name of every file to its size in bytes.
 
     Raises:
-        ValueError: when card, report, plan, recipe, config or weights are missing, when the Hub would not take a file, when a
-            text holds an access token.
+        ValueError: when card, report, plan, recipe, config or weights are missing, when the Hub would not take a file, when one
+            is a link, when a text holds an access token.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = list(filter_repo_objects(names, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+    if links := [name for name in names if (folder / name).is_symlink()]:
+        raise ValueError(f"{folder / links[0]} is a link, and what it leads to would be published: put a copy in its place")
     missing = [name for name in REQUIRED if name not in names]
     if INDEX in names:
         shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
@@ -97,11 +105,20 @@ def files_to_push(folder: Path) -> dict[str, int]:
     for parent in set(parents):
         if (count := parents.count(parent)) > MAX_FILES_PER_FOLDER:
             raise ValueError(f"{folder / parent} holds {count:,} files; the Hub takes {MAX_FILES_PER_FOLDER:,} in a folder")
-    for name in REQUIRED:
-        if TOKEN.search((folder / name).read_text(encoding="utf-8")):
-            raise ValueError(f"{name} holds an access token (hf_...), which everybody could read: take it out of the recipe, "
-                             "renew it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
+    check_no_token({name: folder / name for name in names})
     return sizes
+
+
+def check_no_token(files: Mapping[str, Path]) -> None:
+    """Refuse an access token or a private key in any text among some files.
+
+    Raises:
+        ValueError: naming the file; the token is not shown.
+    """
+    for name, path in files.items():
+        if path.suffix not in BINARY and TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
+            raise ValueError(f"{name} holds an access token (hf_... or another's), which everybody could read: take it out of "
+                             "the file, or of the recipe, renew it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
 
 
 def preview(folder: Path, target: Target) -> str:

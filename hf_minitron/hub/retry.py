@@ -20,12 +20,16 @@ PASSING = (408, 429, 500, 502, 503, 504)  # what may be over in a while
 REFUSALS = {
     400: "The Hub refuses the request",
     401: "The Hub does not accept the token. Log in again with `hf auth login --force`, or renew HF_TOKEN, which comes first",
+    402: "The Hub wants to be paid before {repo_id} takes more: see the storage and the plan of its owner "
+         "(https://huggingface.co/settings/billing), or publish a public model",
     403: "The token may not write to {repo_id}. Use a token with write access (https://huggingface.co/settings/tokens) of a "
          "member of its owner, or offer the model with publish.create_pr: true",
     404: "The Hub has no {repo_id} that this token may see. If you can see it, use a token that can; if you cannot, its name "
          "is taken, so choose another repo_id",
     409: "{repo_id} is in use: something else writes to it now. Push again in a while",
+    413: "The Hub takes no request as large as this one for {repo_id}: use smaller shards (prune.max_shard_bytes)",
     412: "{repo_id} was changed during the push. Push again",
+    507: "The storage of the owner of {repo_id} is full: delete or buy some (https://huggingface.co/settings/billing)",
     429: "The Hub counts too many requests{wait}. Push again later: what has arrived is not sent again",
 }  # fmt: skip
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import check_generation
+from hf_minitron.side_files import side_files
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
@@ -68,6 +69,7 @@ def teacher_of(run: Run) -> str | Path:
 def check(args: Args, run: Run) -> None:
     """Refuse an unusable text, a warm-up that never ends, settings that LoRA refuses, a disk that is too full."""
     config = AutoConfig.from_pretrained(resolve(run.model))
+    side_files(resolve(run.model))
     if list(args.losses) != [CROSS_ENTROPY]:
         raise ValueError(f"losses: {args.losses}, but nobody teaches the teacher: {CROSS_ENTROPY} is all there is")
     for setting in fields(args):
@@ -75,9 +77,10 @@ def check(args: Args, run: Run) -> None:
             raise ValueError(f"{setting.name}: {getattr(args, setting.name)!r} has no effect, for nobody teaches the teacher; "
                              "leave it out")  # fmt: skip
     check_generation(resolve(run.model))
-    check_text_for(args, lambda name: False, [config])
+    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     if args.add_bos_token:
-        adds_bos_token(AutoTokenizer.from_pretrained(resolve(run.model)), True)
+        adds_bos_token(tokenizer, True)
+    check_text_for(args, lambda name: False, [config], tokenizer)
     if args.lora is None:
         check_checkpoints(run, args, "correct")
     else:

@@ -15,6 +15,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.inputs import model_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
@@ -42,7 +43,11 @@ class Args(TextArguments, DistillationArguments):
     """The `distill:` section: everything that `DistillationArguments` and `TrainingArguments` know, and the text."""
 
     teacher: str | None = field(
-        default=None, metadata={"help": "Another teacher than `model` or, with a `correct:` section, the corrected one."}
+        default=None,
+        metadata={
+            "help": "Another teacher than `model` or, with a `correct:` section, the corrected one.",
+            "reads": model_files,
+        },
     )
     lora: dict | None = field(
         default=None,
@@ -71,9 +76,10 @@ def check_blocks(args: Args, run: Run) -> None:
             models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
         sizes = [AutoConfig.from_pretrained(model).vocab_size for model in models]
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
+    tokenizer, configs = AutoTokenizer.from_pretrained(folder), [AutoConfig.from_pretrained(model) for model in models]
     if args.add_bos_token:
-        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
-    check_text_for(args, partial(synthesize.names, run), [AutoConfig.from_pretrained(model) for model in models])
+        adds_bos_token(tokenizer, True)
+    check_text_for(args, partial(synthesize.names, run), configs, tokenizer)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

@@ -9,11 +9,13 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
-from hf_minitron.data import adds_bos_token, check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
+from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
+from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stages import correct
 
@@ -28,7 +30,7 @@ OURS = ("teacher", "pruned", "distilled")
 class Args:
     """The `evaluate:` section."""
 
-    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id."})
+    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id.", "reads": text_files})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
@@ -39,9 +41,16 @@ class Args:
     )
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
     models: dict = field(
-        default_factory=dict, metadata={"help": "Other models to compare with: name: folder or Hub id (owner/name@revision)."}
+        default_factory=dict,
+        metadata={
+            "help": "Other models to compare with: name: folder or Hub id (owner/name@revision).",
+            "reads": model_files,
+        },
     )
-    tasks: list = field(default_factory=list, metadata={"help": "lm-eval tasks: names, or paths of their YAML files."})
+    tasks: list = field(
+        default_factory=list,
+        metadata={"help": "lm-eval tasks: names, or paths of their YAML files.", "reads": task_files},
+    )
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
     few_shot: int | None = field(default=None, metadata={"min": 0, "help": "Examples before a question; else the task's own."})
@@ -55,7 +64,7 @@ def check(args: Args, run: Run) -> None:
     check_text(args.text, args.block_size)
     if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
         raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
-    Tasks.find(args.tasks, args.include_path)
+    Tasks.find(args.tasks, args.include_path, **_task_settings(args)).check()
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:
         splits_evenly(args.limit, processes)
@@ -73,6 +82,12 @@ def check(args: Args, run: Run) -> None:
             speed.check(getattr(config, "max_position_embeddings", None), name)
         if args.tensor_parallel:
             check_tensor_parallel(config, processes)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
+
+
+def _task_settings(args: Args) -> dict[str, int | bool | None]:
+    return {"limit": args.limit, "few_shot": args.few_shot, "chat_template": args.chat_template}
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

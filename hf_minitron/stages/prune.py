@@ -38,6 +38,7 @@ from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.side_files import side_files
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def check(args: Args, run: Run) -> None:
     check_layers_target(run.section("score"), full["layers"], after["layers"])
     folder = resolve(run.model)
     check_generation(folder)
+    side_files(folder)
     if merges(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     config, family = _teacher(run.model)
@@ -149,8 +151,7 @@ def check(args: Args, run: Run) -> None:
     before = sum(torch.Size(spec.shape).numel() for spec in stored)
     num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
-        left = sum(path.stat().st_size for path in run.folder.glob("prune.tmp/**/*") if path.is_file())
-        require_space(run.folder, num_bytes - left, "the student")
+        require_space(run.folder, num_bytes - run.left_bytes("prune"), "the student")
 
 
 def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:

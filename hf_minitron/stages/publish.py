@@ -10,13 +10,15 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 
+from hf_minitron.checkpoint import resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, load_log, write_card
 from hf_minitron.hub.page import write_page
-from hf_minitron.hub.publish import TOKEN, Target
+from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
+from hf_minitron.side_files import side_files
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 NEEDS = ("distill", "evaluate")
@@ -28,11 +30,17 @@ class Args:
     """The `publish:` section."""
 
     repo_id: str | None = field(default=None, metadata={"help": "Where --push uploads to: owner/name."})
-    private: bool = field(default=True, metadata={"help": "Whether a repository made by --push is private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to, made when missing; main when left out."})
-    create_pr: bool = field(default=False, metadata={"help": "Whether --push opens a pull request."})
-    collection: str | None = field(default=None, metadata={"help": "Collection to add the model to: its slug, or a title."})
-    overwrite: bool = field(default=False, metadata={"help": "Whether --push may replace a model of other provenance."})
+    private: bool = field(default=True, metadata={"bits": False, "help": "Whether a repository made by --push is private."})
+    revision: str | None = field(
+        default=None, metadata={"bits": False, "help": "Branch to push to, made when missing; main when left out."}
+    )
+    create_pr: bool = field(default=False, metadata={"bits": False, "help": "Whether --push opens a pull request."})
+    collection: str | None = field(
+        default=None, metadata={"bits": False, "help": "Collection to add the model to: its slug, or a title."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"bits": False, "help": "Whether --push may replace a model of other provenance."}
+    )
     base_model: str | None = field(default=None, metadata={"help": "Hub id of `model`, or of what that was made from."})
     license: str | None = field(
         default=None, metadata={"help": "Licence of the teacher, where its folder has no card that says so."}
@@ -43,14 +51,12 @@ class Args:
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse a licence that is not the base's, an access token in the recipe, and options of a push that do not go together."""
+    """Refuse another licence than the base's, an access token in what would be published, and options that clash."""
     facts.license_of(run)
+    check_no_token({f"{path.name} of {run.model}": path for path in side_files(resolve(run.model, weights=False))})
     for code in [args.language] if isinstance(args.language, str) else args.language or []:
         if not isinstance(code, str):
             raise ValueError(f"language: {code!r} is not a language code, such as en; put it in quotes")
-    if TOKEN.search(dump_yaml(dict(run.recipe))):
-        raise ValueError("the recipe holds an access token (hf_...), which its card would show: take it out, renew it, and use "
-                         "`hf auth login` or HF_TOKEN")  # fmt: skip
     if args.repo_id is not None:
         _target(args)
 

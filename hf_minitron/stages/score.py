@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text, token_blocks
+from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
@@ -33,8 +34,10 @@ from hf_minitron.importance.removal import (
     task_costs,
 )
 from hf_minitron.importance.taps import DEFAULT
+from hf_minitron.inputs import text_files
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
+from hf_minitron.stages.training import check_positions
 from hf_minitron.vocabulary import check_ids
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
@@ -51,7 +54,9 @@ HALF_COSTS = "halves.safetensors"
 class Args:
     """The `score:` section."""
 
-    text: str = field(metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id."})
+    text: str = field(
+        metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id.", "reads": text_files}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     tokens: int = field(
@@ -72,7 +77,10 @@ class Args:
     )
     layers: str = field(
         default="block_importance",
-        metadata={"help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm."},
+        metadata={
+            "help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm.",
+            "reads": lambda value, section: task_files([_task(value)[0]], section),
+        },
     )
     layers_block: int = field(default=1, metadata={"min": 1, "help": "Layers that go together, side by side."})
     layers_remove: int | None = field(
@@ -93,7 +101,8 @@ class Args:
         default=None, metadata={"help": "Read one layer at a time from disk; by itself when the model does not fit in memory."}
     )
     state_bytes: int = field(
-        default=4_000_000_000, metadata={"min": 0, "help": "Memory for states between layers; what is beyond goes to disk."}
+        default=4_000_000_000,
+        metadata={"min": 0, "bits": False, "help": "Memory for states between layers; what is beyond goes to disk."},
     )
 
 
@@ -113,9 +122,9 @@ def check(args: Args, run: Run) -> None:
     if args.add_bos_token:
         adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     config = AutoConfig.from_pretrained(folder)
-    longest = getattr(config, "max_position_embeddings", None) or args.block_size
-    if args.block_size > longest:
-        raise ValueError(f"block_size: {args.block_size} is more than the {longest} positions of the model")
+    check_positions(config, args.block_size)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
     check_layers(args, config)
     target = run.section("prune").get("target")
     if isinstance(target, dict) and "layers" in target:
@@ -142,6 +151,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
     if task not in task_manager(args.include_path, [task]).all_tasks:
         raise ValueError(f"layers: {task!r} is none of {', '.join(METRICS)}, and lm-eval knows no such task; see `lm-eval ls "
                          "tasks`, or set include_path")  # fmt: skip
+    Tasks.find([task], args.include_path).check("layers")
     if args.layers_remove:
         raise ValueError(f"layers_remove takes one of {', '.join(METRICS)}; a task ranks single layers or a layers_block")
     from lm_eval.api.registry import is_higher_better  # seconds to import

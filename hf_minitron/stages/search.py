@@ -17,6 +17,7 @@ from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.speed import shape_tokens_per_second
 from hf_minitron.families.family import Family, family_of
 from hf_minitron.families.student import check_target
+from hf_minitron.inputs import HASHES
 from hf_minitron.pruning import search
 from hf_minitron.pruning.search import Candidate
 from hf_minitron.recipe import bind
@@ -156,14 +157,23 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
     folder = run.folder / FOLDER / name
     recipe = child_recipe(run, folder, target, args)
     recipe["distill"] = short_distillation(run, args)
-    recipe["evaluate"] = {**run.section("evaluate"), "tasks": [], "speed": False, "models": {}}
+    of_tasks = ("tasks", "include_path", "limit", "few_shot", "chat_template")
+    text = {key: value for key, value in run.section("evaluate").items() if key not in of_tasks}
+    recipe["evaluate"] = {**text, "tasks": [], "speed": False, "models": {}}
     recipe["publish"] = {key: value for key, value in run.section("publish").items() if key != "repo_id"}
     return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
 
 
 def start(child: Run, run: Run) -> None:
     """Claim a child's folder and share with it what does not depend on the target; its digests of that are the same."""
-    child.claim()
+    with child.locked():
+        child.claim()
+        _share(child, run)
+
+
+def _share(child: Run, run: Run) -> None:
+    if (run.folder / HASHES).is_file():
+        shutil.copy2(run.folder / HASHES, child.folder / HASHES)
     for stage in SHARED:
         if done_digest(child.path(stage)) == done_digest(run.path(stage)) or not run.path(stage).is_dir():
             continue

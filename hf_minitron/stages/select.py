@@ -9,10 +9,11 @@ from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.card import markdown_table, measured
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml
-from hf_minitron.run import Run, done_digest, needs_of
+from hf_minitron.run import RecipeError, Run, damaged, done_digest, needs_of
 from hf_minitron.stages import distill, evaluate, prune, score, search
 from hf_minitron.yaml_text import dump_yaml
 
+ALWAYS = True  # done anew each time: it takes seconds, and other candidates may have come in
 NEEDS = ("search",)
 
 # What a candidate must have done with the settings that its recipe has now.
@@ -27,7 +28,7 @@ class Args:
 def check(args: Args, run: Run) -> None:
     """Refuse to rank nothing."""
     if done_digest(run.path("search")) and not any(finished(child) for child in candidates(run).values()):
-        raise ValueError("no candidate is finished yet:\n" + _commands(run, list(candidates(run))))
+        raise RecipeError("no candidate is finished yet:\n" + _commands(run, list(candidates(run))))
 
 
 def candidates(run: Run) -> dict[str, Run]:
@@ -37,13 +38,16 @@ def candidates(run: Run) -> dict[str, Run]:
         folder = run.folder / search.FOLDER / entry["name"]
         path = folder / "recipe.yaml"
         recipe = read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
-        runs[entry["name"]] = Run(folder, str(recipe.get("model")), recipe.get("seed", 0), recipe, path)
+        runs[entry["name"]] = Run(folder, str(recipe.get("model")), recipe.get("seed", 0), recipe, path, run.sections)
     return runs
 
 
 def finished(child: Run) -> bool:
     """Return whether a candidate is evaluated, and all of it done as its recipe says."""
-    return all(done_digest(child.path(name)) == child.digest(name, needs_of(child, stage)) for name, stage in STAGES.items())
+    return all(
+        done_digest(child.path(name)) == child.digest(name, needs_of(child, stage)) and damaged(child.path(name)) is None
+        for name, stage in STAGES.items()
+    )
 
 
 def run(args: Args, run: Run, out: Path) -> None:

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_text, load_text
+from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.correct import teacher_of
 
@@ -36,7 +37,8 @@ class Args:
     documents: int | None = field(default=None, metadata={"min": 1, "help": "Texts wanted; or tokens."})
     tokens: int | None = field(default=None, metadata={"min": 1, "help": "Tokens wanted, prompts included; or documents."})
     prompts: str | None = field(
-        default=None, metadata={"help": "Text whose documents are begun and continued; from nothing when left out."}
+        default=None,
+        metadata={"help": "Text whose documents are begun and continued; from nothing when left out.", "reads": text_files},
     )
     text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -93,6 +95,7 @@ def check(args: Args, run: Run) -> None:
         adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     if args.prompts is not None:
         check_text(args.prompts)
+        check_first_block(args.prompts, AutoTokenizer.from_pretrained(folder), 1, None, args.split, args.text_column)
     elif args.chat_template:
         raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
     elif args.temperature == 0:

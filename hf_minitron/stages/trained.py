@@ -1,4 +1,4 @@
-"""What the stages that train leave behind: the model as its source was stored, and the log."""
+"""What a stage that trains leaves behind: its log, and the model in the dtypes and files of the one that it came from."""
 
 import json
 from collections.abc import Mapping

@@ -1,8 +1,5 @@
 """What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
 
-import json
-import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import (
     AutoConfig,
@@ -26,13 +24,16 @@ from hf_minitron.checkpoint import (
     require_space,
     resolve,
 )
+from hf_minitron.data import check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
+from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
+from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 
 
 @dataclass
@@ -41,7 +42,10 @@ class TextArguments:
 
     text: str | dict = field(
         default="",
-        metadata={"help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed."},
+        metadata={
+            "help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed.",
+            "reads": text_files,
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -58,7 +62,11 @@ class TextArguments:
     )
 
     eval_text: str | dict = field(
-        default="", metadata={"help": "Text for eval_strategy, as text: held out, for what is trained on tells nothing."}
+        default="",
+        metadata={
+            "help": "Text for eval_strategy, as text: held out, for what is trained on tells nothing.",
+            "reads": text_files,
+        },
     )
     eval_tokens: int = field(default=65_536, metadata={"min": 1, "help": "Tokens of eval_text."})
     early_stopping_patience: int | None = field(
@@ -68,6 +76,7 @@ class TextArguments:
     # of the run, not of a section
     output_dir: str | None = field(default=None, metadata={"help": "Not here: set `run`."})
     seed: int | None = field(default=None, metadata={"help": "Not here: set `seed` at the top."})
+    NO_BITS = NO_BITS
 
     def __post_init__(self):
         for setting in fields(self):
@@ -165,31 +174,58 @@ def tokens_of(args: DistillationArguments) -> int:
     return max(args.max_steps * tokens_per_step(args), 0)
 
 
-def check_text_for(args: TextArguments, made: Callable[[str], bool], configs: Sequence[PreTrainedConfig]) -> None:
-    """Refuse an unusable text, and models that cannot keep documents apart when asked to.
+def check_text_for(
+    args: TextArguments,
+    made: Callable[[str], bool],
+    configs: Sequence[PreTrainedConfig],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse an unusable text, blocks longer than a model's positions, and models that cannot keep documents apart.
 
     Args:
         args (`TextArguments`): The section.
         made (`Callable[[str], bool]`): Whether a text is one that an earlier stage will make.
         configs (`Sequence[PreTrainedConfig]`): Those of the models that will read it.
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
     """
+    for config in configs:
+        check_positions(config, args.block_size)
     wanted = tokens_of(args) * args.world_size or None
     for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
-        if there := [source for source in sources if not made(source.name)]:
+        there = [source for source in sources if not made(source.name)]
+        if there:
             check_sources(there, args.block_size, tokens)
+        for source in there:
+            streaming = args.streaming and tokens is wanted
+            check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
             check_documents_apart(random_model(config, torch.float32))
 
 
+def check_positions(config: PreTrainedConfig, block_size: int) -> None:
+    """Refuse blocks of more tokens than a model has positions.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and block_size > longest:
+        raise ValueError(f"block_size: {block_size} is more than the {longest} positions of the model; set it to that or less")
+
+
 def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None:
-    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's."""
+    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's.
+
+    What an interrupted attempt has left is part of both, or goes first.
+    """
     text = 0 if args.streaming else tokens_of(args) * args.world_size * (4 if args.cross_documents else 8)  # ids, positions
     config = AutoConfig.from_pretrained(resolve(run.model))
     family = family_of(config)  # from the config alone: with a cache the teacher's weights may be gone
     weights = 4 * family.shape_of(config).num_parameters(family.rows_of(config))
     # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
-    require_space(run.folder, 3 * weights * ((args.save_total_limit or 1) + 1) + text, f"the checkpoints of {stage}")
+    needed = 3 * weights * ((args.save_total_limit or 1) + 1) + text
+    require_space(run.folder, needed - run.left_bytes(stage), f"the checkpoints of {stage}")
 
 
 def make_blocks(
@@ -238,23 +274,9 @@ def fit(trainer: Trainer) -> None:
     Raises:
         ValueError: when SIGTERM has stopped it, its checkpoint written.
     """
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
+    trainer.train(resume_from_checkpoint=broadcast_object_list(found)[0])
     trainer.accelerator.wait_for_everyone()
     if trainer.terminated:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint; the Trainer writes `trainer_state.json` last.
-
-    Half-written ones, left by a killed process, are deleted.
-    """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(re.fullmatch(r"checkpoint-(\d+)", path.name)[1]), path))
-        except (OSError, ValueError, TypeError):
-            shutil.rmtree(path, ignore_errors=True)
-    return str(max(found)[1]) if found else None

@@ -1,0 +1,161 @@
+"""Mutated recipes, texts and model folders, from a seed: refused in one line, or accepted; never a traceback, never a hang."""
+
+import json
+import random
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import tiny
+import yaml
+
+from hf_minitron.__main__ import VERBS, check_stages, own_stages, plan_text, told
+from hf_minitron.data import check_first_block
+from hf_minitron.recipe import load_recipe
+from hf_minitron.run import RecipeError
+
+SECTIONS = {name: module.Args for name, module in VERBS.items()}
+JUNK = [
+    None, -1, 0, 1, 10**12, 2**70, 1.5, -0.0, float("nan"), float("inf"), True, "", "x", "~nobody/x", "a\0b", "../..", "/",
+    "owner/name@", "[", "é" * 300, [], {}, [None], {"a": {"b": [1]}}, [[1]], {"": 1}, {1: 2}, "-1", "1e-4", "no", "auto",
+]  # fmt: skip
+# A type's name in place of a sentence: nobody has thought of that mistake.
+BARE = re.compile(r"(?:^|: )(?:Type|Key|Attribute|Index|Assertion|ZeroDivision|Runtime|UnboundLocal|Overflow|Recursion)Error: ")
+
+
+class Late(BaseException):
+    """Something takes too long; no handler of errors may catch it."""
+
+
+@contextmanager
+def within(seconds):
+    """End what takes longer, so that a hang is a failure."""
+
+    def late(*args):
+        raise Late(f"it takes longer than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def places(value, path=()):
+    """Yield the path of every value in a tree."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def mutated(tree, rng):
+    """Return a copy of a tree with one to three values replaced, removed, wrapped or added."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(rng.randint(1, 3)):
+        path = rng.choice(list(places(tree)))
+        parent = tree
+        for key in path[:-1]:
+            parent = parent[key]
+        how = rng.choice(["replace", "replace", "remove", "wrap", "add"])
+        if how == "replace":
+            parent[path[-1]] = rng.choice(JUNK)
+        elif how == "wrap":
+            parent[path[-1]] = rng.choice([lambda v: [v], lambda v: {"a": v}, str])(parent[path[-1]])
+        elif how == "add" and isinstance(parent, dict):
+            parent[rng.choice(["extra", 7, "", "tokens ", "Model"])] = rng.choice(JUNK)
+        else:
+            del parent[path[-1]]
+    return tree
+
+
+def refusal(work):
+    """Return the line in which something is refused, or `None`."""
+    try:
+        with within(10), told():
+            work()
+    except RecipeError as error:
+        line = str(error)
+        assert line.strip() and "\n" not in line, line
+        assert not BARE.search(line), line
+        return line
+    return None
+
+
+def check(path):
+    run = load_recipe(path, {}, SECTIONS)
+    plan_text(run)
+    check_stages(run, list(own_stages(run)), None)
+
+
+def counts(few, many):
+    return [pytest.param(few, id="sample"), pytest.param(many, id="all", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Texts and tasks are left alone: they have mutations of their own, and tests."""
+    for stage in ("score", "evaluate", "training", "synthesize"):
+        monkeypatch.setattr(f"hf_minitron.stages.{stage}.check_first_block", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_minitron.evaluation.tasks.Tasks.check", lambda *args: None)
+
+
+@pytest.mark.parametrize("count", counts(20, 500))
+def test_mutated_recipes(project, tmp_path, quick, count):
+    rng, refused, path = random.Random(13), [], tmp_path / "recipe.yaml"
+    recipe = project["recipe"] | {"run": str(tmp_path / "run")}
+    for _ in range(count):
+        path.write_text(yaml.safe_dump(mutated(recipe, rng), allow_unicode=True))
+        refused.append(refusal(lambda: check(path)))
+    assert 0.4 < sum(line is not None for line in refused) / count, "most mutations are mistakes"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", counts(10, 100))
+def test_mutated_texts(tmp_path, count):
+    rng, tokenizer = random.Random(13), tiny.tokenizer()
+    whole = "\n".join(json.dumps({"text": text}) for text in tiny.text(30, 0)).encode()
+    for number in range(count):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(content))
+            content[at : at + rng.choice([0, 1, 40])] = rng.choice(
+                [b"\xff", b"\0", b"{", b"\n", b"null", b"", b'"', b"[" * 3000]
+            )
+        path = tmp_path / f"{number}{rng.choice(['.jsonl', '.json', '.csv', '.txt', '.parquet'])}"
+        path.write_bytes(bytes(content[: rng.choice([None, None, 30, 0])]))
+        line = refusal(lambda path=path: check_first_block(str(path), tokenizer, 16))
+        assert line is None or path.name in line, line
+
+
+@pytest.mark.parametrize("count", counts(8, 100))
+def test_mutated_model_folders(project, tmp_path, quick, count):
+    rng, model = random.Random(13), tmp_path / "model"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(project["recipe"] | {"run": str(tmp_path / "run"), "model": str(model)}))
+    for _ in range(count):
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(project["folder"] / "teacher", model)
+        file = rng.choice(sorted(model.iterdir()))
+        how = rng.choice(["tree", "tree", "cut", "gone", "bytes", "folder", "link"])
+        if how == "tree" and file.suffix == ".json":
+            file.write_text(json.dumps(mutated(json.loads(file.read_text()), rng)))
+        elif how == "bytes":
+            content = bytearray(file.read_bytes())
+            content[rng.randrange(min(len(content), 300))] = rng.randrange(256)
+            file.write_bytes(content)
+        elif how == "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            file.unlink()
+            if how == "folder":
+                file.mkdir()
+            elif how == "link":
+                file.symlink_to("/etc/passwd" if rng.random() < 0.5 else "nowhere")
+        refusal(lambda: check(path))
+    assert not (tmp_path / "run").exists()
