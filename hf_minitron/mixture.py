@@ -72,7 +72,7 @@ def read_sources(text: str | Mapping, split: str = "train", column: str = "text"
 def check_sources(sources: Sequence[Source], block_size: int, max_tokens: int | None = None) -> None:
     """Refuse a source that cannot be read, is too short for one block or would give none, without reading it."""
     for source in sources:
-        check_text(source.name, block_size)
+        check_text(source.name, block_size, source.split, source.column)
     if max_tokens is not None:
         wanted, waiting = max_tokens // block_size, dict(enumerate(sources))
         for number in islice(_turns(_shares(sources)), wanted):

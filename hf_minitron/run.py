@@ -18,6 +18,8 @@ from typing import Any
 
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
+from hf_minitron.formats import matching
+
 # Where a stage keeps what it needs to be resumed; deleted once the stage is done.
 CHECKPOINTS = "checkpoints"
 
@@ -58,7 +60,8 @@ class Run:
         for need in needs:
             other, dot, key = need.partition(".")
             upstream[need] = self.section(other).get(key) if dot else done_digest(self.path(need))
-        named = {value: _fingerprint(value) for value in _strings([section, *(upstream[n] for n in needs if "." in n)])}
+        keys = [{need.partition(".")[2]: upstream[need]} for need in needs if "." in need]
+        named = {value: _fingerprint(value) for value in _strings([section, *keys])}
         content = [section, named, self.seed, self.model, _fingerprint(self.model), upstream]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -191,22 +194,24 @@ def _write(path: Path, text: str) -> None:
 
 
 def _strings(value: Any) -> list[str]:
-    """Return what may name a file: all text values, and keys with a suffix (sources of a mixture; no option has one)."""
+    """Return what may name a file: all text values, and the sources of a mixture, which are keys of `text`."""
     if isinstance(value, dict):
-        value = [*(key for key in value if Path(str(key)).suffix), *value.values()]
+        sources = value.get("text")
+        value = [*(map(str, sources) if isinstance(sources, dict) else ()), *value.values()]
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
-    return [value] if isinstance(value, str) else []
+    return [value] if value and isinstance(value, str) else []
 
 
 def _fingerprint(text: str) -> list | None:
-    """Size and time of a file, or of the files in a model's folder; `None` for text that names neither."""
+    """Size and time of a file, of those a pattern matches, or of those in a folder; `None` for text that names none."""
     path = Path(text).expanduser()
+    folder = path if path.is_dir() else Path(text.partition(":")[0] or "none").expanduser()  # perhaps with a configuration
     try:
-        files = sorted(p for p in path.iterdir() if _counts(p)) if path.is_dir() else [path] if path.is_file() else None
-    except OSError:
+        files = [path] if path.is_file() else sorted(filter(_counts, folder.rglob("*"))) or matching(text)
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files] or None
+    except (OSError, ValueError):
         return None
-    return files and [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _counts(path: Path) -> bool:

@@ -17,7 +17,7 @@ ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.config families.family
-families.student data mixture memory environment
+families.student formats data mixture memory environment
 model_kinds model_files checkpoint saving pruning.compensate pruning.rotate pruning.prune pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines

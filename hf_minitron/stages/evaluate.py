@@ -28,9 +28,9 @@ OURS = ("teacher", "pruned", "distilled")
 class Args:
     """The `evaluate:` section."""
 
-    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id."})
+    text: str = field(metadata={"help": "Held-out text for perplexity, as for score."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="test", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     batch_size: int | str = field(default=8, metadata={"help": "Sequences per forward pass, or auto for what fits."})
@@ -48,7 +48,7 @@ class Args:
 
 def check(args: Args, run: Run) -> None:
     """Refuse a missing text or model, an unknown task, and settings that a model or the processes cannot take."""
-    check_text(args.text, args.block_size)
+    check_text(args.text, args.block_size, args.split, args.text_column)
     if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
         raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
     Tasks.find(args.tasks, args.include_path)

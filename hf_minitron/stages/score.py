@@ -50,9 +50,9 @@ HALF_COSTS = "halves.safetensors"
 class Args:
     """The `score:` section."""
 
-    text: str = field(metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id."})
+    text: str = field(metadata={"help": "Calibration text: a file, a folder or pattern of files, or a dataset's Hub id."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(
         default=524_288, metadata={"min": 1, "help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."}
     )
@@ -104,7 +104,7 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("device_map spreads one model over all devices; several processes hold one model each: unset it")
     if args.device_map and args.layer_by_layer:
         raise ValueError("device_map spreads a whole model, layer_by_layer holds one layer: set one of them")
-    check_text(args.text, args.block_size)
+    check_text(args.text, args.block_size, args.split, args.text_column)
     folder = resolve(run.model)
     config = AutoConfig.from_pretrained(folder)
     longest = getattr(config, "max_position_embeddings", None) or args.block_size

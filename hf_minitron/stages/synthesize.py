@@ -39,7 +39,7 @@ class Args:
         default=None, metadata={"help": "Text whose documents are begun and continued; from nothing when left out."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each document."})
     chat_template: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as the user's words."})
     max_new_tokens: int = field(default=512, metadata={"min": 1, "help": "Tokens to generate per text, at most."})
@@ -83,7 +83,7 @@ def check(args: Args, run: Run) -> None:
         raise ValueError(f"min_tokens: {args.min_tokens} is more than max_new_tokens: {args.max_new_tokens}")
     folder = resolve(run.model)
     if args.prompts is not None:
-        check_text(args.prompts)
+        check_text(args.prompts, 1, args.split, args.text_column)
     elif args.chat_template:
         raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
     elif args.temperature == 0:
