@@ -74,7 +74,8 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
 def _load(source: str, files: Sequence[Path] | None, split: str, streaming: bool) -> Dataset | IterableDataset:
     if files is None or files[0].is_dir():
         name, _, configuration = source.partition(":")
-        return load_dataset(str(Path(name).expanduser()), configuration or None, split=split, streaming=streaming)
+        name = str(files[0].absolute()) if files else name  # a folder may be called as a builder is: text, csv
+        return load_dataset(name, configuration or None, split=split, streaming=streaming)
     builder, options = FORMATS[format_of(files[0])]
     names = [glob.escape(str(file.absolute())) for file in files]  # they exist, so no name is a pattern
     return load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)

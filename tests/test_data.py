@@ -262,6 +262,12 @@ def test_a_folder_is_read_as_datasets_reads_it_and_a_pattern_names_files(shards,
     assert list(load_text("c4/en", "validation", streaming=streaming)) == [{"text": "w2"}]
 
 
+def test_a_folder_may_be_called_text(shards):
+    (shards / "text").mkdir()
+    write_rows([{"text": "w5"}], shards / "text/a.jsonl")
+    assert list(load_text("text")) == [{"text": "w5"}]
+
+
 def test_folders_and_patterns_that_would_be_read_in_part_are_refused(shards):
     write_rows([{"text": "w5"}], shards / "c4/en/more.csv")
     (shards / "none").mkdir()
