@@ -237,14 +237,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo_id, revision, folder=""):
         files, recursive = self.at(self.repo(repo_id), revision)[1], self.query.get("recursive") == ["true"]
-        start = folder and f"{folder}/"
+        start = f"{folder}/" if folder else ""
         below = [path for path in files if path.startswith(start)]
         if folder and not below:
             raise _Answer(404, "EntryNotFound")
         folders = {start + "/".join(parts[:depth]) for path in below for parts in [path.removeprefix(start).split("/")]
                    for depth in range(1, len(parts)) if recursive or depth == 1}  # fmt: skip
         entries = [self.entry(path, files[path]) for path in below if recursive or "/" not in path.removeprefix(start)]
-        return [{"type": "directory", "path": path, "size": 0, "oid": _oid(path.encode())} for path in sorted(folders)] + entries
+        return [
+            {"type": "directory", "path": path, "size": 0, "oid": _oid(path.encode())} for path in sorted(folders)
+        ] + entries
 
     def paths_info(self, repo_id, revision):
         files = self.at(self.repo(repo_id), revision)[1]
