@@ -20,9 +20,9 @@ VOCABULARY = 320
 # A recipe's model: what hidden, ffn and layers are divided by, and what else is cut.
 CUTS = {
     "Llama-3.1-8B": (64, 128, 8, {"num_attention_heads": 4}),
-    "Mistral-Nemo-Base-2407": (64, 128, 20, {"num_attention_heads": 4, "head_dim": 16}),
+    "Mistral-Nemo-Base-2407": (64, 32, 20, {"num_attention_heads": 4, "head_dim": 16}),
     "nemotron-4-15b": (64, 128, 16, {"num_attention_heads": 12, "head_dim": 8}),
-    "SmolLM2-135M-Instruct": (4, 16, 15, {}),
+    "SmolLM2-135M-Instruct": (1, 16, 15, {}),
     "SmolLM2-1.7B": (32, 64, 8, {"num_attention_heads": 4}),
     "SmolLM3-3B-Base": (32, 64, 4, {"num_attention_heads": 4, "pad_token_id": 2}),
     "Qwen3-4B-Base": (32, 64, 18, {"num_attention_heads": 4, "head_dim": 16}),

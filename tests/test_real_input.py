@@ -137,6 +137,8 @@ def test_a_recipe_runs_from_the_hub_to_a_card(recipe, real_hub, tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     paths, recipes = small(sorted(recipe.glob("*.yaml")), tmp_path)
     publish_model(real_hub, recipes[0]["model"], tmp_path)
+    if "stdlib" in recipes[0]["score"]["text"]:
+        prepare_texts(tmp_path / ".cache/hf_minitron/stdlib", monkeypatch)
     overrides = SMALL | {f"correct.{key.partition('.')[2]}": value for key, value in SMALL.items()
                          if key.startswith("distill.") and "correct" in recipes[0]}  # fmt: skip
     overrides = {
@@ -158,6 +160,16 @@ def publish_model(server, model, home):
         server.add_folder(model, folder)
     else:
         shutil.copytree(folder, home / model.replace("~/", ""))
+
+
+def prepare_texts(folder, monkeypatch):
+    """Write the texts and the task of the demonstration by its own script, of other documents."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import prepare_offline
+
+    documents = [(f"module{i}", text) for i, text in enumerate(real_repos.passages(60, 7))]
+    monkeypatch.setattr(prepare_offline, "documents", lambda: iter(documents))
+    prepare_offline.prepare_text(folder)
 
 
 def check_run(run, recipe):
