@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_minitron import DistillationArguments, DistillationTrainer
-from hf_minitron.__main__ import STAGES, check_stages, plan_text, stages_of
+from hf_minitron.__main__ import STAGES, check_stages, own_stages, plan_text
 from hf_minitron.chain import outlines, stand_in
 from hf_minitron.checkpoint import TensorSpec, write_outline
 from hf_minitron.distillation.cache import write_cache
@@ -188,7 +188,7 @@ def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
             tiny.tokenizer().save_pretrained(teacher)
             write_holes(teacher)
         ahead = stand_in(run, made)
-        assert ahead.model != run.model and set(check_stages(ahead, stages_of(run), None)) == run.recipe.keys() & STAGES.keys()
+        assert ahead.model != run.model and set(check_stages(ahead, own_stages(run), None)) == run.recipe.keys() & STAGES.keys()
         moments = run.section("score").get("moments", True)
         assert run.section("prune").get("corrections") == (None if moments else [])  # nothing is measured in vain
         if len(list(path.parent.glob("*.yaml"))) > 1:
