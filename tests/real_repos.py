@@ -50,9 +50,7 @@ VERBS = "follows explains carries measures crosses becomes holds changes learns 
 
 
 def sentence(rng):
-    return (
-        f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} {rng.choice(VERBS)} it."
-    )
+    return f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} {rng.choice(VERBS)} the other."
 
 
 def passages(count, seed, sentences=12):
