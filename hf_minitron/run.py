@@ -206,8 +206,8 @@ def _strings(value: Any) -> list[str]:
 def _fingerprint(text: str) -> list | None:
     """Size and time of a file, of those a pattern matches, or of those in a folder; `None` for text that names none."""
     path = Path(text).expanduser()
-    folder = path if path.is_dir() else Path(text.partition(":")[0] or text).expanduser()  # perhaps with a configuration
     try:
+        folder = path if path.is_dir() else Path(text.partition(":")[0] or text).expanduser()  # perhaps with a configuration
         files = [path] if path.is_file() else sorted(filter(_counts, folder.rglob("*"))) or matching(text)
         return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files] or None
     except (OSError, ValueError):

@@ -50,7 +50,8 @@ VERBS = "follows explains carries measures crosses becomes holds changes learns 
 
 
 def sentence(rng):
-    return f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} a {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} {rng.choice(VERBS)} the other."
+    one, other, third = rng.sample(NOUNS, 3)
+    return f"The {one} {rng.choice(VERBS)} a {other} and the {third} {rng.choice(VERBS)} the other."
 
 
 def passages(count, seed, sentences=12):

@@ -23,6 +23,7 @@ from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling import PrunedConfig
+from hf_minitron.run import Run
 from hf_minitron.stages import training
 
 LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
@@ -260,6 +261,15 @@ def test_a_folder_is_read_as_datasets_reads_it_and_a_pattern_names_files(shards,
         check_text(source)
         assert [row["text"] for row in load_text(source, streaming=streaming)] == words, source
     assert list(load_text("c4/en", "validation", streaming=streaming)) == [{"text": "w2"}]
+
+
+@pytest.mark.parametrize("text", ["c4:en", "./c4/en", "c4/**/*.json.gz", {"c4/en": 0.5, "c4:en": 0.5}])
+def test_a_changed_shard_makes_a_stage_run_again(shards, text):
+    stage = Run(shards / "run", "owner/model", 0, {"score": {"text": text, "notes": "long " * 99}}, shards / "recipe.yaml")
+    before = stage.digest("score", ())
+    assert before == stage.digest("score", ())
+    write_rows([{"text": "w7 w8"}], shards / "c4" / SHARDS[1])
+    assert stage.digest("score", ()) != before
 
 
 def test_a_folder_may_be_called_text(shards):
