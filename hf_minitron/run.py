@@ -16,9 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_minitron.yaml_text import dump_yaml, load_yaml
-
 from hf_minitron.formats import matching
+from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 # Where a stage keeps what it needs to be resumed; deleted once the stage is done.
 CHECKPOINTS = "checkpoints"
