@@ -222,6 +222,8 @@ def tiny_config(name, ids):
     """A real config with its sizes divided; heads and head sizes so that they still fit."""
     config = json.loads((CONFIGS / name / "config.json").read_text())
     *divisors, cuts = CUTS[name]
+    layers = config["num_hidden_layers"] // divisors[2]
+    config |= {key: value[:layers] for key, value in config.items() if isinstance(value, list)}
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers")
     config |= {key: config[key] // divisor for key, divisor in zip(keys, divisors, strict=True)} | cuts
     config["vocab_size"] = VOCABULARY  # more rows than the tokenizer has tokens, as in real models
