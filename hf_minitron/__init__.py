@@ -18,7 +18,7 @@ _HOME = {
     "calibrate": "importance.calibrate",
     "compare": "evaluation.compare",
     "family_of": "families.family",
-    "load_text": "data",
+    "load_text": "texts",
     "make_plan": "plan",
     "prune_checkpoint": "pruning.prune",
     "prune_model": "pruning.prune",

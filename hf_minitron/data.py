@@ -7,7 +7,6 @@ asked for.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -15,60 +14,16 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, config, load_dataset
+from datasets import Dataset, IterableDataset, config
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_minitron.texts import broken_line, load_text
+
 logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 64  # documents handed to the tokenizer at a time
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-
-
-def check_text(source: str, block_size: int = 1) -> Path | None:
-    """Refuse a text that cannot be read or is too short for one block, without reading it.
-
-    Args:
-        source (`str`): A path or a Hub id.
-        block_size (`int`, *optional*, defaults to 1): Tokens per block.
-
-    Returns:
-        `Path` or `None`: The local file; `None` for a Hub id.
-    """
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in _BUILDERS and not source.startswith((".", "/", "~")):
-        return None
-    if not path.is_file() or path.suffix not in _BUILDERS:
-        raise ValueError(f"No text at {source!r}: want a file that ends in {', '.join(_BUILDERS)}, or a dataset's Hub id")
-    if path.stat().st_size < block_size:  # a token is at least a byte
-        raise ValueError(f"{source} is too short for one block: {path.stat().st_size:,} bytes, block_size {block_size:,}")
-    return path
-
-
-def load_text(source: str, split: str = "train", column: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
-    """Load documents: a local .jsonl, .json, .parquet, .csv or .txt file, or a dataset on the Hub.
-
-    Args:
-        source (`str`): A path, or a Hub id, with a configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
-        split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
-        column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
-        streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
-
-    Returns:
-        `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`.
-    """
-    path = check_text(source)
-    if path is None:
-        name, _, configuration = source.partition(":")
-        documents = load_dataset(name, configuration or None, split=split, streaming=streaming)
-    else:
-        documents = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
-    columns = documents.column_names or list(next(iter(documents), {}))  # a stream may not know before its first row
-    if column not in columns:
-        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(columns)}. Set text_column")
-    documents = documents.select_columns(column)
-    return documents if column == "text" else documents.rename_column(column, "text")
 
 
 def adds_bos_token(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None) -> bool:
@@ -194,23 +149,6 @@ def check_first_block(
             raise
         said = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or type(said).__name__}") from error
-
-
-def broken_line(path: Path) -> str | None:
-    """Say which line of a text file is not UTF-8 or not a JSON object, and why; `None` when it is not for that."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".json", ".csv", ".txt"):
-        return None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if path.suffix == ".jsonl" and line.strip() else line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number:,} is not UTF-8: byte {error.object[error.start]:#04x}"
-            except (ValueError, RecursionError) as error:
-                return f"line {number:,} is not JSON: {error}"
-            if path.suffix == ".jsonl" and line.strip() and not isinstance(row, dict):
-                return f'line {number:,} holds {str(row)[:40]}, not an object such as {{"text": ...}}'
-    return None
 
 
 def _again_and_again(documents: IterableDataset, name: str, **settings) -> Iterator[dict[str, np.ndarray]]:

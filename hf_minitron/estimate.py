@@ -215,12 +215,14 @@ def fit(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) 
     Raises:
         RecipeError: when a tenth of the recipe's tokens, steps and documents would still take longer.
     """
-    limit = 60 * run.recipe["minutes"]
-    whole, least = (
-        sum(seconds_by_stage(with_values(run, scaled(run, stages, share)), stages, rates).values()) for share in (1.0, LEAST)
-    )
-    if whole <= limit:
+
+    def seconds(share: float) -> float:
+        return sum(seconds_by_stage(with_values(run, scaled(run, stages, share)), stages, rates).values())
+
+    limit, whole = 60 * run.recipe["minutes"], seconds(1.0)
+    if whole <= limit:  # a share of a recipe so short may not even be one
         return {}
+    least = seconds(LEAST)
     if least > limit:
         raise RecipeError(
             f"minutes: {run.recipe['minutes']} is too little on this machine: a tenth of the recipe's tokens, steps and "

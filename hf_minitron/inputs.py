@@ -6,6 +6,7 @@ the class's `NO_BITS`.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from hf_minitron import formats
 
 HASHES = "hashes.json"
 LARGE = 1 << 20  # bytes; a smaller file is read faster than its hash is looked up
@@ -28,9 +31,10 @@ def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
         path = Path(name).expanduser() if isinstance(name, str) and name else None
         if path and _is_file(path):
             found[name] = path
-        elif path:  # a folder of shards, or a pattern
-            every = path.rglob("*") if path.is_dir() else path.parent.glob(path.name) if path.parent.is_dir() else ()
-            found |= {f"{name}: {file.name}": file for file in sorted(every) if _is_file(file)}
+        elif path:  # a folder of shards, perhaps with a configuration, or a pattern
+            folder = path if path.is_dir() else Path(name.partition(":")[0] or name).expanduser()
+            every = formats.matching(f"{glob.escape(str(folder))}/**" if folder.is_dir() else name)
+            found |= {f"{name}: {file.name}": file for file in every}
     return found
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.data import check_text, load_text, token_blocks
+from hf_minitron.data import token_blocks
+from hf_minitron.texts import check_text, load_text
 
 logger = logging.getLogger(__name__)
 

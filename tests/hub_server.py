@@ -1,8 +1,8 @@
-"""As much of the Hub as publishing and loading need, on 127.0.0.1, with faults on demand.
+"""As much of the Hub as publishing and loading models and data sets need, on 127.0.0.1, with faults on demand.
 
 A repository is its commits, a commit is a table of path to content, and large files lie aside by their SHA-256. Rules that the
 tests lean on are the Hub's: a commit needs all its large files, and its parent where it names one; a private repository is not
-there for who may not see it.
+there for who may not see it. A data set's repository is called `datasets/owner/name`.
 """
 
 import base64
@@ -19,6 +19,7 @@ import yaml
 
 TOKEN = "hf_" + "Secret" * 6
 OTHER_TOKEN = "hf_" + "Public" * 6  # of somebody who may read what is public, and open pull requests
+LARGE = (".safetensors", ".parquet", ".gz", ".bin", ".pth", ".model")  # kept aside by their SHA-256, as by git-lfs
 CUT, LOST = "cut", "lost"  # the connection ends in the middle of the request; after the work, before the answer
 
 
@@ -52,6 +53,15 @@ class HubServer(ThreadingHTTPServer):
         """Make a repository that holds some files."""
         self.repos[repo_id] = {"private": private, "commits": {}, "refs": {}}
         return self.commit(repo_id, "main", {".gitattributes": b"*.safetensors filter=lfs\n", **files})
+
+    def add_folder(self, repo_id, folder):
+        """Make a public repository of the files in a folder, large ones aside."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        for path, content in files.items():
+            if path.endswith(LARGE):
+                files[path] = hashlib.sha256(content).hexdigest()
+                self.objects[files[path]] = content
+        return self.add_repo(repo_id, private=False, **files)
 
     def commit(self, repo_id, ref, files):
         """Put a table of files at a ref; return the commit's id."""
@@ -106,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 content, headers = self.route(self.command, path)
-            status = 200
+            status = headers.pop("Status", 200)
         except _Answer as error:
             content, headers, status = error.content, {"X-Error-Code": error.kind}, error.status
         if not fault:
@@ -138,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.server.repos.get(repo_id)
         if "Authorization" in self.headers and self.user is None:
             raise _Answer(401)
-        owner = repo_id.split("/")[0]
+        owner = repo_id.split("/")[-2]
         if repo is None or (repo["private"] and self.user != owner):
             raise _Answer(404, "RepoNotFound")
         if write and self.user != owner:
@@ -226,10 +236,33 @@ class _Handler(BaseHTTPRequestHandler):
         return {}
 
     def tree(self, repo_id, revision, folder=""):
-        _, files = self.at(self.repo(repo_id), revision)
-        if folder:
+        files, recursive = self.at(self.repo(repo_id), revision)[1], self.query.get("recursive") == ["true"]
+        start = f"{folder}/" if folder else ""
+        below = [path for path in files if path.startswith(start)]
+        if folder and not below:
             raise _Answer(404, "EntryNotFound")
-        return [{"type": "file", "path": path, "size": 0, "oid": ""} for path in files]
+        folders = {start + "/".join(parts[:depth]) for path in below for parts in [path.removeprefix(start).split("/")]
+                   for depth in range(1, len(parts)) if recursive or depth == 1}  # fmt: skip
+        entries = [self.entry(path, files[path]) for path in below if recursive or "/" not in path.removeprefix(start)]
+        return [
+            {"type": "directory", "path": path, "size": 0, "oid": _oid(path.encode())} for path in sorted(folders)
+        ] + entries
+
+    def paths_info(self, repo_id, revision):
+        files = self.at(self.repo(repo_id), revision)[1]
+        asked = parse_qs(self.body.decode())["paths"] if self.is_form() else json.loads(self.body)["paths"]
+        folders = [path for path in asked if path not in files and any(name.startswith(f"{path}/") for name in files)]
+        return [self.entry(path, files[path]) for path in asked if path in files] + [
+            {"type": "directory", "path": path, "size": 0, "oid": _oid(path.encode())} for path in folders
+        ]
+
+    def is_form(self):
+        return "urlencoded" in self.headers.get("Content-Type", "")
+
+    def entry(self, path, content):
+        body = self.server.objects[content] if isinstance(content, str) else content
+        pointer = {"lfs": {"oid": content, "size": len(body), "pointerSize": 134}} if isinstance(content, str) else {}
+        return {"type": "file", "path": path, "size": len(body), "oid": _oid(content), **pointer}
 
     def resolve(self, repo_id, revision, path):
         sha, files = self.at(self.repo(repo_id), revision)
@@ -237,7 +270,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(404, "EntryNotFound")
         content = files[path]
         body = self.server.objects[content] if isinstance(content, str) else content
-        return body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha, "Content-Type": "text/plain"}
+        found = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha, "Content-Type": "text/plain"}
+        found["Accept-Ranges"] = "bytes"
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), int(match[2] or len(body) - 1)
+            found |= {"Status": 206, "Content-Range": f"bytes {start}-{min(end, len(body) - 1)}/{len(body)}"}
+            body = body[start : end + 1]
+        return body, found
 
     def list_collections(self):
         owners = self.query.get("owner")
@@ -275,17 +314,19 @@ def _oid(content):
     return content
 
 
-REPO = r"([\w.-]+/[\w.-]+)"
+REPO = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(?:models/)?{REPO}"
 ROUTES = [
     ("GET", "/api/whoami-v2", lambda self: {"name": self.user}),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", lambda self: {"errors": [], "warnings": []}),
-    ("GET", f"/api/models/{REPO}", _Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/(.+)", _Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
-    ("POST", f"/api/models/{REPO}/preupload/(.+)", _Handler.preupload),
-    ("POST", f"/api/models/{REPO}/commit/(.+)", _Handler.commit),
-    ("POST", f"/api/models/{REPO}/branch/(.+)", _Handler.branch),
+    ("GET", API, _Handler.info),
+    ("GET", rf"{API}/revision/(.+)", _Handler.info),
+    ("GET", rf"{API}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    ("POST", rf"{API}/paths-info/(.+)", _Handler.paths_info),
+    ("POST", rf"{API}/preupload/(.+)", _Handler.preupload),
+    ("POST", rf"{API}/commit/(.+)", _Handler.commit),
+    ("POST", rf"{API}/branch/(.+)", _Handler.branch),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", "/lfs/(.+)", _Handler.store),
     ("GET", f"/{REPO}/resolve/([^/]+|refs/pr/[0-9]+)/(.+)", _Handler.resolve),

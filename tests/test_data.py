@@ -1,11 +1,15 @@
 """Training text: documents kept apart, mixtures, streams; what is read twice and what is not."""
 
+import bz2
+import gzip
 import json
+import lzma
 from itertools import islice
 
 import pytest
 import tiny
 import torch
+import yaml
 from datasets import Dataset, IterableDataset
 from test_accelerate import launch
 from test_distillation import arguments, full_loss
@@ -13,13 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron import DistillationTrainer, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.data import adds_bos_token, load_text, text_hash
+from hf_minitron.data import adds_bos_token, check_first_block, text_hash
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling import PrunedConfig
+from hf_minitron.run import Run
 from hf_minitron.stages import cache, training
+from hf_minitron.texts import check_text, load_text
 
 LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
 
@@ -243,18 +249,186 @@ def test_a_source_may_have_its_own_column(texts):
 COLUMNS = {"id": "<urn:uuid:1>", "score": 2.5, "text": None, "metadata": {"source": "web", "tags": ["a"]}}  # of a real data set
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize("streaming", [False, True])
+def write_rows(rows, path):
+    """Write rows as a user would have them, by the file's suffixes."""
+    kind, packed = path.suffixes[0], path.suffixes[-1] in PACKED
+    table, plain = Dataset.from_list(rows), path.with_suffix("") if packed else path
+    if kind == ".txt":
+        plain.write_text("".join(f"{row['text']}\n" for row in rows))
+    elif kind == ".json" and "list" in path.name:
+        plain.write_text(json.dumps(rows, indent=1))
+    elif kind == ".csv":
+        table.remove_columns("metadata").to_csv(plain) if "metadata" in rows[0] else table.to_csv(plain)
+    else:
+        table.to_parquet(plain) if kind == ".parquet" else table.to_json(plain)
+    if packed:
+        path.write_bytes(PACKED[path.suffix].compress(plain.read_bytes()))
+        plain.unlink()
+    return path
+
+
+PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+KINDS = """a.jsonl a.json list.json list.json.gz a.json.gz a.jsonl.gz a.JSONL a.jsonl.bz2 a.jsonl.xz a.parquet a.csv a.csv.gz
+v1[0]*?.jsonl""".split()
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("column", ["text", "body"])
-def test_other_columns_change_nothing(tmp_path, suffix, streaming, column):
-    documents().to_json(tmp_path / "plain.jsonl")
+def test_other_columns_change_nothing(tmp_path, name, column):
+    """Nor does the format, whether compressed, loaded or streaming."""
+    write_rows(list(documents()), tmp_path / "plain.jsonl")
     rows = [{("body" if key == "text" and column == "body" else key): value for key, value in (COLUMNS | row).items()}
             for row in documents()]  # fmt: skip
-    table, path = Dataset.from_list(rows), tmp_path / f"rich{suffix}"
-    table.to_parquet(path) if suffix == ".parquet" else table.to_json(path)
-    expected = token_blocks(load_text(str(tmp_path / "plain.jsonl")), tiny.tokenizer(), 16)
-    found = token_blocks(load_text(str(path), column=column, streaming=streaming), tiny.tokenizer(), 16)
-    assert ids_of(found, len(expected)) == ids_of(expected)
+    path = write_rows(rows, tmp_path / name)
+    expected = ids_of(token_blocks(load_text(str(tmp_path / "plain.jsonl")), tiny.tokenizer(), 16))
+    check_first_block(str(path), tiny.tokenizer(), 16, column=column)
+    for streaming in (False, True):
+        found = token_blocks(load_text(str(path), column=column, streaming=streaming), tiny.tokenizer(), 16)
+        assert ids_of(found, len(expected)) == expected, f"streaming: {streaming}"
+
+
+def test_a_line_of_a_text_file_is_a_document(tmp_path):
+    rows = [{"text": "w1 w2"}, {"text": ""}, {"text": "NA null w3"}]
+    for name in ("a.txt", "a.txt.gz", "a.csv"):  # what pandas would take for nulls is text
+        path = write_rows(rows, tmp_path / name)
+        assert [list(load_text(str(path), streaming=streaming)) for streaming in (False, True)] == [rows, rows], name
+
+
+SHARDS = ["en/c4-train.00000-of-00002.json.gz", "en/c4-train.00001-of-00002.json.gz", "en/c4-validation.00000-of-00001.json.gz"]
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """A clone of a data set: two shards of a train split and one of another, of one row each, a card, and hidden files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4/en").mkdir(parents=True)
+    for number, name in enumerate(SHARDS):
+        write_rows([{"text": f"w{number}", "url": "https://a.b"}], tmp_path / "c4" / name)
+    configs = {"configs": [{"config_name": "en", "data_files": [{"split": "train", "path": "en/c4-train.*.json.gz"}]}]}
+    (tmp_path / "c4/README.md").write_text(f"---\n{yaml.safe_dump(configs)}---\n# C4\n")
+    (tmp_path / "c4/.gitattributes").write_text("*.gz filter=lfs\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_read_as_datasets_reads_it_and_a_pattern_names_files(shards, streaming):
+    for source, words in {
+        "c4:en": ["w0", "w1"],  # by the card
+        "./c4/en": ["w0", "w1"],  # by the files' names
+        "c4/**/*.json.gz": ["w0", "w1", "w2"],
+        "c4/en/c4-train.0000[1-9]*": ["w1"],
+    }.items():
+        check_text(source)
+        assert [row["text"] for row in load_text(source, streaming=streaming)] == words, source
+    assert list(load_text("c4/en", "validation", streaming=streaming)) == [{"text": "w2"}]
+
+
+@pytest.mark.parametrize("text", ["c4:en", "./c4/en", "c4/**/*.json.gz", {"c4/en": 0.5, "c4:en": 0.5}])
+def test_a_changed_shard_makes_a_stage_run_again(shards, text):
+    stage = Run(shards / "run", "owner/model", 0, {"score": {"text": text, "notes": "long " * 99}}, shards / "recipe.yaml")
+    before = stage.digest("score", ())
+    assert before == stage.digest("score", ())
+    write_rows([{"text": "w7 w8"}], shards / "c4" / SHARDS[1])
+    assert stage.digest("score", ()) != before
+
+
+def test_a_folder_may_be_called_text(shards):
+    (shards / "text").mkdir()
+    write_rows([{"text": "w5"}], shards / "text/a.jsonl")
+    assert list(load_text("text")) == [{"text": "w5"}]
+
+
+def test_folders_and_patterns_that_would_be_read_in_part_are_refused(shards):
+    write_rows([{"text": "w5"}], shards / "c4/en/more.csv")
+    (shards / "none").mkdir()
+    (shards / "odd[1]").mkdir()
+    (shards / "notes.md").write_text("none")
+    for source, message in {
+        "c4": "c4 holds .csv and .json files, and one text is of one format: name one kind, such as",
+        "c4/en/*": "holds .csv and .json files",
+        "c4/en/*.parquet": "No text at 'c4/en/\\*.parquet': want files that end in .jsonl, .json, .parquet",
+        "none": "none is a folder without texts",
+        "odd[1]": "a folder's name cannot hold",
+        "*.md": "notes.md has no known suffix",
+        "c4/en/c4-train.json.gz": "No text at",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            check_text(source)
+    (shards / "c4/en/more.csv").unlink()
+    with pytest.raises(ValueError, match=r"c4/en cannot be read: Bad split: test. Available splits: \['train', 'validation'\]"):
+        load_text("c4/en", "test", streaming=True)
+
+
+def test_compressed_bytes_are_not_counted_as_tokens(tmp_path):
+    for name in ("a.jsonl.gz", "a.parquet"):
+        path = write_rows([{"text": "w1 " * 9000}], tmp_path / name)
+        assert path.stat().st_size < 9000
+        check_text(str(path), 9000)
+    with pytest.raises(ValueError, match=r"a.jsonl is too short for one block: \d+ bytes, block_size 9,000"):
+        check_text(str(write_rows([{"text": "w1"}], tmp_path / "a.jsonl")), 9000)
+
+
+def test_zstandard_needs_its_package(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd")
+    monkeypatch.setattr("datasets.config.ZSTANDARD_AVAILABLE", False)
+    with pytest.raises(
+        ValueError, match="a.jsonl.zst is compressed by Zstandard, which needs a package: pip install zstandard"
+    ):
+        check_text(str(tmp_path / "a.jsonl.zst"))
+
+
+NOT_TEXT = {
+    "numbers": (
+        [{"text": 3, "body": "w1", "url": "u"}],
+        "row 1: column 'text' holds '3', not text. Columns with text: body, url;",
+    ),
+    "nulls": ([{"text": None}, {"text": None}], "row 1: column 'text' holds 'None', not text. Columns with text: none"),
+    "lists": ([{"text": ["w1", "w2"]}], "row 1: column 'text' holds \"\\['w1', 'w2'\\]\", not text"),
+    "booleans": ([{"text": True}], "row 1: column 'text' holds 'True', not text"),
+    "mixed": ([{"text": "w1"}, {"text": "w2"}, {"text": 3}], "row 3: column 'text' holds '3', not text"),
+    "chat": (
+        [{"messages": [{"role": "user", "content": "w1"}], "source": "web"}],
+        "has no column 'text'; it has messages, source. Columns with text: source; set text_column. Chats are not read as "
+        "text: write them to a file with the tokenizer's apply_chat_template first",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TEXT)
+def test_a_column_that_holds_no_text_is_refused_by_its_row(tmp_path, kind):
+    rows, message = NOT_TEXT[kind]
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=f"{kind}.jsonl,? {message}") as raised:
+            load_text(str(path), streaming=streaming)
+        assert "\n" not in str(raised.value), "one line"
+    with pytest.raises(ValueError, match=message):
+        check_first_block(str(path), tiny.tokenizer(), 2)
+    if kind == "chat":
+        with pytest.raises(ValueError, match="row 1: column 'messages' holds .* not text. Columns with text: source"):
+            load_text(str(path), column="messages")
+
+
+def test_a_null_among_texts_is_refused_by_its_row_when_loaded(tmp_path):
+    path = write_rows([{"text": "w1"}, {"text": None}, {"text": "w2"}], tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet, row 2: column 'text' holds 'None', not text"):
+        load_text(str(path))
+
+
+def test_files_that_hold_nothing_or_break_are_refused_in_a_line(tmp_path):
+    for name, content, message in (
+        ("empty.jsonl", b"", "it is empty"),
+        ("packed.jsonl.gz", gzip.compress(b""), "it is empty"),
+        ("broken.jsonl", b'{"text": "w1"}\n{"text": \n', "JSON parse error: Invalid value. in row 1"),
+        ("broken.parquet", b"PAR1 or not", "Parquet"),
+        ("broken.json.gz", b"\x1f\x8b or not", ""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: .*{message}") as raised:
+                load_text(str(tmp_path / name), streaming=streaming)
+            assert "\n" not in str(raised.value), "one line"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from hf_minitron import checkpoint
 from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, require_space, resolve, write_tensors
-from hf_minitron.data import check_text, load_text, text_hash, token_blocks
+from hf_minitron.data import text_hash, token_blocks
+from hf_minitron.texts import check_text, load_text
 
 
 def documents(count=5, seed=0):

@@ -28,13 +28,13 @@ from hf_minitron import DistillationArguments, DistillationTrainer
 from hf_minitron.__main__ import STAGES, check_stages, own_stages, plan_text
 from hf_minitron.chain import outlines, stand_in
 from hf_minitron.checkpoint import TensorSpec, write_outline
-from hf_minitron.data import check_text
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.families.meta import parameters_of
 from hf_minitron.families.student import student_config
+from hf_minitron.formats import text_files
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
@@ -107,7 +107,7 @@ def test_every_section_binds(path):
     texts = [args.text for args in sections.values() if isinstance(getattr(args, "text", None), str)]
     if "135m" not in path.parent.name:  # looked up on the Hub, not from here
         known = {"NeelNanda/c4-10k", "HuggingFaceFW/fineweb-edu", "OptimalScale/ClimbMix", "Salesforce/wikitext"}
-        assert {text.partition(":")[0] for text in texts} <= known and not any(map(check_text, texts))
+        assert {text.partition(":")[0] for text in texts} <= known and not any(map(text_files, texts))
     assert len(texts) >= 3 and sources_of(sections["distill"])
 
 

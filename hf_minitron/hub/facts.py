@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from transformers import AutoConfig
 
 import hf_minitron
-from hf_minitron.data import check_text
+from hf_minitron.formats import text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.model_files import is_hub_id, pinned
@@ -228,7 +228,7 @@ def _datasets(run: Run) -> list[str] | None:
 
 def _on_hub(name: str) -> bool:
     try:
-        return check_text(name) is None
+        return text_files(name) is None
     except ValueError:  # a file that has gone since
         return False
 

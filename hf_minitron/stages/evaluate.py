@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.checkpoint import resolve
-from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
@@ -18,6 +18,7 @@ from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, spli
 from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stages import correct
+from hf_minitron.texts import check_text, load_text
 
 ALL_PROCESSES = True
 NEEDS = ("prune", "distill")
@@ -30,9 +31,9 @@ OURS = ("teacher", "pruned", "distilled")
 class Args:
     """The `evaluate:` section."""
 
-    text: str = field(metadata={"help": "Held-out text for perplexity: a file or a dataset's Hub id.", "reads": text_files})
+    text: str = field(metadata={"help": "Held-out text for perplexity, as for score.", "reads": text_files})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="test", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="test", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     add_bos_token: bool | None = field(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text, token_blocks
+from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
@@ -38,6 +38,7 @@ from hf_minitron.inputs import text_files
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 from hf_minitron.stages.training import check_positions
+from hf_minitron.texts import check_text, load_text
 from hf_minitron.vocabulary import check_ids
 
 ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
@@ -55,10 +56,10 @@ class Args:
     """The `score:` section."""
 
     text: str = field(
-        metadata={"help": "Calibration text: .jsonl, .json, .parquet, .csv, .txt, or a dataset's Hub id.", "reads": text_files}
+        metadata={"help": "Calibration text: a file, a folder or pattern of files, or a dataset's Hub id.", "reads": text_files}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(
         default=524_288, metadata={"min": 1, "help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."}
     )

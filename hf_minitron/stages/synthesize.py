@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_first_block, check_text, load_text
+from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.correct import teacher_of
+from hf_minitron.texts import check_text, load_text
 
 ALL_PROCESSES = True
 OPTIONAL = True
@@ -41,7 +42,7 @@ class Args:
         metadata={"help": "Text whose documents are begun and continued; from nothing when left out.", "reads": text_files},
     )
     text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each document."})
     chat_template: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as the user's words."})
     add_bos_token: bool | None = field(

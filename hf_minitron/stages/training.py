@@ -43,12 +43,12 @@ class TextArguments:
     text: str | dict = field(
         default="",
         metadata={
-            "help": "Training text: a file, a dataset's Hub id, or a table of several to weights by tokens. Needed.",
+            "help": "Training text: files or a dataset's Hub id, as for score, or a table of several to weights by tokens.",
             "reads": text_files,
         },
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
     cross_documents: bool = field(
         default=True, metadata={"help": "Tokens see the documents before theirs in a block; false keeps documents apart."}

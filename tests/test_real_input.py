@@ -1,0 +1,192 @@
+"""The product on real input: data sets and models as they lie on the Hub, and every recipe from its first stage to its last."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lm_eval
+import pytest
+import real_repos
+import tiny
+import yaml
+from hub_server import TOKEN, hub_server
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_minitron.__main__ import main
+from hf_minitron.data import check_first_block
+from hf_minitron.evaluation import tasks
+from hf_minitron.texts import load_text
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+TARGETS = ("hidden", "ffn", "layers", "heads", "experts")
+
+
+@pytest.fixture(scope="module")
+def real_hub(tmp_path_factory):
+    """A Hub with the data sets of all recipes and tasks, which every library of this process takes for the real one."""
+    repos = tmp_path_factory.mktemp("repos")
+    with hub_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, write in real_repos.DATASETS.items():
+            (repos / name).mkdir(parents=True)
+            write(repos / name)
+            server.add_folder(f"datasets/{name}", repos / name)
+        use(server, patch, tmp_path_factory.mktemp("cache"))
+        folders = tuple(str(Path(lm_eval.__file__).parent / "tasks" / name) for name in ("winogrande", "gsm8k", "arc", "piqa"))
+        real = tasks._task_manager  # lm-eval's own files, but not all 14,000 of them
+        patch.setattr(tasks, "_task_manager", lambda own, include_defaults: real(folders + own, include_defaults=False))
+        server.folder = repos
+        yield server
+
+
+def use(server, patch, cache):
+    """Let this process take a server for the Hub, with caches of its own."""
+    from datasets import config
+
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # its protocol is not spoken here
+        "HF_HUB_CACHE": str(cache / "hub"),
+    }.items():
+        patch.setattr(constants, name, value)
+    for name, value in {
+        "HF_ENDPOINT": server.address,
+        "HF_HUB_OFFLINE": False,
+        "HF_DATASETS_CACHE": cache / "datasets",
+        "DOWNLOADED_DATASETS_PATH": cache / "datasets/downloads",
+    }.items():
+        patch.setattr(config, name, value)
+    patch.setenv("HF_TOKEN", TOKEN)
+
+
+# Data sets
+
+TEXTS = {
+    "HuggingFaceFW/fineweb-edu": ("train", 80),
+    "HuggingFaceFW/fineweb-edu:sample-10BT": ("train", 80),
+    "HuggingFaceFW/fineweb-edu:sample-100BT": ("train", 40),
+    "HuggingFaceFW/fineweb-edu:CC-MAIN-2024-10": ("train", 40),
+    "allenai/c4:en": ("validation", 30),
+    "NeelNanda/c4-10k": ("train", 80),
+    "Salesforce/wikitext:wikitext-2-raw-v1": ("test", 80),
+    "OptimalScale/ClimbMix": ("train", 90),
+}
+
+
+@pytest.mark.parametrize("source", TEXTS)
+def test_a_data_set_of_the_hub_loads_and_streams(real_hub, source):
+    split, count = TEXTS[source]
+    check_first_block(source, tiny.tokenizer(), 8, split=split)
+    loaded, streamed = (list(load_text(source, split, streaming=streaming)) for streaming in (False, True))
+    assert len(loaded) == count
+    assert loaded == streamed
+    assert {tuple(row) for row in loaded} == {("text",)}
+
+
+def test_what_a_data_set_lacks_is_refused_before_anything_is_read(real_hub):
+    for source, split, message in (
+        ("HuggingFaceFW/fineweb-edu:sample-1BT", "train", "BuilderConfig 'sample-1BT' not found. Available: .*'sample-10BT'"),
+        ("HuggingFaceFW/fineweb-edu", "test", r"Bad split: test. Available splits: \['train'\]"),
+        ("HuggingFaceFW/fineweb-edo", "train", "Dataset 'HuggingFaceFW/fineweb-edo' doesn't exist on the Hub"),
+        ("Salesforce/wikitext", "test", "Config name is missing. Please pick one among the available configs"),
+    ):
+        with pytest.raises(ValueError, match=f"{source} cannot be read: {message}") as raised:
+            check_first_block(source, tiny.tokenizer(), 8, split=split)
+        assert "\n" not in str(raised.value), "one line"
+
+
+def test_a_chat_set_names_the_columns_that_hold_text(real_hub):
+    source, split = "HuggingFaceH4/ultrachat_200k", "train_sft"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="it has prompt, prompt_id, messages. Columns with text: prompt, prompt_id; set"):
+            load_text(source, split, streaming=streaming)
+        with pytest.raises(ValueError, match="row 1: column 'messages' holds .* not text. .* with the tokenizer's apply_chat"):
+            load_text(source, split, "messages", streaming=streaming)
+        assert len(list(load_text(source, split, "prompt", streaming=streaming))) == 10
+
+
+# Recipes
+
+SMALL = {
+    "score.tokens": 256, "score.block_size": 32, "score.batch_size": 4, "score.layers_limit": 4,
+    "distill.block_size": 32, "distill.max_steps": 2, "distill.gradient_accumulation_steps": 2, "distill.logging_steps": 1,
+    "distill.per_device_train_batch_size": 2, "distill.warmup_steps": 1, "distill.save_steps": 1, "distill.disable_tqdm": True,
+    "evaluate.tokens": 256, "evaluate.block_size": 32, "evaluate.limit": 2,
+    "evaluate.speed": {"batch_sizes": [1], "prompt": [4], "new_tokens": 2, "rounds": 1},
+}  # fmt: skip
+RECIPES = sorted({path.parent for path in FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate"})
+CHEAP = ("llama-3.1-8b-depth-4.5b", "qwen3-4b-cached")
+
+
+def small(paths, folder):
+    """Write recipes' copies with targets for the tiny model; return their paths and the model's name."""
+    recipes, written = [yaml.safe_load(path.read_text()) for path in paths], []
+    name = Path(recipes[0]["model"]).name
+    for path, recipe in zip(paths, recipes, strict=True):
+        recipe["prune"]["target"] = real_repos.scaled(name, recipe["prune"]["target"])
+        if "layers_block" in recipe["score"]:
+            recipe["score"]["layers_block"] = recipe["prune"]["target"]["layers"]
+        written.append(folder / path.parent.name / path.name)
+        written[-1].parent.mkdir(exist_ok=True)
+        written[-1].write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return written, recipes
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [path if path.name in CHEAP else pytest.param(path, marks=pytest.mark.slow) for path in RECIPES],
+    ids=lambda p: p.name,
+)
+def test_a_recipe_runs_from_the_hub_to_a_card(recipe, real_hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths, recipes = small(sorted(recipe.glob("*.yaml")), tmp_path)
+    publish_model(real_hub, recipes[0]["model"], tmp_path)
+    if "stdlib" in recipes[0]["score"]["text"]:
+        prepare_texts(tmp_path / ".cache/hf_minitron/stdlib", monkeypatch)
+    overrides = SMALL | {f"correct.{key.partition('.')[2]}": value for key, value in SMALL.items()
+                         if key.startswith("distill.") and "correct" in recipes[0]}  # fmt: skip
+    overrides = {
+        key: value for key, value in overrides.items() if key != "score.layers_limit" or "layers" in recipes[0]["score"]
+    }
+    arguments = [item for key, value in overrides.items() for item in (f"--{key}", json.dumps(value))]
+    assert main(["run", *map(str, paths), *arguments]) == 0, capsys.readouterr().err
+    for made in recipes:
+        check_run(Path(made["run"]), made)
+
+
+def publish_model(server, model, home):
+    """Put a recipe's model where the recipe looks for it: on the Hub, or in a folder."""
+    name = Path(model).name
+    folder = server.folder / "models" / name
+    if not folder.exists():
+        real_repos.write_model(folder, name)
+    if model.count("/") == 1 and not model.startswith("models/"):
+        server.add_folder(model, folder)
+    else:
+        shutil.copytree(folder, home / model.replace("~/", ""))
+
+
+def prepare_texts(folder, monkeypatch):
+    """Write the texts and the task of the demonstration by its own script, of other documents."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import prepare_offline
+
+    documents = [(f"module{i}", text) for i, text in enumerate(real_repos.passages(60, 7))]
+    monkeypatch.setattr(prepare_offline, "documents", lambda: iter(documents))
+    prepare_offline.prepare_text(folder)
+
+
+def check_run(run, recipe):
+    """A student that Transformers loads, of the target's sizes, a report of three models and a card."""
+    folder = run / "publish/model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for axis, size in recipe["prune"]["target"].items():
+        key = "moe_intermediate_size" if axis == "ffn" and hasattr(model.config, "num_experts") else real_repos.SIZES[axis]
+        assert getattr(model.config, key) == size, axis
+    report = json.loads((run / "evaluate/report.json").read_text())
+    assert {"teacher", "pruned", "distilled"} <= set(report["models"]), list(report)
+    assert "license: " in (folder / "README.md").read_text()
+    assert tokenizer.eos_token_id == model.config.eos_token_id
