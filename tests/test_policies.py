@@ -30,6 +30,7 @@ distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.tasks
 evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run hub.facts recipe
+stages.validation
 stages.training stages.correct stages.synthesize stages.score stages.prune stages.distill stages.cache stages.evaluate
 stages.search stages.select stages.publish chain estimate __main__
 """.split()

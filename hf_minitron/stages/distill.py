@@ -20,7 +20,6 @@ from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.training import (
     TextArguments,
-    callbacks_of,
     check_checkpoints,
     check_text_for,
     fit,
@@ -30,11 +29,12 @@ from hf_minitron.stages.training import (
     save_trained,
     tokens_of,
 )
+from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
 
 ALL_PROCESSES = True
 NEEDS = ("prune",)
 USES = ("correct", "synthesize", "cache")
-SCALES = ("max_steps",)
+SCALES = ("max_steps", "warmup_steps")
 
 
 @dataclass
@@ -75,7 +75,8 @@ def check_blocks(args: Args, run: Run) -> None:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.estimate`."""
-    return {"train": tokens_of(args), "step": max(args.max_steps, 0)}
+    read = eval_tokens_of(args)
+    return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": read, "compare": read}
 
 
 def teacher_of(args: Args, run: Run) -> str | Path:
