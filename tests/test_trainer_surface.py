@@ -172,7 +172,7 @@ def plain_threads():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "compiled")) for case in CASES])
 @pytest.mark.filterwarnings("ignore")
 def test_a_setting_does_what_it_does_in_the_trainer(case, tmp_path, plain_threads):
     if case == "grouped":
