@@ -238,8 +238,9 @@ def scaled(run: Run, stages: Mapping[str, ModuleType], share: float) -> dict[str
     for name, args in _bound(run, stages).items():
         for key in getattr(stages[name], "SCALES", ()):
             size, step = getattr(args, key), args.block_size if key == "tokens" else 1
-            if size is not None and size > 0:
-                values[f"{name}.{key}"] = max(step, int(size * share) // step * step)
+            least = 0 if key == "warmup_steps" else step
+            if size is not None and size >= 1:  # a warm-up may be a share already
+                values[f"{name}.{key}"] = max(least, int(size * share) // step * step)
     return values
 
 

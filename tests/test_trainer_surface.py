@@ -14,10 +14,10 @@ import tiny
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron import DistillationArguments, DistillationTrainer
 from hf_minitron.distillation.batch import collate
-from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 
 LENGTHS = (4, 12, 7, 9, 5, 11, 8, 6)
 ROWS = Dataset.from_dict({"input_ids": [tiny.blocks(1, n, seed=n)["input_ids"][0].tolist() for n in LENGTHS]})
@@ -172,7 +172,7 @@ def plain_threads():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "compiled")) for case in CASES])
 @pytest.mark.filterwarnings("ignore")
 def test_a_setting_does_what_it_does_in_the_trainer(case, tmp_path, plain_threads):
     if case == "grouped":
@@ -509,7 +509,15 @@ def test_what_the_loss_does_not_know_about_a_model_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(type(spread), "is_distributed_loading_by_transformers", True)
     with pytest.raises(ValueError, match="model: sharded by from_pretrained"):
         DistillationTrainer(spread, None, args)
-    assert "forward_kl" in TOKEN_LOSSES
+
+
+def test_a_quantized_teacher_stays_where_it_is(tmp_path, monkeypatch):
+    """bitsandbytes puts it on its device, and refuses to move it."""
+    teacher = student()
+    teacher.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    monkeypatch.setattr(teacher, "to", lambda *args, **kwargs: 1 / 0)
+    trainer = DistillationTrainer(student(), teacher, DistillationArguments(str(tmp_path), **COMMON), train_dataset=ROWS)
+    assert trainer.train().global_step == 3
 
 
 def test_full_determinism_keeps_state_losses_alive(tmp_path, plain_threads):

@@ -11,14 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import adds_bos_token
-from hf_minitron.evaluation.report import samples_of
-from hf_minitron.evaluation.significance import AGGREGATIONS, interval
+from hf_minitron.evaluation.task_results import add_samples_view, facts_of, records_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +101,7 @@ class Tasks:
 def _first_document(name: str, key: str, tasks: Tasks) -> None:
     """Make the first question of a task, as lm-eval will."""
     try:
-        (task,) = task_manager(tasks.include_paths).load([name])["tasks"].values()
+        (task,) = task_manager(tasks.include_paths, [name]).load([name])["tasks"].values()
         documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
         document = documents[0]
         task.doc_to_text(document), task.doc_to_target(document)
@@ -114,7 +112,7 @@ def _first_document(name: str, key: str, tasks: Tasks) -> None:
 
 def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     """Yield what lm-eval reads of a task, or of every task of a group or a tag: its YAML file with those that it includes."""
-    index, waiting, seen = task_manager(folders).task_index, [task], set()
+    index, waiting, seen = task_manager(folders, [task]).task_index, [task], set()
     while waiting:
         entry = index.get(waiting.pop())
         if entry is None or entry.name in seen:
@@ -181,12 +179,12 @@ def run_tasks(
     )
     answer = [None]
     if state.is_main_process:  # the only one that gets results
-        answer = [(_facts(results), _records(results))]
+        answer = [(facts_of(results), records_of(results))]
         for name, shots in results["n-shot"].items():
             if tasks.few_shot is not None and shots != tasks.few_shot:
                 logger.warning("%s fixes its number of worked examples: %s, not %s", name, shots, tasks.few_shot)
     facts, records = (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
-    _add_samples_view(facts, records)
+    add_samples_view(facts, records)
     return facts, records
 
 
@@ -232,77 +230,6 @@ def _name_in(path: Path) -> str:
     if not isinstance(name, str):
         raise ValueError(f"tasks: {path} has no `task: name` line")
     return name
-
-
-def _facts(results: Mapping) -> dict[str, dict]:
-    """Read lm-eval's results; a group's metrics name the tasks they are made `of`."""
-    found = {}
-    for task, metrics in results["results"].items():
-        leaves = _leaves(task, results["group_subtasks"])
-        samples = sum(results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"])
-        found[task] = _metrics(metrics, samples)
-        higher = results["higher_is_better"].get(task) or {}
-        for name, entry in found[task].items():
-            entry["higher_is_better"] = higher.get(name, True) is not False
-            if leaves != [task]:
-                entry["of"] = leaves
-    return found
-
-
-def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
-    children = subtasks.get(task)
-    return [leaf for child in children for leaf in _leaves(child, subtasks)] if children else [task]
-
-
-def _metrics(metrics: Mapping, samples: int) -> dict[str, dict]:
-    """Read lm-eval's `metric,filter` keys; of several filters of a metric the first counts."""
-    found = {}
-    for key, value in metrics.items():
-        name, comma, filtered = key.partition(",")
-        if not comma or "_stderr" in key or name in found or not isinstance(value, int | float):
-            continue
-        stderr = metrics.get(f"{name}_stderr,{filtered}")
-        found[name] = {
-            "value": float(value),
-            "stderr": float(stderr) if isinstance(stderr, int | float) else float("nan"),
-            "samples": samples,
-        }
-    return found
-
-
-def _records(results: Mapping) -> list[dict]:
-    """Return the samples' numbers: scores weigh one, pairs are a sum of log-likelihoods and what it is to be divided by."""
-    found: dict[tuple, dict] = {}
-    for task, samples in results["samples"].items():
-        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
-            for metric in sample["metrics"]:
-                value, key = sample[metric], (task, sample["doc_id"], metric)
-                pair = value if isinstance(value, tuple | list) else (value, 1)
-                numbers = len(pair) == 2 and all(isinstance(n, int | float | np.number | np.bool_) for n in pair)
-                if numbers and key not in found:  # of several filters the first counts
-                    found[key] = dict(zip(("task", "doc", "metric"), key, strict=True))
-                    found[key] |= {"value": float(pair[0]), "weight": float(pair[1])}
-    return list(found.values())
-
-
-def _add_samples_view(facts: Mapping[str, dict], records: Sequence[Mapping]) -> None:
-    """Add `aggregation` and `interval` to the metrics whose value is some aggregation of their samples.
-
-    lm-eval does not say how it made a value, so the known ways are tried; a metric that none of them gives (a corpus's BLEU,
-    F1) is not compared sample by sample.
-    """
-    arranged = samples_of(records)
-    for task, metrics in facts.items():
-        for metric, entry in metrics.items():
-            rows = [r for leaf in entry.get("of", [task]) for r in arranged.get((leaf, metric), {}).values()]
-            rows = np.array(rows, dtype=float)
-            if len(rows) == 0 or not rows[:, 1].sum() > 0:
-                continue
-            with np.errstate(over="ignore"):
-                ways = {name: finish(rows[:, 0].sum() / rows[:, 1].sum()) for name, finish in AGGREGATIONS.items()}
-            fits = [name for name, value in ways.items() if np.isclose(value, entry["value"], rtol=1e-6, atol=1e-12)]
-            if fits:
-                entry |= {"aggregation": fits[0], "interval": interval(rows, fits[0])}
 
 
 def splits_evenly(limit: int | None, processes: int) -> None:

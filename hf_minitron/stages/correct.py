@@ -17,7 +17,6 @@ from hf_minitron.side_files import side_files
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
-    callbacks_of,
     check_checkpoints,
     check_text_for,
     fit,
@@ -25,6 +24,7 @@ from hf_minitron.stages.training import (
     make_eval_blocks,
     tokens_of,
 )
+from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
 
 ALL_PROCESSES = True
 OPTIONAL = True
@@ -89,7 +89,7 @@ def check(args: Args, run: Run) -> None:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.estimate`; the teacher is trained as the student is."""
-    return {"train": tokens_of(args), "step": max(args.max_steps, 0)}
+    return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": eval_tokens_of(args)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:

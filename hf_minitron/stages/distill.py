@@ -23,7 +23,6 @@ from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
-    callbacks_of,
     check_checkpoints,
     check_text_for,
     fit,
@@ -31,11 +30,12 @@ from hf_minitron.stages.training import (
     make_eval_blocks,
     tokens_of,
 )
+from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
 
 ALL_PROCESSES = True
 NEEDS = ("prune",)
 USES = ("correct", "synthesize", "cache")
-SCALES = ("max_steps",)
+SCALES = ("max_steps", "warmup_steps")
 
 
 @dataclass
@@ -84,7 +84,8 @@ def check_blocks(args: Args, run: Run) -> None:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.estimate`."""
-    return {"train": tokens_of(args), "step": max(args.max_steps, 0)}
+    read = eval_tokens_of(args)
+    return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": read, "compare": read}
 
 
 def teacher_of(args: Args, run: Run) -> str | Path:

@@ -10,14 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_from_disk
-from transformers import (
-    AutoConfig,
-    EarlyStoppingCallback,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.checkpoint import (
     complete_or_absent,
@@ -34,6 +27,7 @@ from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_source
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
 from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
+from hf_minitron.stages.validation import check_evaluation, eval_sources_of
 
 
 @dataclass
@@ -91,31 +85,7 @@ class TextArguments:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps:g} are not fewer than max_steps: {self.max_steps}; set it lower"
             )
-        self._check_evaluation()
-
-    def _check_evaluation(self) -> None:
-        """Refuse an evaluation without a text, and what needs an evaluation without one."""
-        evaluates = self.eval_on_start or self.eval_strategy != "no"
-        if evaluates != bool(self.eval_text):
-            raise ValueError(f"eval_strategy: {self.eval_strategy.value} and eval_text: {self.eval_text!r} do not go together: "
-                             "evaluation needs both, a text and steps or epoch; leave out both for none")  # fmt: skip
-        if evaluates:
-            eval_sources_of(self)
-        choosing = {
-            "load_best_model_at_end": self.load_best_model_at_end,
-            "save_strategy": self.save_strategy == "best",
-            "early_stopping_patience": self.early_stopping_patience is not None,
-        }
-        chosen = next((name for name, given in choosing.items() if given), None)
-        if chosen and self.eval_strategy == "no":
-            raise ValueError(f"{chosen} needs an evaluation: set eval_strategy and eval_text")
-        if choosing["early_stopping_patience"] and not self.load_best_model_at_end:
-            raise ValueError(f"early_stopping_patience: {self.early_stopping_patience} needs load_best_model_at_end: true")
-        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if metric not in ("loss", *self.losses):
-            raise ValueError(f"metric_for_best_model: {metric!r} is none of loss, {', '.join(self.losses)}")
-        if choosing["early_stopping_patience"]:  # or the count would begin again after an interruption
-            self.restore_callback_states_from_checkpoint = True
+        check_evaluation(self)
 
 
 # What `TrainingArguments` has and a section cannot set, and why; `hub_` stands for all that begin with it.
@@ -133,20 +103,6 @@ RESERVED = {
 }
 
 
-class Patience(EarlyStoppingCallback):
-    """Early stopping that stays stopped when training is started again behind its end."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Stop at once when the patience has ended before."""
-        super().on_train_begin(args, state, control, **kwargs)
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
-
-
-def callbacks_of(args: TextArguments) -> list[TrainerCallback]:
-    """Return what a section adds to the Trainer's callbacks."""
-    return [] if args.early_stopping_patience is None else [Patience(args.early_stopping_patience)]
-
-
 # What of a section decides which blocks are made of its text.
 BLOCK_SETTINGS = (
     "text", "text_column", "split", "block_size", "cross_documents", "add_bos_token", "max_steps",
@@ -157,11 +113,6 @@ BLOCK_SETTINGS = (
 def sources_of(args: TextArguments) -> list[Source]:
     """Return the sources of a section's text; refuse a text that cannot be read as such."""
     return read_sources(args.text, args.split, args.text_column)
-
-
-def eval_sources_of(args: TextArguments) -> list[Source]:
-    """Return the sources of a section's text for evaluation; none where nothing is evaluated."""
-    return read_sources(args.eval_text, args.split, args.text_column) if args.eval_text else []
 
 
 def tokens_per_step(args: DistillationArguments) -> int:
