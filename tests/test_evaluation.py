@@ -19,7 +19,8 @@ from hf_minitron import token_blocks
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
-from hf_minitron.evaluation.tasks import Tasks, _add_samples_view, run_tasks, task_manager
+from hf_minitron.evaluation.task_results import add_samples_view
+from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_facts, text_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,7 +261,7 @@ def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
     entry = {"value": 0.5, "stderr": 0.1, "samples": 4, "higher_is_better": True}
     facts = {"task": {name: dict(entry) for name in ("acc", "median", "perplexity", "unknown")}}
     values = {"acc": [0, 1, 1, 0], "median": [0.5, 0.5, 0.5, 9], "perplexity": [math.log(2)] * 4}
-    _add_samples_view(facts, [
+    add_samples_view(facts, [
         {"task": "task", "doc": doc, "metric": name, "value": value, "weight": 1.0}
         for name, row in values.items() for doc, value in enumerate(row)
     ])  # fmt: skip
