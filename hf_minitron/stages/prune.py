@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -179,7 +180,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         plan = make_plan(scores, before, after)
     if merges(args, run.model):
         device = best_device()
-        blocks = Dataset.from_parquet(str(run.path("score") / BLOCKS), keep_in_memory=True)
+        blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
         gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
     used = moments if args.corrections else None
     prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, args.corrections, gaps)
