@@ -467,14 +467,14 @@ def test_rotation_and_merging_go_through_the_command(project, tmp_path, capsys, 
         "[least_squares, norm_ratio, rotation, layer_merge]",
     ]
     for stage in ("score", "prune"):
-        assert run(project, tmp_path / "run", *more, verb=stage) == 0
-    assert run(project, tmp_path / "run", *more, verb="plan") == 0
+        assert run(project, tmp_path / "run [1]", *more, verb=stage) == 0
+    assert run(project, tmp_path / "run [1]", *more, verb="plan") == 0
     assert "unties the output head" in capsys.readouterr().out
-    plan = json.loads((tmp_path / "run/prune/student/plan.json").read_text())
+    plan = json.loads((tmp_path / "run [1]/prune/student/plan.json").read_text())
     assert plan["keep"]["hidden"] == list(range(24)) and len(plan["keep"]["layers"]) == 2
-    assert sorted(path.name for path in (tmp_path / "run/prune").iterdir()) == ["done.json", "student"]
+    assert sorted(path.name for path in (tmp_path / "run [1]/prune").iterdir()) == ["done.json", "student"]
     monkeypatch.setattr("hf_minitron.stages.prune.fits", lambda *args: False)
-    assert run(project, tmp_path / "run", *more, "--prune.max_shard_bytes", "1000", verb="prune") == 1
+    assert run(project, tmp_path / "run [1]", *more, "--prune.max_shard_bytes", "1000", verb="prune") == 1
     assert "layer_merge runs the whole model, which does not fit in memory" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ JUNK = [
     "owner/name@", "[", "é" * 300, [], {}, [None], {"a": {"b": [1]}}, [[1]], {"": 1}, {1: 2}, "-1", "1e-4", "no", "auto",
 ]  # fmt: skip
 # A type's name in place of a sentence: nobody has thought of that mistake.
-BARE = re.compile(r"(?:^|: )(?:Type|Key|Attribute|Index|Assertion|ZeroDivision|Runtime|UnboundLocal|Overflow|Recursion)Error: ")
+BARE = re.compile(r"^(?:\w+: )?(?:Type|Key|Attribute|Index|Assertion|ZeroDivision|Runtime|Unbound|Overflow)\w*Error: ")
 
 
 class Late(BaseException):

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from hf_minitron.__main__ import main
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import check_first_block
-from hf_minitron.evaluation.task_files import task_files
+from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import Tasks
 from hf_minitron.hub.facts import shorten
 from hf_minitron.hub.page import write_page
@@ -186,6 +186,14 @@ def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, check
     for folder in (checkpoints, tmp_path / "fresh"):
         assert main(["distill", str(project["path"]), "--run", str(folder)]) == 0
     assert left > 100_000 and needed[1] - needed[0] == left
+
+
+def test_tasks_are_not_looked_for_on_the_whole_disk(tmp_path, monkeypatch):
+    write_task(tmp_path / "tasks")
+    check_folder(str(tmp_path / "tasks"))
+    monkeypatch.setattr("hf_minitron.evaluation.task_files.MOST_FILES", 3)
+    with pytest.raises(ValueError, match="tasks holds more than 3 files; name the folder of the tasks"):
+        check_folder(str(tmp_path / "tasks"))
 
 
 TOKENS = ["hf_" + "Secret" * 6, "ghp_" + "a1B2" * 9, "sk-proj-" + "a1B2" * 9, "AKIA" + "A1B2" * 4]

@@ -3,11 +3,27 @@
 It reads task files; it must not run a task.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_minitron.evaluation.tasks import children_of, task_manager
+
+MOST_FILES = 100_000  # lm-eval has 14,000, and reads every folder below one that it is given
+
+
+def check_folder(include_path: str | None) -> None:
+    """Refuse a folder in which nobody would look for tasks: lm-eval would read all of the disk.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    count = 0
+    for _, folders, names in os.walk(Path(include_path).expanduser()) if include_path else ():
+        count += len(folders) + len(names)
+        if count > MOST_FILES:
+            raise ValueError(f"include_path: {include_path} holds more than {MOST_FILES:,} files; name the folder of the tasks")
 
 
 def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Path]:

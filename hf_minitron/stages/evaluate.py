@@ -13,7 +13,7 @@ from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
-from hf_minitron.evaluation.task_files import task_files
+from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
 from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
@@ -65,6 +65,7 @@ def check(args: Args, run: Run) -> None:
     check_text(args.text, args.block_size)
     if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
         raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
+    check_folder(args.include_path)
     Tasks.find(args.tasks, args.include_path, **_task_settings(args)).check()
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:

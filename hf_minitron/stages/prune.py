@@ -3,6 +3,7 @@
 import logging
 import shutil
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -194,7 +195,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         plan = make_plan(scores, before, after)
     if merges(args):
         device = best_device()
-        blocks = Dataset.from_parquet(str(run.path("score") / BLOCKS), keep_in_memory=True)
+        blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
         gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
     used, names = moments if args.corrections else None, args.corrections
     if gaps is not None and not plan.gaps:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
-from hf_minitron.evaluation.task_files import task_files
+from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
@@ -147,6 +147,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
         raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
     if args.layers in METRICS:
         return
+    check_folder(args.include_path)
     if args.include_path and not Path(args.include_path).expanduser().is_dir():
         raise ValueError(f"include_path: no folder at {args.include_path}")
     if task not in task_manager(args.include_path, [task]).all_tasks:
