@@ -134,10 +134,12 @@ def bind(run: Run, stage: str, args_type: type) -> Any:
         RecipeError: naming the section, for a missing or an ill-typed value.
     """
     section, values = run.section(stage), {}
+    declared = typing.get_type_hints(args_type)  # not the fields' types, which HfArgumentParser changes
     for field in dataclasses.fields(args_type):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name in section:
-            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], field.type, field.metadata.get("min"))
+            least = field.metadata.get("min")
+            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], declared[field.name], least)
         elif required and field.init:
             raise RecipeError(f"{stage}.{field.name} is missing: {field.metadata.get('help', '')}")
     try:

@@ -250,3 +250,9 @@ def test_evaluations_that_cannot_work_are_refused(project, tmp_path, capsys, cha
     words = [word for key, value in settings.items() for word in (f"--distill.{key}", json.dumps(value))]
     assert main(["run", str(project["path"]), "--run", str(tmp_path / "run"), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_parser_of_the_command_line_changes_no_check():
+    """HfArgumentParser writes other types into the fields of a dataclass."""
+    HfArgumentParser(DistillationArguments)
+    assert DistillationArguments("out", report_to="none").include_num_input_tokens_seen == "no"

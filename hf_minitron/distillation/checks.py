@@ -54,9 +54,10 @@ def check_values(args: Any) -> None:
     Args:
         args (`TrainingArguments` or another dataclass): Its fields are looked at by their types.
     """
+    declared = typing.get_type_hints(type(args))  # not the fields' types, which HfArgumentParser changes
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        kinds = set(typing.get_args(field.type) or (field.type,))
+        kinds = set(typing.get_args(declared[name]) or (declared[name],))
         enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
         choices = [each.value for each in enums[0]] if enums else field.metadata.get("choices")
         if value is None:
