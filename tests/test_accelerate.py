@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -270,3 +271,42 @@ def test_the_command_corrects_and_writes_in_two_processes_as_in_one(project, tmp
     for name in ("text.jsonl", "synthesize.json"):
         assert (tmp_path / "1/synthesize" / name).read_text() == (tmp_path / "2/synthesize" / name).read_text()
     assert len((tmp_path / "2/synthesize/text.jsonl").read_text().splitlines()) == 11
+
+
+FAILING = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import tiny
+from test_distillation import arguments
+from transformers import TrainerCallback
+from hf_minitron import DistillationTrainer
+
+
+class Fails(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 2:
+            print("failing now", flush=True)
+            if sys.argv[2] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("the second rank has had enough")
+
+
+args = arguments(sys.argv[1], max_steps=10_000, per_device_train_batch_size=2)
+teacher, student = tiny.model(), tiny.model(seed=1, hidden_size=24)
+DistillationTrainer(student, teacher, args, train_dataset=tiny.blocks(), callbacks=[Fails()]).train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "raised"])
+def test_a_rank_that_fails_ends_all_within_seconds(tmp_path, how):
+    (tmp_path / "script.py").write_text(FAILING.format(tests=str(Path(__file__).parent)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(tmp_path / "script.py"), str(tmp_path / "out"), how]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert any("failing now" in line for line in started.stdout)
+    _, errors = started.communicate(timeout=45)  # torchrun itself looks every few seconds
+    assert started.returncode != 0
+    assert "the second rank has had enough" in errors or how == "killed"
+    assert "SIGKILL" in errors or "Signal 9" in errors or how == "raised"

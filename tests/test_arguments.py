@@ -8,6 +8,7 @@ from types import NoneType
 
 import pytest
 import tiny
+from transformers import HfArgumentParser
 
 from hf_minitron import DistillationArguments
 from hf_minitron.__main__ import VERBS, main

@@ -147,7 +147,7 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--evaluate.speed", "{batches: 1}"), "speed: unknown key 'batches'"),
         (("--evaluate.speed", "fast"), "evaluate.speed: 'fast' is not true or false or a section"),
         (("--score.text", "./nowhere.jsonl"), "score: No text at './nowhere.jsonl'"),
-        (("--distill.block_size", "1000000"), "too short for one block"),
+        (("--distill.block_size", "1000000"), "more than the 128 positions"),
         (("--score.tokens", "many"), "score.tokens: 'many' is not a whole number"),
         (("--model", "./nowhere"), "No model at './nowhere'"),
         (("--distill.losses", "{kl: 1}"), "'kl' is not a loss"),

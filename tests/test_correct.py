@@ -160,7 +160,7 @@ def test_killed_between_checkpoints_it_ends_as_if_it_had_not_been(recipe, monkey
     whole, killed = (recipe(name, lora={"r": 2}, max_steps=4) for name in ("whole", "killed"))
     assert main(["correct", str(whole)]) == 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("hf_minitron.stages.training.merge_lora", lambda *args: 1 / 0)
+        patch.setattr("hf_minitron.stages.trained.merge_lora", lambda *args: 1 / 0)
         main(["correct", str(killed)])
     folder = killed.with_suffix("") / "correct.tmp/checkpoints"
     shutil.rmtree(folder / "checkpoint-4")
