@@ -420,6 +420,15 @@ def test_a_null_among_texts_is_refused_by_its_row_when_loaded(tmp_path):
         load_text(str(path))
 
 
+def test_a_null_in_a_shuffled_stream_is_refused_by_its_row(tmp_path):
+    rows = [{"body": "w1 w2 w3"}] * 700 + [{"body": None}] + [{"body": "w1"}] * 300
+    path = write_rows(rows, tmp_path / "late.jsonl")
+    documents = load_text(str(path), column="body", streaming=True)
+    stream = token_blocks(documents, tiny.tokenizer(), 16, seed=1, shuffle_buffer=50, name="late")
+    with pytest.raises(ValueError, match="late.jsonl, row 701: column 'body' holds 'None', not text. Leave the row out"):
+        list(islice(stream, 400))
+
+
 def test_files_that_hold_nothing_or_break_are_refused_in_a_line(tmp_path):
     for name, content, message in (
         ("empty.jsonl", b"", "it is empty"),

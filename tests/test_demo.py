@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
 
 from hf_minitron import Report
 from hf_minitron.hub.card import markdown_table, quality_rows
@@ -59,11 +62,18 @@ def test_plain_transformers_loads_the_student(report):
     assert found["text"].startswith("Return a new list that ")
 
 
-def test_its_sizes_can_be_quantized():
-    """llama.cpp's formats of 4 to 8 bits store 32 weights of a row together."""
-    config = json.loads((MODEL / "config.json").read_text())
-    widths = [config["hidden_size"], config["intermediate_size"], config["head_dim"] * config["num_key_value_heads"]]
-    assert [width % 32 for width in widths] == [0, 0, 0]
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_its_weights_can_be_quantized(kind):
+    """llama.cpp's formats store 32 weights of a row together; its own Python package packs them."""
+    kind, sizes = getattr(GGMLQuantizationType, kind), []
+    for name, tensor in load_file(MODEL / "model.safetensors").items():
+        if tensor.dim() == 2:
+            weights = tensor[:64].float().numpy()
+            packed = quantize(weights, kind)
+            sizes.append(packed.nbytes / weights.nbytes)
+            assert abs(dequantize(packed, kind) - weights).max() <= abs(weights).max() / 7, name
+    assert len(sizes) == 30 * 7 + 1
+    assert max(sizes) < 0.3
 
 
 def test_the_card_is_made_of_the_report(report):
