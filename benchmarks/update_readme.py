@@ -55,7 +55,7 @@ def expected_block(run: Path, recipe: Path) -> str:
     seconds = sum(json.loads(mark.read_text())["seconds"] for mark in run.glob("*/done.json"))
     rows = [
         ["parameters", f"{sizes[0]:,} to {sizes[1]:,}"],
-        ["tokens", f"{tokens / 1e3:.1f} k; fewer where `minutes: {whole['minutes']}` are too few"],
+        ["tokens", f"{tokens / 1e3:.1f} k (fewer where `minutes: {whole['minutes']}` are too few)"],
         ["hardware", "2 CPU cores, no GPU"],
         ["expected", f"perplexity on held-out text {expected}, after {log['tokens'] / 1e3:.1f} k tokens"],
         ["source", "measured: the table in the main README and [its card](../../model_cards/smollm2-135m-width/README.md)"],
