@@ -55,7 +55,7 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
     _check_column(source, documents, column, first)
     documents = documents.select_columns(column)
     if streaming:  # whose rows nobody has looked at; before shuffling, which would hide where they stand
-        documents = documents.map(_check_rows, with_indices=True, batched=True, fn_kwargs={"source": source, "column": column})
+        documents = documents.map(_check_row, with_indices=True, fn_kwargs={"source": source, "column": column})
     return documents if column == "text" else documents.rename_column(column, "text")
 
 
@@ -85,13 +85,12 @@ def _check_column(source: str, documents: Dataset | IterableDataset, column: str
             raise ValueError(f"{source}, row {number:,}: column {column!r} holds {str(row[column])[:40]!r}, not text. {advice}")
 
 
-def _check_rows(rows: dict, numbers: Sequence[int], source: str, column: str) -> dict:
-    """Return rows of a stream; refuse one whose column holds something else than text."""
-    for number, value in zip(numbers, rows[column], strict=True):
-        if not isinstance(value, str):
-            raise ValueError(f"{source}, row {number + 1:,}: column {column!r} holds {str(value)[:40]!r}, not text. Leave the "
-                             "row out")  # fmt: skip
-    return rows
+def _check_row(row: dict, number: int, source: str, column: str) -> dict:
+    """Return a row of a stream; refuse one whose column holds something else than text."""
+    if not isinstance(row[column], str):
+        raise ValueError(f"{source}, row {number + 1:,}: column {column!r} holds {str(row[column])[:40]!r}, not text. Leave it "
+                         "out")  # fmt: skip
+    return row
 
 
 def _is_text(documents: Dataset | IterableDataset, column: str) -> bool:

@@ -425,7 +425,7 @@ def test_a_null_in_a_shuffled_stream_is_refused_by_its_row(tmp_path):
     path = write_rows(rows, tmp_path / "late.jsonl")
     documents = load_text(str(path), column="body", streaming=True)
     stream = token_blocks(documents, tiny.tokenizer(), 16, seed=1, shuffle_buffer=50, name="late")
-    with pytest.raises(ValueError, match="late.jsonl, row 701: column 'body' holds 'None', not text. Leave the row out"):
+    with pytest.raises(ValueError, match="late.jsonl, row 701: column 'body' holds 'None', not text. Leave it out"):
         list(islice(stream, 400))
 
 
