@@ -13,6 +13,7 @@ import yaml
 
 from hf_minitron.__main__ import VERBS, check_stages, own_stages, plan_text, told
 from hf_minitron.data import check_first_block
+from hf_minitron.evaluation import tasks
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import RecipeError
 
@@ -43,6 +44,13 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def own_tasks(monkeypatch):
+    """Tasks are looked for among one's own: reading lm-eval's 14,000 files takes as long as a hang, and is not one."""
+    real = tasks._task_manager
+    monkeypatch.setattr(tasks, "_task_manager", lambda folders, include_defaults: real(folders, include_defaults=False))
 
 
 def places(value, path=()):
