@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
@@ -31,6 +31,7 @@ from hf_minitron.evaluation.speed import generate, random_model, seconds_of
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.memory import free_memory
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_model
 from hf_minitron.recipe import bind
@@ -40,6 +41,7 @@ from hf_minitron.stages import prune
 # What a run's time allows, in its folder: another start of the same recipe gets the same.
 BUDGET = "budget.json"
 DEPTH = 4  # layers of the models that are measured
+BYTES = 24  # per parameter of them: teacher, student, its gradients, AdamW's moments, and room
 TOKENS = 1024  # of their batch, at most
 NEW_TOKENS = 8
 LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result would say nothing
@@ -56,15 +58,22 @@ def time_allows(run: Run, stages: Mapping[str, ModuleType], estimate: bool) -> t
     answer = [({}, "")]
     if PartialState().is_main_process and (estimate or "minutes" in run.recipe):
         values = stored_values(run) if "minutes" in run.recipe else {}
-        if estimate or values is None:
-            rates = rehearse(run, stages)
-            values = fit(run, stages, rates) if values is None else values
-            answer = [(values, time_text(run, values, stages, rates))]
-        else:
-            answer = [(values, "")]
+        answer = [_measured(run, values, stages) if estimate or values is None else (values, "")]
     if PartialState().num_processes > 1:
         broadcast_object_list(answer)
     return answer[0]
+
+
+def _measured(run: Run, values: dict[str, int] | None, stages: Mapping[str, ModuleType]) -> tuple[dict[str, int], str]:
+    """Return the values of a recipe, those that fit its time where there are none yet, and what to say about its time."""
+    try:
+        rates = rehearse(run, stages)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        if values is None:
+            raise RecipeError(f"minutes: how long this takes cannot be measured: {error}. Leave minutes out") from error
+        return values, f"How long this takes cannot be measured: {error}."
+    values = fit(run, stages, rates) if values is None else values
+    return values, time_text(run, values, stages, rates)
 
 
 def time_text(run: Run, values: Mapping[str, int], stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> str:
@@ -97,9 +106,9 @@ def rehearse(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, float]:
     """
     bound, device = _bound(run, stages), best_device()
     before, after, rows = prune.shapes(bound["prune"], run.model)
-    depth = min(DEPTH, before["layers"])
+    config = AutoConfig.from_pretrained(resolve(run.model))
+    depth = _depth(config, before["layers"], device)
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # without the stages' progress bars
-        config = AutoConfig.from_pretrained(resolve(run.model))
         teacher = random_model(config, best_dtype(device), depth, vocab=None).to(device)
         block = min(bound["distill"].block_size, TOKENS)
         ids = torch.randint(teacher.config.vocab_size, (max(1, TOKENS // block), block), device=device)
@@ -110,6 +119,21 @@ def rehearse(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, float]:
     more |= dict.fromkeys(("compare", "train"), after["layers"] / depth - 1)
     rates = {unit: whole + body * more.get(unit, 0) for unit, (whole, body) in times.items()}
     return rates | {"step": rates["step"] * after.num_parameters(rows) / student.num_parameters()}
+
+
+def _depth(config: PreTrainedConfig, layers: int, device: torch.device) -> int:
+    """Return how many layers are measured: one where more would not fit in memory.
+
+    Raises:
+        MemoryError: where not even one does.
+    """
+    free = free_memory(device)
+    for depth in dict.fromkeys((min(DEPTH, layers), 1)):
+        with torch.device("meta"):
+            size = BYTES * random_model(config, torch.float32, depth, vocab=None).num_parameters()
+        if size <= free:
+            return depth
+    raise MemoryError(f"one layer and the embeddings need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free")
 
 
 def _rehearse_pruning(

@@ -1,8 +1,10 @@
-"""The process's allocator. It must not know what is allocated."""
+"""The process's allocator, and how much memory is free. It must not know what is allocated."""
 
 import ctypes
+import os
 import sys
 
+import psutil
 import torch
 
 
@@ -25,3 +27,10 @@ def give_back_freed_memory() -> None:
     """Tell glibc to give freed memory back to the system: each thread's would otherwise stay with it. Nothing elsewhere."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the free bytes of a device; of the CPU's memory this process's share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -81,6 +81,19 @@ def test_a_machine_is_measured_on_the_runs_own_models(project, tmp_path):
     assert all(0 < rate < 10 for rate in rates.values()), rates
 
 
+def test_a_model_too_large_to_measure_is_run_without_an_estimate(project, tmp_path, monkeypatch):
+    run = recipe(project, tmp_path / "run")
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 24 * 24_000)  # one layer of 8,000 numbers and embeddings fit
+    assert estimate.rehearse(run, own_stages(run)).keys() == RATES.keys()
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1e5)
+    values, said = estimate.time_allows(run, own_stages(run), estimate=True)
+    assert values == {}
+    assert "cannot be measured: one layer and the embeddings need 0.0 GB, and 0.0 are free" in said
+    timed = dataclasses.replace(run, recipe={**run.recipe, "minutes": 5})
+    with pytest.raises(ValueError, match="minutes: how long this takes cannot be measured: .* Leave minutes out"):
+        estimate.time_allows(timed, own_stages(timed), estimate=True)
+
+
 def test_a_run_keeps_what_its_minutes_gave_it(project, tmp_path, monkeypatch, capsys):
     """However fast the machine is when it is started again: a finished stage is not done with other values."""
     folder, measured = tmp_path / "run", []

@@ -1,12 +1,10 @@
 """score: one forward pass over some text that says how much every layer, head and channel matters."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -35,6 +33,7 @@ from hf_minitron.importance.removal import (
 )
 from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.inputs import text_files
+from hf_minitron.memory import free_memory
 from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 from hf_minitron.stages.training import check_positions
@@ -266,8 +265,4 @@ def _task(layers: str) -> tuple[str, str]:
 def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether a model's weights, once for every process, take at most four fifths of the device's free memory."""
     numbers = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(folder).specs.values())
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return numbers * dtype.itemsize <= 0.8 * free
+    return numbers * dtype.itemsize <= 0.8 * free_memory(device)
