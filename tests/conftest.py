@@ -16,8 +16,7 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import transformers  # noqa: E402
 import yaml  # noqa: E402
-from hub_server import TOKEN, hub_server  # noqa: E402
-from huggingface_hub import constants, hf_api  # noqa: E402
+from hub_server import hub_server, use  # noqa: E402
 from torch.utils import collect_env  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
@@ -63,14 +62,10 @@ def whole(project, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path_factory):
     """A Hub that this process takes for the real one, and the seconds that anybody would have waited."""
     with hub_server() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.address)  # of the module's functions, kept from its import on
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not spoken here
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        use(server, monkeypatch, tmp_path_factory.mktemp("cache"))
         server.waits = []
         monkeypatch.setattr("time.sleep", server.waits.append)
         yield server

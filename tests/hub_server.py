@@ -84,6 +84,32 @@ def hub_server():
         server.server_close()
 
 
+def use(server, patch, cache):
+    """Let this process take a server for the Hub, with caches of its own, until the patch is undone."""
+    from datasets import config
+    from huggingface_hub import constants, hf_api
+    from transformers.utils import hub
+
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # its protocol is not spoken here
+        "HF_HUB_CACHE": str(cache / "hub"),
+    }.items():
+        patch.setattr(constants, name, value)
+    for name, value in {
+        "HF_ENDPOINT": server.address,
+        "HF_HUB_OFFLINE": False,
+        "HF_DATASETS_CACHE": cache / "datasets",
+        "DOWNLOADED_DATASETS_PATH": cache / "datasets/downloads",
+    }.items():
+        patch.setattr(config, name, value)
+    patch.setattr(hf_api.api, "endpoint", server.address)  # of the module's functions, kept from its import on
+    patch.setattr(hub, "_hf_api", None)  # transformers' own, kept from its first use on
+    patch.setenv("HF_TOKEN", TOKEN)
+
+
 class _Answer(Exception):
     """An error of the Hub: its status and, in the header, its kind."""
 

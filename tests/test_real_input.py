@@ -9,8 +9,7 @@ import pytest
 import real_repos
 import tiny
 import yaml
-from hub_server import TOKEN, hub_server
-from huggingface_hub import constants
+from hub_server import hub_server, use
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
@@ -37,28 +36,6 @@ def real_hub(tmp_path_factory):
         patch.setattr(tasks, "_task_manager", lambda own, include_defaults: real(folders + own, include_defaults=False))
         server.folder = repos
         yield server
-
-
-def use(server, patch, cache):
-    """Let this process take a server for the Hub, with caches of its own."""
-    from datasets import config
-
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,  # its protocol is not spoken here
-        "HF_HUB_CACHE": str(cache / "hub"),
-    }.items():
-        patch.setattr(constants, name, value)
-    for name, value in {
-        "HF_ENDPOINT": server.address,
-        "HF_HUB_OFFLINE": False,
-        "HF_DATASETS_CACHE": cache / "datasets",
-        "DOWNLOADED_DATASETS_PATH": cache / "datasets/downloads",
-    }.items():
-        patch.setattr(config, name, value)
-    patch.setenv("HF_TOKEN", TOKEN)
 
 
 # Data sets
