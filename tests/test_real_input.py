@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import lm_eval
 import pytest
 import real_repos
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
 from hf_minitron.data import check_first_block
-from hf_minitron.evaluation import tasks
+from hf_minitron.evaluation import task_data, tasks
 from hf_minitron.texts import load_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
@@ -82,6 +84,68 @@ def test_a_chat_set_names_the_columns_that_hold_text(real_hub):
         with pytest.raises(ValueError, match="row 1: column 'messages' holds .* not text. .* with the tokenizer's apply_chat"):
             load_text(source, split, "messages", streaming=streaming)
         assert len(list(load_text(source, split, "prompt", streaming=streaming))) == 10
+
+
+# Tasks
+
+QUESTION = {
+    "output_type": "loglikelihood", "dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test",
+    "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+}  # fmt: skip
+WANTING = {
+    "gone": ({"dataset_path": "openai/gsm9k"}, r"openai/gsm9k \(main\): Dataset 'openai/gsm9k' doesn't exist on .*log in with"),
+    "config": ({"dataset_name": "maths"}, r"openai/gsm8k \(maths\): BuilderConfig 'maths' not found. Available: \['main'\]"),
+    "split": ({"test_split": "exam"}, "it has no split 'exam'; it has train, test"),
+    "shots": ({"fewshot_split": "dev", "num_fewshot": 2}, "it has no split 'dev'; it has train, test"),
+    "column": ({"doc_to_text": "{{query}}"}, "'query' is undefined"),
+}
+
+
+def write_question(folder, name, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **QUESTION, **changes}))
+
+
+def test_data_of_tasks_is_looked_for_before_anything_slow(real_hub, tmp_path):
+    for name, (changes, _) in WANTING.items():
+        write_question(tmp_path / "tasks", name, **changes)
+    group = {"group": "mixed", "task": ["gone", {"task": "inline", **QUESTION}]}
+    (tmp_path / "tasks/mixed.yaml").write_text(yaml.safe_dump(group))
+    for name, (_, message) in (*WANTING.items(), ("mixed", WANTING["gone"])):
+        with pytest.raises(ValueError, match=f"^tasks: {name} cannot be run: data set .*{message}") as raised:
+            tasks.Tasks.find([name], tmp_path / "tasks").check()
+        assert "\n" not in str(raised.value), "one line"
+
+
+def test_data_of_tasks_is_not_downloaded_to_look_at_it(real_hub, tmp_path):
+    def cached():
+        return {path.name for path in Path(datasets.config.HF_DATASETS_CACHE).glob("openai___gsm8k/**/*.arrow")}
+
+    write_question(tmp_path / "tasks", "whole")
+    before = cached()
+    for name in ("whole", "gsm8k", "arc_easy", "piqa", "winogrande"):
+        tasks.Tasks.find([name], tmp_path / "tasks").check()
+    assert cached() == before, "only first rows"
+
+
+def test_a_task_that_wants_none_of_the_first_rows_is_looked_at_whole(real_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_data, "FIRST_ROWS", 2)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/pick.py").write_text("def pick(docs):\n    return docs.select([5])\n")
+    text = yaml.safe_dump({"task": "picked", **QUESTION})
+    (tmp_path / "tasks/picked.yaml").write_text(text + "process_docs: !function pick.pick\n")
+    tasks.Tasks.find(["picked"], tmp_path / "tasks").check()
+
+
+def test_offline_the_data_of_tasks_must_be_in_the_cache(real_hub, tmp_path, monkeypatch):
+    write_question(tmp_path / "tasks", "cached", dataset_path="openai/gsm8k")
+    write_question(tmp_path / "tasks", "absent", dataset_path="baber/piqa", dataset_name=None)
+    datasets.load_dataset("openai/gsm8k", "main")
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    tasks.Tasks.find(["cached"], tmp_path / "tasks").check()
+    with pytest.raises(ValueError, match="absent cannot be run: data set baber/piqa: .*HF_HUB_OFFLINE is set, .* load it once"):
+        tasks.Tasks.find(["absent"], tmp_path / "tasks").check()
 
 
 # Recipes

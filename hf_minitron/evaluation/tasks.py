@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import adds_bos_token
+from hf_minitron.evaluation.task_data import check_data
 from hf_minitron.evaluation.task_results import add_samples_view, facts_of, records_of
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Tasks:
         return found
 
     def check(self, key: str = "tasks") -> None:
-        """Refuse, without loading any data of the Hub, tasks that cannot be run and settings that none of them heeds.
+        """Refuse tasks that cannot be run or whose data cannot be had, and settings that none of them heeds.
 
         Args:
             key (`str`, *optional*, defaults to `"tasks"`): What errors call them.
@@ -94,20 +95,7 @@ class Tasks:
                 if self.few_shot and content.get("num_fewshot") == 0:
                     raise ValueError(f"few_shot: {self.few_shot}, but the task {name} fixes its worked examples at 0: "
                                      "leave one of them out")  # fmt: skip
-                if content.get("dataset_path") in ("json", "csv", "parquet", "text"):  # local: its own files, read in no time
-                    _first_document(name, key, self)
-
-
-def _first_document(name: str, key: str, tasks: Tasks) -> None:
-    """Make the first question of a task, as lm-eval will."""
-    try:
-        (task,) = task_manager(tasks.include_paths, [name]).load([name])["tasks"].values()
-        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
-        document = documents[0]
-        task.doc_to_text(document), task.doc_to_target(document)
-    except Exception as error:  # of lm-eval, of the data, or of the task's own functions
-        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise ValueError(f"{key}: {name} cannot be run: {said}") from error
+            check_data(task, lambda task=task: task_manager(self.include_paths, [task]).load([task])["tasks"], key)
 
 
 def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:

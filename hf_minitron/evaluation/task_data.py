@@ -1,0 +1,78 @@
+"""Whether the data of lm-eval's tasks can be had and fits them: its first rows are looked at before anything slow."""
+
+from collections.abc import Callable, Mapping
+from unittest.mock import patch
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+
+FIRST_ROWS = 16
+LOCAL = ("json", "csv", "parquet", "text")  # builders of files on this machine
+OFFLINE = "HF_HUB_OFFLINE is set, and it is not in the cache: load it once without"
+ONLINE = "look for its name on the Hub, log in with `hf auth login` if it is gated, or leave the task out"
+
+
+class _NoData(ValueError):
+    """A data set, or a split of it, that cannot be had."""
+
+
+class _Splits(DatasetDict):
+    """Splits by name; one that is missing is told together with those that are there."""
+
+    def __missing__(self, split: str):
+        raise _NoData(f"it has no split {split!r}; it has {', '.join(self)}")
+
+
+class _Loader:
+    """Stands in for `datasets.load_dataset`, which lm-eval and the code of tasks call, and knows what was asked for last."""
+
+    def __init__(self, whole: bool):
+        self.whole, self.asked = whole, "none"
+
+    def __call__(self, path: str, name: str | None = None, **kwargs) -> DatasetDict | Dataset:
+        self.asked = f"{path} ({name})" if name else path
+        stream = not (self.whole or datasets.config.HF_HUB_OFFLINE or path in LOCAL)
+        try:
+            found = load_dataset(path, name, **{"streaming": True} if stream else {}, **kwargs)
+            if not stream:
+                return _Splits(found) if isinstance(found, DatasetDict) else found
+            return _Splits({split: _first(rows) for split, rows in found.items()}) if isinstance(found, dict) else _first(found)
+        except Exception as error:  # of the Hub, the network or a file's format
+            said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            advice = "name other files" if path in LOCAL else OFFLINE if datasets.config.HF_HUB_OFFLINE else ONLINE
+            raise _NoData(f"{said}; {advice}") from error
+
+
+def _first(rows: IterableDataset) -> Dataset:
+    return Dataset.from_list(list(rows.take(FIRST_ROWS)), features=rows.features)
+
+
+def check_data(name: str, load: Callable[[], Mapping], key: str = "tasks") -> None:
+    """Make the first question of every task that a name stands for, as lm-eval will. Offline, the data must be in the cache.
+
+    Args:
+        name (`str`): A task, a group or a tag.
+        load (`Callable[[], Mapping]`): Makes lm-eval's tasks of that name.
+        key (`str`, *optional*, defaults to `"tasks"`): What errors call it.
+
+    Raises:
+        ValueError: naming the task, its data set and what to do.
+    """
+    for whole in (False, True):  # a task that picks its rows, by a subject or a number, may want none of the first
+        loader = _Loader(whole)
+        try:
+            with patch.object(datasets, "load_dataset", loader):
+                return _first_questions(load())
+        except Exception as error:  # of lm-eval, of the data, or of the task's own functions
+            if whole or isinstance(error, _NoData):
+                said = error if isinstance(error, _NoData) else error.__cause__ or error
+                said = " ".join(str(said).split()) or type(said).__name__
+                raise ValueError(f"{key}: {name} cannot be run: data set {loader.asked}: {said}") from error
+
+
+def _first_questions(tasks: Mapping) -> None:
+    for task in tasks.values():
+        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        document = next(iter(documents))
+        task.doc_to_text(document)
+        task.doc_to_target(document)
