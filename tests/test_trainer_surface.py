@@ -5,6 +5,7 @@ What works as there is compared with the Trainer itself: the same student, data 
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -343,6 +345,30 @@ def test_model_init_begins_anew(tmp_path):
     assert_alike(theirs, trainer)
     with pytest.raises(RuntimeError, match="requires either a `model` or `model_init`"):
         DistillationTrainer(args=DistillationArguments(str(tmp_path), losses={"cross_entropy": 1}))
+
+
+@pytest.mark.parametrize("way", ["model", "model_init", "one model_init", "adapter"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_nothing_that_training_sets_reaches_the_saved_config(way, trains, tmp_path):
+    def fresh():
+        return student(attn_implementation="sdpa", use_cache=True)
+
+    one = fresh()
+    one.save_pretrained(tmp_path / "expected")
+    given = {"model_init": fresh, "one model_init": lambda: one}
+    tuned = get_peft_model(one, LoraConfig(r=2, target_modules="all-linear")) if way == "adapter" else one
+    kwargs = {"model_init": given[way]} if way in given else {"model": tuned}
+    args = DistillationArguments(str(tmp_path), **COMMON, losses={"cross_entropy": 1.0}, gradient_checkpointing=True)
+    trainer = DistillationTrainer(args=args, train_dataset=ROWS, **kwargs)
+    if trains:
+        trainer.train()
+    if way == "adapter":
+        trainer.model.merge_and_unload().save_pretrained(tmp_path / "saved")
+    else:
+        trainer.save_model(tmp_path / "saved")
+    expected, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("expected", "saved"))
+    assert {key: saved[key] for key in expected} == expected
+    assert saved.keys() - expected.keys() <= {"rope_theta", "rope_scaling", "torch_dtype"}, "what transformers 4 reads"
 
 
 def test_model_init_with_losses_on_states(tmp_path):

@@ -64,8 +64,6 @@ class DistillationTrainer(Trainer):
     ```
     """
 
-    _watching = False  # not while it is made
-
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -79,13 +77,13 @@ class DistillationTrainer(Trainer):
                              "of two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
         args = DistillationArguments.of(args)
         collator = data_collator or partial(collate, ignored=[args.length_column_name])
-        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
         check_engine(self)
         keep_freed_memory()
         student = base_of(self.model)
-        if use_cache is not None:  # the Trainer switches it off in the config that is saved; here every call says it is off
-            student.config.use_cache = use_cache
+        if self._use_cache is not None:  # the Trainer switches it off in the saved config; here every call says it is off
+            student.config.use_cache = self._use_cache
         repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
@@ -175,7 +173,8 @@ class DistillationTrainer(Trainer):
     def call_model_init(self, trial=None):
         """Make a new student as the Trainer does, and read its states."""
         model = super().call_model_init(trial)
-        if self._watching:
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        if hasattr(self, "_hidden"):  # not while the trainer is made
             self._move_model_to_device(model, self.args.device)
             self._watch(model)
         return model
@@ -217,7 +216,7 @@ class DistillationTrainer(Trainer):
     def _watch(self, model: PreTrainedModel) -> None:
         """Read a student's states from now on: that of this trainer, or the next that `model_init` makes."""
         student = base_of(model)
-        self._hidden, self._states, self._watching = LastHidden(student), self._state_losses(student), True
+        self._hidden, self._states = LastHidden(student), self._state_losses(student)
 
     def _teacher(self, teacher: PreTrainedModel | CachedTeacher | str | Path | None) -> LiveTeacher | CachedTeacher | None:
         args, needed = self.args, self.args.losses.keys() - {CROSS_ENTROPY}
