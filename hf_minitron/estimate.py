@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
-from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.speed import generate, random_model, seconds_of
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.families.family import family_of
+from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.memory import free_memory
 from hf_minitron.plan import make_plan
@@ -204,7 +205,6 @@ def _rehearse_training(
 
 
 def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return a model's last hidden states."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 

@@ -19,12 +19,13 @@ import hf_minitron.distillation.cache as writing
 from hf_minitron.__main__ import VERBS, main
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher, check_losses, teacher_identity
-from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES, forward_kl
 from hf_minitron.distillation.records import RandomSampling, TopK, pack, pack_ids, record_of, unpack, unpack_ids
 from hf_minitron.distillation.signals import SparseSignal
 from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
+from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages import distill
 

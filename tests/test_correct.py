@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.adapters import add_lora, merge_lora
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.distillation.losses.chunked import Head
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
+from hf_minitron.head import Head
 
 SECTION = {"block_size": 16, "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.01, "warmup_steps": 1,
            "save_steps": 2, "logging_steps": 1, "bf16": False, "report_to": "none", "disable_tqdm": True}  # fmt: skip

@@ -1,6 +1,8 @@
 """Formulas against textbook ones on full tensors, and the head that changes its logits."""
 
 import math
+import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -8,11 +10,12 @@ import torch
 from scipy.spatial.distance import cosine, jensenshannon
 from scipy.stats import entropy
 
-from hf_minitron.distillation.losses.chunked import Head, chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES, generalized_jsd
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.distillation.states import StateLosses
+from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
 
 
 def tables(rows=5, vocab=11):
@@ -73,6 +76,24 @@ def test_a_head_that_changes_its_logits(model_type, loss):
     ours, _ = chunked_loss(rows, head_of(student), chunk, {loss: 1.0}, targets.numel(), 7)
     assert ours.item() == pytest.approx(full.item(), abs=1e-12)
     assert torch.allclose(gradients(ours), expected, atol=1e-12) and expected.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "cohere2", "llama"])
+def test_the_chunks_of_a_head_are_its_logits(model_type):
+    """By its weight or by calling its module; no chunk waits for the next one."""
+    model, ids = tiny.model(model_type), tiny.blocks(2)["input_ids"][:]
+    with torch.no_grad():
+        expected, hidden = model(ids).logits.flatten(0, 1), model.base_model(ids).last_hidden_state.flatten(0, 1)
+        head = head_of(model)
+        for chosen in (head, replace(head, module=model.get_output_embeddings())):
+            chunks, alive = [], None
+            for rows, logits in head_chunks(chosen.logits, hidden, 7):
+                assert alive is None or alive() is None, "the chunk before is still in memory"
+                assert torch.allclose(logits, expected[rows], atol=1e-12)
+                chunks.append(rows.start)
+                alive = weakref.ref(logits)
+                del logits
+            assert chunks == [0, 7, 14, 21]
 
 
 @pytest.mark.parametrize("k", [1, 5, 98])

@@ -17,7 +17,7 @@ ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.config families.trace families.meta families.family
-families.student formats texts data vocabulary mixture memory environment
+families.student formats texts data vocabulary mixture memory environment head
 side_files model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments

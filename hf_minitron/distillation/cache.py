@@ -22,6 +22,7 @@ from hf_minitron.data import text_hash
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.head import head_chunks
 
 MAX_SHARD_BLOCKS = 1024
 MIN_SHARDS = 16  # while there are fewer blocks than fill them, so that this many processes have work
@@ -117,7 +118,8 @@ class _Asker:
             per_block = inputs["input_ids"].shape[1] - 1
             for row, key in enumerate(keys_of(inputs)):
                 rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
-                chunks = [self.record.keep(signal.head.logits(part), rng) for part in hidden.split(self.chunk_size)]
+                parts = head_chunks(signal.head.logits, hidden, self.chunk_size)
+                chunks = [self.record.keep(logits, rng) for _, logits in parts]
                 arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
                 yield self.record.encode(arrays), per_block, key
                 first += 1

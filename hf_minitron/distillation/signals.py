@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_minitron.distillation.losses.chunked import Head
+from hf_minitron.head import Head
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.checkpoint import best_dtype, load_model
-from hf_minitron.distillation.losses.chunked import head_of, next_token_rows
 from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.vocabulary import difference

@@ -1,7 +1,6 @@
 """`DistillationTrainer`: the Hugging Face Trainer with a teacher.
 
-It overrides how the loss is computed, what is logged and what a stop leaves behind, nothing else: launching, precision,
-accumulation, checkpoints and resuming are the Trainer's.
+It overrides how the loss is computed, what is logged and what a stop leaves behind; the rest is the Trainer's.
 """
 
 from collections.abc import Sequence
@@ -22,13 +21,14 @@ from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
-from hf_minitron.distillation.losses.chunked import chunked_loss, head_of, next_token_rows
+from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.named import NamedLosses
 from hf_minitron.distillation.signals import DenseSignal, SparseSignal, StoredSignal
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import last_finite_checkpoint, on_sigterm
 from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, gathered, no_tokens
+from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import adds_bos_token
-from hf_minitron.distillation.losses.chunked import Head, head_of, next_token_rows
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.report import TEXT
 from hf_minitron.evaluation.significance import estimate, interval
+from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
 
 # Metric to its aggregation and whether higher is better.
 METRICS = {
@@ -207,9 +207,7 @@ def perplexity(
 def _token_sums(head: Head, rows: Tensor, targets: Tensor, teacher: DenseSignal | None, chunk_size: int) -> list[Tensor]:
     """Return log-likelihoods and, with a teacher, matches and divergences, each of shape `(tokens,)` in float64."""
     found = []
-    for start in range(0, len(rows), chunk_size):
-        part = slice(start, start + chunk_size)
-        logits = head.logits(rows[part])
+    for part, logits in head_chunks(head.logits, rows, chunk_size):
         values = [-torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")]
         if teacher is not None:
             student_logp, teacher_logp = teacher.align(logits, part, 1)

@@ -6,6 +6,7 @@ from, nor what a plan makes of the scores.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.distillation.losses.chunked import head_of
 from hf_minitron.families.family import family_of
+from hf_minitron.head import head_chunks, head_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
 from hf_minitron.importance.without import Removal, WholePass, layers_of, without_layers
@@ -197,7 +198,7 @@ def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
 
 def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
-    layer, finish = run.model.get_output_embeddings(), head_of(run.model).finish
+    head = replace(head_of(run.model), module=run.model.get_output_embeddings())
     following = torch.nn.functional.pad(run.labels[:, 1:], (0, 1), value=-100)
     following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
     targets = following[run.real].to(run.last.device)
@@ -206,18 +207,11 @@ def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, remova
         states.append(run.without(removal))
         bar.update()
     sums = [0] * (len(removals) + 1)
-    for start in range(0, len(targets), CHUNK):
-        rows = slice(start, start + CHUNK)
-        whole = _logits(layer, finish, run.last[rows])
-        each = (_logits(layer, finish, state[rows]) for state in states)  # one after the other
+    for rows, whole in head_chunks(head.logits, run.last, CHUNK):
+        each = (head.logits(state[rows]) for state in states)  # one after the other
         for i, logits in enumerate(itertools.chain(each, [reference(whole)])):
             sums[i] = sums[i] + token_sum(logits, whole, targets[rows].to(logits.device))
     return [*sums, (targets != -100).sum()]
-
-
-def _logits(layer: Callable, finish: Callable, hidden: Tensor) -> Tensor:
-    logits = layer(hidden)  # called as a module, which may be offloaded
-    return finish(logits if logits.dtype == torch.float64 else logits.float())
 
 
 def _loss_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:

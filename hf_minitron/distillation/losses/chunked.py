@@ -6,81 +6,15 @@ once. It must not know a loss formula or a trainer.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from hf_minitron.head import Head, head_chunks
 
 # (logits of a chunk, its rows) -> named losses, each of shape (rows,)
 ChunkLoss = Callable[[Tensor, slice], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output head of a model: last hidden states to logits.
-
-    Args:
-        weight (`Tensor` of shape `(vocab, hidden)`): Its matrix; the embedding itself when they are tied.
-        bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
-        scale (`float`, *optional*, defaults to 1): What logits are multiplied by (Cohere, Granite).
-        softcap (`float`, *optional*): What a tanh keeps logits under (Gemma 2).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits (float64 for float64 inputs) of shape `(rows, vocab)` for `(rows, hidden)`."""
-        return self.finish(self.project(hidden))
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Return what the matrix gives, before scale and softcap."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def finish(self, projected: Tensor) -> Tensor:
-        """Return logits from what `project` gave."""
-        logits = projected if self.scale == 1 else projected * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    def to(self, target: torch.dtype | torch.device) -> "Head":
-        """Return the head in another dtype, or on another device."""
-        return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the output head of a causal language model; refuse one with an adapter, whose part would be left out."""
-    layer, config = model.get_output_embeddings(), model.config
-    if isinstance(layer, BaseTunerLayer):
-        raise ValueError(
-            "The output head has a PEFT adapter, which the chunked loss does not see: leave it out of target_modules"
-        )
-    if not layer.weight.is_floating_point():
-        raise ValueError(
-            f"The output head is quantized ({type(layer).__name__}, {layer.weight.dtype}), which the chunked loss cannot read: "
-            "leave it out of the quantization (modules_to_not_convert)"
-        )
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def next_token_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Select the positions that predict a labelled token.
-
-    Args:
-        hidden (`Tensor` of shape `(batch, seq, hidden)`): Last hidden states.
-        labels (`Tensor` of shape `(batch, seq)`): Token ids, not shifted; -100 where nothing is to be predicted.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: Hidden states of shape `(tokens, hidden)` and the ids they predict, `(tokens,)`.
-    """
-    targets = labels[:, 1:]
-    predicts = targets != -100
-    return hidden[:, :-1][predicts], targets[predicts]
 
 
 def chunked_loss(
@@ -127,9 +61,8 @@ class _ChunkedLoss(torch.autograd.Function):
             rows_of, head = hidden.to(dtype), replace(head, weight=weight, bias=bias).to(dtype)
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             parts = torch.zeros(len(names), dtype=sum_dtype, device=hidden.device)
-            for start in range(0, len(hidden), chunk_size):
-                rows = slice(start, start + chunk_size)
-                projected = head.project(rows_of[rows]).requires_grad_(wants_grad)
+            for rows, projected in head_chunks(head.project, rows_of, chunk_size):
+                projected.requires_grad_(wants_grad)
                 with torch.set_grad_enabled(wants_grad):
                     by_name = chunk_loss(head.finish(projected), rows)
                     _check_rows(by_name, len(projected))

@@ -1,0 +1,97 @@
+"""The output head of a causal language model, applied to some tokens at a time: the logits of a batch never exist in full.
+
+It is the only place that turns last hidden states into logits.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a model: last hidden states to logits.
+
+    Args:
+        weight (`Tensor` of shape `(vocab, hidden)`): Its matrix; the embedding itself when they are tied.
+        bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
+        scale (`float`, *optional*, defaults to 1): What logits are multiplied by (Cohere, Granite).
+        softcap (`float`, *optional*): What a tanh keeps logits under (Gemma 2).
+        module (`Callable`, *optional*): Called in place of the matrix, where accelerate's hooks load or move its weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    module: Callable[[Tensor], Tensor] | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits (float64 for float64 inputs) of shape `(rows, vocab)` for `(rows, hidden)`."""
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the matrix product, before scale and softcap."""
+        module = self.module or partial(torch.nn.functional.linear, weight=self.weight, bias=self.bias)
+        logits = module(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def finish(self, projected: Tensor) -> Tensor:
+        """Return the logits of a result of `project`."""
+        logits = projected if self.scale == 1 else projected * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def to(self, target: torch.dtype | torch.device) -> "Head":
+        """Return the head in another dtype, or on another device."""
+        return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the output head of a causal language model; refuse one with an adapter, whose part would be left out."""
+    layer, config = model.get_output_embeddings(), model.config
+    if isinstance(layer, BaseTunerLayer):
+        raise ValueError(
+            "The output head has a PEFT adapter, which the chunked loss does not see: leave it out of target_modules"
+        )
+    if not layer.weight.is_floating_point():
+        raise ValueError(
+            f"The output head is quantized ({type(layer).__name__}, {layer.weight.dtype}), which the chunked loss cannot read: "
+            "leave it out of the quantization (modules_to_not_convert)"
+        )
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of every chunk and their logits: the only loop over the output head.
+
+    Each chunk's logits are freed before the next one's are made if the caller has dropped them (`del`).
+
+    Args:
+        head (`Callable[[Tensor], Tensor]`): `Head.logits`, or `Head.project`.
+        hidden (`Tensor` of shape `(tokens, hidden)`): Last hidden states.
+        chunk_size (`int`): Tokens whose logits exist at the same time.
+    """
+    for start in range(0, len(hidden), chunk_size):
+        rows = slice(start, start + chunk_size)
+        yield rows, head(hidden[rows])
+
+
+def next_token_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the positions that predict a labelled token.
+
+    Args:
+        hidden (`Tensor` of shape `(batch, seq, hidden)`): Last hidden states.
+        labels (`Tensor` of shape `(batch, seq)`): Token ids, not shifted; -100 where nothing is to be predicted.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Hidden states of shape `(tokens, hidden)` and the ids they predict, `(tokens,)`.
+    """
+    targets = labels[:, 1:]
+    predicts = targets != -100
+    return hidden[:, :-1][predicts], targets[predicts]
