@@ -11,15 +11,14 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from math import ceil
-from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, config
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.texts import broken_line, load_text
+from hf_minitron.formats import text_files
+from hf_minitron.texts import load_text, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -134,21 +133,16 @@ def check_first_block(
         ValueError: in one line, with the line of the file where it is broken.
     """
     _blocks_wanted(tokenizer, block_size, max_tokens, source)
-    path = Path(source).expanduser()
-    try:
-        documents = load_text(source, split, column, streaming or not (path.exists() or config.HF_HUB_OFFLINE))
-        if isinstance(documents, Dataset):
+    files = text_files(source)
+    documents = load_text(source, split, column, streaming or files is None)
+    if isinstance(documents, Dataset):
+        try:
             documents.data.column("text").validate(full=True)  # that it is UTF-8, which nobody has looked at yet
-        next(_pack(documents.iter(_READ_TOGETHER), tokenizer, block_size, True, source))
-        if not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
-            raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
-    except Exception as error:  # of any library below: a file's format, the Hub, the network
-        if where := broken_line(path):
-            raise ValueError(f"{source}, {where}. Mend or remove it") from error
-        if isinstance(error, ValueError) and source in str(error):
-            raise
-        said = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        raise ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or type(said).__name__}") from error
+        except ValueError as error:
+            raise unreadable(source, error, files) from error
+    next(_pack(documents.iter(_READ_TOGETHER), tokenizer, block_size, True, source))
+    if not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
+        raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
 
 
 def _again_and_again(documents: IterableDataset, name: str, **settings) -> Iterator[dict[str, np.ndarray]]:

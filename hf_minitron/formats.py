@@ -26,7 +26,7 @@ def text_files(source: str) -> list[Path] | None:
 
     Args:
         source (`str`): A file, taken literally when it exists; a pattern with `*`, `?` or `[...]`; a folder, with a
-            configuration after a colon where it has several; or a Hub id.
+            configuration after a colon where it has several; or a Hub id, see `hub_name`.
 
     Raises:
         ValueError: when there is nothing, a suffix is unknown, or files are of several formats.
@@ -48,6 +48,15 @@ def text_files(source: str) -> list[Path] | None:
         raise ValueError(f"No text at {source!r}: want {WANTED}")
     _check_formats(source, files)
     return files
+
+
+def hub_name(source: str) -> tuple[str, str | None, str | None]:
+    """Split `owner/name@revision:configuration` into its three parts, of which the last two may be left out."""
+    name, _, configuration = source.partition(":")
+    name, at, revision = name.partition("@")
+    if at and not revision:
+        raise ValueError(f"{source!r} names no revision: write {name}@ with a branch, a tag or a commit, or {name} alone")
+    return name, revision or None, configuration or None
 
 
 def matching(pattern: str) -> list[Path]:

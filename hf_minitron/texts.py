@@ -3,15 +3,25 @@
 It must not know a tokenizer.
 """
 
+import copy
+import dataclasses
 import glob
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+import fsspec
+from datasets import Dataset, DatasetBuilder, IterableDataset, Value, load_dataset_builder
+from datasets.data_files import DataFilesDict
+from datasets.exceptions import DatasetsError
+from huggingface_hub import try_to_load_from_cache
 
-from hf_minitron.formats import FORMATS, format_of, plain_bytes, text_files
+from hf_minitron.formats import FORMATS, format_of, hub_name, matching, plain_bytes, text_files
+
+# The commit that a dataset of the Hub was read at: a process reads one, whatever happens to the repository meanwhile.
+COMMITS: dict[str, str] = {}
+LEAVE_OUT = "Leave it out"
 
 
 def check_text(source: str, block_size: int = 1) -> None:
@@ -31,8 +41,9 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
     """Load documents: local .jsonl, .json, .parquet, .csv or .txt files, compressed or not, or a dataset on the Hub.
 
     Args:
-        source (`str`): A file, a pattern such as `shards/*.json.gz`, a folder of shards, or a Hub id; with a configuration
-            after a colon where a dataset has several (`Salesforce/wikitext:wikitext-2-raw-v1`).
+        source (`str`): A file, a pattern such as `shards/*.json.gz`, a folder of shards, or a Hub id; with a revision after an
+            at sign, and a configuration after a colon where a dataset has several
+            (`Salesforce/wikitext@b08601e:wikitext-2-raw-v1`).
         split (`str`, *optional*, defaults to `"train"`): Split of a folder or a Hub dataset.
         column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
         streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
@@ -41,36 +52,70 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
         `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`.
 
     Raises:
-        ValueError: when it cannot be read, or the column is missing or holds something else than text, with the row.
+        ValueError: when it cannot be read, or the column is missing or holds something else than text, with file and row.
     """
     files = text_files(source)
+    split = "train" if files and files[0].is_file() else split
     try:
-        documents = _load(source, files, split, streaming)
+        builder = _builder(source, files)
+        if not streaming:
+            builder.download_and_prepare()
+        documents = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
         first = next(iter(documents), {})
     except Exception as error:  # of any library below: a file's format, the Hub, the network
-        said = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        raise ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or 'it is empty'}") from error
+        raise unreadable(source, error, files) from error
     if not first:
         raise ValueError(f"{source} cannot be read: it is empty")
-    _check_column(source, documents, column, first)
+    advice = _check_column(source, documents, column, first)
+    begins = isinstance(first[column], str)
+    shards = list((builder.config.data_files or {}).get(split, [None]))  # None: of the cache, all in one
+    rows = {"shards": shards, "builder": builder, "split": split, "column": column, "source": source}
+    if not (begins and _is_text(documents, column)):
+        for _ in _rows(**rows, advice=advice if not begins else LEAVE_OUT):
+            pass  # refused by file and row
+    if streaming:
+        return IterableDataset.from_generator(_rows, gen_kwargs=rows)
     documents = documents.select_columns(column)
-    if streaming:  # whose rows nobody has looked at; before shuffling, which would hide where they stand
-        documents = documents.map(_check_row, with_indices=True, fn_kwargs={"source": source, "column": column})
     return documents if column == "text" else documents.rename_column(column, "text")
 
 
-def _load(source: str, files: Sequence[Path] | None, split: str, streaming: bool) -> Dataset | IterableDataset:
-    if files is None or files[0].is_dir():
-        name, _, configuration = source.partition(":")
-        name = str(files[0].absolute()) if files else name  # a folder may be called as a builder is: text, csv
-        return load_dataset(name, configuration or None, split=split, streaming=streaming)
+def _builder(source: str, files: Sequence[Path] | None) -> DatasetBuilder:
+    if files is None:
+        return _hub_builder(source)
+    if files[0].is_dir():  # by its path, for it may be called as a builder is: text, csv
+        return load_dataset_builder(str(files[0].absolute()), source.partition(":")[2] or None)
     builder, options = FORMATS[format_of(files[0])]
     names = [glob.escape(str(file.absolute())) for file in files]  # they exist, so no name is a pattern
-    return load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
+    return load_dataset_builder(builder, data_files=names, **options)
 
 
-def _check_column(source: str, documents: Dataset | IterableDataset, column: str, first: Mapping) -> None:
-    """Refuse a missing column, and one that holds something else than text, by the first row where it does."""
+def _hub_builder(source: str) -> DatasetBuilder:
+    """Return what reads a dataset of the Hub at one commit, or in the cache where the Hub cannot be asked."""
+    name, revision, configuration = hub_name(source)
+    builder = load_dataset_builder(name, configuration, revision=COMMITS.get(source, revision))
+    wanted = COMMITS.get(source)
+    if wanted is None and revision and builder.config.data_files is None:  # of the cache: the newest there, whatever was asked
+        card = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
+        wanted = Path(card).parent.name if isinstance(card, str) else revision
+    if wanted not in (None, builder.hash):
+        raise ValueError(f"the Hub cannot be asked, and the cache holds commit {builder.hash}, not {wanted}. Connect to the "
+                         "Hub, or name the commit that is there")  # fmt: skip
+    COMMITS[source] = builder.hash
+    return builder
+
+
+def commit_of(source: str) -> str | None:
+    """Return the commit at which this process reads a dataset of the Hub; `None` where neither Hub nor cache can say."""
+    if source not in COMMITS:
+        try:
+            _hub_builder(source)
+        except Exception:  # of any library below; whoever reads the text says what is wrong
+            return None
+    return COMMITS[source]
+
+
+def _check_column(source: str, documents: Dataset | IterableDataset, column: str, first: Mapping) -> str:
+    """Refuse a missing column; return what to do about one that holds something else than text."""
     columns = documents.column_names or list(first)  # a stream may not know before its first row
     texts = ", ".join(name for name, value in first.items() if isinstance(value, str)) or "none"
     advice = f"Columns with text: {texts}; set text_column"
@@ -78,19 +123,38 @@ def _check_column(source: str, documents: Dataset | IterableDataset, column: str
         advice += ". Chats are not read as text: write them to a file with the tokenizer's apply_chat_template first"
     if column not in columns:
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(columns)}. {advice}")
-    if isinstance(first[column], str) and _is_text(documents, column):
-        return
-    for number, row in enumerate(documents.select_columns(column), 1):
-        if not isinstance(row[column], str):
-            raise ValueError(f"{source}, row {number:,}: column {column!r} holds {str(row[column])[:40]!r}, not text. {advice}")
+    return advice
 
 
-def _check_row(row: dict, number: int, source: str, column: str) -> dict:
-    """Return a row of a stream; refuse one whose column holds something else than text."""
-    if not isinstance(row[column], str):
-        raise ValueError(f"{source}, row {number + 1:,}: column {column!r} holds {str(row[column])[:40]!r}, not text. Leave it "
-                         "out")  # fmt: skip
-    return row
+def _rows(
+    shards: Sequence[str | None], builder: DatasetBuilder, split: str, column: str, source: str, advice: str = LEAVE_OUT
+) -> Iterator[dict[str, str]]:
+    """Yield the documents of some shards; refuse a row whose column holds something else than text, by its file and row."""
+    for shard in shards:
+        where = source if shard is None or len(builder.config.data_files[split]) == 1 else _shown(shard)
+        for number, row in enumerate(_read(builder, split, shard, where), 1):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{where}, row {number:,}: column {column!r} holds {str(row.get(column))[:40]!r}, not text. "
+                                 f"{advice}")  # fmt: skip
+            yield {"text": row[column]}
+
+
+def _read(builder: DatasetBuilder, split: str, shard: str | None, where: str) -> Iterator[dict]:
+    """Yield the rows of one shard of what a builder reads; say where it is broken."""
+    one = copy.copy(builder)
+    if shard is not None:
+        config = dataclasses.replace(builder.config, data_files=DataFilesDict({split: [shard]}))
+        one.__dict__ = vars(builder) | {"config": config}  # a copy's attributes are the builder's own
+    try:
+        yield from one.as_streaming_dataset(split)
+    except Exception as error:  # of any library below: a file's format, the Hub, the network
+        raise unreadable(where, error, shard and [Path(shard)]) from error
+
+
+def _shown(shard: str) -> str:
+    """Return a shard's name: its path, below this folder where it lies there; that of a dataset's repository on the Hub."""
+    path = Path(shard)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else shard.removeprefix("hf://datasets/")
 
 
 def _is_text(documents: Dataset | IterableDataset, column: str) -> bool:
@@ -105,18 +169,42 @@ def _is_chat(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
+def unreadable(source: str, error: Exception, files: Sequence[Path] | None = None) -> ValueError:
+    """Return an error in one line: which line of a text's files is broken, else what was said by the library that read it."""
+    for file in files or ():
+        for path in sorted(matching(f"{glob.escape(str(file))}/**")) if file.is_dir() else [file]:
+            if broken := broken_line(path):
+                return ValueError(f"{source if [path] == files else _shown(str(path))}, {broken}. Mend or remove it")
+    said = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    empty = "it is empty" if isinstance(said, StopIteration) else type(said).__name__
+    return ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or empty}")
+
+
 def broken_line(path: Path) -> str | None:
     """Say which line of a text file is not UTF-8 or not a JSON object, and why; `None` when it is not for that."""
-    if not path.is_file() or path.suffix not in (".jsonl", ".json", ".csv", ".txt"):
+    form = format_of(path)
+    if not path.is_file() or form in (None, ".parquet"):
         return None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if path.suffix == ".jsonl" and line.strip() else line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number:,} is not UTF-8: byte {error.object[error.start]:#04x}"
-            except (ValueError, RecursionError) as error:
-                return f"line {number:,} is not JSON: {error}"
-            if path.suffix == ".jsonl" and line.strip() and not isinstance(row, dict):
-                return f'line {number:,} holds {str(row)[:40]}, not an object such as {{"text": ...}}'
+    number = 0
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode()
+                if number == 1 and form == ".json" and not _is_object(text):  # one document, not one per line
+                    form = ".txt"
+                if form in (".json", ".jsonl") and text.strip() and not isinstance(row := json.loads(text), dict):
+                    return f'line {number:,} holds {str(row)[:40]}, not an object such as {{"text": ...}}'
+    except UnicodeDecodeError as error:
+        return f"line {number:,} is not UTF-8: byte {error.object[error.start]:#04x}"
+    except (json.JSONDecodeError, RecursionError) as error:
+        return f"line {number:,} is not JSON: {getattr(error, 'msg', error)}"
+    except Exception as error:  # every compression's own kinds
+        return f"line {number + 1:,} cannot be decompressed: {' '.join(str(error).split())}"
     return None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -429,19 +429,74 @@ def test_a_null_in_a_shuffled_stream_is_refused_by_its_row(tmp_path):
         list(islice(stream, 400))
 
 
+PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 def test_files_that_hold_nothing_or_break_are_refused_in_a_line(tmp_path):
     for name, content, message in (
-        ("empty.jsonl", b"", "it is empty"),
-        ("packed.jsonl.gz", gzip.compress(b""), "it is empty"),
-        ("broken.jsonl", b'{"text": "w1"}\n{"text": \n', "JSON parse error: Invalid value. in row 1"),
-        ("broken.parquet", b"PAR1 or not", "Parquet"),
-        ("broken.json.gz", b"\x1f\x8b or not", ""),
+        ("empty.jsonl", b"", " cannot be read: .*it is empty"),
+        ("packed.jsonl.gz", gzip.compress(b""), " cannot be read: .*it is empty"),
+        ("broken.jsonl", b'{"text": "w1"}\n{"text": \n', ", line 2 is not JSON: "),
+        ("broken.parquet", b"PAR1 or not", " cannot be read: .*Parquet"),
+        ("broken.json.gz", b"\x1f\x8b or not", ", line 1 cannot be decompressed: "),
     ):
         (tmp_path / name).write_bytes(content)
         for streaming in (False, True):
-            with pytest.raises(ValueError, match=f"{name} cannot be read: .*{message}") as raised:
+            with pytest.raises(ValueError, match=name + message) as raised:
                 load_text(str(tmp_path / name), streaming=streaming)
             assert "\n" not in str(raised.value), "one line"
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.jsonl", b'{"text": \n', "line 801 is not JSON"),
+        ("a.json", b'{"text": \n', "line 801 is not JSON"),
+        ("a.jsonl", b"[1]\n", r"line 801 holds \[1\], not an object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 801 is not UTF-8: byte 0xff"),
+    ],
+)
+def test_a_broken_line_is_numbered_in_a_compressed_file_too(tmp_path, name, line, message, suffix):
+    whole = b'{"text": "w1 w2"}\n' * 800
+    path = tmp_path / (name + suffix)
+    path.write_bytes(PACKERS[suffix](whole + line + whole))
+    with pytest.raises(ValueError, match=f"{path.name}, {message}.* Mend or remove it") as raised:
+        check_first_block(str(path), tiny.tokenizer(), 16)
+    assert "\n" not in str(raised.value), "one line"
+    if b"[1]" not in line:
+        with pytest.raises(ValueError, match=f"{path.name}, {message}"):
+            list(load_text(str(path), streaming=True))
+
+
+def test_a_compressed_file_that_ends_early_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"text": "w%d"}\n' % i for i in range(3000)))[:-1000])
+    with pytest.raises(ValueError, match=r"a.jsonl.gz, line \d[\d,]* cannot be decompressed: .*end"):
+        check_first_block(str(path), tiny.tokenizer(), 16)
+
+
+@pytest.mark.parametrize("source", ["many", "many/*.jsonl"])
+def test_a_row_or_line_is_named_by_its_shard_and_its_place_there(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "many").mkdir()
+    rows = [[{"body": f"w{shard} w{i % 90}"} for i in range(50)] for shard in range(4)]
+    rows[2][30] = {"body": None}
+    for shard, part in enumerate(rows):
+        write_rows(part, tmp_path / f"many/train-{shard}.jsonl")
+    said = "many/train-2.jsonl, row 31: column 'body' holds 'None', not text. Leave it out"
+    stream = load_text(source, column="body", streaming=True)
+    assert stream.num_shards == 4, "shards are shared among processes and shuffled"
+    for order in (stream, stream.shuffle(seed=1, buffer_size=20), stream.shard(2, 1)):
+        with pytest.raises(ValueError, match=said):
+            list(order)
+    with pytest.raises(ValueError, match=said):
+        load_text(source, column="body")
+    path = tmp_path / "many/train-2.jsonl"
+    path.write_text(path.read_text().replace("null}", "3"))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="many/train-2.jsonl, line 31 is not JSON: .* Mend or remove it"):
+            list(load_text(source, column="body", streaming=streaming))
 
 
 @pytest.mark.parametrize(
