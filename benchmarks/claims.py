@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from hf_minitron import Scores, calibrate, family_of, load_text, make_plan, prune_model, token_blocks
+from hf_minitron import Architecture, Scores, calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.activation import REDUCTIONS
@@ -54,13 +54,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     blocks = token_blocks(load_text(args.calibration), tokenizer, 512, args.tokens, seed=0)
     held_out = token_blocks(load_text(args.held_out), tokenizer, 512, args.held_out_tokens, seed=1)
-    before = family_of(model.config).shape_of(model.config)
+    before = Architecture.of(model.config).shape
 
     def quality(student) -> float:
         return round(perplexity(student, held_out)["value"], 1)
 
     def sliced(scores, target, teacher=model):
-        shape = family_of(teacher.config).shape_of(teacher.config)
+        shape = Architecture.of(teacher.config).shape
         return prune_model(teacher, make_plan(scores, shape, shape.cut_to(target)))
 
     tables = {"teacher": quality(model), "target": args.target, "reductions": {}, "rounds": {}, "depth": {}}

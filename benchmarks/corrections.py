@@ -14,7 +14,7 @@ import figure
 import torch
 from transformers import AutoTokenizer
 
-from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
+from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.gaps import read_gaps
@@ -50,7 +50,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     blocks = token_blocks(load_text(args.calibration), tokenizer, 512, args.tokens, seed=0)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, args.held_out_tokens, seed=1) for t in args.held_out}
-    shape, results = family_of(model.config).shape_of(model.config), {}
+    shape, results = Architecture.of(model.config).shape, {}
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"
         scores = calibrate(model, blocks, moments=moments)

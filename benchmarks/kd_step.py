@@ -31,12 +31,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import load_model
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer, collate
-from hf_minitron.families.family import family_of
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_model
@@ -124,7 +124,7 @@ def measure(args) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if args.variant == "full_float32" else getattr(torch, args.dtype)
     teacher = load_model(args.teacher, torch.float32)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     after = shape.cut_to({"ffn": args.ffn})
     student = prune_model(teacher, Plan(shape, after, {"ffn": [list(range(args.ffn))] * shape["layers"]})).train()
     teacher = teacher.to(dtype).requires_grad_(False)

@@ -15,7 +15,8 @@ import torch
 from starts import BLOCK, distil
 from transformers import AutoTokenizer
 
-from hf_minitron import calibrate, family_of, load_text, make_plan, prune_model, token_blocks
+from hf_minitron import calibrate, load_text, make_plan, prune_model, token_blocks
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.hub.plots import plot_kept
@@ -23,6 +24,7 @@ from hf_minitron.importance.removal import half_costs
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import make_nonuniform_plan
 from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, layer_parameters
+from hf_minitron.tensors import tensors_of
 
 
 def main() -> None:
@@ -40,21 +42,21 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     teacher = load_model(args.model, torch.bfloat16)
-    tokenizer, family = AutoTokenizer.from_pretrained(Path(args.model).expanduser()), family_of(teacher.config)
+    tokenizer, tensors = AutoTokenizer.from_pretrained(Path(args.model).expanduser()), tensors_of(teacher)
     documents = load_text(args.text).train_test_split(test_size=0.2, seed=args.seed)
     calibration = token_blocks(documents["test"], tokenizer, 512, 16_384, seed=args.seed)
     training = token_blocks(documents["train"], tokenizer, BLOCK, max(args.tokens, BLOCK), seed=args.seed)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, 8_192, seed=1) for t in args.held_out}
-    before, rows, lines = family.shape_of(teacher.config), family.rows_of(teacher.config), []
+    before, lines = tensors.architecture.shape, []
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"
         scores = calibrate(teacher, calibration, moments=moments)
         costs = half_costs(teacher, calibration.select(range(3)), batch_size=3)
-        curves = error_curves(teacher.config, family, scores, moments, teacher.state_dict().__getitem__)
+        curves = error_curves(tensors, scores, moments)
         for cut in args.cuts:
-            uniform = make_plan(scores, before, before.cut_to(uniform_target(rows, before, cut)))
-            budget = layer_parameters(rows, before, uniform.after.sizes) * before["layers"]
-            nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, rows, before, budget))
+            uniform = make_plan(scores, before, before.cut_to(uniform_target(tensors.architecture, cut)))
+            budget = layer_parameters(tensors.architecture, uniform.after.sizes) * before["layers"]
+            nonuniform = make_nonuniform_plan(scores, before, allocate_layers(curves, costs, tensors.architecture, budget))
             if args.pictures:
                 plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept_{cut * 100:.0f}.png")
             found = {}
@@ -73,12 +75,13 @@ def main() -> None:
     figure.save(args.json, "layers of different sizes", "benchmarks/nonuniform.py", result)
 
 
-def uniform_target(rows, before, cut: float) -> dict[str, int]:
+def uniform_target(architecture: Architecture, cut: float) -> dict[str, int]:
     """Return the uniform cut of `ffn` (multiples of 8), and from a half of the body on of heads, nearest to a share."""
+    before = architecture.shape
     heads = {"heads": before["heads"] * 2 // 3, "kv_heads": before["kv_heads"]} if cut >= 0.5 else {}
-    wanted = (1 - cut) * layer_parameters(rows, before, before.sizes)
+    wanted = (1 - cut) * layer_parameters(architecture, before.sizes)
     options = range(8, before["ffn"] + 1, 8)
-    best = min(options, key=lambda ffn: abs(layer_parameters(rows, before, {**before.sizes, **heads, "ffn": ffn}) - wanted))
+    best = min(options, key=lambda ffn: abs(layer_parameters(architecture, {**before.sizes, **heads, "ffn": ffn}) - wanted))
     return {**heads, "ffn": best}
 
 

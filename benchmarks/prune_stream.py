@@ -36,11 +36,11 @@ def build(folder: Path, layers: int) -> None:
     """Write a checkpoint of random numbers, shard by shard."""
     from transformers import LlamaConfig
 
+    from hf_minitron.architecture.outline import outline
     from hf_minitron.checkpoint import TensorSpec, write_tensors
-    from hf_minitron.families.meta import parameters_of
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **SIZES)
-    specs = {name: TensorSpec("BF16", shape) for name, shape in parameters_of(config).items()}
+    specs = {name: TensorSpec("BF16", shape) for name, shape in outline(config).parameters.items()}
     noise = torch.randn(2**20).bfloat16()
 
     def tensors() -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -59,10 +59,10 @@ def prune(source: Path, target: Path) -> None:
     peak = Peak()
     from transformers import AutoConfig
 
-    from hf_minitron import Scores, family_of, make_plan, prune_checkpoint
+    from hf_minitron import Architecture, Scores, make_plan, prune_checkpoint
 
     config = AutoConfig.from_pretrained(source)
-    shape = family_of(config).shape_of(config)
+    shape = Architecture.of(config).shape
     layers = shape["layers"]
     scores = Scores({a: torch.rand(layers, shape[a]) for a in ("ffn", "heads")}
                     | {a: torch.rand(shape[a]) for a in ("hidden", "layers")}, {})  # fmt: skip

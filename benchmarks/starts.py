@@ -16,10 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_minitron import (
+    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
-    family_of,
     load_text,
     make_plan,
     prune_model,
@@ -54,7 +54,7 @@ def main() -> None:
     calibration = token_blocks(documents["test"], tokenizer, 512, 16_384, seed=args.seed)
     training = token_blocks(documents["train"], tokenizer, BLOCK, max(args.budgets), seed=args.seed)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, 8_192, seed=1) for t in args.held_out}
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder) / "moments"

@@ -10,18 +10,18 @@ __version__ = "0.1.0"
 _HOME = {
     "DistillationArguments": "distillation.config",
     "DistillationTrainer": "distillation.trainer",
-    "Family": "families.family",
+    "Architecture": "architecture.architecture",
     "Plan": "plan",
     "Report": "evaluation.report",
     "Scores": "scores",
     "Shape": "shape",
     "calibrate": "importance.calibrate",
     "compare": "evaluation.compare",
-    "family_of": "families.family",
     "load_text": "texts",
     "make_plan": "plan",
     "prune_checkpoint": "pruning.prune",
     "prune_model": "pruning.prune",
+    "register_family": "architecture.family",
     "token_blocks": "data",
 }
 

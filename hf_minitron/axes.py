@@ -5,7 +5,7 @@ It must not know any model, file or score. A pattern has one token per tensor di
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -117,10 +117,15 @@ def take(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mappin
     """
     counts = {axis: index.shape[-1] for axis, index in keep.items()}
     shape = tensor_shape(pattern, {**sizes, **counts})
-    if shape == tuple(tensor.shape):
-        return tensor
-    result, filled = tensor.new_empty(shape), 0
-    for piece in pieces(tensor, pattern, keep, sizes):
+    return tensor if shape == tuple(tensor.shape) else join(shape, pieces(tensor, pattern, keep, sizes))
+
+
+def join(shape: tuple[int, ...], parts: Iterable[Tensor]) -> Tensor:
+    """Return a new tensor of a shape from consecutive pieces of its data."""
+    result, filled = None, 0
+    for piece in parts:
+        if result is None:
+            result = piece.new_empty(shape)
         result.view(-1)[filled : filled + piece.numel()] = piece.flatten()
         filled += piece.numel()
     return result

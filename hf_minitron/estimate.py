@@ -23,13 +23,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.speed import generate, random_model, seconds_of
 from hf_minitron.evaluation.text import read_text
-from hf_minitron.families.family import family_of
 from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.memory import free_memory
@@ -141,8 +141,7 @@ def _rehearse_pruning(
     teacher: PreTrainedModel, ids: Tensor, args: Any
 ) -> tuple[PreTrainedModel, dict[str, tuple[float, float]]]:
     """Return a student, and the seconds of scoring a token and of pruning: the model's, and those that its layers take."""
-    family = family_of(teacher.config)
-    shape = family.shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     after = shape.cut_to({axis: size for axis, size in args.target.items() if axis not in ("layers", "experts")})
     blocks = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     with TemporaryDirectory() as folder:

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
+    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
-    family_of,
     load_text,
     make_plan,
     prune_model,
@@ -51,7 +51,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     moments, cache = Path(training.output_dir) / "moments", Path(training.output_dir) / "cache"
     scores = calibrate(teacher, calibration, moments=moments)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": script.ffn})), moments)
 
     # 2. Ask the teacher about every block once; started again, this goes on where it was interrupted.

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
+    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
-    family_of,
     load_text,
     make_plan,
     prune_model,
@@ -50,7 +50,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
 
     # 1. Which layers, side by side, does the model miss least? One by one they cost more skill (2408.11796, figure 8).
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     target = shape.cut_to({"layers": script.layers})
     size = shape["layers"] - target["layers"]
     scores = calibrate(teacher, calibration)

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
+    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
-    family_of,
     load_text,
     make_plan,
     prune_model,
@@ -72,7 +72,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     moments = Path(training.output_dir) / "moments"
     scores = calibrate(teacher, calibration, moments=moments)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": script.ffn})), moments)
 
     # 2. The teacher goes on from the beginnings of documents.

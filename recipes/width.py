@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
+    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
-    family_of,
     load_text,
     make_plan,
     prune_model,
@@ -54,7 +54,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     scores = calibrate(teacher, calibration, moments=moments)
 
     # 2. Keep the best-scored channels; what stays takes over what it can from what goes.
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     plan = make_plan(scores, shape, shape.cut_to({"hidden": script.hidden, "ffn": script.ffn}))
     student = prune_model(teacher, plan, moments)
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from hf_minitron.families.family import family_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation, Contribution, Fluctuation
 from hf_minitron.importance.calibrate import calibrate
 
@@ -64,9 +64,9 @@ def test_contributions_are_the_energy_of_what_goes_out(model_type, attention, ml
     model = tiny.model(model_type, dtype=torch.float32)
     blocks, ids = tiny.blocks(), tiny.blocks()["input_ids"][:]
     scores = calibrate(model, blocks, metric={"ffn": "contribution", "heads": "contribution"}).by_axis
-    shape = family_of(model.config).shape_of(model.config)
+    shape = Architecture.of(model.config).shape
     for axis, at in (("ffn", mlp), ("heads", attention)):
-        name = family_of(model.config).taps_of(model.config)[axis][1][1]
+        name = Architecture.of(model.config).taps(axis)[1][1]
         assert name.endswith(at)
         module, seen = model.get_submodule(name), []
         hook = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))

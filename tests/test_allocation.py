@@ -4,12 +4,13 @@ import pytest
 import tiny
 import torch
 
-from hf_minitron.families.family import family_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import half_costs
 from hf_minitron.plan import make_nonuniform_plan
-from hf_minitron.pruning.nonuniform import Choice, allocate_layers, error_curves, half_parameters, nonuniform_plan
+from hf_minitron.pruning.nonuniform import Choice, allocate_layers, error_curves, nonuniform_plan, sublayer_parameters
 from hf_minitron.pruning.prune import prune_model
+from hf_minitron.tensors import tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +18,14 @@ def scored(tmp_path_factory):
     teacher, blocks = tiny.model("qwen2", dtype=torch.float32), tiny.blocks(400)
     moments = tmp_path_factory.mktemp("moments")
     scores = calibrate(teacher, blocks, moments=moments)
-    family = family_of(teacher.config)
-    curves = error_curves(teacher.config, family, scores, moments, teacher.state_dict().__getitem__, steps=4)
-    return teacher, blocks, moments, scores, family, curves
+    tensors = tensors_of(teacher)
+    curves = error_curves(tensors, scores, moments, steps=4)
+    return teacher, blocks, moments, scores, tensors, curves
 
 
 def test_curves_are_what_projections_lose(scored):
-    teacher, blocks, moments, scores, family, curves = scored
-    shape = family.shape_of(teacher.config)
+    teacher, blocks, moments, scores, tensors, curves = scored
+    shape = tensors.architecture.shape
     assert [choice.sizes["ffn"] for choice in curves["ffn", 0]] == [0, 18, 36, 54, 72]
     assert [tuple(choice.sizes.values()) for choice in curves["heads", 0]] == [(0, 0), (2, 1), (2, 2), (4, 2)]
     assert all(choices[0].lost == 1 and choices[-1].lost < 1e-9 for choices in curves.values())
@@ -47,8 +48,9 @@ def test_curves_are_what_projections_lose(scored):
 
 
 def test_halves_weigh_what_the_model_loses_with_them(scored):
-    teacher, _, _, scores, family, _ = scored
-    shape, rows = family.shape_of(teacher.config), family.rows_of(teacher.config)
+    teacher, _, _, scores, tensors, _ = scored
+    architecture = tensors.architecture
+    shape = architecture.shape
 
     def parameters(sizes):
         return prune_model(teacher, make_nonuniform_plan(scores, shape, sizes)).num_parameters()
@@ -57,29 +59,27 @@ def test_halves_weigh_what_the_model_loses_with_them(scored):
     for sizes in ({"ffn": 18}, {"ffn": 0}, {"heads": 2, "kv_heads": 1}, {"heads": 0, "kv_heads": 0}):
         full = {axis: shape[axis] for axis in sizes}
         lists = {axis: [size, shape[axis], shape[axis]] for axis, size in sizes.items()}
-        assert half_parameters(rows, shape, full) - half_parameters(rows, shape, sizes) == whole - parameters(lists)
+        assert sublayer_parameters(architecture, full) - sublayer_parameters(architecture, sizes) == whole - parameters(lists)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_budget_is_spent_and_kept(scored, share):
-    teacher, blocks, moments, scores, family, curves = scored
-    shape, rows = family.shape_of(teacher.config), family.rows_of(teacher.config)
-    full = half_parameters(rows, shape, {"ffn": 72}) + half_parameters(rows, shape, {"heads": 4, "kv_heads": 2})
+    teacher, blocks, moments, scores, tensors, curves = scored
+    architecture = tensors.architecture
+    full = sublayer_parameters(architecture, {"ffn": 72}) + sublayer_parameters(architecture, {"heads": 4, "kv_heads": 2})
     budget = int(share * 3 * full)
-    plan = nonuniform_plan(
-        teacher.config, family, scores, moments, half_costs(teacher, blocks), teacher.state_dict().__getitem__, budget
-    )
+    plan = nonuniform_plan(tensors, scores, moments, half_costs(teacher, blocks), budget)
     student = prune_model(teacher, plan, moments)
     body = student.num_parameters() - 2 * 99 * 40 - 40  # embedding, head and the last norm
     assert 0.75 * budget < body <= budget
 
 
 def test_what_matters_more_keeps_more():
-    shape, rows = family_of(tiny.config()).shape_of(tiny.config()), family_of(tiny.config()).rows_of(tiny.config())
+    architecture = Architecture.of(tiny.config())
     ffn = [Choice({"ffn": size}, 1 - size / 72) for size in (0, 36, 72)]
     heads = [Choice({"heads": size, "kv_heads": size // 2}, 1 - size / 4) for size in (0, 4)]
     curves = {("ffn", layer): ffn for layer in range(3)} | {("heads", layer): heads for layer in range(3)}
     costs = {"ffn": torch.tensor([5.0, 0.1, 1.0]), "heads": torch.tensor([5.0, 5.0, -1.0])}
-    budget = 2 * half_parameters(rows, shape, {"heads": 4, "kv_heads": 2}) + half_parameters(rows, shape, {"ffn": 72})
-    sizes = allocate_layers(curves, costs, rows, shape, budget + half_parameters(rows, shape, {"ffn": 36}))
+    budget = 2 * sublayer_parameters(architecture, {"heads": 4, "kv_heads": 2}) + sublayer_parameters(architecture, {"ffn": 72})
+    sizes = allocate_layers(curves, costs, architecture, budget + sublayer_parameters(architecture, {"ffn": 36}))
     assert sizes == {"heads": [4, 4, 0], "kv_heads": [2, 2, 0], "ffn": [72, 0, 36]}

@@ -9,16 +9,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.data import text_hash
-from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.scores import Scores
 
 
 def reference(model, rows):
     """The papers' formulas, one row at a time, from recorded inputs and outputs of modules."""
-    family = family_of(model.config)
-    shape, taps = family.shape_of(model.config), family.taps_of(model.config)
+    architecture = Architecture.of(model.config)
+    shape, taps = architecture.shape, {axis: architecture.taps(axis) for axis in architecture.tapped}
     seen, hooks = {}, []
     for name, module in model.named_modules():
 

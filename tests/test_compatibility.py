@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.__main__ import main
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_nonuniform_plan
@@ -88,7 +88,7 @@ def transformers_4():
 
 def cut(config, layers):
     """A plan that drops a layer and, where it can be, some of the FFN's channels."""
-    shape = family_of(config).shape_of(config)
+    shape = Architecture.of(config).shape
     return Plan(shape, shape.cut_to({"layers": layers}), {"layers": list(range(layers))})
 
 
@@ -186,7 +186,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_teachers(teacher, projec
     if way == "exported":
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
         sizes = {"ffn": [72, 48, 8], "heads": [2, 4, 2], "kv_heads": [1, 2, 2]}
-        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()), family_of(model.config).shape_of(model.config), sizes)
+        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()), Architecture.of(model.config).shape, sizes)
         prune_checkpoint(teacher, plan, tmp_path / "nonuniform")
         export(tmp_path / "nonuniform", folder)
     elif way == "pruned":

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_minitron.families.family import family_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
@@ -51,7 +51,7 @@ def test_moments_are_means_over_tokens_that_are_text():
 def test_corrections_in_memory_equal_those_on_disk(model_type, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     scores = calibrate(teacher, tiny.blocks(), moments=tmp_path / "resident")
     calibrate(tmp_path / "teacher", tiny.blocks(), moments=tmp_path / "streamed")
     plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
@@ -71,10 +71,10 @@ NEARER = [(t, a) for t in ("llama", "phi3", "gpt2", "starcoder2", "gemma2", "nem
 def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis, tmp_path):
     """On the tokens that were read, the first layer's projection must err less than the sliced one."""
     teacher = tiny.model(model_type, dtype=torch.float32)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     target = tiny.target(shape, axis)
     plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to(target))
-    (_, name), *_ = family_of(teacher.config).taps_of(teacher.config)[axis]
+    (_, name), *_ = Architecture.of(teacher.config).taps(axis)
 
     def output(model):
         found = []
@@ -93,7 +93,7 @@ def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
     teacher = tiny.model(dtype=torch.float32)
     with torch.no_grad():
         teacher.model.embed_tokens.weight.mul_(torch.linspace(0.2, 3, 40))  # as in real models, channels differ in energy
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to({"hidden": 24}))
     kept = torch.tensor(plan.keep["hidden"])
 
@@ -134,7 +134,7 @@ def small(tmp_path_factory):
 
     def prepare(model_type, target):
         folder, teacher, scores = get(model_type)
-        shape = family_of(teacher.config).shape_of(teacher.config)
+        shape = Architecture.of(teacher.config).shape
         return folder, teacher, make_plan(scores, shape, shape.cut_to(target))
 
     return prepare
@@ -202,7 +202,7 @@ def test_moments_of_another_model_are_refused(small):
     with pytest.raises(ValueError, match=r"need the moments of 'model.layers.0.input_layernorm', .*has none: score this model"):
         prune_model(teacher, plan, folder / "m")
     other = tiny.model(hidden_size=48)
-    scores, shape = calibrate(other, tiny.blocks()), family_of(other.config).shape_of(other.config)
+    scores, shape = calibrate(other, tiny.blocks()), Architecture.of(other.config).shape
     with pytest.raises(ValueError, match=r"those of shape \(40,\): score this model again"):
         prune_model(other, make_plan(scores, shape, shape.cut_to({"hidden": 24})), small("llama", {"hidden": 24})[0] / "m")
 
@@ -229,8 +229,8 @@ def inputs_of(model, modules):
 def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_type, changes, tmp_path):
     """Whatever the tables say: compared with hooks on the projections themselves, in memory and layer by layer."""
     model = tiny.model(model_type, dtype=torch.float32, **changes)
-    family = family_of(model.config)
-    shape = family.shape_of(model.config)
+    architecture = Architecture.of(model.config)
+    shape = architecture.shape
     scores = calibrate(model, tiny.blocks(), moments=tmp_path / "resident")
     folders = [tmp_path / "resident", tmp_path / "streamed"]
     if model_type == "exaone":  # has other names on disk, and is refused there
@@ -239,15 +239,15 @@ def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_typ
         model.save_pretrained(tmp_path / "model")
         calibrate(tmp_path / "model", tiny.blocks(), moments=folders[1])
     plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
-    made = corrections_for(model.config, family, plan, tmp_path / "resident")
+    corrections_for(architecture, plan, tmp_path / "resident")
     modules = dict(model.named_modules())
-    corrected = {name: place for name, place in made.taps.items() if name in modules and name not in made.norms}
+    corrected = architecture.reads
     expected = inputs_of(model, corrected)
     assert expected.keys() == corrected.keys()
-    for name, (axis, layer, stored) in corrected.items():
+    for name, read in corrected.items():
         for folder in folders:
-            found = read_moment(folder, layer, stored)
-            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4), f"{folder.name}: {name} ({axis}) by {stored}"
+            found = read_moment(folder, read.layer, read.moment)
+            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4), f"{folder.name}: {name} by {read}"
     linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
     narrow = {name for name in linear if name.endswith(("q_b_proj", "kv_b_proj"))}  # read no hidden channels
     headless = {"lm_head"} if model_type == "opt" and changes else set()  # no norm outside of the layers: only sliced

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_minitron.families.family import FAMILIES, family_of
-from hf_minitron.families.student import student_config
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.architecture.student import student_config
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
@@ -35,7 +36,7 @@ INEXACT = {
 
 def cases():
     for model_type in tiny.MODEL_TYPES:
-        shape = family_of(tiny.config(model_type)).shape_of(tiny.config(model_type))
+        shape = Architecture.of(tiny.config(model_type)).shape
         for axis in tiny.WIDTHS:
             if axis in tiny.target(shape, axis):
                 yield model_type, axis
@@ -45,7 +46,7 @@ CASES = list(cases())
 
 
 def plan_for(model, **target):
-    shape = family_of(model.config).shape_of(model.config)
+    shape = Architecture.of(model.config).shape
     return make_plan(calibrate(model, tiny.blocks()), shape, shape.cut_to(target))
 
 
@@ -75,14 +76,14 @@ def vector(size, kept):
 @contextmanager
 def masked(model, plan):
     """The teacher with everything that the plan drops switched off where it acts, by hand and without the axis map."""
-    family, sizes = family_of(model.config), plan.before.sizes
+    architecture, sizes = Architecture.of(model.config), plan.before.sizes
     modules, hooks = dict(model.named_modules()), []
 
     def scaled_input(module, mask):
         hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0] * mask,)))
 
-    for axis, places in family.taps_of(model.config).items():
-        for layer, name in places:
+    for axis in architecture.tapped:
+        for layer, name in architecture.taps(axis):
             module, keep = modules[name], plan.keep_at(layer)
             if axis == "layers" and keep is None:
                 module.forward = lambda hidden_states, *args, **kwargs: hidden_states
@@ -149,7 +150,7 @@ def narrow_norm(norm, kept):
 @pytest.mark.parametrize(("model_type", "axis"), CASES)
 def test_pruned_equals_masked(model_type, axis):
     teacher = tiny.model(model_type)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     plan = plan_for(teacher, **tiny.target(shape, axis))
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     pruned, whole = logits(prune_model(teacher, plan)), logits(teacher)
@@ -167,7 +168,7 @@ def test_pruned_equals_masked(model_type, axis):
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     plan = plan_for(teacher, **tiny.target(shape))
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="30KB")
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
@@ -175,9 +176,9 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(loaded) is type(teacher) and not loaded.config.name_or_path.endswith("teacher")
-    assert family_of(loaded.config).shape_of(loaded.config) == plan.after
+    assert Architecture.of(loaded.config).shape == plan.after
     stored = {t.data_ptr(): t.numel() for t in loaded.state_dict().values()}
-    assert sum(stored.values()) == plan.after.num_parameters(family_of(loaded.config).rows_of(loaded.config))
+    assert sum(stored.values()) == plan.after.num_parameters(Architecture.of(loaded.config).rows)
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
     assert (tmp_path / "student" / "plan.json").is_file() and (tmp_path / "student" / "tokenizer.json").is_file()
     assert loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
@@ -191,14 +192,14 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
 def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missing):
     config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
     with pytest.raises(ValueError, match=f"does not cover model type '{model_type}'") as caught:
-        family_of(config)
+        Architecture.of(config)
     assert missing in str(caught.value) and "llama" in str(caught.value) and "docs/families.md" in str(caught.value)
 
 
 def test_a_known_family_with_an_unknown_variant_is_refused_naming_the_shape():
     message = r"embed_tokens.weight' has shape \(99, 16\), but its row 'vocab hidden' means \(99, 40\)"
     with pytest.raises(ValueError, match=message):
-        family_of(tiny.config("opt", word_embed_proj_dim=16))  # as opt-350m, which projects its embedding
+        Architecture.of(tiny.config("opt", word_embed_proj_dim=16))  # as opt-350m, which projects its embedding
 
 
 @pytest.mark.parametrize("model_type", ["seed_oss", "cwm"])
@@ -218,7 +219,7 @@ def test_every_type_that_is_accepted_is_tested():
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             config = tiny.config(model_type)
-            family_of(config)
+            Architecture.of(config)
             accepted.add(config.model_type)
         except Exception:  # refused, or no config of these sizes
             continue
@@ -229,10 +230,10 @@ def test_every_type_that_is_accepted_is_tested():
 def test_norms_add_to_their_weights_what_is_measured(model_type, changes):
     """Weights of minus the offset let nothing pass."""
     model = tiny.model(model_type, **changes)
-    family = family_of(model.config)
-    offset = family.norm_offset_of(model.config)
+    architecture = Architecture.of(model.config)
+    offset = architecture.norm_offset
     assert offset == (1 if model_type in ("gemma", "gemma2", "gemma3_text", "vaultgemma", "nemotron") else 0)
-    for _, name in family.taps_of(model.config)["hidden"]:
+    for _, name in architecture.taps("hidden"):
         norm = model.get_submodule(name)
         if hasattr(norm, "weight"):
             with torch.no_grad():
@@ -247,21 +248,21 @@ def test_what_cannot_be_traced_is_refused_in_one_line(monkeypatch):
     with pytest.raises(
         ValueError, match="Cannot see which norms .* of model type 'llama' read: .*Score it with moments: false"
     ) as e:
-        family_of(config).readers_of(config)
+        assert Architecture.of(config).hidden_reads
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(("model_type", "wrong"), [("apertus", "act_fn.alpha_p"), ("helium", "self_attn.o_proj.weight")])
 def test_an_unknown_family_with_almost_llamas_names_is_refused(model_type, wrong):
     with pytest.raises(ValueError, match=wrong):
-        family_of(tiny.config(model_type))
+        Architecture.of(tiny.config(model_type))
 
 
 @pytest.mark.parametrize("drop", [0, 1, 2])
 def test_the_student_shares_no_weight_with_its_teacher(drop):
     """A dropped layer shifts the names of those after it, which are otherwise uncut."""
     teacher = tiny.model()
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     kept = [layer for layer in range(3) if layer != drop]
     student = prune_model(teacher, Plan(shape, shape.cut_to({"layers": 2}), {"layers": kept}))
     before = {name: p.clone() for name, p in teacher.named_parameters()}
@@ -300,7 +301,7 @@ LAYER_KINDS = [
 def test_settings_by_layer_follow_a_depth_cut(model_type, changes, key, expected):
     """Layer 0 goes; what the others are is written in their new numbers, and they compute what they did."""
     teacher = tiny.model(model_type, num_hidden_layers=4, **changes)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     plan = Plan(shape, shape.cut_to({"layers": 3}), {"layers": [1, 2, 3]})
     student = prune_model(teacher, plan)
     assert getattr(student.config, key) == expected
@@ -337,7 +338,7 @@ def test_checkpoints_as_they_lie_on_the_hub(model_type, change, tmp_path):
         save_file(tensors, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
     names = load_file(tmp_path / "teacher" / "model.safetensors").keys()
     assert model_type != "mixtral" or any("block_sparse_moe.experts.0.w1" in name for name in names)
-    plan = plan_for(teacher, **tiny.target(family_of(teacher.config).shape_of(teacher.config)))
+    plan = plan_for(teacher, **tiny.target(Architecture.of(teacher.config).shape))
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -346,7 +347,7 @@ def test_checkpoints_as_they_lie_on_the_hub(model_type, change, tmp_path):
 
 def test_experts_that_are_fused_on_disk_too(tmp_path):
     teacher = tiny.model("qwen3_moe", dtype=torch.float32)
-    plan = plan_for(teacher, **tiny.target(family_of(teacher.config).shape_of(teacher.config)))
+    plan = plan_for(teacher, **tiny.target(Architecture.of(teacher.config).shape))
     teacher.save_pretrained(tmp_path / "teacher")
     state = {name: t.clone() for name, t in teacher.state_dict().items()}
     save_file(state, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
@@ -359,7 +360,7 @@ def test_a_checkpoint_that_lacks_one_expert_is_refused(tmp_path):
     teacher.save_pretrained(tmp_path)
     lost = "model.layers.2.mlp.experts.3.up_proj.weight"
     rename(tmp_path, lambda name: "lost" if name == lost else name)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     with pytest.raises(ValueError, match=f"lacks the parameter '{lost}'"):
         prune_checkpoint(tmp_path, Plan(shape, shape, {}), tmp_path / "student")
 
@@ -368,17 +369,17 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
     tiny.model("gpt_oss", dtype=torch.float32).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = family_of(tiny.config("gpt_oss")).shape_of(tiny.config("gpt_oss"))
+    shape = Architecture.of(tiny.config("gpt_oss")).shape
     with pytest.raises(ValueError, match="is quantized; save it dequantized first"):
         prune_checkpoint(tmp_path, Plan(shape, shape, {}), tmp_path / "student")
 
 
 def test_the_config_says_all_that_changed():
     config = tiny.config("gpt2", n_inner=None)
-    family = family_of(config)
-    shape = family.shape_of(config)
+    architecture = Architecture.of(config)
+    shape = architecture.shape
     assert shape["ffn"] == 160 and shape["head_dim"] == 10 and config.n_inner is None
-    student = student_config(config, family, Plan(shape, shape.cut_to({"hidden": 20, "heads": 2}), {"hidden": []}))
+    student = student_config(architecture, Plan(shape, shape.cut_to({"hidden": 20, "heads": 2}), {"hidden": []}))
     assert (student.n_embd, student.n_head, student.n_inner, config.n_embd) == (20, 2, 160, 40)
 
 
@@ -469,17 +470,17 @@ def test_a_mixture_of_one(model_type, changes, tmp_path):
 
 def test_a_deepseek_of_dense_layers_only_can_be_cut_again():
     teacher = tiny.model("deepseek_v3", dtype=torch.float32, first_k_dense_replace=2)
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    shape = Architecture.of(teacher.config).shape
     dense = prune_model(teacher, Plan(shape, shape.cut_to({"layers": 2}), {"layers": [0, 1]}))
-    assert "experts" not in family_of(dense.config).shape_of(dense.config).sizes
+    assert "experts" not in Architecture.of(dense.config).shape.sizes
     assert prune_model(dense, plan_for(dense, hidden=24, dense_ffn=32)).config.intermediate_size == 32
 
 
 def test_a_setting_that_makes_a_cut_inexact_is_told():
     teacher = tiny.model("gpt2", scale_attn_by_inverse_layer_idx=True)
-    assert "number of the layer" in family_of(teacher.config).inexact_of(teacher.config)["layers"]
-    assert not family_of(tiny.config("gpt2")).inexact_of(tiny.config("gpt2"))
-    shape = family_of(teacher.config).shape_of(teacher.config)
+    assert "number of the layer" in Architecture.of(teacher.config).inexact["layers"]
+    assert not Architecture.of(tiny.config("gpt2")).inexact
+    shape = Architecture.of(teacher.config).shape
     plan = Plan(shape, shape.cut_to({"layers": 2}), {"layers": [1, 2]})
     student = prune_model(teacher, plan)
     with masked(teacher, plan):
@@ -489,4 +490,4 @@ def test_a_setting_that_makes_a_cut_inexact_is_told():
 @pytest.mark.parametrize("model_type", ["llama4", "gemma3n_text", "gemma4_text", "falcon_h1", "mamba2", "t5"])
 def test_whatever_is_no_family_of_ours_is_refused_in_words(model_type):
     with pytest.raises(ValueError, match="does not cover model type|does not make a causal language model"):
-        family_of(tiny.AutoConfig.for_model(model_type))
+        Architecture.of(tiny.AutoConfig.for_model(model_type))

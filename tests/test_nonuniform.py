@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.evaluation.compare import compare
-from hf_minitron.families.family import family_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.modeling import PrunedForCausalLM
 from hf_minitron.plan import Plan, make_nonuniform_plan
@@ -25,7 +25,7 @@ SIZES = {
 
 def scored(model_type, **changes):
     teacher = tiny.model(model_type, **changes)
-    return teacher, calibrate(teacher, tiny.blocks()), family_of(teacher.config).shape_of(teacher.config)
+    return teacher, calibrate(teacher, tiny.blocks()), Architecture.of(teacher.config).shape
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
-from hf_minitron.families.family import family_of
-from hf_minitron.families.student import check_target
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import check_target
 
 LLAMA_3_1_8B = ("llama", {  # meta-llama/Llama-3.1-8B
     "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -43,10 +43,10 @@ NAMES = ("teacher", "target", "total", "without_embeddings", "source")
 @pytest.mark.parametrize(NAMES, PUBLISHED, ids=[row[-1] for row in PUBLISHED])
 def test_parameter_counts(teacher, target, total, without_embeddings, source):
     config = AutoConfig.for_model(teacher[0], **teacher[1])
-    family = family_of(config)
-    after = family.shape_of(config).cut_to(target)
-    check_target(config, family, after)
-    rows = family.rows_of(config)
+    architecture = Architecture.of(config)
+    after = architecture.shape.cut_to(target)
+    check_target(architecture, after)
+    rows = architecture.rows
     assert printed(after.num_parameters(rows), total) == total
     if without_embeddings:
         rest = {row: pattern for row, pattern in rows.items() if "vocab" not in pattern}

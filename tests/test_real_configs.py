@@ -14,9 +14,10 @@ import yaml
 from transformers import AutoConfig
 
 from hf_minitron.__main__ import main
-from hf_minitron.families.family import FAMILIES, LLAMA, family_of
-from hf_minitron.families.meta import parameters_of
-from hf_minitron.families.student import LAYER_LISTS, student_config
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.family import FAMILIES, LLAMA
+from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.student import LAYER_LISTS, student_config
 from hf_minitron.plan import Plan
 from hf_minitron.stages import prune
 
@@ -144,7 +145,7 @@ def plan(model, target, tmp_path, capsys):
 
 def cut(config):
     """A target that any model allows: a third of its layers, three quarters of its FFN channels and of its experts."""
-    axes = family_of(config).shape_of(config).axes
+    axes = Architecture.of(config).shape.axes
     target = {"layers": axes["layers"] // 3, "ffn": axes["ffn"] * 3 // 4 // 8 * 8}
     return target | ({"experts": axes["experts"] * 3 // 4} if "experts" in axes else {})
 
@@ -169,10 +170,10 @@ def test_plan_agrees_with_the_published_count(repository, tmp_path, capsys):
 
     full, small, _ = prune.shapes(prune.Args(target), str(folder(repository)))
     kept = list(range(full["layers"]))[-small["layers"] :]
-    student = student_config(config, family_of(config), Plan(full, small, {"layers": kept}))
+    student = student_config(Architecture.of(config), Plan(full, small, {"layers": kept}))
     student.save_pretrained(tmp_path / "student")
     loaded = AutoConfig.from_pretrained(tmp_path / "student")
-    made = sum(math.prod(shape) for shape in parameters_of(loaded).values())
+    made = sum(math.prod(shape) for shape in outline(loaded).parameters.values())
     assert made == after < before, "what Transformers makes of the student's config.json has another count"
     old, new = config.to_dict(), loaded.to_dict()
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}

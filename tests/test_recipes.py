@@ -26,14 +26,14 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_minitron import DistillationArguments, DistillationTrainer
 from hf_minitron.__main__ import STAGES, check_stages, own_stages, plan_text
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.student import student_config
 from hf_minitron.chain import outlines, stand_in
 from hf_minitron.checkpoint import TensorSpec, write_outline
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.evaluation.tasks import task_manager
-from hf_minitron.families.family import family_of
-from hf_minitron.families.meta import parameters_of
-from hf_minitron.families.student import student_config
 from hf_minitron.formats import text_files
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
@@ -146,11 +146,11 @@ def test_targets_are_held_by_a_class_and_of_the_size_they_say(name, tmp_path):
     for path in (path for path in RECIPES if path.parent.name == name):
         run, sections = bound(path, model)
         args, config = sections["prune"], AutoConfig.from_pretrained(run.model)
-        family = family_of(config)
+        architecture = Architecture.of(config)
         before, after, rows = prune.shapes(args, run.model)
         said = next(value for key, value in facts(name).items() if key in ("parameters", f"parameters, `{path.name}`"))
         said = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]+", said)]
-        student = student_config(config, family, Plan(before, after, {"layers": list(range(after["layers"]))}))
+        student = student_config(architecture, Plan(before, after, {"layers": list(range(after["layers"]))}))
         counts = [count_on_meta(config), count_on_meta(student)]
         if args.nonuniform is not None:
             prune.check_nonuniform(args, run)
@@ -169,7 +169,7 @@ def test_targets_are_held_by_a_class_and_of_the_size_they_say(name, tmp_path):
 
 def write_holes(folder):
     """Write shards with holes in place of the weights of a folder's config; small ones, for they are mapped into memory."""
-    shapes, files = parameters_of(AutoConfig.from_pretrained(folder)), {}
+    shapes, files = outline(AutoConfig.from_pretrained(folder)).parameters, {}
     for number, start in enumerate(range(0, len(shapes), 40)):
         names = [*shapes][start : start + 40]
         write_outline(folder, {name: TensorSpec("BF16", shapes[name]) for name in names})

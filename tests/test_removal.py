@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from hf_minitron import Scores, calibrate, family_of, make_plan, prune_model
+from hf_minitron import Architecture, Scores, calibrate, make_plan, prune_model
 from hf_minitron.importance import removal
 from hf_minitron.importance.removal import (
     half_costs,
@@ -36,7 +36,7 @@ def deep(model_type="llama", layers=LAYERS, **changes):
 
 def student(model, removed):
     """The stock model of the other layers."""
-    shape = family_of(model.config).shape_of(model.config)
+    shape = Architecture.of(model.config).shape
     kept = [layer for layer in range(shape["layers"]) if layer not in removed]
     sizes = {**shape.sizes, "layers": len(kept)}
     if "dense_layers" in sizes:
@@ -182,7 +182,7 @@ def plan_of(scores, layers, after):
 
 def tiny_shape(layers):
     config = tiny.config(num_hidden_layers=layers)
-    return family_of(config).shape_of(config)
+    return Architecture.of(config).shape
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -256,7 +256,7 @@ def test_halves_cost_what_a_model_without_them_loses(model_type):
     model = tiny.model(model_type)
     ids = tiny.blocks()["input_ids"][:]
     found = half_costs(model, tiny.blocks(), "loss")
-    taps = family_of(model.config).taps_of(model.config)
+    architecture = Architecture.of(model.config)
 
     def loss():
         with torch.no_grad():
@@ -265,7 +265,7 @@ def test_halves_cost_what_a_model_without_them_loses(model_type):
 
     whole = loss()
     for axis in ("heads", "ffn"):
-        for layer, name in taps[axis]:
+        for layer, name in architecture.taps(axis):
             hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: torch.zeros_like(out))
             assert found[axis][layer].item() == pytest.approx(loss() - whole, abs=1e-5)
             hook.remove()

@@ -10,34 +10,30 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_minitron import axes
-from hf_minitron.families.family import FAMILIES, OUTPUT, family_of
+from hf_minitron.architecture.architecture import OUTPUT, Architecture
+from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.plan import Plan, copy_plan, make_plan
+from hf_minitron.pruning import rotate
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, moments_path
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
-from hf_minitron.pruning.rotate import rotation_for, untied
+from hf_minitron.tensors import tensors_of
 
-PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].plain_stream]
+PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].pre_norm_residual]
 MERGING = (*DEFAULT_CORRECTIONS, "layer_merge")
 IDS = tiny.blocks(40)["input_ids"][:]
 
 
 def shape_of(model):
-    return family_of(model.config).shape_of(model.config)
+    return Architecture.of(model.config).shape
 
 
 def rotated(model, moments):
-    family = family_of(model.config)
-    config, state = untied(model.config, family), dict(model.state_dict())
-    rotation = rotation_for(config, family, moments, state.__getitem__)
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    rows = family.rows_of(config)
-    turned = {name: rotation(name, rows[axes.match(name, rows)[0]], tensor) for name, tensor in state.items()}
-    made = AutoModelForCausalLM.from_config(config).to(model.dtype).eval()
-    made.load_state_dict(turned)
-    return made, rotation
+    tensors = rotate.rotated(tensors_of(model), moments)
+    made = AutoModelForCausalLM.from_config(tensors.architecture.config).to(model.dtype).eval()
+    made.load_state_dict({name: tensors.read(name) for name in tensors.names()})
+    return made, tensors.rotation
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -165,11 +161,10 @@ def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
     target = {"hidden": 24} if model_type == "qwen2" else {"ffn": 32}
     ids = tiny.blocks(200, 4)  # every fourth token is read, the first of every block here
     plan = make_plan(calibrate(teacher, ids, moments=tmp_path), shape, shape.cut_to(target))
-    family = family_of(teacher.config)
     if model_type == "qwen2":
         name = "model.layers.0.self_attn.k_proj"
     else:
-        (_, name), *_ = family.taps_of(teacher.config)["ffn"]
+        (_, name), *_ = Architecture.of(teacher.config).taps("ffn")
 
     def mean(model):
         found = []

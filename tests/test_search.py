@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import DynamicCache
 
-from hf_minitron import Scores, family_of
+from hf_minitron import Architecture, Scores
 from hf_minitron.__main__ import main
 from hf_minitron.hub.plots import plot_candidates, plot_kept
 from hf_minitron.pruning import search
@@ -26,8 +26,8 @@ GRID = {"layers": [2, 3], "hidden": [24, 32, 40], "ffn": [32, 48, 72], "heads": 
 
 def space(model_type="llama", **changes):
     config = tiny.config(model_type, **changes)
-    family = family_of(config)
-    before, rows = family.shape_of(config), family.rows_of(config)
+    architecture = Architecture.of(config)
+    before, rows = architecture.shape, architecture.rows
     return before, rows, {name: partial(cost, rows=rows, size=2) for name, cost in search.COSTS.items()}
 
 
@@ -356,7 +356,7 @@ def test_measured_speed_is_a_budget(searched, monkeypatch, capsys):
 
 def test_random_models_of_a_shape_can_be_measured():
     config = tiny.config()
-    shape = family_of(config).shape_of(config).cut_to({"hidden": 24, "layers": 2})
+    shape = Architecture.of(config).shape.cut_to({"hidden": 24, "layers": 2})
     speed = stage.shape_tokens_per_second(config, shape, torch.float32, torch.device("cpu"))
     assert set(speed) == {"prefill", "decode"} and min(speed.values()) > 0
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from hf_minitron import axes
-from hf_minitron.families.family import family_of
-from hf_minitron.families.student import check_target
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import check_target
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.scores import Scores
@@ -48,8 +48,8 @@ def test_a_wrong_shape_is_refused():
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_costs_are_those_of_the_real_model(model_type, tied):
     model = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
-    family = family_of(model.config)
-    rows, shape = family.rows_of(model.config), family.shape_of(model.config)
+    architecture = Architecture.of(model.config)
+    rows, shape = architecture.rows, architecture.shape
     buffers = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
     assert shape.num_parameters(rows) == model.num_parameters() + buffers
     flops = 0
@@ -102,13 +102,13 @@ REFUSED = [
 @pytest.mark.parametrize(("model_type", "target", "message"), REFUSED)
 def test_a_shape_that_no_class_holds_is_refused_with_the_nearest(model_type, target, message):
     config = tiny.config(model_type)
-    family = family_of(config)
-    shape = family.shape_of(config)
+    architecture = Architecture.of(config)
+    shape = architecture.shape
     with pytest.raises(ShapeError, match=message) as caught:
-        check_target(config, family, shape.cut_to(target))
+        check_target(architecture, shape.cut_to(target))
     hidden, heads = (int(number) for number in re.findall(r"hidden=(\d+) with heads=(\d+)", str(caught.value))[1])
     legal = {"hidden": hidden, "heads": heads} | ({"kv_heads": heads // 2} if "kv_heads" in shape.sizes else {})
-    check_target(config, family, shape.cut_to(legal))
+    check_target(architecture, shape.cut_to(legal))
 
 
 def test_every_shape_that_is_advised_is_legal():
@@ -120,15 +120,15 @@ def test_every_shape_that_is_advised_is_legal():
         "partial_rotary_factor": 0.25,
     }
     config = tiny.AutoConfig.for_model("stablelm", num_attention_heads=32, num_key_value_heads=8, **sizes)  # StableLM-2-12B's
-    family = family_of(config)
-    shape = family.shape_of(config)
+    architecture = Architecture.of(config)
+    shape = architecture.shape
     with pytest.raises(ShapeError) as caught:
-        check_target(config, family, shape.cut_to({"hidden": 4096}))
+        check_target(architecture, shape.cut_to({"hidden": 4096}))
     advised = re.findall(r"hidden=(\d+) with heads=(\d+)(?: and kv_heads=(\d+))?", str(caught.value))[1:]
     assert len(advised) == 2
     for hidden, heads, kv_heads in advised:
         target = {"hidden": int(hidden), "heads": int(heads)} | ({"kv_heads": int(kv_heads)} if kv_heads else {})
-        check_target(config, family, shape.cut_to(target))
+        check_target(architecture, shape.cut_to(target))
 
 
 @pytest.mark.parametrize("axis", ["layers", "hidden", "ffn", "heads"])
@@ -142,13 +142,13 @@ def test_scores_that_are_not_numbers_are_refused(axis):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_a_shape_that_another_class_holds_is_accepted(model_type):
-    check_target(tiny.config(model_type), family_of(tiny.config(model_type)), SHAPE.cut_to({"hidden": 30}))
+    check_target(Architecture.of(tiny.config(model_type)), SHAPE.cut_to({"hidden": 30}))
 
 
 def test_a_llama_with_biases_has_no_other_class():
     config = tiny.config("llama", attention_bias=True)
     with pytest.raises(ShapeError, match=r"LlamaConfig refuses hidden=30.*hidden=28 with heads=4, hidden=32 with heads=4"):
-        check_target(config, family_of(config), SHAPE.cut_to({"hidden": 30}))
+        check_target(Architecture.of(config), SHAPE.cut_to({"hidden": 30}))
 
 
 EXPERTS = [
@@ -163,7 +163,7 @@ EXPERTS = [
 def test_an_illegal_number_of_experts_says_what_is_allowed(model_type, target, message):
     config = tiny.config(model_type)
     with pytest.raises(ShapeError, match=message):
-        family_of(config).shape_of(config).cut_to(target)
+        Architecture.of(config).shape.cut_to(target)
 
 
 def test_plan_keeps_the_best_inside_kv_groups(tmp_path):

@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
-from hf_minitron.families.family import family_of
 
 # Every state of this kind, with the paper's symbol, or the two kinds of vectors of a relation (L_att).
 VECTORS = {"embedding": "L_emb", "block": "L_o", "mlp_input": "L_i"}
@@ -95,7 +95,7 @@ class StateLosses(nn.Module):
     ):
         super().__init__()
         self._distance, self._chunk_size = DISTANCES[distance], chunk_size
-        self._sizes = [family_of(model.config).shape_of(model.config).sizes for model in (student, teacher)]
+        self._sizes = [Architecture.of(model.config).shape.sizes for model in (student, teacher)]
         pairs = layer_pairs(layers, self._sizes[1]["layers"], self._sizes[0]["layers"], kept_layers)
         student_at, teacher_at = (_places(model.config, names) for model in (student, teacher))
         self.pairs = {
@@ -224,9 +224,9 @@ def check_states(
     """Refuse losses and layers that a teacher, or what is left of the model that becomes the student, does not have."""
     for config in (teacher, student):
         _places(config, names)
-    before = family_of(student).shape_of(student)["layers"]
+    before = Architecture.of(student).shape["layers"]
     kept = range(before - student_layers, before)  # plan's are known later; none lies behind these
-    layer_pairs(layers, family_of(teacher).shape_of(teacher)["layers"], student_layers, kept)
+    layer_pairs(layers, Architecture.of(teacher).shape["layers"], student_layers, kept)
 
 
 def layer_pairs(
@@ -267,9 +267,9 @@ def layer_pairs(
 
 def _places(config, names: Sequence[str]) -> dict[str, list[list[Place]]]:
     """Return the modules whose outputs a loss compares, by its name and the layer; a relation has two."""
-    family = family_of(config)
-    attention, mlp, last = family.norms_of(config)
-    parts = family.attention_of(config)
+    architecture = Architecture.of(config)
+    attention, mlp, last = architecture.norms
+    parts = {part: architecture.attention(part) for part in ("query", "key", "value") if architecture.attention(part)}
     found: dict[str, list[list[Place]]] = {
         "embedding": [[(norm, None, "")] for norm in attention[:1]],
         "block": [[(norm, None, "")] for norm in ([*attention[1:], last] if attention and last else [])],

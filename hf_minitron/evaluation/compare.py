@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
@@ -27,7 +28,6 @@ from hf_minitron.evaluation.text import (
     text_facts,
     text_records,
 )
-from hf_minitron.families.family import family_of
 from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.vocabulary import check_ids, difference
@@ -204,7 +204,7 @@ def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
     """Return the size of every axis; of a nonuniform model, lists for what differs from layer to layer."""
     if isinstance(config, PrunedConfig):
         return {"layers": config.num_hidden_layers, "hidden": config.hidden_size, **config.layer_sizes}
-    return family_of(config).shape_of(config).axes
+    return Architecture.of(config).shape.axes
 
 
 def _facts(model: PreTrainedModel, folder: Path) -> dict:

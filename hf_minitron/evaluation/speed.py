@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_minitron.families.family import family_of
-from hf_minitron.families.student import student_config
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import student_config
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape
@@ -133,8 +133,8 @@ def shape_tokens_per_second(
         dtype (`torch.dtype`): The dtype it will run in.
         device (`torch.device`): Where it will run.
     """
-    family = family_of(config)
-    config = student_config(config, family, Plan(family.shape_of(config), shape, {"layers": list(range(shape["layers"]))}))
+    architecture = Architecture.of(config)
+    config = student_config(architecture, Plan(architecture.shape, shape, {"layers": list(range(shape["layers"]))}))
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     (found,) = measure_speed({"": model}, SpeedSettings(batch_sizes=(1,), prompt=(512,)))[""]
@@ -150,13 +150,13 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
         layers (`int`, *optional*, defaults to 1): How many layers; the last ones.
         vocab (`int`, *optional*, defaults to 8): Size of the vocabulary; the config's when `None`.
     """
-    family = family_of(config)
-    shape = family.shape_of(config)
+    architecture = Architecture.of(config)
+    shape = architecture.shape
     target = {"layers": layers}
     if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
     kept = list(range(shape["layers"] - layers, shape["layers"]))
-    config = student_config(config, family, Plan(shape, shape.cut_to(target), {"layers": kept}))
+    config = student_config(architecture, Plan(shape, shape.cut_to(target), {"layers": kept}))
     if vocab is not None:
         config.vocab_size, config.pad_token_id = vocab, None
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -3,18 +3,16 @@
 They are for comparing: on SmolLM2-135M, weight magnitude is about as bad as chance (benchmarks/claims.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.checkpoint import Checkpoint, resolve
-from hf_minitron.families.family import family_of
-from hf_minitron.families.meta import parameters_of
-from hf_minitron.pruning.prune import stored_names
+from hf_minitron.architecture.architecture import Parameter
+from hf_minitron.tensors import tensors_of
 
 
 def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -24,13 +22,12 @@ def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor])
         model (`PreTrainedModel`, `str` or `Path`): The model, or its folder.
         scores (`Mapping[str, Tensor]`): Scores by axis, whose shapes (and NaN for what is absent) the result has.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(resolve(model))
-    family = family_of(config)
-    rows, sizes = family.stored_rows(family.rows_of(config)), family.shape_of(config).sizes
+    tensors = tensors_of(model)
+    sizes = tensors.architecture.shape.sizes
     squares = {axis: torch.zeros_like(score) for axis, score in scores.items()}
-    for name, tensor in _tensors(model):
-        row, indices = axes.match(name, rows)
-        layer, names = axes.layer_in(indices), [axes.dim_names(dim) for dim in axes.parse(rows[row])]
+    for name in tensors.names():
+        tensor, parameter = tensors.read(name).cpu(), tensors.architecture.stored[name]
+        indices, layer, names = parameter.indices, parameter.layer, [axes.dim_names(dim) for dim in parameter.dims]
         for axis, total in squares.items():
             if axis != "hidden":
                 if layer is None:
@@ -43,7 +40,7 @@ def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor])
             elif axis in indices:  # an expert that is stored by itself
                 total[indices[axis]] += tensor.float().square().sum()
             elif any(axis in found for found in names):
-                _add_squares(total, tensor, rows[row], axis, sizes)
+                _add_squares(total, tensor, parameter, axis, sizes)
     return {axis: total.sqrt() + 0 * scores[axis] for axis, total in squares.items()}
 
 
@@ -52,25 +49,13 @@ def chance(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor]) ->
     return {axis: torch.rand(score.shape) + 0 * score for axis, score in scores.items()}
 
 
-def _tensors(model: PreTrainedModel | str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield full name and values of every tensor."""
-    if isinstance(model, PreTrainedModel):
-        own = parameters_of(model.config)  # stored buffers too, a tied head once
-        yield from ((name, tensor.cpu()) for name, tensor in model.state_dict().items() if name in own)
-        return
-    checkpoint, config = Checkpoint(resolve(model)), AutoConfig.from_pretrained(resolve(model))
-    for stored, name in stored_names(checkpoint, config, family_of(config)).items():
-        yield name, checkpoint.read(stored)
-
-
-def _add_squares(total: Tensor, tensor: Tensor, pattern: str, axis: str, sizes: Mapping[str, int]) -> None:
+def _add_squares(total: Tensor, tensor: Tensor, parameter: Parameter, axis: str, sizes: Mapping[str, int]) -> None:
     """Add the squares of a tensor, summed over all of its dimensions but an axis (and the experts where `total` has them)."""
-    dims = axes.parse(pattern)
-    position = next(at for at, dim in enumerate(dims) if axis in axes.dim_names(dim))
+    position, dim = parameter.dim_of(axis)
     kept = {position} | ({0} if total.dim() == 2 else set())
     others = [at for at in range(tensor.dim()) if at not in kept]
     squares = tensor.float().square()
-    total.index_add_(-1, axes.labels(dims[position], axis, sizes), squares.sum(others) if others else squares)
+    total.index_add_(-1, axes.labels(dim, axis, sizes), squares.sum(others) if others else squares)
 
 
 BASELINES: dict[str, Callable] = {"magnitude": magnitude, "random": chance}

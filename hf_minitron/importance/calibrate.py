@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_minitron
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
-from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, REDUCTIONS
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.streamed import read_layers
@@ -84,7 +84,7 @@ def calibrate(
         readings = save_moments(_read_model(model, batches, moments is not None, read), folder)
     else:
         config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder, read)
-    scores = _by_axis(readings, family_of(config).shape_of(config))
+    scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
     return Scores(scores, _provenance(config, dtype, blocks) | {f"metric.{axis}": name for axis, name in metrics.items()})
@@ -127,9 +127,8 @@ def _read_model(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool, metrics: Mapping[str, str]
 ) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
-    family, device = family_of(model.config), input_device(model)
-    sizes = family.shape_of(model.config).sizes
-    with torch.inference_mode(), open_taps(model, family, sizes, moments, metrics) as taps:
+    device = input_device(model)
+    with torch.inference_mode(), open_taps(model, moments, metrics) as taps:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
             taps.run(model, batch, device)
     return taps.readings

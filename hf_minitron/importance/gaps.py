@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.families.family import family_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import input_device
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import GAP, moments_path
@@ -40,11 +40,10 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
     Raises:
         ValueError: for a family whose MLPs are not added to the stream as they are.
     """
-    family = family_of(model.config)
-    if not family.plain_stream:
+    architecture = Architecture.of(model.config)
+    if not architecture.supports("layer_merge"):
         raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
-    taps = family.taps_of(model.config)
-    layers, projections = dict(taps["layers"]), dict(taps.get("ffn", ()))
+    layers, projections = dict(architecture.taps("layers")), dict(architecture.taps("ffn"))
     seen = {layer: _Gap() for layer in plan.gaps}
     hooks = []
     for layer, dropped in plan.gaps.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.families.family import family_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.head import head_chunks, head_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
@@ -156,8 +156,8 @@ def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", ba
     Returns:
         `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without such a half.
     """
-    taps = family_of(model.config).taps_of(model.config)
-    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in taps[axis]]
+    architecture = Architecture.of(model.config)
+    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
     removals = [Removal(range(layer, layer), (model.get_submodule(name),)) for _, layer, name in places]
     costs = {axis: torch.zeros(len(layers_of(model))) for axis in ("heads", "ffn")}
     for (axis, layer, _), cost in zip(places, _measure(model, blocks, metric, batch_size, removals), strict=True):

@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.checkpoint import Checkpoint, check_finite, require_space
-from hf_minitron.families.family import Family, family_of
-from hf_minitron.families.meta import base_prefix
-from hf_minitron.families.student import student_config
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import student_config
+from hf_minitron.checkpoint import check_finite, require_space
 from hf_minitron.importance.taps import Reading, Taps, open_taps, save_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.prune import prune_tensors, stored_names
+from hf_minitron.pruning.prune import prune_tensors
+from hf_minitron.tensors import CheckpointTensors
 
 
 def read_layers(
@@ -54,11 +54,11 @@ def read_layers(
         `tuple`: The config, the dtype, and what every tap has read.
     """
     config = AutoConfig.from_pretrained(folder)
-    family, dtype = family_of(config), dtype or config.dtype or torch.float32
-    if reason := family.inexact_of(config).get("layers"):
+    architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
+    if reason := architecture.inexact.get("layers"):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Set layer_by_layer to false")
-    loader, readings = _Loader(folder, config, family, dtype, device), []
-    layers = family.shape_of(config)["layers"]
+    loader, readings = _Loader(folder, architecture, dtype, device), []
+    layers = architecture.shape["layers"]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(bar)
@@ -66,9 +66,8 @@ def read_layers(
         for layer in range(layers):
             give_back_freed_memory()  # the layer's before: loading it has used several threads
             model = loader.model_of(layer)
-            sizes = family.shape_of(model.config).sizes
-            with open_taps(model, family, sizes, moments is not None, metrics) as taps:
-                found = _read_layer(model, family, layer, batches, states, bar, device, taps)
+            with open_taps(model, moments is not None, metrics) as taps:
+                found = _read_layer(model, layer, batches, states, bar, device, taps)
             kept = [reading for reading in found if reading.layer is not None or layer == layers - 1]
             readings += save_moments(kept, moments)
     return config, dtype, readings
@@ -76,7 +75,6 @@ def read_layers(
 
 def _read_layer(
     model: PreTrainedModel,
-    family: Family,
     layer: int,
     batches,
     states: "_States",
@@ -85,7 +83,9 @@ def _read_layer(
     taps: Taps,
 ) -> list[Reading]:
     """Send all batches through one layer; return what its taps, and those beyond the layers, have read."""
-    module = model.get_submodule(family.taps["layers"][0].format(layers=0).removeprefix(f"{base_prefix(model.config)}."))
+    architecture = Architecture.of(model.config)
+    ((_, name),) = architecture.taps("layers")
+    module = model.get_submodule(name.removeprefix(f"{architecture.prefix}."))
     current = -1
 
     def enter(module, args, kwargs):  # instead of the embedding, the states that the layer before has left
@@ -116,32 +116,29 @@ def _read_layer(
 class _Loader:
     """Makes models of one layer from a checkpoint; what lies outside of the layers is read once and shared by them."""
 
-    def __init__(self, folder: Path, config: PreTrainedConfig, family: Family, dtype: torch.dtype, device: torch.device):
-        self.config, self.family, self.dtype, self.device = config, family, dtype, device
-        self.checkpoint, self.shape = Checkpoint(folder), family.shape_of(config)
-        self.rows = family.stored_rows(family.rows_of(config))
-        self.names = stored_names(self.checkpoint, config, family)
-        self.by_layer: dict[int | None, dict[str, str]] = {}
-        for stored, name in self.names.items():
-            if name.startswith(f"{base_prefix(config)}."):  # all but the head
-                layer = axes.layer_in(axes.match(name, self.rows)[1])
-                self.by_layer.setdefault(layer, {})[stored] = name
-        self.shared = {name: self._read(stored).to(device, dtype) for stored, name in self.by_layer[None].items()}
+    def __init__(self, folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device):
+        self.architecture, self.dtype, self.device = architecture, dtype, device
+        self.tensors = CheckpointTensors(folder, architecture)
+        outside = [name for name in self.tensors.names() if architecture.stored[name].layer is None]
+        self.shared = {name: self._read(name).to(device, dtype) for name in outside if architecture.stored[name].role != "head"}
 
     def model_of(self, layer: int) -> PreTrainedModel:
         """Return the base model with one layer only."""
-        plan = Plan(self.shape, self.shape.cut_to({"layers": 1}), {"layers": [layer]})
-        pruned = prune_tensors(self.by_layer[layer], self._read, self.rows, plan)
-        state = dict(pruned) | self.shared  # what of a layer stays in float32 whatever its dtype, the class knows
-        config = student_config(self.config, self.family, plan)
+        shape = self.architecture.shape
+        plan = Plan(shape, shape.cut_to({"layers": 1}), {"layers": [layer]})
+        pruned = prune_tensors(self.tensors, plan, layer=layer)
+        state = {
+            name: check_finite(name, axes.join(spec.shape, pieces)) for name, spec, pieces in pruned
+        } | self.shared  # what of a layer stays in float32 whatever its dtype, the class knows
+        config = student_config(self.architecture, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )
         assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
         return model.to(self.device).eval()
 
-    def _read(self, stored: str) -> Tensor:
-        return check_finite(stored, self.checkpoint.read(stored))
+    def _read(self, name: str) -> Tensor:
+        return check_finite(name, self.tensors.read(name))
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.families.family import INPUT, OUTPUT, Family
-from hf_minitron.families.meta import base_prefix
+from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter
 from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation
 from hf_minitron.importance.experts import RoutedOutputNorm
 from hf_minitron.importance.layers import BlockImportance
@@ -133,7 +132,7 @@ class Taps:
         for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
             if weight.device.type != "meta" and not weight.isfinite().all():
                 raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
-        order = [f"{base_prefix(model.config)}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
+        order = [f"{Architecture.of(model.config).prefix}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
         # a block stands before its parts, but is read after them
         bad = [reading for reading, finite in zip(self.readings, flags, strict=True) if not finite]
         first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
@@ -146,8 +145,6 @@ class Taps:
 @contextmanager
 def open_taps(
     model: PreTrainedModel,
-    family: Family,
-    sizes: Mapping[str, int],
     moments: bool = False,
     metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Taps]:
@@ -155,20 +152,20 @@ def open_taps(
 
     Args:
         model (`PreTrainedModel`): With or without its output head.
-        family (`Family`): Its family.
-        sizes (`Mapping[str, int]`): The size of every axis.
         moments (`bool`, *optional*, defaults to `False`): Whether to read what corrections need as well.
         metrics (`Mapping[str, str]`, *optional*): Width axis to the name of its metric; `l2_mean` where left out.
     """
+    architecture = Architecture.of(model.config)
+    sizes = architecture.shape.sizes
     taps, hooks, observed = Taps(sizes), [], {}
     base = model.base_model
     modules = dict(base.named_modules())
 
     def tap(axis: str, layer: int | None, name: str, kind: Callable[..., Metric]) -> None:
-        module, routed = modules[name.removeprefix(base_prefix(model.config)).removeprefix(".")], name.endswith(".experts")
-        dim = _dim_of(family, name, axis) if axis in WIDTHS and axis != "hidden" else None
+        module, routed = modules[name.removeprefix(architecture.prefix).removeprefix(".")], name.endswith(".experts")
+        dim = architecture.weights[name].dim_of(axis)[1] if axis in WIDTHS and axis != "hidden" else None
         if kind in OUTGOING.values():
-            made = [kind(outgoing) for outgoing in _outgoing(module, family, name, axis, sizes)]
+            made = [kind(outgoing) for outgoing in _outgoing(module, architecture.weights[name], axis, sizes)]
         else:
             made = [kind() for _ in range(sizes["experts"] if routed and axis == "ffn" else 1)]
         reading = Reading(axis, layer, name, made, dim)
@@ -178,14 +175,14 @@ def open_taps(
         else:
             hooks.append(module.register_forward_hook(_hook(taps, reading), with_kwargs=True))
 
-    for axis, places in family.taps_of(model.config).items():
-        for layer, name in places:
+    for axis in architecture.tapped:
+        for layer, name in architecture.taps(axis):
             tap(axis, layer, name, _metric(axis, metrics.get(axis, DEFAULT)))
             if moments and axis in MOMENTS and not name.endswith(".experts"):
                 tap(f"{axis}{MOMENT}", layer, name, MOMENTS[axis])
-    for layer, name in dict.fromkeys(family.readers_of(model.config).values()) if moments else ():
-        module, dot, side = name.rpartition(".")
-        tap(READ[dot + side], layer, module, SecondMoment)
+    for read in dict.fromkeys(architecture.hidden_reads.values()) if moments else ():
+        module, dot, side = read.moment.rpartition(".")
+        tap(READ[dot + side], read.layer, module, SecondMoment)
     implementation = base.config._experts_implementation if observed else None
     try:
         if observed:
@@ -245,24 +242,15 @@ def _metric(axis: str, name: str) -> Callable[..., Metric]:
     return OUTGOING[name] if name in OUTGOING else partial(Activation, *REDUCTIONS[name])
 
 
-def _projection(family: Family, name: str) -> tuple[str, str]:
-    """Return the parameter that takes up what a tap reads, and its pattern."""
-    parameter = f"{name}.down_proj" if name.endswith(".experts") else f"{name}.weight"
-    return parameter.rpartition(".")[2], family.rows[axes.match(parameter, family.rows)[0]]
-
-
-def _dim_of(family: Family, name: str, axis: str) -> axes.Dim:
-    return axes.dim_of(_projection(family, name)[1], axis)
-
-
-def _outgoing(module: nn.Module, family: Family, name: str, axis: str, sizes: Mapping[str, int]) -> list[Tensor]:
+def _outgoing(module: nn.Module, parameter: Parameter, axis: str, sizes: Mapping[str, int]) -> list[Tensor]:
     """Return the norms of the columns that an axis goes out through, viewed by axis; one tensor per routed expert."""
-    parameter, pattern = _projection(family, name)
-    weight, dims = getattr(module, parameter), axes.parse(pattern)
+    weight, dims = getattr(module, parameter.kind), parameter.dims
     if weight.device.type == "meta":
-        raise ValueError(f"{name!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean")
-    dim = axes.dim_of(pattern, axis)
+        raise ValueError(
+            f"{parameter.module!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean"
+        )
+    position, dim = parameter.dim_of(axis)
     routed = dims[0] == (("experts",),)
-    others = [at for at in range(weight.dim()) if at != dims.index(dim) and not (routed and at == 0)]
+    others = [at for at in range(weight.dim()) if at != position and not (routed and at == 0)]
     norms = torch.linalg.vector_norm(weight.detach().float(), dim=others)  # (dim,) or (experts, dim)
     return [axes.by_axis(norm, dim, axis, sizes) for norm in (norms if routed else [norms])]

@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, PreTrainedModel
 
-from hf_minitron.families.family import family_of
-from hf_minitron.families.meta import base_prefix
+from hf_minitron.architecture.architecture import Architecture
 
 
 def layers_of(model: PreTrainedModel) -> list[Module]:
     """Return the modules of a model's layers, in order."""
-    prefix = f"{base_prefix(model.config)}."
-    places = family_of(model.config).taps_of(model.config)["layers"]
-    return [model.base_model.get_submodule(name.removeprefix(prefix)) for _, name in places]
+    architecture = Architecture.of(model.config)
+    names = [name.removeprefix(f"{architecture.prefix}.") for _, name in architecture.taps("layers")]
+    return [model.base_model.get_submodule(name) for name in names]
 
 
 @contextmanager

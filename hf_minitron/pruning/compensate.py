@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import INPUT, OUTPUT, Family
-from hf_minitron.families.meta import parameters_of
+from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
 from hf_minitron.plan import Plan
 
 # Beside a module's moments: what dropped layers added. (A norm's are energies of what it is given.)
@@ -42,13 +40,8 @@ class Corrections:
     Args:
         moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
         names (`Sequence[str]`): Which of `CORRECTIONS`.
-        taps (`Mapping[str, tuple[str, int | None, str]]`): Module to the axis that it reads, its layer, and the name under
-            which its moments are stored.
-        norms (`frozenset[str]`): The modules among them that are norms.
-        biased (`frozenset[str]`): Those that have a bias.
-        rows (`Mapping[str, str]`): The teacher's rows.
+        architecture (`Architecture`): The teacher's.
         plan (`Plan`): What is kept.
-        offset (`float`): What the family's norms add to their weights.
         rotation (`Rotation`, *optional*): The basis in which the teacher's tensors are read.
         gaps (`Path`, *optional*): The folder that `read_gaps` wrote.
         ridge (`float`, *optional*, defaults to `RIDGE`): Weight of a projection's change beside its error, relative to the
@@ -57,62 +50,56 @@ class Corrections:
 
     moments: Path
     names: Sequence[str]
-    taps: Mapping[str, tuple[str, int | None, str]]
-    norms: frozenset[str]
-    biased: frozenset[str]
-    rows: Mapping[str, str]
+    architecture: Architecture
     plan: Plan
-    offset: float
     rotation: "Rotation | None" = None  # noqa: F821 (stands below this module)
     gaps: Path | None = None
     ridge: float = RIDGE
 
     def __call__(
-        self, name: str, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
+        self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
         """Return a tensor corrected, what is still to be cut of it, and the sizes of its axes before that.
 
         Args:
-            name (`str`): The teacher's parameter.
+            parameter (`Parameter`): The teacher's parameter.
             tensor (`Tensor`): Its values.
             keep (`dict[str, Tensor]`): What is kept of every axis where it stands.
-            read (`Callable`): Returns another parameter of the teacher.
+            read (`Callable`): Returns another parameter of the teacher by its name.
         """
-        sizes, (module, _, kind) = self.plan.before.sizes, name.rpartition(".")
+        sizes = self.plan.before.sizes
         if "head_residual" in self.names and "heads" in keep:
-            tensor = self._with_head_residual(name, tensor, keep["heads"])
-        axis = self.taps.get(module, (None,))[0]
-        if kind not in ("weight", "bias") or not (axis in keep or self._gap(module)):
+            tensor = self._with_head_residual(parameter, tensor, keep["heads"])
+        if parameter.role == "norm":
+            return (self._norm(parameter, tensor, keep) if "hidden" in keep else tensor), keep, sizes
+        source = self.architecture.reads.get(parameter.module)
+        if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._gap(source)):
             return tensor, keep, sizes
-        if module in self.norms:
-            return (self._norm(module, tensor, keep) if kind == "weight" else tensor), keep, sizes
-        if kind == "bias":
-            return (tensor + self._fit(module, read(f"{module}.weight"), keep)[1].to(tensor)), keep, sizes
-        dims = axes.parse(self._pattern(name))
-        position = dims.index(axes.dim_of(self._pattern(name), axis))
-        fitted = self._fit(module, tensor, keep)[0].movedim(-1, position).contiguous()
-        left = {other: index for other, index in keep.items() if other != axis}
-        return fitted, left, {**sizes, axis: len(keep[axis]) if axis in keep else sizes[axis]}
+        if parameter.kind == "bias":
+            weight = self.architecture.weights[parameter.module]
+            return (tensor + self._fit(weight, source, read(weight.name), keep)[1].to(tensor)), keep, sizes
+        position, _ = parameter.dim_of(source.axis)
+        fitted = self._fit(parameter, source, tensor, keep)[0].movedim(-1, position).contiguous()
+        left = {axis: index for axis, index in keep.items() if axis != source.axis}
+        return fitted, left, {**sizes, source.axis: len(keep[source.axis]) if source.axis in keep else sizes[source.axis]}
 
-    def _fit(self, module: str, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _fit(self, parameter: Parameter, source: Read, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return a projection's weights for the kept inputs, shape `(out, kept)`, and what its bias gains, shape `(out,)`."""
-        axis, layer, stored = self.taps[module]
-        pattern = self._pattern(f"{module}.weight")
-        dim = axes.dim_of(pattern, axis)
-        weight = tensor.movedim(axes.parse(pattern).index(dim), -1)
+        axis, (position, dim) = source.axis, parameter.dim_of(source.axis)
+        weight = tensor.movedim(position, -1)
         kept = axes.dim_index(
             dim, keep if axis in keep else {axis: torch.arange(self.plan.before[axis])}, self.plan.before.sizes
         )
-        gap = self._gap(module)
-        read = read_moment(self.gaps, layer, module) if gap else self._moment(stored, layer)
+        gap = self._gap(source)
+        read = read_moment(self.gaps, source.layer, source.moment) if gap else self._moment(source)
         moment, mean = read[:-1].double(), read[-1].double()
         extra = torch.zeros(*weight.shape[:-1], 1, dtype=torch.float64).expand(weight.shape)
         shift = extra[..., 0]
         if gap:
-            found = read_moment(self.gaps, layer, module + GAP).double()
+            found = read_moment(self.gaps, source.layer, source.moment + GAP).double()
             found = found if self.rotation is None else found @ self.rotation.basis
             extra, shift = found[:-1].T, found[-1]
-        if "bias" in self.names and module in self.biased:
+        if "bias" in self.names and f"{parameter.module}.bias" in self.architecture.parameters:
             moment, extra = moment - torch.outer(mean, mean), extra - torch.outer(shift, mean)
         fitted = weight[:, kept]
         if "least_squares" in self.names or gap:
@@ -120,25 +107,23 @@ class Corrections:
         gain = weight.double() @ mean + shift - fitted.double() @ mean[kept]
         return fitted, gain if "bias" in self.names else torch.zeros_like(gain)
 
-    def _norm(self, module: str, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
-        _, layer, stored = self.taps[module]
-        if "norm_ratio" not in self.names:
+    def _norm(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
+        if "norm_ratio" not in self.names or parameter.kind != "weight":
             return tensor
         if self.rotation is None:
-            energy = read_moment(self.moments, layer, stored)
+            energy = read_moment(self.moments, parameter.layer, parameter.module)
         else:
-            energy = self._moment(f"{stored}{OUTPUT}", layer)[:-1].diagonal()
-        ratio = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor)
-        return (tensor + self.offset) * ratio - self.offset
+            energy = self._moment(Read("hidden", parameter.layer, f"{parameter.module}{OUTPUT}"))[:-1].diagonal()
+        ratio, offset = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
+        return (tensor + offset) * ratio - offset
 
-    def _with_head_residual(self, name: str, tensor: Tensor, kept: Tensor) -> Tensor:
+    def _with_head_residual(self, parameter: Parameter, tensor: Tensor, kept: Tensor) -> Tensor:
         """Add to query heads that stay what sets them apart from those that go: the weakest stays for the strongest gone."""
-        row, indices = axes.match(name, self.rows)
-        if axes.parse(self.rows[row])[0] != (("heads", "head_dim"),):
+        if parameter.dims[0] != (("heads", "head_dim"),):
             return tensor
-        layer, before = axes.layer_in(indices), self.plan.before
-        stored = next(stored for axis, at, stored in self.taps.values() if axis == "heads" and at == layer)
-        energy = self._moment(stored, layer)[:-1].diagonal().view(before["heads"], -1).sum(1)
+        before = self.plan.before
+        source = next(r for r in self.architecture.reads.values() if (r.axis, r.layer) == ("heads", parameter.layer))
+        energy = self._moment(source)[:-1].diagonal().view(before["heads"], -1).sum(1)
         heads, group = tensor.unflatten(0, (before["heads"], -1)).clone(), before["heads"] // before.kv_groups
         for first in range(0, before["heads"], group):
             order = sorted(range(first, first + group), key=lambda head: float(energy[head]))
@@ -148,25 +133,19 @@ class Corrections:
                     heads[weak] += heads[weak] - tensor.unflatten(0, (before["heads"], -1))[strong]
         return heads.flatten(0, 1)
 
-    def _moment(self, stored: str, layer: int | None) -> Tensor:
+    def _moment(self, source: Read) -> Tensor:
         """Return E[x xᵀ] and E[x] (the last row) of a projection's input."""
-        found = read_moment(self.moments, layer, stored)
-        turned = self.rotation is not None and stored.endswith(OUTPUT)
-        return self.rotation.moment(stored.removesuffix(OUTPUT), found) if turned else found
+        found, (norm, dot, side) = read_moment(self.moments, source.layer, source.moment), source.moment.rpartition(".")
+        return self.rotation.moment(norm, found) if self.rotation is not None and dot + side == OUTPUT else found
 
-    def _gap(self, module: str) -> bool:
+    def _gap(self, source: Read) -> bool:
         """Return whether it was read what the layers that were dropped behind a module's layer added."""
-        axis, layer, _ = self.taps.get(module, (None, None, ""))
-        wanted = self.gaps is not None and axis == "ffn" and "layer_merge" in self.names
-        return wanted and moments_path(self.gaps, layer).is_file()
-
-    def _pattern(self, name: str) -> str:
-        return self.rows[axes.match(name, self.rows)[0]]
+        wanted = self.gaps is not None and source.axis == "ffn" and "layer_merge" in self.names
+        return wanted and moments_path(self.gaps, source.layer).is_file()
 
 
 def corrections_for(
-    config: PreTrainedConfig,
-    family: Family,
+    architecture: Architecture,
     plan: Plan,
     moments: Path,
     names: Sequence[str] = DEFAULT_CORRECTIONS,
@@ -175,36 +154,18 @@ def corrections_for(
 ) -> Corrections:
     """Return the corrections of a plan, refusing moments that lack something before any weight is read."""
     check_names(names)
-    projections = corrected_modules(config, family)
-    norms = {module: ("hidden", layer, module) for layer, module in family.taps_of(config)["hidden"]}
-    taps = norms | projections
-    taps |= {alias: taps[module] for module in taps for alias in _aliases(family, module)}
     if names:
-        _check_moments(moments, plan, norms, projections)
-    biased = frozenset(module for module in taps if f"{module}.bias" in parameters_of(config))
-    rows = family.stored_rows(family.rows_of(config))
-    return Corrections(
-        moments, names, taps, frozenset(norms), biased, rows, plan, family.norm_offset_of(config), rotation, gaps
-    )
+        _check_moments(moments, plan, architecture)
+    return Corrections(moments, names, architecture, plan, rotation, gaps)
 
 
-def corrected_modules(config: PreTrainedConfig, family: Family) -> dict[str, tuple[str, int | None, str]]:
-    """Return the projections that can be corrected: the axis that each reads, its layer, where its moments are stored."""
-    found = {
-        module: (axis, layer, module)
-        for axis, places in family.taps_of(config).items()
-        if axis in ("ffn", "dense_ffn", "shared_ffn", "heads")
-        for layer, module in places
-        if not module.endswith(".experts")
-    }
-    return found | {module: ("hidden", *place) for module, place in family.readers_of(config).items()}
-
-
-def _check_moments(moments: Path, plan: Plan, norms: Mapping[str, tuple], projections: Mapping[str, tuple]) -> None:
+def _check_moments(moments: Path, plan: Plan, architecture: Architecture) -> None:
     """Refuse moments that lack something, or are those of another model."""
     wanted: dict[int | None, dict[str, int]] = {}
-    for _, layer, stored in [*norms.values(), *projections.values()]:
-        wanted.setdefault(layer, {})[stored] = 1 if stored in norms else 2
+    for layer, norm in architecture.taps("hidden"):
+        wanted.setdefault(layer, {})[norm] = 1
+    for read in architecture.reads.values():
+        wanted.setdefault(read.layer, {})[read.moment] = 2
     for layer, names in wanted.items():
         path, found = moments_path(moments, layer), {}
         if path.is_file():
@@ -219,13 +180,6 @@ def _check_moments(moments: Path, plan: Plan, norms: Mapping[str, tuple], projec
             if wrong:
                 what = "none" if shape is None else f"those of shape {tuple(shape)}"
                 raise ValueError(f"Corrections need the moments of {name!r}, and {path} has {what}: score this model again")
-
-
-def _aliases(family: Family, module: str) -> list[str]:
-    """Return the names under which a checkpoint may store a module."""
-    found = axes.match(f"{module}.weight", family.rows)
-    stored = family.stored.get(found[0], ()) if found else ()
-    return [row.format_map(found[1]).removesuffix(".weight") for row in stored]
 
 
 def check_names(names: Sequence[str]) -> None:

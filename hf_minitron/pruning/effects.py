@@ -7,21 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family
-from hf_minitron.families.meta import parameters_of
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names, corrected_modules, moments_path
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names, moments_path
 
 # The metadata of a file of gaps: the layers whose outputs were read.
 DROPPED = "dropped"
 
 
 def chosen_corrections(
-    config: PreTrainedConfig,
-    family: Family,
+    architecture: Architecture,
     plan: Plan,
     moments: Path | None,
     corrections: Sequence[str] | None,
@@ -33,7 +30,7 @@ def chosen_corrections(
         ValueError: for what is given and would not be used, and for what is needed and not given.
     """
     names = corrections if corrections is not None else DEFAULT_CORRECTIONS if moments else ()
-    check_corrections(config, family, plan, [*names, *(["rotation"] if plan.rotated else [])])
+    check_corrections(architecture, plan, [*names, *(["rotation"] if plan.rotated else [])])
     if plan.rotated:
         plan.require_basis()
     if moments is None and (needy := [name for name in names if name != "rotation" or not plan.rotated]):
@@ -45,15 +42,14 @@ def chosen_corrections(
     return names
 
 
-def check_corrections(config: PreTrainedConfig, family: Family, plan: Plan, names: Sequence[str]) -> None:
+def check_corrections(architecture: Architecture, plan: Plan, names: Sequence[str]) -> None:
     """Refuse corrections that do not exist, are not for a model, or have nothing to correct in a cut.
 
     The default corrections, when all three are named, do what applies to a model and a cut, which may be nothing; any other
     list must have the effect of each of its names.
 
     Args:
-        config (`PreTrainedConfig`): The teacher's.
-        family (`Family`): Its family.
+        architecture (`Architecture`): The teacher's.
         plan (`Plan`): What is cut: only the axes in `keep` and the sizes are looked at.
         names (`Sequence[str]`): The corrections.
 
@@ -63,7 +59,7 @@ def check_corrections(config: PreTrainedConfig, family: Family, plan: Plan, name
     check_names(names)
     may_do_nothing = DEFAULT_CORRECTIONS if set(DEFAULT_CORRECTIONS) <= set(names) else ()
     for name in names:
-        reason = "" if name in may_do_nothing else _REASONS[name](config, family, plan)
+        reason = "" if name in may_do_nothing else _REASONS[name](architecture, plan)
         if reason:
             raise ValueError(f"corrections: {name} {reason}. Leave {name} out")
 
@@ -97,13 +93,13 @@ def check_gaps(plan: Plan, names: Sequence[str], gaps: Path | None) -> None:
             raise ValueError(f"{path} does not hold what the dropped layers {dropped} added: call read_gaps with this plan")
 
 
-def _no_projection(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
-    read = {axis for axis, *_ in corrected_modules(config, family).values()}
+def _no_projection(architecture: Architecture, plan: Plan) -> str:
+    read = {read.axis for read in architecture.reads.values()}
     return "" if read & plan.keep.keys() else f"has no effect: no projection reads an axis that is cut ({_cut(plan)})"
 
 
-def _no_bias(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
-    biased = {axis for name, (axis, *_) in corrected_modules(config, family).items() if f"{name}.bias" in parameters_of(config)}
+def _no_bias(architecture: Architecture, plan: Plan) -> str:
+    biased = {read.axis for name, read in architecture.reads.items() if f"{name}.bias" in architecture.parameters}
     return (
         ""
         if biased & plan.keep.keys()
@@ -111,29 +107,29 @@ def _no_bias(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
     )
 
 
-def _no_norm(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
+def _no_norm(architecture: Architecture, plan: Plan) -> str:
     if "hidden" not in plan.keep:
         return f"has no effect: hidden is not cut ({_cut(plan)})"
-    weighted = any(f"{norm}.weight" in parameters_of(config) for _, norm in family.taps_of(config)["hidden"])
-    return "" if weighted else f"has no effect: the norms of {config.model_type} have no weights"
+    weighted = any(norm in architecture.weights for _, norm in architecture.taps("hidden"))
+    return "" if weighted else f"has no effect: the norms of {architecture.config.model_type} have no weights"
 
 
-def _no_merge(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
-    if not family.plain_stream:
-        return f"is not for {config.model_type}, whose MLPs are not added to the residual stream as they are"
+def _no_merge(architecture: Architecture, plan: Plan) -> str:
+    if not architecture.supports("layer_merge"):
+        return f"is not for {architecture.config.model_type}, whose MLPs are not added to the residual stream as they are"
     return "" if "layers" in plan.keep else f"has no effect: no layer is dropped ({_cut(plan)})"
 
 
-def _no_rotation(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
-    if not family.plain_stream:
-        return (f"is not for {config.model_type}: it needs RMS norms that stand before attention and MLP, and both added to "
-                "the stream as they are")  # fmt: skip
+def _no_rotation(architecture: Architecture, plan: Plan) -> str:
+    if not architecture.supports("rotation"):
+        return (f"is not for {architecture.config.model_type}: it needs RMS norms that stand before attention and MLP, and "
+                "both added to the stream as they are")  # fmt: skip
     return "" if "hidden" in plan.keep else f"has no effect: hidden is not cut ({_cut(plan)})"
 
 
-def _no_group(config: PreTrainedConfig, family: Family, plan: Plan) -> str:
-    if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in family.rows_of(config).values()):
-        return f"is not for {config.model_type}, whose queries have no projection of their own"
+def _no_group(architecture: Architecture, plan: Plan) -> str:
+    if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in architecture.rows.values()):
+        return f"is not for {architecture.config.model_type}, whose queries have no projection of their own"
     uniform = {"heads": [plan.after["heads"]], "kv_heads": [plan.after.kv_groups]}
     sizes, group = plan.by_layer or uniform, plan.before["heads"] // plan.before.kv_groups
     groups = [heads // kept for heads, kept in zip(sizes["heads"], sizes["kv_heads"], strict=True) if kept]
@@ -147,7 +143,7 @@ def _cut(plan: Plan) -> str:
 
 
 # Why a correction cannot be made or changes nothing; an empty text when it does.
-_REASONS: Mapping[str, Callable[[PreTrainedConfig, Family, Plan], str]] = {
+_REASONS: Mapping[str, Callable[[Architecture, Plan], str]] = {
     "least_squares": _no_projection,
     "bias": _no_bias,
     "norm_ratio": _no_norm,

@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_minitron import axes
+from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.architecture.llama import LLAMA_ROWS
+from hf_minitron.architecture.outline import outline
 from hf_minitron.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -22,9 +25,6 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_tensors,
 )
-from hf_minitron.families.family import FAMILIES
-from hf_minitron.families.llama import LLAMA_ROWS
-from hf_minitron.families.meta import class_name, parameters_of
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
 from hf_minitron.modeling.layer_schemas import LIST_OF
 from hf_minitron.saving import copy_side_files, save_config
@@ -94,7 +94,7 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
         )
     padding, checkpoint = _padding_of(config), Checkpoint(source)
     dtype = checkpoint.specs["model.embed_tokens.weight"].dtype
-    shapes, present = parameters_of(padding.config), parameters_of(config)
+    shapes, present = outline(padding.config).parameters, outline(config).parameters
     lost = [name for name in present if name not in checkpoint.specs]
     if lost:
         raise ValueError(f"The checkpoint {source} lacks the parameter {lost[0]!r}")
@@ -137,9 +137,9 @@ def _padding_of(config: PrunedConfig) -> _Padding:
         {**fixed, "kv_heads": kv_heads, "group": heads // max(kv_heads, 1), "ffn": ffn} for heads, kv_heads, ffn in lists
     )
     after = {axis: max(sizes[axis] for sizes in before) for axis in before[0]}
-    held_by = FAMILIES[config.stock_model_type].held_by
+    fallback = FAMILIES[config.stock_model_type].fallback_config
     reasons = []
-    for changes in [{}, held_by] if held_by else [{}]:
+    for changes in [{}, fallback] if fallback else [{}]:
         try:
             stock = _stock_config(config, after, changes)
             wrong = _unlike(stock, config)
@@ -166,13 +166,13 @@ def _stock_config(config: PrunedConfig, after: Mapping[str, int], changes: Mappi
         "use_sliding_window": config.sliding_window is not None,
     }
     stock = kind.from_dict({key: value for key, value in values.items() if key in names | {"head_dim"}} | dict(changes))
-    stock.architectures = [class_name(stock)]
+    stock.architectures = [outline(stock).class_name]
     return stock
 
 
 def _unlike(stock: PreTrainedConfig, config: PrunedConfig) -> str:
     """Return what a stock config cannot say of a nonuniform one, sizes apart; empty when its model gives equal logits."""
-    parameters_of(stock)  # its class may refuse the shape only now
+    outline(stock)  # its class may refuse the shape only now
     back = PrunedConfig.from_stock(stock)
     pairs = zip(config.layer_types, back.layer_types, strict=True)
     wrong = [] if all(kind in (NO_ATTENTION, other) for kind, other in pairs) else ["layer_types"]

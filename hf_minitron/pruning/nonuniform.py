@@ -5,23 +5,22 @@ tells what that output is worth. It must not run a model.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import BY_LAYER, Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
 from hf_minitron.pruning.compensate import RIDGE, least_squares, read_moment
-from hf_minitron.pruning.prune import HALVES
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+from hf_minitron.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -38,38 +37,34 @@ class Choice:
 
 
 def error_curves(
-    config: PreTrainedConfig,
-    family: Family,
+    tensors: Tensors,
     scores: Scores,
     moments: str | Path,
-    read: Callable[[str], Tensor],
     steps: int = 8,
     ridge: float = RIDGE,
 ) -> dict[tuple[str, int], list[Choice]]:
     """Return, for the MLP and the attention of every layer, the sizes that it may have and what each loses.
 
     Args:
-        config (`PreTrainedConfig`): The teacher's config; of a model without experts.
-        family (`Family`): Its family.
+        tensors (`Tensors`): The teacher's; of a model without experts.
         scores (`Scores`): Importance of every index.
         moments (`str` or `Path`): The folder that `calibrate(..., moments=...)` wrote.
-        read (`Callable`): Returns the teacher's parameter of a name.
         steps (`int`, *optional*, defaults to 8): Widths of an MLP, evenly spaced, beside none.
         ridge (`float`, *optional*, defaults to `RIDGE`): That of the corrections.
 
     Returns:
         `dict`: `("ffn", layer)` and `("heads", layer)` to choices, the smallest first.
     """
-    before, rows = family.shape_of(config), family.rows_of(config)
+    architecture = tensors.architecture
+    before = architecture.shape
     curves: dict[tuple[str, int], list[Choice]] = {}
     plans = {
         axis: [(sizes, _alike(scores, before, sizes)) for sizes in _sizes(before, axis, steps)] for axis in ("heads", "ffn")
     }
-    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in family.taps_of(config)[axis]]
+    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="half"):
-        row, _ = axes.match(f"{name}.weight", rows)
-        dim = axes.dim_of(rows[row], axis)
-        weight = read(f"{name}.weight").double().movedim(axes.parse(rows[row]).index(dim), -1)
+        position, dim = architecture.weights[name].dim_of(axis)
+        weight = tensors.read(f"{name}.weight").double().movedim(position, -1)
         moment = read_moment(Path(moments), layer, name)[:-1].double()
         whole = ((weight @ moment) * weight).sum()
         found = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
@@ -82,33 +77,31 @@ def error_curves(
     return curves
 
 
-def half_parameters(rows: Mapping[str, str], before: Shape, sizes: Mapping[str, int]) -> int:
-    """Count the parameters of a half of a layer, its norm included.
+def sublayer_parameters(architecture: Architecture, sizes: Mapping[str, int]) -> int:
+    """Count the parameters of a sublayer, its norm included.
 
     Args:
-        rows (`Mapping[str, str]`): The teacher's rows.
-        before (`Shape`): The teacher's shape.
+        architecture (`Architecture`): The teacher's.
         sizes (`Mapping[str, int]`): `ffn`, or `heads` and `kv_heads`; 0 for none.
     """
-    axis = "ffn" if "ffn" in sizes else "heads"
+    axis, every = "ffn" if "ffn" in sizes else "heads", {**architecture.shape.sizes, **sizes}
     if not sizes[axis]:
         return 0
-    own = [pattern for row, pattern in rows.items() if any(part in row for part in HALVES[axis])]
-    return sum(math.prod(axes.tensor_shape(pattern, {**before.sizes, **sizes})) for pattern in own)
+    first = [p for p in architecture.parameters.values() if p.layer == 0 and architecture.sublayer(p) == axis]
+    return sum(math.prod(axes.tensor_shape(parameter.pattern, every)) for parameter in first)
 
 
-def layer_parameters(rows: Mapping[str, str], before: Shape, sizes: Mapping[str, int]) -> int:
-    """Count the parameters of a layer, both of its halves, with the sizes that `sizes` has."""
+def layer_parameters(architecture: Architecture, sizes: Mapping[str, int]) -> int:
+    """Count the parameters of a layer, both of its sublayers, with the sizes that `sizes` has."""
     return sum(
-        half_parameters(rows, before, {axis: sizes[axis] for axis in half}) for half in (("heads", "kv_heads"), ("ffn",))
+        sublayer_parameters(architecture, {axis: sizes[axis] for axis in part}) for part in (("heads", "kv_heads"), ("ffn",))
     )
 
 
 def allocate_layers(
     curves: Mapping[tuple[str, int], Sequence[Choice]],
     half_costs: Mapping[str, Tensor],
-    rows: Mapping[str, str],
-    before: Shape,
+    architecture: Architecture,
     parameters: int,
 ) -> dict[str, list[int]]:
     """Spend a budget of parameters so that the losses add up to the least.
@@ -118,8 +111,7 @@ def allocate_layers(
     Args:
         curves (`Mapping`): From `error_curves`.
         half_costs (`Mapping[str, Tensor]`): `heads` and `ffn`, what the model loses without that half of each layer.
-        rows (`Mapping[str, str]`): The teacher's rows.
-        before (`Shape`): The teacher's shape.
+        architecture (`Architecture`): The teacher's.
         parameters (`int`): Budget for all halves together: the body without the last norm.
 
     Returns:
@@ -128,13 +120,13 @@ def allocate_layers(
     options = {
         (axis, layer): [
             # what a removal seems to gain is noise, but a little is always lost
-            (half_parameters(rows, before, choice.sizes), choice.lost * max(float(half_costs[axis][layer]), 1e-6))
+            (sublayer_parameters(architecture, choice.sizes), choice.lost * max(float(half_costs[axis][layer]), 1e-6))
             for choice in choices
         ]
         for (axis, layer), choices in curves.items()
     }
     chosen = allocate(options, parameters)
-    sizes: dict[str, list[int]] = {axis: [0] * before["layers"] for axis in BY_LAYER}
+    sizes: dict[str, list[int]] = {axis: [0] * architecture.shape["layers"] for axis in BY_LAYER}
     for (axis, layer), place in chosen.items():
         for key, size in curves[axis, layer][place].sizes.items():
             sizes[key][layer] = size
@@ -142,18 +134,15 @@ def allocate_layers(
 
 
 def nonuniform_plan(
-    config: PreTrainedConfig,
-    family: Family,
+    tensors: Tensors,
     scores: Scores,
     moments: str | Path,
     half_costs: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
     parameters: int,
 ) -> Plan:
     """Return the plan with the least expected loss among those whose halves have at most so many parameters."""
-    curves = error_curves(config, family, scores, moments, read)
-    before, rows = family.shape_of(config), family.rows_of(config)
-    return make_nonuniform_plan(scores, before, allocate_layers(curves, half_costs, rows, before, parameters))
+    curves, architecture = error_curves(tensors, scores, moments), tensors.architecture
+    return make_nonuniform_plan(scores, architecture.shape, allocate_layers(curves, half_costs, architecture, parameters))
 
 
 def _alike(scores: Scores, before: Shape, sizes: Mapping[str, int]) -> Plan:

@@ -4,19 +4,18 @@ The rotated teacher computes the same and is a stock checkpoint: every norm's we
 it, and the head is no longer tied. A cut of `hidden` then drops the directions that hold least. It must not know about files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from hf_minitron import axes
-from hf_minitron.families.family import OUTPUT, Family
-from hf_minitron.families.meta import parameters_of
+from hf_minitron.architecture.architecture import HIDDEN, OUTPUT, Architecture, Parameter
+from hf_minitron.checkpoint import TensorSpec
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import read_moment
+from hf_minitron.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,21 @@ class Rotation:
     readers: Mapping[str, str]
     offset: float
 
-    def __call__(self, name: str, pattern: str, tensor: Tensor) -> Tensor:
+    def __call__(self, parameter: Parameter, tensor: Tensor) -> Tensor:
         """Return a tensor of the rotated teacher, in the tensor's dtype.
 
         Args:
-            name (`str`): The parameter.
-            pattern (`str`): Its axes.
+            parameter (`Parameter`): What it is.
             tensor (`Tensor`): The teacher's values.
         """
-        module = name.rpartition(".")[0]
-        dims = axes.parse(pattern)
-        if (("hidden",),) not in dims:
+        module, dims = parameter.module, parameter.dims
+        if HIDDEN not in dims:
             return tensor
-        if module in self.norms:
+        if parameter.role == "norm":
             return torch.full_like(tensor, 1 - self.offset)
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         wide, basis = tensor.to(dtype), self.basis.to(tensor.device, dtype)
-        if dims[-1] != (("hidden",),):  # writes to the stream
+        if dims[-1] != HIDDEN:  # writes to the stream
             return (basis.T @ wide).to(tensor.dtype)
         if module in self.readers:
             wide = wide * self.norms[self.readers[module]].to(wide)
@@ -71,49 +68,70 @@ class Rotation:
         return replace(plan, keep={**plan.keep, "hidden": leading}, rotated=True, basis=self.basis)
 
 
-def rotation_for(
-    config: PreTrainedConfig,
-    family: Family,
-    moments: Path | None,
-    read: Callable[[str], Tensor],
-    basis: Tensor | None = None,
-) -> Rotation:
-    """Return the rotation onto the principal components of the normalised residual stream, summed over all norms.
+class RotatedTensors:
+    """The teacher's tensors in another basis, with a head of its own.
 
     Args:
-        config (`PreTrainedConfig`): The teacher's, untied.
-        family (`Family`): Its family.
-        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; not needed with a basis.
-        read (`Callable`): Returns the teacher's parameter of a name.
-        basis (`Tensor` of shape `(hidden, hidden)`, *optional*): Of a rotated plan, in place of one that is computed.
+        tensors (`Tensors`): The teacher's.
+        architecture (`Architecture`): The teacher's, untied.
+        rotation (`Rotation`): The basis.
     """
-    offset = family.norm_offset_of(config)
-    readers = {reader: (layer, tap.removesuffix(OUTPUT)) for reader, (layer, tap) in family.readers_of(config).items()}
-    norms = {norm: read(f"{norm}.weight").cpu().double() + offset for _, norm in set(readers.values())}
-    if basis is None:
-        total = 0.0
-        for layer, norm in sorted(set(readers.values()), key=str):
-            scale = _unscaled(norms[norm])
-            total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
-        basis = torch.linalg.eigh(total)[1].flip(1)
-    return Rotation(basis, norms, {reader: norm for reader, (_, norm) in readers.items()}, offset)
+
+    def __init__(self, tensors: Tensors, architecture: Architecture, rotation: Rotation):
+        self.architecture, self.rotation, self._tensors = architecture, rotation, tensors
+        self._source = {name: name for name in tensors.names()} | tensors.architecture.outline.tied
+
+    def names(self) -> Iterable[str]:
+        """Return the teacher's names, and the head's."""
+        return self._source
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a tensor."""
+        return self._tensors.spec(self._source[name])
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor of the rotated teacher."""
+        return self.rotation(self.architecture.stored[name], self._tensors.read(self._source[name]))
 
 
-def untied(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    """Return the config with a head of its own.
+def rotated(tensors: Tensors, moments: Path | None, basis: Tensor | None = None) -> RotatedTensors:
+    """Rotate the stream onto the principal components of its normalised states, summed over all norms.
+
+    Args:
+        tensors (`Tensors`): The teacher's.
+        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; not needed with a basis.
+        basis (`Tensor` of shape `(hidden, hidden)`, *optional*): Of a rotated plan, in place of one that is computed.
 
     Raises:
         ValueError: for a model whose stream cannot be rotated.
     """
-    if not family.plain_stream:
+    architecture = untied(tensors.architecture)
+    offset = architecture.norm_offset
+    reads = {name: (r.layer, r.moment.removesuffix(OUTPUT)) for name, r in architecture.hidden_reads.items()}
+    norms = {norm: tensors.read(f"{norm}.weight").cpu().double() + offset for _, norm in set(reads.values())}
+    if basis is None:
+        total = 0.0
+        for layer, norm in sorted(set(reads.values()), key=str):
+            scale = _unscaled(norms[norm])
+            total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
+        basis = torch.linalg.eigh(total)[1].flip(1)
+    rotation = Rotation(basis, norms, {reader: norm for reader, (_, norm) in reads.items()}, offset)
+    return RotatedTensors(tensors, architecture, rotation)
+
+
+def untied(architecture: Architecture) -> Architecture:
+    """Return the architecture with a head of its own.
+
+    Raises:
+        ValueError: for a model whose stream cannot be rotated.
+    """
+    config = architecture.config
+    if not architecture.supports("rotation"):
         raise ValueError(
             f"corrections: rotation is not for {config.model_type}: it needs RMS norms that stand before attention and MLP, "
             "and both added to the stream as they are. Leave rotation out"
         )
-    made = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    made.name_or_path = config.name_or_path
-    assert "lm_head.weight" in parameters_of(made)
-    return made
+    return Architecture.of(type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}))
 
 
 def _unscaled(weight: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
+from hf_minitron.architecture import outline as meta
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import check_not_quantized
+from hf_minitron.architecture.student import check_target, student_config
 from hf_minitron.checkpoint import (
     NAMES,
     Checkpoint,
@@ -23,17 +27,13 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_outline,
 )
-from hf_minitron.families.config import check_not_quantized
-from hf_minitron.families.family import Family, family_of
-from hf_minitron.families.meta import parameters_of
-from hf_minitron.families.student import check_target, student_config
 from hf_minitron.importance.gaps import read_gaps
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
 from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
-from hf_minitron.pruning.prune import prune_checkpoint, stored_names
+from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
@@ -41,6 +41,7 @@ from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
 from hf_minitron.side_files import side_files
 from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
+from hf_minitron.tensors import CheckpointTensors
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +76,17 @@ class Args:
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     """Return the shapes before and after and the rows of the model, from `config.json` alone; refuse an illegal target."""
-    config, family = _teacher(model)
-    before = family.shape_of(config)
+    architecture = _teacher(model)
+    before = architecture.shape
     after = before.cut_to(args.target, args.multiple_of)
-    check_target(config, family, after)
-    return before, after, family.rows_of(config)
+    check_target(architecture, after)
+    return before, after, architecture.rows
 
 
-def _teacher(model: str) -> tuple[PreTrainedConfig, Family]:
+def _teacher(model: str) -> Architecture:
     config = AutoConfig.from_pretrained(resolve(model))
     check_not_quantized(config, model)
-    return config, family_of(config)
+    return Architecture.of(config)
 
 
 def student_rows(args: Args, model: str) -> dict[str, str]:
@@ -104,12 +105,12 @@ def outline(args: Args, model: str, folder: Path) -> None:
     if args.nonuniform is not None:
         raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
     before, after, _ = shapes(args, model)
-    config, family = _teacher(model)
-    config = untied(config, family) if rotates(args) else config
-    config = student_config(config, family, Plan(before, after, {"layers": list(range(after["layers"]))}))
+    architecture = _teacher(model)
+    architecture = untied(architecture) if rotates(args) else architecture
+    config = student_config(architecture, Plan(before, after, {"layers": list(range(after["layers"]))}))
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
-    write_outline(folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in parameters_of(config).items()})
+    write_outline(folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()})
     copy_side_files(resolve(model), folder)
 
 
@@ -125,8 +126,7 @@ def merges(args: Args) -> bool:
 
 def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
     """Return the axes of a cut that changes more than masking would, with the reason."""
-    config, family = _teacher(model)
-    reasons = family.inexact_of(config)
+    reasons = _teacher(model).inexact
     return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
 
 
@@ -146,9 +146,8 @@ def check(args: Args, run: Run) -> None:
     side_files(folder)
     if merges(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
-    config, family = _teacher(run.model)
-    checkpoint = Checkpoint(folder)
-    stored = [checkpoint.specs[name] for name in stored_names(checkpoint, config, family)]
+    tensors = CheckpointTensors(folder)
+    stored = [tensors.spec(name) for name in tensors.names()]
     before = sum(torch.Size(spec.shape).numel() for spec in stored)
     num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
     if done_digest(run.path("prune")) is None:  # what an interrupted attempt has left goes first
@@ -161,19 +160,19 @@ def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
     names = args.corrections
     if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
         cut, names = ["heads", "kv_heads", "ffn"], [name for name in names if name != "head_residual"]
-    check_corrections(*_teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
+    check_corrections(_teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
 
 
 def check_nonuniform(args: Args, run: Run) -> None:
     """Refuse what a nonuniform cut cannot be made with."""
-    (config, _), score = _teacher(run.model), run.section("score")
+    architecture, score = _teacher(run.model), run.section("score")
     if not 0 < args.nonuniform < 1:
         raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
     if args.target:
         raise ValueError(f"nonuniform chooses the sizes of layers, target {args.target} gives them: set target: {{}}, or leave "
                          "nonuniform out")  # fmt: skip
-    if config.model_type not in STOCK:
-        raise ValueError(f"nonuniform: {config.model_type} is none of the model types that PrunedConfig holds: "
+    if not architecture.supports("nonuniform"):
+        raise ValueError(f"nonuniform: {architecture.config.model_type} is none of the model types that PrunedConfig holds: "
                          f"{', '.join(sorted(STOCK))}")  # fmt: skip
     if score.get("halves") is not True or score.get("moments", True) is False:
         raise ValueError("nonuniform needs what score measures with halves: true and moments: true; set both in score:")
@@ -210,15 +209,12 @@ def run(args: Args, run: Run, out: Path) -> None:
 
 def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
-    (config, family), checkpoint = _teacher(run.model), Checkpoint(resolve(run.model))
-    before, rows = family.shape_of(config), family.rows_of(config)
-    stored = {name: stored for stored, name in stored_names(checkpoint, config, family).items()}
+    tensors = CheckpointTensors(run.model)
+    architecture, before = tensors.architecture, tensors.architecture.shape
     return nonuniform_plan(
-        config,
-        family,
+        tensors,
         scores,
         run.path("score") / "moments",
         load_file(run.path("score") / HALF_COSTS),
-        lambda name: checkpoint.read(stored[name]),
-        int(args.nonuniform * layer_parameters(rows, before, before.sizes) * before["layers"]),
+        int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"]),
     )

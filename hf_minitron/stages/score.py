@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
-from hf_minitron.families.family import family_of
 from hf_minitron.importance.activation import OUTGOING, OVER
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.calibrate import calibrate, check_metric
@@ -34,9 +34,9 @@ from hf_minitron.importance.removal import (
 from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
-from hf_minitron.pruning.prune import stored_names
 from hf_minitron.run import Run
 from hf_minitron.stages.training import check_positions
+from hf_minitron.tensors import CheckpointTensors
 from hf_minitron.texts import check_text, load_text
 from hf_minitron.vocabulary import check_ids
 
@@ -128,8 +128,8 @@ def check(args: Args, run: Run) -> None:
     check_layers(args, config)
     target = run.section("prune").get("target")
     if isinstance(target, dict) and "layers" in target:
-        check_layers_target(run.section("score"), family_of(config).shape_of(config)["layers"], target["layers"])
-    stored_names(Checkpoint(folder), config, family_of(config))
+        check_layers_target(run.section("score"), Architecture.of(config).shape["layers"], target["layers"])
+    CheckpointTensors(folder)
 
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
@@ -141,7 +141,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
     task, metric = _task(args.layers)
     if args.layers_block > 1 and args.layers_remove:
         raise ValueError("layers_block removes layers side by side, layers_remove one by one: set one of them")
-    check_removal(family_of(config).shape_of(config)["layers"], size=args.layers_block, count=args.layers_remove or 1)
+    check_removal(Architecture.of(config).shape["layers"], size=args.layers_block, count=args.layers_remove or 1)
     if args.layer_by_layer:
         raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
     if args.layers in METRICS:
@@ -180,7 +180,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
     A pass without a layer begins at that layer, so it counts as half of one.
     """
     config = AutoConfig.from_pretrained(resolve(run.model))
-    layers = family_of(config).shape_of(config)["layers"]
+    layers = Architecture.of(config).shape["layers"]
     limited = args.tokens if args.layers_limit is None else min(args.tokens, args.layers_limit * args.block_size)
     read = limited * layers if args.halves else 0
     if _apart(args) and args.layers in METRICS:

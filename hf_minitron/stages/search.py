@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import check_target
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.speed import shape_tokens_per_second
-from hf_minitron.families.family import Family, family_of
-from hf_minitron.families.student import check_target
 from hf_minitron.inputs import HASHES
 from hf_minitron.pruning import search
 from hf_minitron.pruning.search import Candidate
@@ -58,10 +58,9 @@ class Args:
 
 @dataclass(frozen=True)
 class _Space:
-    """What a search looks at: the teacher's config and family, the legal shapes and what they may cost."""
+    """What a search looks at: the teacher's architecture, the legal shapes and what they may cost."""
 
-    config: PreTrainedConfig
-    family: Family
+    architecture: Architecture
     before: Shape
     rows: Mapping[str, str]
     legal: Sequence[tuple[dict[str, int], Shape]]
@@ -70,7 +69,7 @@ class _Space:
     def holds(self, shape: Shape) -> bool:
         """Return whether a stock class holds a shape."""
         try:
-            check_target(self.config, self.family, shape)
+            check_target(self.architecture, shape)
         except ShapeError:
             return False
         return True
@@ -78,7 +77,7 @@ class _Space:
     def speeds(self, shape: Shape) -> dict[str, float]:
         """Measure a shape on this machine."""
         device = best_device()
-        measured = shape_tokens_per_second(self.config, shape, best_dtype(device), device)
+        measured = shape_tokens_per_second(self.architecture.config, shape, best_dtype(device), device)
         return {f"{kind}_tokens_per_second": value for kind, value in measured.items()}
 
 
@@ -198,14 +197,14 @@ def _multiple_of(args: Args, run: Run) -> dict[str, int]:
 
 def _space(args: Args, run: Run) -> _Space:
     config = AutoConfig.from_pretrained(resolve(run.model))
-    family = family_of(config)
-    before, rows = family.shape_of(config), family.rows_of(config)
+    architecture = Architecture.of(config)
+    before, rows = architecture.shape, architecture.rows
     size, multiple_of = (config.dtype or torch.float32).itemsize, _multiple_of(args, run)
     before.cut_to({}, multiple_of)  # refuses what is no divisor
     grid = search.default_grid(before, multiple_of) if args.grid is None else args.grid
     legal = search.legal_shapes(before, grid, multiple_of, args.tensor_parallel)
     costs = {name: partial(cost, rows=rows, size=size) for name, cost in search.COSTS.items()}
-    return _Space(config, family, before, rows, legal, costs)
+    return _Space(architecture, before, rows, legal, costs)
 
 
 def _predicted(space: _Space, teacher: Mapping[str, float]) -> dict[str, Callable[[Shape], float]]:

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import (
     complete_or_absent,
     require_space,
@@ -21,7 +22,6 @@ from hf_minitron.data import check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.evaluation.speed import random_model
-from hf_minitron.families.family import family_of
 from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
@@ -172,8 +172,8 @@ def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None
     """
     text = 0 if args.streaming else tokens_of(args) * args.world_size * (4 if args.cross_documents else 8)  # ids, positions
     config = AutoConfig.from_pretrained(resolve(run.model))
-    family = family_of(config)  # from the config alone: with a cache the teacher's weights may be gone
-    weights = 4 * family.shape_of(config).num_parameters(family.rows_of(config))
+    model = Architecture.of(config)  # from the config alone: with a cache the teacher's weights may be gone
+    weights = 4 * model.shape.num_parameters(model.rows)
     # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
     needed = 3 * weights * ((args.save_total_limit or 1) + 1) + text
     require_space(run.folder, needed - run.left_bytes(stage), f"the checkpoints of {stage}")

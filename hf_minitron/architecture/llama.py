@@ -1,7 +1,7 @@
 """Dense families with Llama's module names: full parameter name to the axes of its dimensions. Tables only, no functions.
 
 One table serves them all: rows that a model type has not, or has only under some config flag (biases, q/k norms, an untied
-head), are listed too, and `Family.rows_of` keeps those that the model really has. The same goes for taps.
+head), are listed too, and `Architecture` keeps those that the model really has. The same goes for norms.
 """
 
 CONFIG_KEYS = {
@@ -89,26 +89,10 @@ OLMO2_ROWS = LLAMA_ROWS | {
     "model.layers.{layers}.self_attn.k_norm.weight": "(kv_heads head_dim)",
 }
 
-# Where the activations of an axis are read: the input of a projection (ffn, heads), the output of every norm (hidden),
-# the input and output of a whole block (layers).
-HEAD_TAPS = ("model.layers.{layers}.self_attn.o_proj", "model.layers.{layers}.self_attn.dense")
-LLAMA_TAPS = {
-    "ffn": ("model.layers.{layers}.mlp.down_proj", "model.layers.{layers}.mlp.c_proj", "model.layers.{layers}.mlp.fc2"),
-    "heads": HEAD_TAPS,
-    "hidden": NORMS,
-    "layers": ("model.layers.{layers}",),
-}
-
-# What gives queries, keys and values.
-LLAMA_ATTENTION = {
-    part: (f"model.layers.{{layers}}.self_attn.{part[0]}_proj", "model.layers.{layers}.self_attn.qkv_proj")
-    for part in ("query", "key", "value")
-}
-
 LLAMA_MODEL_TYPES = ("cohere2", "glm4", "granite", "nemotron", "olmo", "phi", "starcoder2")
 
 # RMS norms that stand before attention and MLP, both of which are added to the stream as they are.
-PLAIN_STREAM_MODEL_TYPES = ("arcee", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+PRE_NORM_MODEL_TYPES = ("arcee", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 # Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
 GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")

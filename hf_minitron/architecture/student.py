@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.families.family import Family
-from hf_minitron.families.meta import class_name, parameters_of
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.outline import outline
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
@@ -21,36 +21,35 @@ LAYER_LISTS = ("layer_types", "no_rope_layers")
 DENSE_LIST, DENSE_COUNT, DENSE_STEP = "mlp_only_layers", "first_k_dense_replace", "decoder_sparse_step"
 
 
-def check_target(config: PreTrainedConfig, family: Family, after: Shape) -> None:
+def check_target(architecture: Architecture, after: Shape) -> None:
     """Refuse a shape that no stock class holds, naming the nearest that its class does.
 
     Raises:
         ShapeError: with the class, its reason, and legal sizes (Llama, for one, insists that hidden divides by heads).
     """
-    student_config(config, family, Plan(family.shape_of(config), after, {"layers": list(range(after["layers"]))}))
+    student_config(architecture, Plan(architecture.shape, after, {"layers": list(range(after["layers"]))}))
 
 
-def student_config(config: PreTrainedConfig, family: Family, plan: Plan) -> PreTrainedConfig:
+def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     """Return the student's config: the teacher's with the new sizes, `head_dim` written out, layer lists cut.
 
-    The teacher's class when it holds the shape, else one with equal logits that does (`Family.held_by`); `PrunedConfig` when
-    layers differ.
+    The teacher's class when it holds the shape, else one with equal logits that does (`Family.fallback_config`);
+    `PrunedConfig` when layers differ.
 
     Args:
-        config (`PreTrainedConfig`): The teacher's config; it stays unchanged.
-        family (`Family`): The teacher's family.
+        architecture (`Architecture`): The teacher's.
         plan (`Plan`): What is kept.
 
     Raises:
         ShapeError: when no class holds the shape.
     """
     if plan.by_layer:
-        return _nonuniform(config, plan)
-    student, reason = _hold(config, family, plan.after, plan.kept_layers)
-    if student is None and family.held_by:
-        student, _ = _hold(config, family, plan.after, plan.kept_layers, family.held_by)
+        return _nonuniform(architecture.config, plan)
+    student, reason = _hold(architecture, plan.after, plan.kept_layers)
+    if student is None and architecture.family.fallback_config:
+        student, _ = _hold(architecture, plan.after, plan.kept_layers, architecture.family.fallback_config)
     if student is None:
-        raise ShapeError(_advice(config, family, plan.after, reason))
+        raise ShapeError(_advice(architecture, plan.after, reason))
     return student
 
 
@@ -75,13 +74,14 @@ def _nonuniform(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
 
 
 def _hold(
-    config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
+    architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
 ) -> tuple[PreTrainedConfig | None, str]:
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
+    config, family = architecture.config, architecture.family
     changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
     changes |= {key: after[axis] for key, axis in family.follows.items()}
     changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
-    places = [axes.match(name, family.rows)[1] for name in parameters_of(config)]
+    places = [parameter.indices for parameter in architecture.parameters.values()]
     dense = [new for new, old in enumerate(layers) if {"dense_layers": old} in places]
     if hasattr(config, DENSE_LIST):
         changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
@@ -92,38 +92,38 @@ def _hold(
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
     try:
         student = kind.from_dict({**copy.deepcopy(config.to_dict()), **changes})
-        found = parameters_of(student)
+        made = outline(student)
     except Exception as error:  # config classes and modules raise their own kinds
         return None, " ".join(str(error).split())
     student.name_or_path = ""  # not the folder that the teacher was loaded from
     if more:
-        student.architectures = [class_name(student)]
-    expected = _expected(config, family, after, layers)
+        student.architectures = [made.class_name]
+    found, expected = made.parameters, _expected(architecture, after, layers)
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not wrong:
         return student, ""
     return None, f"it would make {wrong[0]!r} of shape {found.get(wrong[0])}, not {expected.get(wrong[0])}"
 
 
-def _expected(config: PreTrainedConfig, family: Family, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every parameter of the student."""
     expected = {}
-    for name in parameters_of(config):
-        row, indices = axes.match(name, family.rows)
+    for parameter in architecture.parameters.values():
+        indices = parameter.indices
         places = {axis: layers.index(i) if axes.kind_of(axis) == "layers" and i in layers else i for axis, i in indices.items()}
         dropped = any(i not in layers if axes.kind_of(axis) == "layers" else i >= after[axis] for axis, i in indices.items())
         if not dropped:
-            expected[row.format_map(places)] = axes.tensor_shape(family.rows[row], after.sizes)
+            expected[parameter.row.format_map(places)] = axes.tensor_shape(parameter.pattern, after.sizes)
     return expected
 
 
-def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str) -> str:
+def _advice(architecture: Architecture, after: Shape, reason: str) -> str:
     """Say why a shape is refused and which near ones are not."""
     hidden, heads, step = after["hidden"], after["heads"], after.sizes.get("head_dim", 1)
-    before = family.shape_of(config)
+    before, name = architecture.shape, type(architecture.config).__name__
     group = heads // after.kv_groups
     if all(after[axis] == before[axis] for axis in ("hidden", "heads")):
-        return f"{type(config).__name__} refuses {after.axes}: {reason}"
+        return f"{name} refuses {after.axes}: {reason}"
     near = [(n, heads) for n in range(hidden - hidden % heads, 0, -heads)[:3]]
     near += [(n, heads) for n in range(hidden - hidden % heads + heads, before["hidden"] + 1, heads)[:3]]
     near += [(h * step, h) for h in range(group, before["heads"] + 1, group)]
@@ -133,8 +133,8 @@ def _advice(config: PreTrainedConfig, family: Family, after: Shape, reason: str)
         same = (n, h) == (before["hidden"], before["heads"])
         if same or len(legal) == 2 or any(target[axis] > before[axis] or target[axis] < 1 for axis in target):
             continue
-        if _hold(config, family, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
+        if _hold(architecture, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
             kv = f" and kv_heads={h // group}" if target.get("kv_heads", after.kv_groups) != after.kv_groups else ""
             legal.append(f"hidden={n} with heads={h}{kv}")
     advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
-    return f"{type(config).__name__} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"
+    return f"{name} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"

@@ -5,14 +5,12 @@ Layers come in two kinds here, so a row says in which it stands: `{layers}` in a
 expert by itself, under names that `STORED` gives.
 """
 
-from hf_minitron.families.llama import (
+from hf_minitron.architecture.llama import (
     ATTENTION_ROWS,
     CONFIG_KEYS,
     EMBEDDING_ROWS,
     HEAD_ROWS,
-    HEAD_TAPS,
     NORM_ROWS,
-    NORMS,
 )
 
 BLOCK = "model.layers.{moe_layers}.mlp"
@@ -75,16 +73,6 @@ MIXTRAL_STORED = {
     f"{BLOCK}.gate.weight": {"model.layers.{moe_layers}.block_sparse_moe.gate.weight": "experts hidden"},
     f"{BLOCK}.experts.gate_up_proj": {f"{MIXTRAL_EXPERT}.w1.weight": "ffn hidden", f"{MIXTRAL_EXPERT}.w3.weight": "ffn hidden"},
     f"{BLOCK}.experts.down_proj": {f"{MIXTRAL_EXPERT}.w2.weight": "hidden ffn"},
-}
-
-MOE_TAPS = {
-    "ffn": (f"{BLOCK}.experts",),
-    "experts": (f"{BLOCK}.experts",),
-    "dense_ffn": ("model.layers.{dense_layers}.mlp.down_proj",),
-    "shared_ffn": (f"{BLOCK}.shared_expert.down_proj", f"{BLOCK}.shared_experts.down_proj"),
-    "heads": HEAD_TAPS,
-    "hidden": NORMS,
-    "layers": ("model.layers.{layers}",),
 }
 
 ROUTER_KEYS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}

@@ -1,7 +1,7 @@
 """What a model without weights tells, built on the meta device, and run there: which module gives what another one reads.
 
 Identity of tensors tells: a projection reads a norm when its input is the very tensor that the norm gave, not changed since.
-It must not know a family.
+This module reads models; what the names of their parameters mean is the families' business.
 """
 
 import copy
@@ -17,24 +17,35 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
-from hf_minitron.families.config import one_line
+from hf_minitron.architecture.config import one_line
 
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: one for each config
 class Outline:
-    """What building a model without weights tells: its parameters' shapes, its modules' names, its class and base's name."""
+    """What building a model without weights tells.
 
+    Args:
+        config (`PreTrainedConfig`): Of the model that was built.
+        parameters (`Mapping[str, tuple[int, ...]]`): Name and shape of every parameter and stored buffer; tied ones once.
+        tied (`Mapping[str, str]`): Further names of tied parameters, to the name in `parameters`.
+        modules (`frozenset[str]`): The names of the modules.
+        class_name (`str`): The class of the causal language model.
+        prefix (`str`): The name of the model without its head inside the model: `model`, `transformer`.
+    """
+
+    config: PreTrainedConfig
     parameters: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
     modules: frozenset[str]
     class_name: str
     prefix: str
 
 
 def outline(config: PreTrainedConfig) -> Outline:
-    """Build a model of a config without weights.
+    """Build a model of a config without weights; one of an equal config is built once.
 
     Raises:
         AxisError: for a config that does not make a causal language model.
@@ -48,16 +59,22 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
         model = _build(kind, content)
     except Exception as error:  # config classes and modules raise their own kinds
         raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored = model.state_dict().keys()
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    tied = {name: first[parameter] for name, parameter in every if first[parameter] != name}
+    shapes, stored = {name: tuple(parameter.shape) for parameter, name in first.items()}, model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
     modules = frozenset(name for name, _ in model.named_modules())
-    return Outline(shapes, modules, type(model).__name__, model.base_model_prefix)
+    return Outline(_config(kind, content), shapes, tied, modules, type(model).__name__, model.base_model_prefix)
+
+
+def _config(kind: type[PreTrainedConfig], content: str) -> PreTrainedConfig:
+    return kind.from_dict(json.loads(content, object_hook=_float))
 
 
 def _build(kind: type[PreTrainedConfig], content: str, **kwargs) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(kind.from_dict(json.loads(content, object_hook=_float)), **kwargs)
+        return AutoModelForCausalLM.from_config(_config(kind, content), **kwargs)
 
 
 def _float(content: dict) -> object:
@@ -83,20 +100,15 @@ class Trace:
     modules: Mapping[str, nn.Module]
 
 
+@torch.inference_mode(False)  # whoever calls: its tensors have no versions
 def trace(config: PreTrainedConfig) -> Trace:
     """Run a model of a config without weights and return which module reads what.
 
     Raises:
         ValueError: for a model that cannot be run without weights.
     """
-    return _trace(type(config), config.to_json_string(use_diff=False))
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # whoever calls: its tensors have no versions
-@torch.no_grad()
-def _trace(kind: type[PreTrainedConfig], content: str) -> Trace:
-    model = _build(kind, content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
+    content = config.to_json_string(use_diff=False)
+    model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
     calls = _Calls()
     for name, module in model.named_modules():
         module.register_forward_hook(calls.hook(name), with_kwargs=True)
@@ -105,7 +117,7 @@ def _trace(kind: type[PreTrainedConfig], content: str) -> Trace:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # models raise their own kinds
         raise ValueError(
-            f"Cannot see which norms the projections of model type {kind.model_type!r} read: {one_line(error)}. "
+            f"Cannot see which norms the projections of model type {config.model_type!r} read: {one_line(error)}. "
             "Score it with moments: false and prune with corrections: []"
         ) from error
     once = {name for name, count in calls.counts.items() if count == 1}
@@ -149,17 +161,21 @@ def _first(value: object) -> Tensor | None:
     return next((tensor for tensor in values if isinstance(tensor, Tensor) and tensor.is_floating_point()), None)
 
 
-def norm_offset(config: PreTrainedConfig, norms: Iterable[str]) -> float:
+def norm_offset(model_type: str, modules: Mapping[str, nn.Module], norms: Iterable[str]) -> float:
     """Return what norms add to their stored weights, tried out: 1 where zeros scale nothing.
+
+    Args:
+        model_type (`str`): For the message.
+        modules (`Mapping[str, Module]`): Of a `Trace`.
+        norms (`Iterable[str]`): The names of the norms.
 
     Raises:
         ValueError: for norms that are not alike in this.
     """
-    modules = trace(config).modules
     kinds = {type(modules[name]): modules[name] for name in norms if hasattr(modules[name], "weight")}
     found = {kind.__name__: _offset(norm) for kind, norm in kinds.items()}
     if len(set(found.values())) > 1:
-        raise ValueError(f"The norms of model type {config.model_type!r} add different numbers to their weights: {found}. "
+        raise ValueError(f"The norms of model type {model_type!r} add different numbers to their weights: {found}. "
                          "Prune it with corrections: []")  # fmt: skip
     return next(iter(found.values()), 0.0)
 

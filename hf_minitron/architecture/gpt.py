@@ -24,14 +24,7 @@ GPT2_ROWS = {
     "transformer.ln_f.bias": "hidden",
     "lm_head.weight": "vocab hidden",
 }
-GPT2_TAPS = {
-    "ffn": ("transformer.h.{layers}.mlp.c_proj",),
-    "heads": ("transformer.h.{layers}.attn.c_proj",),
-    "hidden": ("transformer.h.{layers}.ln_1", "transformer.h.{layers}.ln_2", "transformer.ln_f"),
-    "layers": ("transformer.h.{layers}",),
-}
-GPT2_ATTENTION = dict.fromkeys(("query", "key", "value"), ("transformer.h.{layers}.attn.c_attn",))
-
+GPT2_NORMS = ("transformer.h.{layers}.ln_1", "transformer.h.{layers}.ln_2", "transformer.ln_f")
 GPT2_INEXACT = {
     "layers": ("scale_attn_by_inverse_layer_idx", "attention is divided by the number of the layer, which a cut changes")
 }
@@ -62,17 +55,11 @@ GPT_NEOX_ROWS = {
     "lm_head.weight": "vocab hidden",
 }
 GPT_NEOX_STORED = {"lm_head.weight": {"embed_out.weight": "vocab hidden"}}
-GPT_NEOX_TAPS = {
-    "ffn": ("gpt_neox.layers.{layers}.mlp.dense_4h_to_h",),
-    "heads": ("gpt_neox.layers.{layers}.attention.dense",),
-    "hidden": (
-        "gpt_neox.layers.{layers}.input_layernorm",
-        "gpt_neox.layers.{layers}.post_attention_layernorm",
-        "gpt_neox.final_layer_norm",
-    ),
-    "layers": ("gpt_neox.layers.{layers}",),
-}
-GPT_NEOX_ATTENTION = dict.fromkeys(("query", "key", "value"), ("gpt_neox.layers.{layers}.attention.query_key_value",))
+GPT_NEOX_NORMS = (
+    "gpt_neox.layers.{layers}.input_layernorm",
+    "gpt_neox.layers.{layers}.post_attention_layernorm",
+    "gpt_neox.final_layer_norm",
+)
 
 OPT_KEYS = {
     "layers": "num_hidden_layers",
@@ -104,16 +91,10 @@ OPT_ROWS = {
     "model.decoder.final_layer_norm.bias": "hidden",
     "lm_head.weight": "vocab hidden",
 }
-OPT_TAPS = {
-    "ffn": ("model.decoder.layers.{layers}.fc2",),
-    "heads": ("model.decoder.layers.{layers}.self_attn.out_proj",),
-    "hidden": (
-        "model.decoder.layers.{layers}.self_attn_layer_norm",
-        "model.decoder.layers.{layers}.final_layer_norm",
-        "model.decoder.final_layer_norm",
-    ),
-    "layers": ("model.decoder.layers.{layers}",),
-}
-OPT_ATTENTION = {part: (f"model.decoder.layers.{{layers}}.self_attn.{part[0]}_proj",) for part in ("query", "key", "value")}
+OPT_NORMS = (
+    "model.decoder.layers.{layers}.self_attn_layer_norm",
+    "model.decoder.layers.{layers}.final_layer_norm",
+    "model.decoder.final_layer_norm",
+)
 # Keys of config.json that repeat an axis.
 OPT_FOLLOWS = {"word_embed_proj_dim": "hidden"}

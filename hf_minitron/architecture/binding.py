@@ -1,0 +1,133 @@
+"""Binding a family to a model: which row every parameter matches, the size of every axis, and what fits no row."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from hf_minitron import axes
+from hf_minitron.architecture.family import FAMILIES, Family
+from hf_minitron.architecture.outline import Outline
+from hf_minitron.shape import AXES, Shape
+
+# Name of a parameter to its row, and what the placeholders of the row stand for.
+Matches = Mapping[str, tuple[str, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter, or a part of it that checkpoints store by itself.
+
+    Args:
+        name (`str`): Its full name.
+        shape (`tuple[int, ...]`): Its shape.
+        row (`str`): The row of the family that it matches.
+        pattern (`str`): The axes of its dimensions.
+        indices (`Mapping[str, int]`): What the placeholders of the row stand for.
+        role (`str`): What it does, see `hf_minitron.architecture.roles`.
+        module (`str`): The module in memory that it belongs to.
+        kind (`str`): Its name in that module, such as `weight`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    row: str
+    pattern: str
+    indices: Mapping[str, int]
+    role: str
+    module: str
+    kind: str
+
+    @property
+    def dims(self) -> tuple[axes.Dim, ...]:
+        """The axes of every dimension."""
+        return axes.parse(self.pattern)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer; `None` outside of the layers."""
+        return axes.layer_in(self.indices)
+
+    @property
+    def expert(self) -> int | None:
+        """The expert of a part that belongs to one."""
+        return self.indices.get("experts")
+
+    def dim_of(self, axis: str) -> tuple[int, axes.Dim]:
+        """Return the position and the axes of the dimension that holds an axis."""
+        return next((at, dim) for at, dim in enumerate(self.dims) if axis in axes.dim_names(dim))
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a module is given: the axis of its input, its layer, and the name under which moments of that input are stored.
+
+    `<norm>.output` and `<projection>.input` name the normalised hidden states; of a projection of other axes it is the module.
+    """
+
+    axis: str
+    layer: int | None
+    moment: str
+
+
+def match_rows(family: Family, model: Outline) -> Matches:
+    """Return the row of every parameter that has one."""
+    found = {name: axes.match(name, family.rows) for name in model.parameters}
+    return {name: match for name, match in found.items() if match}
+
+
+def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
+    """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
+    found = {axis: _read(model.config, key) for axis, key in family.config_keys.items()}
+    sizes = {axis: size for axis, size in found.items() if type(size) is int}
+    used, indices = [], {}
+    for name, (row, places) in matches.items():
+        used.append((axes.parse(family.rows[row]), model.parameters[name]))
+        for axis, index in places.items():
+            indices.setdefault(axis, set()).add(index)
+    sizes |= {axis: len(indices[axis]) for axis in ("dense_layers", "moe_layers") if axis in indices}
+    for _ in range(3):  # a size that is solved may help to solve another
+        for dims, shape in used:
+            for dim, size in zip(dims, shape, strict=False):
+                if solved := axes.unknown_size(dim, size, sizes):
+                    sizes.setdefault(*solved)
+    present = {"layers", *indices}.union(*(axes.dim_names(dim) for dims, _ in used for dim in dims))
+    return Shape({axis: size for axis, size in sizes.items() if axis in present or axis not in AXES})
+
+
+def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> dict[str, str]:
+    """Return what is wrong with each parameter that has no row, or another shape than its row says; empty if none is."""
+    problems = {}
+    for name, size in model.parameters.items():
+        row, like = matches.get(name, (None,))[0], re.sub(r"\.\d+\.", ".{layers}.", name, count=1)
+        names = set().union(*map(axes.dim_names, axes.parse(family.rows[row]))) if row else set()
+        if row is None:
+            problems[like] = f"{like!r} (shape {size}) has no row"
+        elif names - shape.sizes.keys():
+            missing = ", ".join(sorted(names - shape.sizes.keys()))
+            problems[like] = f"{like!r} (shape {size}) has a size that neither config nor shape gives: {missing}"
+        elif size != (expected := axes.tensor_shape(family.rows[row], shape.sizes)):
+            problems[like] = f"{like!r} has shape {size}, but its row {family.rows[row]!r} means {expected}"
+    return problems
+
+
+def advice(model_type: str, problems: Sequence[str]) -> str:
+    """Say what a model type's parameters have that the families do not cover."""
+    shown = ", ".join(problems[:3])
+    if len(problems) > 3:
+        shown += f" and {len(problems) - 3} more (Architecture.bind(config).misfits lists them)"
+    known = model_type in FAMILIES
+    supported = f"Supported model types: {', '.join(sorted(FAMILIES))}; for another one"
+    return (
+        f"The axis map does not cover {'this variant of ' if known else ''}model type {model_type!r}: {shown}. "
+        f"{'Choose another checkpoint of it, or' if known else supported + ','} write a family and register_family it "
+        "(docs/families.md)"
+    )
+
+
+def _read(config: PreTrainedConfig, key: str) -> object:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # a size that differs by layer, which transformers does not let be read at once
+        return None

@@ -1,0 +1,114 @@
+"""`Family`: the axis map of a group of model types. Data only; `Architecture` binds it to one config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from hf_minitron import axes
+from hf_minitron.architecture import gpt, llama, moe
+from hf_minitron.architecture.roles import ROLES
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: a model is bound to a family once
+class Family:
+    """The axis map of a group of model types.
+
+    Args:
+        rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
+            list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
+        norms (`tuple[str, ...]`): The modules that normalise the hidden channels, in the order of a layer.
+        config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
+        roles (`Mapping[str, str]`, *optional*): Ends of module names to roles, beside those of `architecture/roles.py`.
+        stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
+        follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
+        inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
+        inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
+        fallback_config (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
+        pre_norm_residual (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added
+            to the residual stream as they are; rotating it and merging layers take that for granted.
+    """
+
+    rows: Mapping[str, str]
+    norms: tuple[str, ...]
+    config_keys: Mapping[str, str]
+    roles: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    follows: Mapping[str, str] = field(default_factory=dict)
+    inexact: Mapping[str, str] = field(default_factory=dict)
+    inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    fallback_config: Mapping[str, object] = field(default_factory=dict)
+    pre_norm_residual: bool = False
+
+    def role(self, row: str) -> str:
+        """Return the role of the parameters of a row.
+
+        Raises:
+            AxisError: for a row whose role no table gives.
+        """
+        module = row.removesuffix(".weight").removesuffix(".bias").removesuffix("_bias")
+        if module in self.norms:
+            return "norm"
+        roles, parts = {**ROLES, **self.roles}, module.split(".")
+        ends = (".".join(parts[last - n : last]) for last in (len(parts), len(parts) - 1) for n in (3, 2, 1))
+        found = next((roles[end] for end in ends if end in roles), None)
+        if found is None:
+            raise axes.AxisError(f"No role is known for the row {row!r}; give its family roles={{{parts[-1]!r}: ...}}")
+        return found
+
+
+LLAMA = Family(llama.LLAMA_ROWS, llama.NORMS, llama.CONFIG_KEYS)
+PRE_NORM = replace(LLAMA, pre_norm_residual=True)
+MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS, stored=moe.STORED)
+FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
+SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
+GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}}
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
+    **dict.fromkeys(llama.PRE_NORM_MODEL_TYPES, PRE_NORM),
+    # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
+    "llama": replace(PRE_NORM, fallback_config={"model_type": "mistral", "sliding_window": None}),
+    "gemma": replace(PRE_NORM, **GEMMA),
+    **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, **GEMMA)),
+    "olmo2": replace(
+        LLAMA,
+        rows=llama.OLMO2_ROWS,
+        inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM),
+    ),
+    "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
+    "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_NORMS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT),
+    "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_NORMS, gpt.GPT_NEOX_KEYS, stored=gpt.GPT_NEOX_STORED),
+    "opt": Family(gpt.OPT_ROWS, gpt.OPT_NORMS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
+    "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "gpt_oss": replace(MOE, rows=moe.GPT_OSS_ROWS, config_keys=moe.MIXTRAL_KEYS, stored={}),
+    "deepseek_v3": Family(
+        moe.DEEPSEEK_ROWS,
+        llama.NORMS,
+        moe.DEEPSEEK_KEYS,
+        stored=moe.STORED,
+        follows=moe.DEEPSEEK_FOLLOWS,
+    ),
+}
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Let models of a type be pruned by a family, in this process.
+
+    Args:
+        model_type (`str`): As in `config.json`.
+        family (`Family`): Its axis map.
+
+    Raises:
+        AxisError: for a row that cannot be read, or has no role.
+
+    Example:
+
+    ```python
+    >>> register_family("seed_oss", FAMILIES["llama"])
+    ```
+    """
+    for row, pattern in family.rows.items():
+        axes.parse(pattern)
+        family.role(row)
+    FAMILIES[model_type] = family

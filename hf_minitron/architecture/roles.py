@@ -1,0 +1,52 @@
+"""What a parameter does, told by the end of its module's name. A table only; families may add to it."""
+
+# Role of a parameter: one of `query key value qkv output gate up gate_up down norm embedding position_embedding head router
+# expert_gate mixer`. `mixer` is whatever else a sequence mixer holds (low-rank projections, norms of single heads, sinks).
+ATTENTION = ("query", "key", "value", "qkv", "output", "mixer")
+MLP = ("gate", "up", "gate_up", "down", "router", "expert_gate")
+
+ROLES = {
+    "embed_tokens": "embedding",
+    "wte": "embedding",
+    "embed_in": "embedding",
+    "wpe": "position_embedding",
+    "embed_positions": "position_embedding",
+    "lm_head": "head",
+    "q_proj": "query",
+    "q_b_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "qkv_proj": "qkv",
+    "c_attn": "qkv",
+    "query_key_value": "qkv",
+    "o_proj": "output",
+    "out_proj": "output",
+    "self_attn.dense": "output",
+    "attention.dense": "output",
+    "attn.c_proj": "output",
+    "q_a_proj": "mixer",
+    "kv_a_proj_with_mqa": "mixer",
+    "kv_b_proj": "mixer",
+    "q_a_layernorm": "mixer",
+    "kv_a_layernorm": "mixer",
+    "q_norm": "mixer",
+    "k_norm": "mixer",
+    "q_layernorm": "mixer",
+    "k_layernorm": "mixer",
+    "q_layernorm.norms.{heads}": "mixer",
+    "k_layernorm.norms.{kv_heads}": "mixer",
+    "sinks": "mixer",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "c_fc": "up",
+    "fc1": "up",
+    "dense_h_to_4h": "up",
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "mlp.c_proj": "down",
+    "fc2": "down",
+    "dense_4h_to_h": "down",
+    "mlp.gate": "router",
+    "mlp.router": "router",
+    "shared_expert_gate": "expert_gate",
+}

@@ -1,0 +1,131 @@
+"""`Tensors`: the parameters of a model, in memory or of a checkpoint on disk, under the names of its architecture."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import check_not_quantized
+from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
+from hf_minitron.model_files import resolve
+
+UNTIED = ("The config ties the output head to the embedding, but they are different: set tie_word_embeddings to false in "
+          "config.json")  # fmt: skip
+
+
+class Tensors(Protocol):
+    """The parameters of a model. `names` are keys of `architecture.stored`: of parameters, or of their parts on disk."""
+
+    architecture: Architecture
+
+    def names(self) -> Iterable[str]:
+        """Return the names, in their order."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor; mapped from its file, or the model's own, which must not be changed."""
+
+
+class ModelTensors:
+    """The parameters of a model in memory.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+
+    Raises:
+        ValueError: for a model that is not as its config describes it.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.architecture = Architecture.of(model.config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        found = dict(model.named_parameters()) | dict(model.named_buffers())
+        if head is None or self.architecture.parameters.keys() - found.keys():
+            raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
+                             "AutoModelForCausalLM")  # fmt: skip
+        if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+            raise ValueError(UNTIED)
+        self._tensors = {name: tensor.detach() for name, tensor in found.items() if name in self.architecture.parameters}
+
+    def names(self) -> Iterable[str]:
+        """Return the names, in the model's order."""
+        return self._tensors
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a tensor."""
+        return TensorSpec(NAMES[self._tensors[name].dtype], tuple(self._tensors[name].shape))
+
+    def read(self, name: str) -> Tensor:
+        """Return the model's own tensor."""
+        return self._tensors[name]
+
+
+class CheckpointTensors:
+    """The parameters of a checkpoint that its model needs.
+
+    What is stored beside them (a tied head, old buffers, layers beyond the last) is left out. A checkpoint may leave out the
+    name of the base model (`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`) and hold every expert by itself.
+
+    Args:
+        folder (`str` or `Path`): The folder, or a Hub id.
+        architecture (`Architecture`, *optional*): The model's, when it is at hand; that of its `config.json` otherwise.
+
+    Raises:
+        ValueError: for a checkpoint that is quantized, lacks a parameter, holds one in a dtype that cannot be cut, or ties its
+            head by config but stores another one.
+    """
+
+    def __init__(self, folder: str | Path, architecture: Architecture | None = None):
+        folder = resolve(folder)
+        self.architecture = architecture or Architecture.of(AutoConfig.from_pretrained(folder))
+        check_not_quantized(self.architecture.config, folder)
+        self.checkpoint = Checkpoint(folder)
+        known = self.architecture.stored
+        self._stored_as = {known[name].name: name for name in self.checkpoint.specs if name in known}
+        for name, stored in self._stored_as.items():
+            if not DTYPES[self.spec(name).dtype].is_floating_point:
+                raise ValueError(f"{stored!r} in {folder} is stored as {self.spec(name).dtype}; save the model as bfloat16, "
+                                 "float16 or float32 first")  # fmt: skip
+        self._check_tied()
+        self._check_complete()
+
+    def names(self) -> Iterable[str]:
+        """Return the names, in the order of the files."""
+        return self._stored_as
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return dtype and shape of a tensor, from the file's header."""
+        return self.checkpoint.specs[self._stored_as[name]]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, mapped from its file."""
+        return self.checkpoint.read(self._stored_as[name])
+
+    def _check_tied(self) -> None:
+        """Refuse a head that is stored beside the embedding it is tied to, when it differs: Transformers would use it."""
+        stored, family = self.checkpoint.specs, self.architecture.family
+        for head, embedding in self.architecture.outline.tied.items():
+            row = self.architecture.tied[head].row
+            for name in (head, *family.stored.get(row, ())):
+                if name in stored and embedding in self._stored_as:
+                    if not torch.equal(self.checkpoint.read(name), self.read(embedding)):
+                        raise ValueError(UNTIED)
+
+    def _check_complete(self) -> None:
+        for name in self.architecture.parameters:
+            parts = [part.name for part in self.architecture.parts.get(name, ())]
+            present = [part for part in parts if part in self._stored_as]
+            if name not in self._stored_as and (not parts or len(present) < len(parts)):
+                absent = next((part for part in parts if part not in present), name) if present else name
+                raise ValueError(f"The checkpoint {self.checkpoint.folder} lacks the parameter {absent!r}")
+
+
+def tensors_of(model: PreTrainedModel | str | Path) -> Tensors:
+    """Return the parameters of a model in memory, or of a folder or Hub id."""
+    return ModelTensors(model) if isinstance(model, PreTrainedModel) else CheckpointTensors(model)
