@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hf_minitron.families.family import FAMILIES
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, HfArgumentParser
 
 from hf_minitron.__main__ import VERBS, _parser
+from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.recipe import bind, load_recipe, read_overrides
 

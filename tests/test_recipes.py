@@ -154,7 +154,7 @@ def test_targets_are_held_by_a_class_and_of_the_size_they_say(name, tmp_path):
         counts = [count_on_meta(config), count_on_meta(student)]
         if args.nonuniform is not None:
             prune.check_nonuniform(args, run)
-            layers = layer_parameters(rows, before, before.sizes) * before["layers"]
+            layers = layer_parameters(architecture, before.sizes) * before["layers"]
             counts[1] += int(args.nonuniform * layers) - layers
         else:
             text = plan_text(run)

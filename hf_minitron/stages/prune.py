@@ -91,8 +91,8 @@ def _teacher(model: str) -> Architecture:
 
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
-    config, family = _teacher(model)
-    return family.rows_of(untied(config, family) if rotates(args) else config)
+    architecture = _teacher(model)
+    return (untied(architecture) if rotates(args) else architecture).rows
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
