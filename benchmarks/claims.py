@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from hf_minitron import Architecture, Scores, calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
-from hf_minitron.importance.activation import REDUCTIONS
+from hf_minitron.importance.activation import OVER
 from hf_minitron.importance.removal import layer_scores, removal_costs, removal_scores, remove_one_by_one
 from hf_minitron.memory import keep_freed_memory
 
@@ -64,7 +64,8 @@ def main() -> None:
         return prune_model(teacher, make_plan(scores, shape, shape.cut_to(target)))
 
     tables = {"teacher": quality(model), "target": args.target, "reductions": {}, "rounds": {}, "depth": {}}
-    for name, metric in {**{name: name for name in REDUCTIONS}, **OTHERS}.items():
+    reductions = [f"{batch}_{sequence}" for batch in OVER for sequence in OVER]
+    for name, metric in {**{name: name for name in reductions}, **OTHERS}.items():
         tables["reductions"][name] = quality(sliced(calibrate(model, blocks, metric=metric), args.target))
         print(f"{name:32} {tables['reductions'][name]:12,.1f}   paper's loss {PAPER.get(name, '')}", flush=True)
     for rounds in (1, 2, 4):

@@ -20,7 +20,7 @@ from hf_minitron import load_text, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.removal import removal_costs
-from hf_minitron.importance.without import layers_of, without_layers
+from hf_minitron.importance.without import layer_names, without_layers
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, torch.float32), AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     blocks = token_blocks(load_text(args.text), tokenizer, args.block_size, args.tokens, seed=0)
-    layers = layers_of(model)
+    layers = [model.get_submodule(name) for name in layer_names(model)]
 
     def every_layer() -> torch.Tensor:
         """Run the whole model, then all that is left without each layer."""

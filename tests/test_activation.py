@@ -5,9 +5,14 @@ import tiny
 import torch
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation, Contribution, Fluctuation
+from hf_minitron.importance.activation import OVER, Activation, Contribution, Fluctuation
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.layers import BlockImportance
+from hf_minitron.importance.metrics import METRICS, needs_outgoing
+from hf_minitron.probe import probe
 
+REDUCTIONS = {f"{batch}_{sequence}": (batch, sequence) for batch in OVER for sequence in OVER}
+OUTGOING = [name for name, make in METRICS.items() if needs_outgoing(make)]
 REDUCE = {
     "mean": lambda x, dim: x.abs().mean(dim),
     "l2": lambda x, dim: torch.linalg.vector_norm(x, dim=dim),
@@ -126,9 +131,67 @@ def test_random_scores_repeat_with_their_seed():
         ("l2_men", "'l2_men' is none of those for ffn: mean_mean"),
         ("contribution", "'contribution' is none of those for hidden: .*Write metric as axis: name lines"),
         ({"width": "l2_mean"}, "'width' is none of ffn, dense_ffn"),
-        ({"layers": "l2_mean"}, "'l2_mean' is none of those for layers: magnitude, random"),
+        ({"layers": "l2_mean"}, "'l2_mean' is none of those for layers: block_importance, magnitude, random"),
+        ({"heads": BlockImportance}, "BlockImportance is for layers, not for heads"),
     ],
 )
 def test_a_metric_that_does_not_fit_is_refused(metric, words):
     with pytest.raises(ValueError, match=words):
         calibrate(tiny.model(), tiny.blocks(), metric=metric)
+
+
+class Peak:
+    """A metric of one's own: the largest activation of every index."""
+
+    axis = ("ffn", "heads")
+
+    def __init__(self):
+        self.peak = torch.tensor(0.0)
+
+    def update(self, activation, mask=None):
+        if mask is not None:
+            activation = activation * mask.view(*mask.shape, *[1] * (activation.dim() - 2))
+        self.peak = torch.maximum(self.peak, activation.abs().amax((0, 1)))
+
+    def finish(self):
+        return self.peak.flatten(1).amax(1) if self.peak.dim() > 1 else self.peak
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_a_metric_of_ones_own_is_one_class(model_type, tmp_path):
+    model, blocks = tiny.model(model_type, dtype=torch.float32), tiny.blocks()
+    model.save_pretrained(tmp_path)
+    scores, streamed = (calibrate(source, blocks, metric=Peak).by_axis for source in (model, tmp_path))
+    plain, seen = calibrate(model, blocks).by_axis, []
+    with probe(model, [("model.layers.1.self_attn.o_proj", lambda visit: seen.append(visit.input))]), torch.no_grad():
+        model(input_ids=blocks["input_ids"][:])
+    expected = seen[0].abs().amax((0, 1)).view(4, 6).amax(1)
+    assert torch.allclose(scores["heads"][1], expected)
+    assert scores["ffn"].shape == plain["ffn"].shape
+    for axis, values in plain.items():
+        assert torch.allclose(streamed[axis], scores[axis], rtol=1e-4), axis
+        assert torch.equal(scores[axis], values) == (axis not in Peak.axis), axis
+
+
+def test_an_expert_of_a_metric_of_ones_own_sees_zeros_for_the_tokens_of_others():
+    model, blocks = tiny.model("mixtral", dtype=torch.float32), tiny.blocks()
+    calls = []
+
+    class Watch(Peak):
+        axis = "ffn"
+
+        def update(self, activation, mask=None):
+            calls.append((tuple(activation.shape), int((activation != 0).any(-1).sum())))
+            super().update(activation, mask)
+
+    calibrate(model, blocks, batch_size=6, metric={"ffn": Watch})
+    assert {shape for shape, _ in calls} == {(6, 12, 72)}
+    assert sum(tokens for _, tokens in calls) == 3 * 2 * 6 * 12, "two experts of every layer see each token"
+
+
+def test_a_metric_without_sums_is_refused_by_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match="metric: Peak has no totals for processes to add up"):
+        calibrate(tiny.model(), tiny.blocks(), metric=Peak)

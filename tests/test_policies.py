@@ -16,13 +16,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
-axes shape scores plan architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
+axes shape scores plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
 architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
 formats texts data vocabulary mixture memory environment head
 side_files model_kinds model_files checkpoint tensors saving pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
-importance.activation importance.layers importance.experts importance.baselines
+importance.activation importance.layers importance.experts importance.baselines importance.metrics
 importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.named
@@ -87,6 +87,11 @@ def test_sizes_and_docstrings(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "probe.py"], ids=name_of)
+def test_only_the_probe_puts_hooks_on_modules(path):
+    assert not re.search(r"\.register_\w*hook\(|\.forward = |register_module_\w*hook", path.read_text()), path
 
 
 def test_public_names_are_few_and_explained():

@@ -18,9 +18,14 @@ from hf_minitron.importance.removal import (
     remove_one_by_one,
     task_costs,
 )
-from hf_minitron.importance.without import layers_of, without_layers
+from hf_minitron.importance.without import layer_names, without_layers
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape
+
+
+def layers_of(model):
+    return [model.get_submodule(name) for name in layer_names(model)]
+
 
 METRICS = ("block_importance", "loss", "perplexity", "logit_mse")
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "gemma3_text", "phi", "qwen3_moe", "smollm3", "gpt_oss")

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
 from hf_minitron.architecture.config import one_line
+from hf_minitron.probe import Visit, probe
 
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
@@ -101,6 +102,7 @@ class Trace:
 
 
 @torch.inference_mode(False)  # whoever calls: its tensors have no versions
+@torch.no_grad()
 def trace(config: PreTrainedConfig) -> Trace:
     """Run a model of a config without weights and return which module reads what.
 
@@ -110,11 +112,10 @@ def trace(config: PreTrainedConfig) -> Trace:
     content = config.to_json_string(use_diff=False)
     model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
     calls = _Calls()
-    for name, module in model.named_modules():
-        module.register_forward_hook(calls.hook(name), with_kwargs=True)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        with probe(model, [(name, calls.record) for name, _ in model.named_modules()]):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # models raise their own kinds
         raise ValueError(
             f"Cannot see which norms the projections of model type {config.model_type!r} read: {one_line(error)}. "
@@ -140,19 +141,15 @@ class _Calls:
         self.outputs: dict[str, tuple] = {}
         self._alive: list[Tensor] = []  # so that no storage's address is given to another tensor
 
-    def hook(self, name: str):
-        """Return the forward hook of a module."""
-
-        def record(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            self.counts[name] = self.counts.get(name, 0) + 1
-            for found, value in ((self.inputs, [*args, *kwargs.values()]), (self.outputs, output)):
-                first = _first(value)
-                if first is not None:
-                    self._alive.append(first)
-                    # views have one storage and one version, which a change in place raises
-                    found[name] = (first.untyped_storage()._cdata, first._version, first.storage_offset(), first.numel())
-
-        return record
+    def record(self, visit: Visit) -> None:
+        """Count a call of a module, and keep what it was given and what it gave."""
+        self.counts[visit.name] = self.counts.get(visit.name, 0) + 1
+        for found, value in ((self.inputs, [*visit.args, *visit.kwargs.values()]), (self.outputs, visit.output)):
+            first = _first(value)
+            if first is not None:
+                self._alive.append(first)
+                # views have one storage and one version, which a change in place raises
+                found[visit.name] = (first.untyped_storage()._cdata, first._version, first.storage_offset(), first.numel())
 
 
 def _first(value: object) -> Tensor | None:

@@ -4,7 +4,7 @@ States are read behind the norm that reads them, as in 2407.14679 (section 3). I
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
+from hf_minitron.probe import outputs_of
 
 # Every state of this kind, with the paper's symbol, or the two kinds of vectors of a relation (L_att).
 VECTORS = {"embedding": "L_emb", "block": "L_o", "mlp_input": "L_i"}
@@ -32,34 +33,6 @@ LAYER_RULES = ("last-2", "uniform", "plan")
 
 # A module of the model, and for attention the pattern of what it gives and the part of it that is meant.
 Place = tuple[str, axes.Dim | None, str]
-
-
-class StateTaps:
-    """Keeps what some modules of a model give in a forward pass, only while it is wanted.
-
-    Args:
-        model (`PreTrainedModel`): Any causal language model.
-        modules (`Iterable[str]`): Names of modules in it.
-    """
-
-    def __init__(self, model: PreTrainedModel, modules: Iterable[str]):
-        self._seen: dict[str, Tensor] | None = None
-        for name in dict.fromkeys(modules):
-            model.get_submodule(name).register_forward_hook(self._keeper(name))
-
-    def __enter__(self) -> dict[str, Tensor]:
-        self._seen = {}
-        return self._seen
-
-    def __exit__(self, *error) -> None:
-        self._seen = None  # a layer that gradient checkpointing runs again is not wanted again
-
-    def _keeper(self, name: str):
-        def hook(module, args, output):
-            if self._seen is not None:
-                self._seen[name] = output
-
-        return hook
 
 
 class StateLosses(nn.Module):
@@ -103,9 +76,7 @@ class StateLosses(nn.Module):
             for name in names
         }
         modules = [{name for pair in self.pairs.values() for both in pair for name, _, _ in both[side]} for side in (0, 1)]
-        self.student_taps, self.teacher_taps = (
-            StateTaps(model, found) for model, found in zip((student, teacher), modules, strict=True)
-        )
+        self._read = tuple(zip((student, teacher), modules, strict=True))  # a tuple: they are no modules of this one
         widths = [sizes["hidden"] for sizes in self._sizes]
         lifted = [name for name in names if name in VECTORS and widths[0] != widths[1]]
         with torch.random.fork_rng(devices=[]):  # the same on every process, and no draw that the data would miss
@@ -118,7 +89,7 @@ class StateLosses(nn.Module):
     @contextmanager
     def tapped(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Keep the states of the forward passes until the context ends: yield the student's and the teacher's by module."""
-        with self.student_taps as student, self.teacher_taps as teacher:
+        with outputs_of(*self._read[0]) as student, outputs_of(*self._read[1]) as teacher:
             yield student, teacher
 
     def forward(

@@ -21,6 +21,7 @@ from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
+from hf_minitron.probe import last_hidden_states
 from hf_minitron.vocabulary import difference
 
 
@@ -51,7 +52,6 @@ class LiveTeacher:
         self.model.eval().requires_grad_(False)
         self.config = self.model.config
         self._top_k = top_k
-        self.hidden = LastHidden(self.model)
 
     def shard(self, accelerator: Accelerator) -> None:
         """Shard the teacher as accelerate shards the student, where it does (FSDP2, ZeRO-3)."""
@@ -72,25 +72,10 @@ class LiveTeacher:
         """Return what the teacher says about the labelled tokens of a batch; its head must be `gathered` to be used."""
         with torch.autocast(self.model.device.type, enabled=False):
             kwargs = {name: value for name, value in inputs.items() if name != "labels"}
-            self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
-            rows, _ = next_token_rows(self.hidden.take(), inputs["labels"])
+            with last_hidden_states(self.model) as hidden:
+                self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
+            rows, _ = next_token_rows(hidden.pop(), inputs["labels"])
             return DenseSignal(rows, head_of(self.model), self._top_k)
-
-
-class LastHidden:
-    """Keeps the last hidden states of a causal language model, which its head is not given where no logits are asked for."""
-
-    def __init__(self, model: PreTrainedModel):
-        self._hidden: Tensor | None = None
-        model.base_model.register_forward_hook(self._keep)
-
-    def take(self) -> Tensor:
-        """Return and forget them, shape `(batch, seq, hidden)`."""
-        hidden, self._hidden = self._hidden, None
-        return hidden
-
-    def _keep(self, module, args, output) -> None:
-        self._hidden = output.last_hidden_state
 
 
 def no_tokens(like: Tensor) -> Tensor:

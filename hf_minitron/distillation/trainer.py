@@ -27,11 +27,12 @@ from hf_minitron.distillation.named import NamedLosses
 from hf_minitron.distillation.signals import DenseSignal, SparseSignal, StoredSignal
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import last_finite_checkpoint, on_sigterm
-from hf_minitron.distillation.teacher import LastHidden, LiveTeacher, base_of, gathered, no_tokens
+from hf_minitron.distillation.teacher import LiveTeacher, base_of, gathered, no_tokens
 from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import Plan
+from hf_minitron.probe import last_hidden_states
 from hf_minitron.saving import complete_side_files, repair_generation, save_config
 from hf_minitron.vocabulary import check_vocabularies
 
@@ -118,11 +119,11 @@ class DistillationTrainer(Trainer):
         # so that DDP and FSDP see the forward pass. The Trainer's debugging cannot look at none
         few = 1 if "underflow_overflow" in self.args.debug else no_tokens(labels)
         kept = {} if return_outputs and not self._loss_only else {"logits_to_keep": few}
-        with self._states.tapped() if self._states else nullcontext() as seen:
+        with self._states.tapped() if self._states else nullcontext() as seen, last_hidden_states(student) as hidden:
             signal = None if self.teacher is None else self.teacher(inputs)
             kwargs = {name: value for name, value in inputs.items() if name != "labels"}
             outputs = model(**kwargs, use_cache=False, **kept)
-        rows, targets = next_token_rows(self._hidden.take(), labels)
+        rows, targets = next_token_rows(hidden.pop(), labels)
         num_items = len(targets) if num_items_in_batch is None else num_items_in_batch
         with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)) as teacher_sharded:
             if teacher_sharded:
@@ -215,8 +216,7 @@ class DistillationTrainer(Trainer):
 
     def _watch(self, model: PreTrainedModel) -> None:
         """Read a student's states from now on: that of this trainer, or the next that `model_init` makes."""
-        student = base_of(model)
-        self._hidden, self._states = LastHidden(student), self._state_losses(student)
+        self._states = self._state_losses(base_of(model))
 
     def _teacher(self, teacher: PreTrainedModel | CachedTeacher | str | Path | None) -> LiveTeacher | CachedTeacher | None:
         args, needed = self.args, self.args.losses.keys() - {CROSS_ENTROPY}

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# The width axes; `hidden` does not go out through one projection.
+WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
+
 
 class Activation:
     """Activations reduced over the sequence, then over the samples, by mean of |x|, L2 norm or variance (2407.14679, 2.2).
@@ -28,6 +31,8 @@ class Activation:
     torch.Size([96])
     ```
     """
+
+    axis = WIDTHS
 
     def __init__(self, batch: str = "l2", sequence: str = "mean"):
         self.batch, self.sequence = batch, sequence
@@ -78,6 +83,8 @@ class Contribution:
     ```
     """
 
+    axis = WIDTHS[:-1]
+
     def __init__(self, outgoing: Tensor, power: int = 2):
         self.outgoing, self.power = outgoing, power
         self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of |x|^power, the number of tokens
@@ -99,6 +106,8 @@ class Fluctuation:
 
     It is the energy that is lost when x is replaced by its mean, which a bias can take over.
     """
+
+    axis = WIDTHS[:-1]
 
     def __init__(self, outgoing: Tensor):
         self.outgoing = outgoing
@@ -142,14 +151,4 @@ OVER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda activation, lengths: activation.abs().sum(1, dtype=torch.float32) / lengths,
     "l2": lambda activation, lengths: activation.float().square().sum(1).sqrt(),
     "variance": _variance,
-}
-
-# The paper's nine, named batch first.
-REDUCTIONS: dict[str, tuple[str, str]] = {f"{b}_{s}": (b, s) for b in OVER for s in OVER}
-
-# Metrics that need the outgoing columns, for axes that go out through one projection.
-OUTGOING: dict[str, Callable[[Tensor], Contribution | Fluctuation]] = {
-    "contribution": Contribution,
-    "contribution_abs": lambda outgoing: Contribution(outgoing, power=1),
-    "fluctuation": Fluctuation,
 }

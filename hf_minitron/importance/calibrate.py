@@ -17,15 +17,13 @@ import hf_minitron
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
-from hf_minitron.importance.activation import OUTGOING, REDUCTIONS
 from hf_minitron.importance.baselines import BASELINES
+from hf_minitron.importance.metrics import DEFAULT, Chosen, metrics_of, name_of
 from hf_minitron.importance.streamed import read_layers
-from hf_minitron.importance.taps import DEFAULT, WIDTHS, Reading, open_taps, save_moments
+from hf_minitron.importance.taps import Reading, check_activations, distributed, open_taps, run_batch, save_moments
 from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
 from hf_minitron.vocabulary import check_ids
-
-SCORED = (*WIDTHS, "experts", "layers")
 
 
 def calibrate(
@@ -36,7 +34,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     state_bytes: int = 4_000_000_000,
     moments: str | Path | None = None,
-    metric: str | Mapping[str, str] = DEFAULT,
+    metric: Chosen | Mapping[str, Chosen] = DEFAULT,
 ) -> Scores:
     """Score every axis of a model with one forward pass over a text.
 
@@ -55,10 +53,8 @@ def calibrate(
         moments (`str` or `Path`, *optional*): A folder to write what corrections after pruning need (`prune_model(...,
             moments=...)`): second moments at the inputs of projections, energies at those of norms. Of a model in memory
             they are held until the end: `ffn` squared numbers a layer.
-        metric (`str` or `Mapping[str, str]`, *optional*, defaults to `"l2_mean"`): How indices are scored: one name for all
-            width axes, or axis to name. A reduction over batch and sequence of what passes (`l2_mean`, `mean_mean`,
-            `l2_variance`...; 2407.14679, table 11); `contribution`, `contribution_abs` or `fluctuation`, with the weights that
-            take it up (not for `hidden`); for any axis the baselines `magnitude` (of weights) and `random`.
+        metric (`str`, `Metric` or `Mapping`, *optional*, defaults to `"l2_mean"`): How indices are scored, for all width axes
+            or by axis: one of `METRICS`, the baselines `magnitude` or `random`, or a class of your own (see `Metric`).
 
     Returns:
         `Scores`: `ffn`, `heads` and `experts` per layer, NaN for a layer without the axis; `hidden` summed over all norms;
@@ -74,7 +70,7 @@ def calibrate(
     >>> scores.save("scores.safetensors")
     ```
     """
-    metrics = check_metric(metric)
+    metrics = metrics_of(metric)
     read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
     batches = own_batches(blocks, batch_size)
     folder = None if moments is None else Path(moments)
@@ -87,29 +83,13 @@ def calibrate(
     scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
-    return Scores(scores, _provenance(config, dtype, blocks) | {f"metric.{axis}": name for axis, name in metrics.items()})
-
-
-def check_metric(metric: str | Mapping[str, str]) -> dict[str, str]:
-    """Return the metric of every axis that one is given for.
-
-    Raises:
-        ValueError: for a metric that does not exist, or not for its axis.
-    """
-    by_axis = dict.fromkeys(SCORED if metric in BASELINES else WIDTHS, metric) if isinstance(metric, str) else dict(metric)
-    for axis, name in by_axis.items():
-        known = [*(REDUCTIONS if axis in WIDTHS else ()), *(OUTGOING if axis in WIDTHS[:-1] else ()), *BASELINES]
-        if axis not in SCORED:
-            raise ValueError(f"metric: {axis!r} is none of {', '.join(SCORED)}")
-        if name not in known:
-            hint = ". Write metric as axis: name lines, such as ffn: contribution" if name in OUTGOING else ""
-            raise ValueError(f"metric: {name!r} is none of those for {axis}: {', '.join(known)}{hint}")
-    return by_axis
+    chosen = {f"metric.{axis}": name_of(metric) for axis, metric in metrics.items()}
+    return Scores(scores, _provenance(config, dtype, blocks) | chosen)
 
 
 def own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     """Return the batches of this process's share of the blocks (`accelerate launch`)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         processes = torch.distributed.get_world_size()
         if len(blocks) < processes:
             raise ValueError(f"{len(blocks)} calibration blocks for {processes} processes; give every process one at least")
@@ -124,22 +104,22 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def _read_model(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool, metrics: Mapping[str, str]
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], moments: bool, metrics: Mapping
 ) -> list[Reading]:
     """Run a model in memory over all batches with its taps open."""
     device = input_device(model)
-    with torch.inference_mode(), open_taps(model, moments, metrics) as taps:
+    with torch.inference_mode(), open_taps(model, moments, metrics) as readings:
         for batch in tqdm(batches, desc="Scoring", unit="batch"):
-            taps.run(model, batch, device)
-    return taps.readings
+            run_batch(model, batch, device)
+            check_activations(model, readings)
+    return readings
 
 
 def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     """Add up what processes have read and make one tensor per axis."""
     by_axis: dict[str, list] = {}
     for reading in sorted(readings, key=lambda r: (r.axis, -1 if r.layer is None else r.layer, r.module)):  # alike everywhere
-        reading.add_up_processes()
-        by_axis.setdefault(reading.axis, []).append((reading.layer, reading.finish().cpu()))
+        by_axis.setdefault(reading.axis, []).append((reading.layer, reading.finish()))
     scores = {}
     for axis, found in by_axis.items():
         if axis == "hidden":

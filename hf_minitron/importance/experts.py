@@ -20,6 +20,8 @@ class RoutedOutputNorm:
     ```
     """
 
+    axis = "experts"
+
     def __init__(self):
         self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens, the number of tokens; both by expert
 

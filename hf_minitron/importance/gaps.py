@@ -3,7 +3,6 @@
 ReplaceMe (2505.02819) folds a linear map of the MLP's output into it; here the whole projection is fitted, by its inputs.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import input_device
+from hf_minitron.importance.taps import run_batch
 from hf_minitron.plan import Plan
+from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.compensate import GAP, moments_path
 from hf_minitron.pruning.effects import DROPPED
 
@@ -45,18 +46,12 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
         raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
     layers, projections = dict(architecture.taps("layers")), dict(architecture.taps("ffn"))
     seen = {layer: _Gap() for layer in plan.gaps}
-    hooks = []
-    for layer, dropped in plan.gaps.items():
-        hooks.append(model.get_submodule(projections[layer]).register_forward_pre_hook(seen[layer].enter))
-        for other in dropped:
-            module = model.get_submodule(layers[other])
-            hooks.append(module.register_forward_hook(seen[layer].add, with_kwargs=True))
-    try:
+    before = [(projections[layer], gap.enter) for layer, gap in seen.items()]
+    after = [(layers[other], seen[layer].add) for layer, dropped in plan.gaps.items() for other in dropped]
+    last = [(architecture.prefix, gap.update) for gap in seen.values()]
+    with probe(model, [*after, *last], before):
         for batch in tqdm(list(blocks.with_format("torch").iter(batch_size)), desc="Reading dropped layers", unit="batch"):
-            _run(model, batch, seen)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            run_batch(model, batch, input_device(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for layer, gap in seen.items():
@@ -64,15 +59,6 @@ def read_gaps(model: PreTrainedModel, blocks: Dataset, plan: Plan, folder: str |
         tensors = {f"{projections[layer]}{GAP}": added, projections[layer]: entered}
         save_file(tensors, moments_path(folder, layer), metadata={DROPPED: str(plan.gaps[layer])})
     return folder
-
-
-def _run(model: PreTrainedModel, batch: Mapping[str, Tensor], seen: Mapping[int, "_Gap"]) -> None:
-    device = input_device(model)
-    mask = batch.get("attention_mask")
-    moved = None if mask is None else mask.to(device)
-    model.base_model(input_ids=batch["input_ids"].to(device), attention_mask=moved, use_cache=False)
-    for gap in seen.values():
-        gap.update(mask)
 
 
 class _Gap:
@@ -83,17 +69,17 @@ class _Gap:
         self.added: Tensor | float = 0.0
         self.totals: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0, 0]
 
-    def enter(self, module, args):
-        self.entered, self.added = args[0], 0.0
+    def enter(self, visit: Visit) -> None:
+        self.entered, self.added = visit.input, 0.0
 
-    def add(self, module, args, kwargs, output):
-        before = args[0] if args else kwargs["hidden_states"]
-        self.added = self.added + ((output[0] if isinstance(output, tuple) else output) - before).float()
+    def add(self, visit: Visit) -> None:
+        self.added = self.added + (visit.states - visit.input).float()
 
-    def update(self, mask: Tensor | None) -> None:
+    def update(self, visit: Visit) -> None:
         x, y = self.entered.flatten(0, 1), self.added.flatten(0, 1)
-        if mask is not None:
-            x, y = x[mask.flatten() > 0], y[mask.flatten() > 0]
+        if visit.mask is not None:
+            text = visit.mask.flatten() > 0
+            x, y = x[text.to(x.device)], y[text.to(y.device)]
         x, y = x.float(), y.to(x.device)
         found = (x.T @ y, y.sum(0), x.T @ x, x.sum(0), len(x))
         self.totals = [total + more for total, more in zip(self.totals, found, strict=True)]

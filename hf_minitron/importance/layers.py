@@ -20,6 +20,8 @@ class BlockImportance:
     ```
     """
 
+    axis = "layers"
+
     def __init__(self):
         self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of what changes, the number of tokens
 

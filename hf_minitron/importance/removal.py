@@ -20,7 +20,8 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.head import head_chunks, head_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.layers import BlockImportance
-from hf_minitron.importance.without import Removal, WholePass, layers_of, without_layers
+from hf_minitron.importance.taps import distributed
+from hf_minitron.importance.without import Removal, WholePass, layer_names, without_layers
 
 CHUNK = 256  # tokens whose logits exist at the same time
 
@@ -55,7 +56,7 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
     True
     ```
     """
-    layers = len(layers_of(model))
+    layers = len(layer_names(model))
     check_removal(layers, metric, size)
     return _measure(model, blocks, metric, batch_size, _side_by_side(layers, size))
 
@@ -76,7 +77,7 @@ def remove_one_by_one(
         `tuple[list[int], Tensor]`: The layers in the order of their removal, and every layer's cost of shape `(layers,)` in the
             last round that it took part in.
     """
-    layers, removed = len(layers_of(model)), []
+    layers, removed = len(layer_names(model)), []
     check_removal(layers, metric, count=count)
     costs = torch.zeros(layers)
     while len(removed) < count:
@@ -98,7 +99,7 @@ def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedM
     Returns:
         `Tensor` of shape `(layers - size + 1,)`: float32, how far the score falls without the block that starts at each layer.
     """
-    layers = len(layers_of(model))
+    layers = len(layer_names(model))
     check_removal(layers, size=size)
     whole, costs, removals = measure(model), [], _side_by_side(layers, size)
     for block in tqdm(removals, desc="Removing layers (task)"):
@@ -158,8 +159,8 @@ def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", ba
     """
     architecture = Architecture.of(model.config)
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
-    removals = [Removal(range(layer, layer), (model.get_submodule(name),)) for _, layer, name in places]
-    costs = {axis: torch.zeros(len(layers_of(model))) for axis in ("heads", "ffn")}
+    removals = [Removal(range(layer, layer), (name,)) for _, layer, name in places]
+    costs = {axis: torch.zeros(len(layer_names(model))) for axis in ("heads", "ffn")}
     for (axis, layer, _), cost in zip(places, _measure(model, blocks, metric, batch_size, removals), strict=True):
         costs[axis][layer] = cost
     return costs
@@ -178,7 +179,7 @@ def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: i
         for batch in batches:
             sums = sums_of(WholePass.of(model, batch, device), removals, bar)
             totals += torch.tensor([float(number) for number in sums], dtype=torch.float64)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         totals = reduce(totals.to(device), "sum").cpu()
     *without, whole, tokens = totals
     return _finite(finish(torch.stack(without), whole, tokens).float(), metric, removals, model)
@@ -224,9 +225,9 @@ def _square_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
 
 def _finite(costs: Tensor, metric: str, removals: Sequence[Removal], model: PreTrainedModel) -> Tensor:
     """Refuse costs that are no numbers, naming the first block."""
-    for cost, (block, silent) in zip(costs, removals, strict=True):
+    for cost, (block, zeroed) in zip(costs, removals, strict=True):
         if not cost.isfinite():
-            what = f"a half of layer {block.start}" if silent else f"the layers {list(block)}"
+            what = f"a sublayer of layer {block.start}" if zeroed else f"the layers {list(block)}"
             raise ValueError(
                 f"{metric} without {what} is {float(cost)}: weights hold NaN or infinity, the text has no "
                 f"token to predict, or {model.dtype} is too narrow for this model (dtype: float32)"

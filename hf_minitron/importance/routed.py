@@ -1,63 +1,60 @@
-"""Routed experts, which hooks do not see: their forward pass, run one expert by one, with an observer.
+"""Routed experts, whose inner activations no hook sees: they run one by one in place of the module that holds them."""
 
-Transformers keeps the experts of a layer in one module and calls the implementation that its config names; ours is registered
-as "hf_minitron" and set while taps are open.
-"""
-
+import inspect
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_minitron.probe import Visit
 
 
-def observer(taps, readings: Mapping):
-    """Return what a layer of experts calls for every expert, and once with `None` when it has been through all.
+def run_experts(readings: Mapping, visit: Visit) -> Tensor:
+    """Run a layer's routed experts one by one and let its readings see each.
 
     Args:
-        taps (`Taps`): The taps that are open.
         readings (`Mapping[str, Reading]`): The layer's readings of `ffn` and `experts`.
+        visit (`Visit`): A call of the module that holds the experts.
     """
-    norms: list[Tensor] = []
-
-    def observe(expert: int | None, tokens: Tensor | None = None, inner: Tensor | None = None, output: Tensor | None = None):
-        batch, seq = taps.batch_shape
-        if expert is None:
-            taps.update(readings["experts"], torch.stack(norms, -1))
-            norms.clear()
-            return
-        norm = torch.zeros(batch * seq, device=output.device)
-        norms.append(norm.index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1)))
-        mask, lengths = None, torch.full((batch, 1), seq, device=inner.device)
-        if taps.mask is not None:
-            mask = taps.mask.to(inner.device).flatten()[tokens]
-            lengths = taps.mask.to(inner.device).sum(1, keepdim=True).clamp(min=1)
-            inner = inner * mask[:, None].to(inner.dtype)
-        by_sample = pad_sequence(inner.split(torch.bincount(tokens // seq, minlength=batch).tolist()), batch_first=True)
-        readings["ffn"].metrics[expert].update(by_sample, lengths=lengths)
-
-    return observe
+    with align_module_device(visit.module):  # offloaded weights are fetched
+        return _one_by_one(readings, visit, *visit.args, **visit.kwargs)
 
 
-def _observed_experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run a layer's experts one by one and show each what passes through it; `self` is the module that holds them."""
+def _one_by_one(readings: Mapping, visit: Visit, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    experts, norms = visit.module, []
     result = torch.zeros_like(hidden_states)
-    for expert in range(self.num_experts):
+    for expert in range(experts.num_experts):
         tokens, slots = torch.where(top_k_index == expert)  # ascending tokens
-        inner = _projected(self, hidden_states[tokens], "gate_up_proj", expert)
-        inner = self._apply_gate(inner)  # (tokens, ffn)
-        output = _projected(self, inner, "down_proj", expert) * top_k_weights[tokens, slots, None]
+        inner = _projected(experts, hidden_states[tokens], "gate_up_proj", expert)
+        inner = experts._apply_gate(inner)  # (tokens, ffn)
+        output = _projected(experts, inner, "down_proj", expert) * top_k_weights[tokens, slots, None]
         result.index_add_(0, tokens, output.to(result.dtype))
-        self.observe(expert, tokens, inner, output)
-    self.observe(None)
+        _update(readings["ffn"].metrics[expert], inner, tokens, visit)
+        norm = torch.zeros(len(hidden_states), device=output.device)
+        norms.append(norm.index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1)))
+    readings["experts"].update(torch.stack(norms, -1), visit)
     return result
 
 
-def _projected(experts, states: Tensor, name: str, expert: int) -> Tensor:
+def _update(metric, inner: Tensor, tokens: Tensor, visit: Visit) -> None:
+    """Let an expert's metric see its tokens, by sample; those that go to other experts count as zeros."""
+    batch, seq = visit.batch
+    mask = None if visit.mask is None else visit.mask.to(inner.device)
+    if "lengths" not in inspect.signature(metric.update).parameters:
+        whole = inner.new_zeros(batch * seq, inner.shape[-1]).index_copy_(0, tokens, inner)
+        metric.update(whole.view(batch, seq, -1), mask)
+        return
+    lengths = torch.full((batch, 1), seq, device=inner.device) if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
+    if mask is not None:
+        inner = inner * mask.flatten()[tokens, None].to(inner.dtype)
+    by_sample = pad_sequence(inner.split(torch.bincount(tokens // seq, minlength=batch).tolist()), batch_first=True)
+    metric.update(by_sample, lengths=lengths)
+
+
+def _projected(experts: Module, states: Tensor, name: str, expert: int) -> Tensor:
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     return torch.nn.functional.linear(states, weight.T if experts.is_transposed else weight, bias)
-
-
-ALL_EXPERTS_FUNCTIONS.register("hf_minitron", _observed_experts)

@@ -23,9 +23,10 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import student_config
 from hf_minitron.checkpoint import check_finite, require_space
-from hf_minitron.importance.taps import Reading, Taps, open_taps, save_moments
+from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, save_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
+from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
 from hf_minitron.tensors import CheckpointTensors
 
@@ -57,7 +58,7 @@ def read_layers(
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
     if reason := architecture.inexact.get("layers"):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Set layer_by_layer to false")
-    loader, readings = _Loader(folder, architecture, dtype, device), []
+    loader, scores = _Loader(folder, architecture, dtype, device), []
     layers = architecture.shape["layers"]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
     with torch.inference_mode(), ExitStack() as stack:
@@ -66,51 +67,26 @@ def read_layers(
         for layer in range(layers):
             give_back_freed_memory()  # the layer's before: loading it has used several threads
             model = loader.model_of(layer)
-            with open_taps(model, moments is not None, metrics) as taps:
-                found = _read_layer(model, layer, batches, states, bar, device, taps)
-            kept = [reading for reading in found if reading.layer is not None or layer == layers - 1]
-            readings += save_moments(kept, moments)
-    return config, dtype, readings
+            module = architecture.taps("layers")[0][1]
+            before = [(module, states.enter)] if layer else []
+            with (
+                open_taps(model, moments is not None, metrics) as readings,
+                probe(model, [(module, states.leave)], before),
+            ):
+                for states.batch, batch in enumerate(batches):
+                    run_batch(model, batch, device)
+                    check_activations(model, readings)
+                    bar.update()
+            found = [_in_place(reading, layer) for reading in readings if reading.layer is not None or layer == layers - 1]
+            scores += save_moments(found, moments)
+    return config, dtype, scores
 
 
-def _read_layer(
-    model: PreTrainedModel,
-    layer: int,
-    batches,
-    states: "_States",
-    bar: tqdm,
-    device: torch.device,
-    taps: Taps,
-) -> list[Reading]:
-    """Send all batches through one layer; return what its taps, and those beyond the layers, have read."""
-    architecture = Architecture.of(model.config)
-    ((_, name),) = architecture.taps("layers")
-    module = model.get_submodule(name.removeprefix(f"{architecture.prefix}."))
-    current = -1
-
-    def enter(module, args, kwargs):  # instead of the embedding, the states that the layer before has left
-        if layer == 0:
-            return None
-        state = states.get(current).to(device)
-        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-
-    def leave(module, args, kwargs, output):
-        states.put(current, output[0] if isinstance(output, tuple) else output)
-
-    hooks = [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True),
-    ]
-    for batch in batches:
-        current += 1
-        taps.run(model, batch, device)
-        bar.update()
-    for hook in hooks:
-        hook.remove()
-    own = [reading for reading in taps.readings if reading.layer is not None]
-    outside = [reading for reading in taps.readings if reading.layer is None]
-    names = [re.sub(r"\.0(?=\.|$)", f".{layer}", reading.module, count=1) for reading in own]  # its place in the whole model
-    return [dataclasses.replace(r, layer=layer, module=name) for r, name in zip(own, names, strict=True)] + outside
+def _in_place(reading: Reading, layer: int) -> Reading:
+    """Return a reading of a model of one layer with its place in the whole model."""
+    if reading.layer is None:
+        return reading
+    return dataclasses.replace(reading, layer=layer, module=re.sub(r"\.0(?=\.|$)", f".{layer}", reading.module, count=1))
 
 
 class _Loader:
@@ -120,25 +96,25 @@ class _Loader:
         self.architecture, self.dtype, self.device = architecture, dtype, device
         self.tensors = CheckpointTensors(folder, architecture)
         outside = [name for name in self.tensors.names() if architecture.stored[name].layer is None]
-        self.shared = {name: self._read(name).to(device, dtype) for name in outside if architecture.stored[name].role != "head"}
+        self.shared = {
+            name: check_finite(name, self.tensors.read(name)).to(device, dtype)
+            for name in outside
+            if architecture.stored[name].role != "head"
+        }
 
     def model_of(self, layer: int) -> PreTrainedModel:
         """Return the base model with one layer only."""
         shape = self.architecture.shape
         plan = Plan(shape, shape.cut_to({"layers": 1}), {"layers": [layer]})
         pruned = prune_tensors(self.tensors, plan, layer=layer)
-        state = {
-            name: check_finite(name, axes.join(spec.shape, pieces)) for name, spec, pieces in pruned
-        } | self.shared  # what of a layer stays in float32 whatever its dtype, the class knows
+        # what of a layer stays in float32 whatever its dtype, the class knows
+        state = {name: check_finite(name, axes.join(spec.shape, pieces)) for name, spec, pieces in pruned} | self.shared
         config = student_config(self.architecture, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )
         assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
         return model.to(self.device).eval()
-
-    def _read(self, name: str) -> Tensor:
-        return check_finite(name, self.tensors.read(name))
 
 
 @contextmanager
@@ -152,26 +128,29 @@ def _waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: in
 
 
 class _States:
-    """One tensor per batch, in memory up to a budget, beyond it in files."""
+    """What waits between two layers: one tensor per batch, in memory up to a budget, beyond it in files."""
 
     def __init__(self, folder: Path, budget: int):
+        self.batch = 0  # the one under way
         self._folder, self._budget = folder, budget
         self._held: dict[int, Tensor] = {}
 
-    def get(self, batch: int) -> Tensor:
-        """Return the tensor of a batch, shape `(batch, seq, hidden)`."""
-        return self._held[batch] if batch in self._held else load_file(self._path(batch))["states"]
+    def enter(self, visit: Visit) -> Tensor:
+        """Return what the layer before has left, `(batch, seq, hidden)`, to take the place of the embeddings."""
+        held = self._held.get(self.batch)
+        return (load_file(self._path)["states"] if held is None else held).to(visit.input.device)
 
-    def put(self, batch: int, states: Tensor) -> None:
-        """Keep a tensor in place of the batch's last one."""
-        held = sum(tensor.nbytes for other, tensor in self._held.items() if other != batch)
-        if held + states.nbytes <= self._budget:
-            self._held[batch] = states.cpu()
+    def leave(self, visit: Visit) -> None:
+        """Keep what the layer gives in place of the batch's last states."""
+        states, waiting = visit.states, sum(tensor.nbytes for other, tensor in self._held.items() if other != self.batch)
+        if waiting + states.nbytes <= self._budget:
+            self._held[self.batch] = states.cpu()
             return
-        self._held.pop(batch, None)
-        part = self._path(batch).with_suffix(".part")
+        self._held.pop(self.batch, None)
+        part = self._path.with_suffix(".part")
         save_file({"states": states.contiguous().cpu()}, part)
-        part.replace(self._path(batch))  # the file before it may still be mapped
+        part.replace(self._path)  # the file before it may still be mapped
 
-    def _path(self, batch: int) -> Path:
-        return self._folder / f"{batch}.safetensors"
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self.batch}.safetensors"

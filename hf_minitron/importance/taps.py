@@ -1,256 +1,200 @@
-"""Taps: hooks on a model's modules that hand what passes there to metrics, one metric per axis and place.
+"""Taps: the places of a model where metrics read, one reading per axis and place."""
 
-It must not know how a metric computes its score, nor who runs the model.
-"""
-
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_minitron import axes
-from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter
-from hf_minitron.importance.activation import OUTGOING, REDUCTIONS, Activation
-from hf_minitron.importance.experts import RoutedOutputNorm
-from hf_minitron.importance.layers import BlockImportance
+from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture
+from hf_minitron.importance.activation import WIDTHS
+from hf_minitron.importance.metrics import DEFAULTS, METRICS, Chosen, Metric, needs_outgoing
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
-from hf_minitron.importance.routed import observer
+from hf_minitron.importance.routed import run_experts
+from hf_minitron.probe import Visit, probe, submodule
 from hf_minitron.pruning.compensate import moments_path
 
-
-class Metric(Protocol):
-    """What an importance metric must have."""
-
-    totals: list[Tensor | float]  # sums over batches: processes that have seen other batches add theirs
-
-    def update(self, activation: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> None:
-        """Add one batch: `(batch, seq, size)`, or for `layers` a pair of `(batch, seq, hidden)`."""
-
-    def finish(self) -> Tensor:
-        """Return the score of every index."""
-
-
-# The papers' metric for every width axis (2407.14679, table 11), and the axes that it is for.
-DEFAULT = "l2_mean"
-WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
-
-# What corrections need, read at the taps of the same axis; their readings' axis is named so.
-MOMENT = ".moment"
-READ = {suffix: f"{suffix}{MOMENT}" for suffix in (INPUT, OUTPUT)}  # by projections of hidden channels
-MOMENTS: dict[str, type[Metric]] = {
-    "ffn": SecondMoment,
-    "dense_ffn": SecondMoment,
-    "shared_ffn": SecondMoment,
-    "heads": SecondMoment,
-    "hidden": ChannelEnergy,
-}
+# What of a visit a metric is given, when not the module's input or output alone.
+BOTH = ".both"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one tap has read: of the routed experts' `ffn` one metric per expert, else one metric.
+    """What one tap reads, and the metric that it is for; of routed experts' `ffn` one metric per expert.
 
     Args:
-        axis (`str`): The axis it scores.
+        axis (`str`): The axis.
         layer (`int`, *optional*): The model's layer; `None` outside of the layers.
         module (`str`): Full name of the module.
+        side (`str`): `INPUT`, `OUTPUT` or `BOTH`.
         metrics (`list`): Its metrics.
-        dim (`Dim`, *optional*): The pattern of the last dimension of what the tap reads, to view it by axis.
+        sizes (`Mapping[str, int]`): The size of every axis.
+        dim (`Dim`, *optional*): The pattern of the last dimension of what is read, to view it by axis.
+        moment (`str`, *optional*): For a moment, what its name has after the module's.
     """
 
     axis: str
     layer: int | None
     module: str
+    side: str
     metrics: list[Metric]
+    sizes: Mapping[str, int]
     dim: axes.Dim | None = None
+    moment: str | None = None
 
-    def add_up_processes(self) -> None:
-        """Let the totals of all processes of `accelerate launch` be everybody's."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for metric in self.metrics:
-                metric.totals = [reduce(total, "sum") for total in metric.totals]
+    @property
+    def routed(self) -> bool:
+        """Whether it reads routed experts."""
+        return self.module.endswith(".experts")
+
+    def see(self, visit: Visit) -> None:
+        """Give the metric what it reads of a visit."""
+        if self.side == BOTH:
+            self.update((visit.input, visit.states), visit)
+        else:
+            self.update(visit.input if self.side == INPUT else visit.states, visit)
+
+    def update(self, activation: Tensor | tuple[Tensor, Tensor], visit: Visit) -> None:
+        """Give the metric an activation, in the batch's shape (a mixture of experts flattens its tokens)."""
+        if isinstance(activation, Tensor):
+            activation = activation.reshape(*visit.batch, -1)
+            if self.dim is not None:
+                activation = axes.by_axis(activation, self.dim, self.axis, self.sizes)
+        device = (activation if isinstance(activation, Tensor) else activation[1]).device
+        self.metrics[0].update(activation, None if visit.mask is None else visit.mask.to(device))
+
+    def finite(self) -> bool:
+        """Return whether no metric has seen NaN or infinity."""
+        totals = (total for metric in self.metrics for total in getattr(metric, "totals", ()))
+        return all(bool(torch.as_tensor(total).isfinite().all()) for total in totals)
 
     def finish(self) -> Tensor:
-        """Return the score: `(size,)`, `(experts, size)` of a routed axis, or a scalar of a layer."""
-        scores = [metric.finish() for metric in self.metrics]
-        return torch.stack(scores) if self.axis == "ffn" and self.module.endswith(".experts") else scores[0]
+        """Return the score over all processes: `(size,)`, `(experts, size)` of a routed axis, or a scalar of a layer."""
+        if distributed():
+            for metric in self.metrics:
+                metric.totals = [reduce(total, "sum") for total in metric.totals]
+        scores = [metric.finish().cpu() for metric in self.metrics]
+        return torch.stack(scores) if self.routed and self.axis == "ffn" else scores[0]
 
 
-@dataclass
-class Taps:
-    """The open taps of a model.
-
-    Args:
-        sizes (`Mapping[str, int]`): The size of every axis.
-        readings (`list[Reading]`): One per axis and place.
-        mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding in the batch that is under way.
-        batch_shape (`tuple[int, int]`): `(batch, seq)` of that batch.
-    """
-
-    sizes: Mapping[str, int]
-    readings: list[Reading] = field(default_factory=list)
-    mask: Tensor | None = None
-    batch_shape: tuple[int, int] = (0, 0)
-
-    def run(self, model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> None:
-        """Run one batch through the model, without its output head, which scores nothing.
-
-        Raises:
-            ValueError: naming the tensor, when weights or activations hold NaN or infinity.
-        """
-        ids, self.mask = batch["input_ids"].to(device), batch.get("attention_mask")
-        self.batch_shape = tuple(ids.shape)
-        mask = None if self.mask is None else self.mask.to(device)
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        self._check_finite(model)
-
-    def update(self, reading: Reading, activation: Tensor | tuple[Tensor, Tensor]) -> None:
-        """Hand an activation to a reading, with the mask, in the batch's shape (a mixture flattens its tokens)."""
-        if isinstance(activation, Tensor):
-            activation = activation.reshape(*self.batch_shape, -1)
-            if reading.dim is not None:
-                activation = axes.by_axis(activation, reading.dim, reading.axis, self.sizes)
-        device = (activation if isinstance(activation, Tensor) else activation[1]).device
-        reading.metrics[0].update(activation, None if self.mask is None else self.mask.to(device))
-
-    def _check_finite(self, model: PreTrainedModel) -> None:
-        """Name the first tap that has seen NaN or infinity, and the weight that caused it where one did."""
-        flags = [all(bool(total.isfinite().all()) for metric in r.metrics for total in metric.totals) for r in self.readings]
-        if all(flags):
-            return
-        for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if weight.device.type != "meta" and not weight.isfinite().all():
-                raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
-        order = [f"{Architecture.of(model.config).prefix}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
-        # a block stands before its parts, but is read after them
-        bad = [reading for reading, finite in zip(self.readings, flags, strict=True) if not finite]
-        first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
-        raise ValueError(
-            f"NaN or infinity in the activations at {first.module!r} ({first.axis}), while all weights are finite: "
-            f"{model.dtype} is too narrow for this model. Score it with dtype: float32"
-        )
+def distributed() -> bool:
+    """Return whether several processes share the text (`accelerate launch`)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager
 def open_taps(
-    model: PreTrainedModel,
-    moments: bool = False,
-    metrics: Mapping[str, str] = MappingProxyType({}),
-) -> Iterator[Taps]:
-    """Feed metrics from a model's forward passes until the context ends.
+    model: PreTrainedModel, moments: bool = False, metrics: Mapping[str, Chosen] = MappingProxyType({})
+) -> Iterator[list[Reading]]:
+    """Feed metrics from a model's forward passes until the context ends; yield their readings.
 
     Args:
         model (`PreTrainedModel`): With or without its output head.
         moments (`bool`, *optional*, defaults to `False`): Whether to read what corrections need as well.
-        metrics (`Mapping[str, str]`, *optional*): Width axis to the name of its metric; `l2_mean` where left out.
+        metrics (`Mapping`, *optional*): Axis to its metric or its name; the default ones where left out.
     """
     architecture = Architecture.of(model.config)
-    sizes = architecture.shape.sizes
-    taps, hooks, observed = Taps(sizes), [], {}
-    base = model.base_model
-    modules = dict(base.named_modules())
-
-    def tap(axis: str, layer: int | None, name: str, kind: Callable[..., Metric]) -> None:
-        module, routed = modules[name.removeprefix(architecture.prefix).removeprefix(".")], name.endswith(".experts")
-        dim = architecture.weights[name].dim_of(axis)[1] if axis in WIDTHS and axis != "hidden" else None
-        if kind in OUTGOING.values():
-            made = [kind(outgoing) for outgoing in _outgoing(module, architecture.weights[name], axis, sizes)]
+    readings = [*_scores(model, architecture, metrics), *(_moments(architecture) if moments else ())]
+    lacking = [type(reading.metrics[0]).__name__ for reading in readings if not hasattr(reading.metrics[0], "totals")]
+    if lacking and distributed():
+        raise ValueError(f"metric: {lacking[0]} has no totals for processes to add up: keep its sums in that list, or use one "
+                         "process")  # fmt: skip
+    after, experts = [], {}
+    for reading in readings:
+        if reading.routed:
+            experts.setdefault(reading.module, {})[reading.axis] = reading
         else:
-            made = [kind() for _ in range(sizes["experts"] if routed and axis == "ffn" else 1)]
-        reading = Reading(axis, layer, name, made, dim)
-        taps.readings.append(reading)
-        if routed:
-            observed.setdefault(module, {})[axis] = reading
-        else:
-            hooks.append(module.register_forward_hook(_hook(taps, reading), with_kwargs=True))
+            after.append((reading.module, reading.see))
+    with probe(model, after, instead={module: partial(run_experts, found) for module, found in experts.items()}):
+        yield readings
 
+
+def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping) -> Iterator[Reading]:
+    """Yield readings of what is scored."""
+    sides, sizes = {"layers": BOTH, "hidden": OUTPUT}, architecture.shape.sizes
     for axis in architecture.tapped:
+        chosen = metrics.get(axis, DEFAULTS[axis])
+        make = METRICS[chosen] if isinstance(chosen, str) else chosen
         for layer, name in architecture.taps(axis):
-            tap(axis, layer, name, _metric(axis, metrics.get(axis, DEFAULT)))
-            if moments and axis in MOMENTS and not name.endswith(".experts"):
-                tap(f"{axis}{MOMENT}", layer, name, MOMENTS[axis])
-    for read in dict.fromkeys(architecture.hidden_reads.values()) if moments else ():
+            if needs_outgoing(make):
+                made = [make(outgoing=norms) for norms in _outgoing(model, architecture, name, axis)]
+            else:
+                made = [make() for _ in range(sizes["experts"] if axis == "ffn" and name.endswith(".experts") else 1)]
+            dim = architecture.weights[name].dim_of(axis)[1] if axis in WIDTHS[:-1] else None
+            yield Reading(axis, layer, name, sides.get(axis, INPUT), made, sizes, dim)
+
+
+def _moments(architecture: Architecture) -> Iterator[Reading]:
+    """Yield readings of what corrections need: second moments of what projections read, energies of what norms read."""
+    sizes = architecture.shape.sizes
+    for axis in architecture.tapped:
+        for layer, name in architecture.taps(axis) if axis in WIDTHS else ():
+            if not name.endswith(".experts"):
+                metric = ChannelEnergy() if axis == "hidden" else SecondMoment()
+                yield Reading(axis, layer, name, INPUT, [metric], sizes, moment="")
+    for read in dict.fromkeys(architecture.hidden_reads.values()):
         module, dot, side = read.moment.rpartition(".")
-        tap(READ[dot + side], read.layer, module, SecondMoment)
-    implementation = base.config._experts_implementation if observed else None
-    try:
-        if observed:
-            for module, readings in observed.items():
-                module.observe = observer(taps, readings)
-            base.set_experts_implementation("hf_minitron")
-        yield taps
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in observed:
-            del module.observe
-        if observed:
-            base.set_experts_implementation(implementation)
+        yield Reading("hidden", read.layer, module, dot + side, [SecondMoment()], sizes, moment=dot + side)
+
+
+def run_batch(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> None:
+    """Run one batch through a model without its output head, which scores nothing."""
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    model.base_model(**inputs, use_cache=False)
+
+
+def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> None:
+    """Name the first tap that has seen NaN or infinity, and the weight that caused it where one did.
+
+    Raises:
+        ValueError: when one has.
+    """
+    bad = [reading for reading in readings if not reading.finite()]
+    if not bad:
+        return
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if weight.device.type != "meta" and not weight.isfinite().all():
+            raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
+    order = [f"{model.base_model_prefix}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
+    # a layer stands before its parts, but is read after them
+    first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
+    raise ValueError(
+        f"NaN or infinity in the activations at {first.module!r} ({first.axis}), while all weights are finite: "
+        f"{model.dtype} is too narrow for this model. Score it with dtype: float32"
+    )
 
 
 def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Reading]:
     """Write what corrections need, one file per layer; return the other readings. One process writes for all."""
     by_layer: dict[int | None, dict[str, Tensor]] = {}
     for reading in readings:
-        if reading.axis.endswith(MOMENT):
-            reading.add_up_processes()
-            side = reading.axis.removesuffix(MOMENT)
-            name = f"{reading.module}{side if side in READ else ''}"
-            by_layer.setdefault(reading.layer, {})[name] = reading.finish().cpu().contiguous()
+        if reading.moment is not None:
+            by_layer.setdefault(reading.layer, {})[reading.module + reading.moment] = reading.finish().contiguous()
     if by_layer and PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for layer, tensors in by_layer.items():
             save_file(tensors, moments_path(folder, layer))
-    return [reading for reading in readings if not reading.axis.endswith(MOMENT)]
+    return [reading for reading in readings if reading.moment is None]
 
 
-def _hook(taps: Taps, reading: Reading):
-    if reading.axis == "layers":
-
-        def hook(module, args, kwargs, output):
-            before = args[0] if args else kwargs["hidden_states"]
-            taps.update(reading, (before, output[0] if isinstance(output, tuple) else output))
-
-    elif reading.axis in ("hidden", READ[OUTPUT]):  # what a norm gives, or the whole model
-
-        def hook(module, args, kwargs, output):
-            taps.update(reading, output if isinstance(output, Tensor) else output[0])
-
-    else:  # what a projection (or, for energies, a norm) is given
-
-        def hook(module, args, kwargs, output):
-            taps.update(reading, args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
-def _metric(axis: str, name: str) -> Callable[..., Metric]:
-    """Return what makes the metric of an axis."""
-    if axis not in WIDTHS:
-        return {"layers": BlockImportance, "experts": RoutedOutputNorm}[axis]
-    return OUTGOING[name] if name in OUTGOING else partial(Activation, *REDUCTIONS[name])
-
-
-def _outgoing(module: nn.Module, parameter: Parameter, axis: str, sizes: Mapping[str, int]) -> list[Tensor]:
+def _outgoing(model: PreTrainedModel, architecture: Architecture, name: str, axis: str) -> list[Tensor]:
     """Return the norms of the columns that an axis goes out through, viewed by axis; one tensor per routed expert."""
-    weight, dims = getattr(module, parameter.kind), parameter.dims
+    parameter = architecture.weights[name]
+    weight = getattr(submodule(model, name), parameter.kind)
     if weight.device.type == "meta":
-        raise ValueError(
-            f"{parameter.module!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean"
-        )
+        raise ValueError(f"{name!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean")
     position, dim = parameter.dim_of(axis)
-    routed = dims[0] == (("experts",),)
+    routed = parameter.dims[0] == (("experts",),)
     others = [at for at in range(weight.dim()) if at != position and not (routed and at == 0)]
     norms = torch.linalg.vector_norm(weight.detach().float(), dim=others)  # (dim,) or (experts, dim)
-    return [axes.by_axis(norm, dim, axis, sizes) for norm in (norms if routed else [norms])]
+    return [axes.by_axis(norm, dim, axis, architecture.shape.sizes) for norm in (norms if routed else [norms])]

@@ -18,9 +18,10 @@ from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_mod
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
-from hf_minitron.importance.activation import OUTGOING, OVER
 from hf_minitron.importance.baselines import BASELINES
-from hf_minitron.importance.calibrate import calibrate, check_metric
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.metrics import DEFAULT, metrics_of
+from hf_minitron.importance.metrics import METRICS as INDEX_METRICS
 from hf_minitron.importance.removal import (
     METRICS,
     check_removal,
@@ -31,7 +32,6 @@ from hf_minitron.importance.removal import (
     remove_one_by_one,
     task_costs,
 )
-from hf_minitron.importance.taps import DEFAULT
 from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
 from hf_minitron.run import Run
@@ -70,10 +70,7 @@ class Args:
     dtype: str = field(default="auto", metadata={"help": "Weights' dtype; auto: bf16 where the processor has it."})
     metric: str | dict = field(
         default=DEFAULT,
-        metadata={
-            "help": f"How widths are ranked, for all axes or axis: name: BATCH_SEQUENCE of {', '.join(OVER)}; "
-            f"{', '.join([*OUTGOING, *BASELINES])}."
-        },
+        metadata={"help": f"How indices are scored, for all widths or axis: name: {', '.join([*INDEX_METRICS, *BASELINES])}."},
     )
     layers: str = field(
         default="block_importance",
@@ -110,7 +107,7 @@ def check(args: Args, run: Run) -> None:
     """Refuse what can be refused before any weight is read."""
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: {args.dtype!r} is none of auto, float32, bfloat16, float16")
-    check_metric(args.metric)
+    metrics_of(args.metric)
     if args.device_map not in (None, "auto"):
         raise ValueError(f"device_map: {args.device_map!r} is neither auto nor left out")
     if args.device_map and PartialState().num_processes > 1:
