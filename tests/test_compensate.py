@@ -10,8 +10,9 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for, least_squares, read_moment
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for, read_moment
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.pruning.reconstruction import least_squares
 
 IDS = tiny.blocks(40)["input_ids"][:]
 

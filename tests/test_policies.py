@@ -19,7 +19,8 @@ yaml_text
 axes shape scores plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
 architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
 formats texts data vocabulary mixture memory environment head
-side_files model_kinds model_files checkpoint tensors saving pruning.compensate pruning.effects pruning.rotate pruning.prune
+side_files model_kinds model_files checkpoint tensors saving
+pruning.reconstruction pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines importance.metrics

@@ -3,8 +3,10 @@
 A correction keeps the student's shape: the result is still a stock checkpoint. It must not know how the plan was made.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
 from hf_minitron.plan import Plan
+from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
+
+# What a query head's output dimension is made of.
+HEADS: axes.Dim = (("heads", "head_dim"),)
 
 # Beside a module's moments: what dropped layers added. (A norm's are energies of what it is given.)
 GAP = ".gap"
@@ -29,13 +35,12 @@ CORRECTIONS = {
 # What helps on text of the calibration's domain and of another one (benchmarks/corrections.py), and costs no parameter.
 DEFAULT_CORRECTIONS = ("least_squares", "bias", "norm_ratio")
 
-# On SmolLM2-135M, 0.001 to 0.1 are alike on text like the calibration's, but on other text only 0.1 and more help.
-RIDGE = 0.1
-
 
 @dataclass(frozen=True)
 class Corrections:
     """The corrections of one pruning, made tensor by tensor.
+
+    A moment is read, and factorised, once for all that read the same input (q, k, v and their biases), and then forgotten.
 
     Args:
         moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
@@ -55,6 +60,9 @@ class Corrections:
     rotation: "Rotation | None" = None  # noqa: F821 (stands below this module)
     gaps: Path | None = None
     ridge: float = RIDGE
+    _threads: int = field(default_factory=torch.get_num_threads)  # a thread that makes tensors to be written has but one
+    _inputs: dict[str, ProjectionInput] = field(default_factory=dict)
+    _fits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(
         self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
@@ -67,45 +75,94 @@ class Corrections:
             keep (`dict[str, Tensor]`): What is kept of every axis where it stands.
             read (`Callable`): Returns another parameter of the teacher by its name.
         """
-        sizes = self.plan.before.sizes
-        if "head_residual" in self.names and "heads" in keep:
-            tensor = self._with_head_residual(parameter, tensor, keep["heads"])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return self._corrected(parameter, tensor, keep, read)
+        finally:
+            torch.set_num_threads(threads)
+            for source in self._sources(parameter):
+                self._consumers[source.moment] -= 1
+                if not self._consumers[source.moment]:
+                    self._inputs.pop(source.moment, None)
+
+    def _corrected(
+        self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
+        sizes, source = self.plan.before.sizes, self.architecture.reads.get(parameter.module)
+        tensor = self._with_head_residual(parameter, tensor, keep)
         if parameter.role == "norm":
             return (self._norm(parameter, tensor, keep) if "hidden" in keep else tensor), keep, sizes
-        source = self.architecture.reads.get(parameter.module)
         if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._gap(source)):
             return tensor, keep, sizes
+        weight = self.architecture.weights[parameter.module]
+        if weight.module in self._fits:
+            fitted, gain = self._fits.pop(weight.module)
+        else:
+            values = tensor if parameter.kind == "weight" else self._with_head_residual(weight, read(weight.name), keep)
+            fitted, gain = self._fit(weight, source, values, keep)
+            if self._shifts(weight):
+                self._fits[weight.module] = fitted, gain  # for the bias, or for the weight after it
         if parameter.kind == "bias":
-            weight = self.architecture.weights[parameter.module]
-            return (tensor + self._fit(weight, source, read(weight.name), keep)[1].to(tensor)), keep, sizes
-        position, _ = parameter.dim_of(source.axis)
-        fitted = self._fit(parameter, source, tensor, keep)[0].movedim(-1, position).contiguous()
+            return (tensor + gain.to(tensor) if self._shifts(weight) else tensor), keep, sizes
+        position, _ = weight.dim_of(source.axis)
         left = {axis: index for axis, index in keep.items() if axis != source.axis}
-        return fitted, left, {**sizes, source.axis: len(keep[source.axis]) if source.axis in keep else sizes[source.axis]}
+        size = len(keep[source.axis]) if source.axis in keep else sizes[source.axis]
+        return fitted.movedim(-1, position).contiguous(), left, {**sizes, source.axis: size}
 
-    def _fit(self, parameter: Parameter, source: Read, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _shifts(self, weight: Parameter) -> bool:
+        """Return whether a projection has a bias that takes up a part of the correction."""
+        return "bias" in self.names and f"{weight.module}.bias" in self.architecture.parameters
+
+    def _fit(self, weight: Parameter, source: Read, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return a projection's weights for the kept inputs, shape `(out, kept)`, and what its bias gains, shape `(out,)`."""
-        axis, (position, dim) = source.axis, parameter.dim_of(source.axis)
-        weight = tensor.movedim(position, -1)
-        kept = axes.dim_index(
-            dim, keep if axis in keep else {axis: torch.arange(self.plan.before[axis])}, self.plan.before.sizes
-        )
-        gap = self._gap(source)
-        read = read_moment(self.gaps, source.layer, source.moment) if gap else self._moment(source)
-        moment, mean = read[:-1].double(), read[-1].double()
-        extra = torch.zeros(*weight.shape[:-1], 1, dtype=torch.float64).expand(weight.shape)
-        shift = extra[..., 0]
+        position, dim = weight.dim_of(source.axis)
+        tensor = tensor.movedim(position, -1)
+        every = {source.axis: torch.arange(self.plan.before[source.axis])}
+        kept = axes.dim_index(dim, keep if source.axis in keep else every, self.plan.before.sizes)
+        gap, centred = self._gap(source), self._shifts(weight)
+        stored = self._input(source)
+        mean, wide = stored.mean, tensor.to(stored.mean)
+        extra, shift = wide.new_zeros(wide.shape[:-1]).unsqueeze(-1).expand(wide.shape), wide.new_zeros(wide.shape[:-1])
         if gap:
-            found = read_moment(self.gaps, source.layer, source.moment + GAP).double()
-            found = found if self.rotation is None else found @ self.rotation.basis
-            extra, shift = found[:-1].T, found[-1]
-        if "bias" in self.names and f"{parameter.module}.bias" in self.architecture.parameters:
-            moment, extra = moment - torch.outer(mean, mean), extra - torch.outer(shift, mean)
-        fitted = weight[:, kept]
+            added = read_moment(self.gaps, source.layer, source.moment + GAP).to(mean)
+            added = added if self.rotation is None else added @ self.rotation.basis.to(mean)
+            extra, shift = added[:-1].T, added[-1]
+        if centred:
+            extra = extra - torch.outer(shift, mean)
+        fitted = tensor[:, kept.to(tensor.device)]
         if "least_squares" in self.names or gap:
-            fitted = least_squares(weight, moment, kept, self.ridge, extra)
-        gain = weight.double() @ mean + shift - fitted.double() @ mean[kept]
-        return fitted, gain if "bias" in self.names else torch.zeros_like(gain)
+            fitted = stored.solver(kept, self.ridge, centred)(wide, extra).to(tensor)
+        gain = wide @ mean + shift - fitted.to(mean) @ mean[kept]
+        return fitted, gain
+
+    def _input(self, source: Read) -> ProjectionInput:
+        """Return E[x xᵀ] and E[x] of what a projection is given."""
+        if source.moment not in self._inputs:
+            folder, (norm, dot, side) = self.gaps if self._gap(source) else self.moments, source.moment.rpartition(".")
+            found = read_moment(folder, source.layer, source.moment)
+            if self.rotation is not None and dot + side == OUTPUT:
+                found = self.rotation.moment(norm, found)
+            self._inputs[source.moment] = ProjectionInput(found.to(solver_device(), torch.float64))
+        return self._inputs[source.moment]
+
+    def _sources(self, parameter: Parameter) -> list[Read]:
+        """Return the moments that a parameter is corrected by."""
+        found = []
+        if "head_residual" in self.names and parameter.dims[0] == HEADS:
+            found += [
+                read for read in self.architecture.reads.values() if (read.axis, read.layer) == ("heads", parameter.layer)
+            ]
+        if parameter.role == "norm" and self.rotation is not None:
+            found.append(Read("hidden", parameter.layer, f"{parameter.module}{OUTPUT}"))
+        if parameter.kind in ("weight", "bias") and parameter.module in self.architecture.reads:
+            found.append(self.architecture.reads[parameter.module])
+        return found
+
+    @cached_property
+    def _consumers(self) -> Counter:
+        """How many parameters are still to be corrected by each moment."""
+        return Counter(read.moment for parameter in self.architecture.parameters.values() for read in self._sources(parameter))
 
     def _norm(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
         if "norm_ratio" not in self.names or parameter.kind != "weight":
@@ -113,17 +170,17 @@ class Corrections:
         if self.rotation is None:
             energy = read_moment(self.moments, parameter.layer, parameter.module)
         else:
-            energy = self._moment(Read("hidden", parameter.layer, f"{parameter.module}{OUTPUT}"))[:-1].diagonal()
+            (source,) = self._sources(parameter)
+            energy = self._input(source).moment.diagonal()
         ratio, offset = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
         return (tensor + offset) * ratio - offset
 
-    def _with_head_residual(self, parameter: Parameter, tensor: Tensor, kept: Tensor) -> Tensor:
+    def _with_head_residual(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
         """Add to query heads that stay what sets them apart from those that go: the weakest stays for the strongest gone."""
-        if parameter.dims[0] != (("heads", "head_dim"),):
+        if "head_residual" not in self.names or "heads" not in keep or parameter.dims[0] != HEADS:
             return tensor
-        before = self.plan.before
-        source = next(r for r in self.architecture.reads.values() if (r.axis, r.layer) == ("heads", parameter.layer))
-        energy = self._moment(source)[:-1].diagonal().view(before["heads"], -1).sum(1)
+        before, kept = self.plan.before, keep["heads"]
+        energy = self._input(self._sources(parameter)[0]).moment.diagonal().view(before["heads"], -1).sum(1)
         heads, group = tensor.unflatten(0, (before["heads"], -1)).clone(), before["heads"] // before.kv_groups
         for first in range(0, before["heads"], group):
             order = sorted(range(first, first + group), key=lambda head: float(energy[head]))
@@ -132,11 +189,6 @@ class Corrections:
                 for weak, strong in zip(stay, reversed(go), strict=False):
                     heads[weak] += heads[weak] - tensor.unflatten(0, (before["heads"], -1))[strong]
         return heads.flatten(0, 1)
-
-    def _moment(self, source: Read) -> Tensor:
-        """Return E[x xᵀ] and E[x] (the last row) of a projection's input."""
-        found, (norm, dot, side) = read_moment(self.moments, source.layer, source.moment), source.moment.rpartition(".")
-        return self.rotation.moment(norm, found) if self.rotation is not None and dot + side == OUTPUT else found
 
     def _gap(self, source: Read) -> bool:
         """Return whether it was read what the layers that were dropped behind a module's layer added."""
@@ -198,39 +250,3 @@ def read_moment(folder: Path, layer: int | None, name: str) -> Tensor:
     """Read one tensor of what `calibrate(..., moments=...)` or `read_gaps` wrote."""
     with safe_open(moments_path(folder, layer), framework="pt") as file:
         return file.get_tensor(name)
-
-
-def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, extra: Tensor | None = None) -> Tensor:
-    """Map the kept inputs of a projection as near as possible to what it gave for all of them.
-
-    Minimises E|W x + y - W' x_kept|² + ridge · mean(E x_kept²) · |W' - W_kept|² in float64: a large ridge gives plain slicing.
-
-    Args:
-        weight (`Tensor` of shape `(out, in)`): The projection.
-        moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of its inputs.
-        kept (`Tensor` of shape `(kept,)`): The inputs that stay.
-        ridge (`float`): As above.
-        extra (`Tensor` of shape `(out, in)`, *optional*): E[y xᵀ] of what shall be given beside; nothing when left out.
-
-    Returns:
-        `Tensor` of shape `(out, kept)`: In the weight's dtype.
-
-    Example:
-
-    ```python
-    >>> x = torch.randn(100, 8)
-    >>> x[:, 1] = x[:, 0]  # the dropped input repeats a kept one
-    >>> least_squares(torch.ones(1, 8), x.T @ x / 100, torch.tensor([0, 2, 3, 4, 5, 6, 7]), 1e-9)[0, 0]
-    tensor(2.)
-    ```
-    """
-    moment, wide = moment.double(), weight.double()
-    dropped = torch.ones(len(moment), dtype=torch.bool)
-    dropped[kept] = False
-    inner = moment[kept][:, kept]
-    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
-    missing = wide[:, dropped] @ moment[dropped][:, kept]  # what the dropped inputs gave, as the kept ones see it
-    if extra is not None:
-        missing = missing + extra[:, kept]
-    update = torch.cholesky_solve(missing.T, torch.linalg.cholesky(inner)).T
-    return (wide[:, kept] + update).to(weight.dtype)
