@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 from watch import Peak, anonymous_bytes
 
-from hf_minitron import Scores, calibrate, load_text, token_blocks
+from hf_minitron import Statistics, calibrate, load_text, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.memory import keep_freed_memory
 
@@ -96,7 +96,7 @@ def by_layer(args: argparse.Namespace) -> str:
             for kind, measured in found.items():
                 command = [sys.executable, __file__, *own, f"--state-bytes={args.state_bytes}", "--pass", kind, "--out", folder]
                 measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        scores = {kind: Scores.load(Path(folder) / kind).by_axis for kind in found}
+        scores = {kind: Statistics.load(Path(folder) / kind).scores for kind in found}
     seconds = {kind: statistics.median(m["seconds"] for m in measured) for kind, measured in found.items()}
     peaks = {kind: max(m["peak"] for m in measured) / 1e6 for kind, measured in found.items()}
     apart = max(((scores["streamed"][a] - t).abs() / t).max().item() for a, t in scores["resident"].items())
@@ -115,11 +115,11 @@ def one_pass(args: argparse.Namespace) -> None:
     torch.randn(64, 64) @ torch.randn(64, 64)  # what torch makes for its own use
     base, peak, start = anonymous_bytes(), Peak(), time.perf_counter()
     if args.kind == "resident":
-        scores = calibrate(load_model(args.model, dtype), blocks, args.batch)
+        measured = calibrate(load_model(args.model, dtype), blocks, args.batch)
     else:
-        scores = calibrate(Path(args.model).expanduser(), blocks, args.batch, dtype, state_bytes=args.state_bytes)
+        measured = calibrate(Path(args.model).expanduser(), blocks, args.batch, dtype, state_bytes=args.state_bytes)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak.stop() - base}))
-    scores.save(args.out / args.kind)
+    measured.save(args.out / args.kind)
 
 
 if __name__ == "__main__":

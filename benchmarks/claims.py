@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from hf_minitron import Architecture, Scores, calibrate, load_text, make_plan, prune_model, token_blocks
+from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.activation import OVER
-from hf_minitron.importance.removal import layer_scores, removal_costs, removal_scores, remove_one_by_one
+from hf_minitron.importance.removal import greedy_removal, layer_scores, removal_costs, removal_scores
 from hf_minitron.memory import keep_freed_memory
 
 # 2407.14679, table 11: zero-shot loss on the 8T blend, batch first.
@@ -66,26 +66,26 @@ def main() -> None:
     tables = {"teacher": quality(model), "target": args.target, "reductions": {}, "rounds": {}, "depth": {}}
     reductions = [f"{batch}_{sequence}" for batch in OVER for sequence in OVER]
     for name, metric in {**{name: name for name in reductions}, **OTHERS}.items():
-        tables["reductions"][name] = quality(sliced(calibrate(model, blocks, metric=metric), args.target))
+        tables["reductions"][name] = quality(sliced(calibrate(model, blocks, metric=metric).scores, args.target))
         print(f"{name:32} {tables['reductions'][name]:12,.1f}   paper's loss {PAPER.get(name, '')}", flush=True)
     for rounds in (1, 2, 4):
         student = model
         for done in range(1, rounds + 1):
             target = {axis: step(before[axis], size, done / rounds) for axis, size in {"ffn": 768}.items()}
-            student = sliced(calibrate(student, blocks), target, student)
+            student = sliced(calibrate(student, blocks).scores, target, student)
         tables["rounds"][rounds] = quality(student)
         print(f"ffn 768 in {rounds} rounds of scoring and pruning: {tables['rounds'][rounds]:,.1f}", flush=True)
-    scores, some = calibrate(model, blocks), blocks.select(range(args.depth_tokens // 512))
-    removed, costs = remove_one_by_one(model, some, "loss", args.drop)
+    scores, some = calibrate(model, blocks).scores, blocks.select(range(args.depth_tokens // 512))
+    removed, costs = greedy_removal(model, some, "loss", args.drop)
     ways = {
-        "block_importance, single layers": scores.by_axis["layers"],
+        "block_importance, single layers": scores["layers"],
         "block_importance, one block": layer_scores(removal_costs(model, some, "block_importance", args.drop), args.drop),
         "loss, single layers": layer_scores(removal_costs(model, some, "loss")),
         "loss, one block": layer_scores(removal_costs(model, some, "loss", args.drop), args.drop),
         "loss, one by one": removal_scores(removed, costs),
     }
     for name, by_layer in ways.items():
-        student = sliced(Scores({**scores.by_axis, "layers": by_layer}, {}), {"layers": before["layers"] - args.drop})
+        student = sliced({**scores, "layers": by_layer}, {"layers": before["layers"] - args.drop})
         tables["depth"][name] = quality(student)
         print(f"{args.drop} layers by {name:32} {tables['depth'][name]:12,.1f}", flush=True)
     if args.json:

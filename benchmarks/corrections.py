@@ -7,7 +7,6 @@ body is all parameters but the embedding.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import figure
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
-from hf_minitron.importance.gaps import read_gaps
+from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 
@@ -51,18 +50,16 @@ def main() -> None:
     blocks = token_blocks(load_text(args.calibration), tokenizer, 512, args.tokens, seed=0)
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, args.held_out_tokens, seed=1) for t in args.held_out}
     shape, results = Architecture.of(model.config).shape, {}
-    with tempfile.TemporaryDirectory() as folder:
-        moments = Path(folder) / "moments"
-        scores = calibrate(model, blocks, moments=moments)
-        for name, target, more in CASES:
-            plan = make_plan(scores, shape, shape.cut_to(target))
-            gaps = read_gaps(model, blocks, plan, Path(folder) / name) if "layers" in target else None
-            plain = prune_model(model, plan)
-            corrected = prune_model(model, plan, moments, (*DEFAULT_CORRECTIONS, *more), gaps)
-            for text, held_out in texts.items():
-                before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
-                results[name, text] = after / before
-                print(f"{name:32} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
+    statistics = calibrate(model, blocks, moments=True)
+    for name, target, more in CASES:
+        plan = make_plan(statistics.scores, shape, shape.cut_to(target))
+        residuals = read_residuals(model, blocks, plan) if "layers" in target else None
+        plain = prune_model(model, plan)
+        corrected = prune_model(model, plan, statistics, (*DEFAULT_CORRECTIONS, *more), residuals)
+        for text, held_out in texts.items():
+            before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
+            results[name, text] = after / before
+            print(f"{name:32} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
     first, *_ = texts
     result = ", ".join(f"{name}: {ratio:.2f}" for (name, text), ratio in results.items() if text == first)
     figure.save(args.json, "perplexity right after pruning, corrected over plain", "benchmarks/corrections.py", result)

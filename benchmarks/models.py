@@ -108,7 +108,7 @@ def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str
         "score": {
             "text": str(args.out / "calibration.jsonl"),
             "tokens": 16_384,
-            "halves": True,
+            "sublayers": True,
             "layers_limit": 4,
             "metric": {"ffn": "contribution", "heads": "contribution"},
         },

@@ -20,7 +20,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.hub.plots import plot_kept
-from hf_minitron.importance.removal import half_costs
+from hf_minitron.importance.removal import sublayer_costs
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import make_nonuniform_plan
 from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, layer_parameters
@@ -49,10 +49,10 @@ def main() -> None:
     texts = {Path(t).stem: token_blocks(load_text(t), tokenizer, 512, 8_192, seed=1) for t in args.held_out}
     before, lines = tensors.architecture.shape, []
     with tempfile.TemporaryDirectory() as folder:
-        moments = Path(folder) / "moments"
-        scores = calibrate(teacher, calibration, moments=moments)
-        costs = half_costs(teacher, calibration.select(range(3)), batch_size=3)
-        curves = error_curves(tensors, scores, moments)
+        statistics = calibrate(teacher, calibration, moments=True)
+        scores = statistics.scores
+        costs = sublayer_costs(teacher, calibration.select(range(3)), batch_size=3)
+        curves = error_curves(tensors, statistics)
         for cut in args.cuts:
             uniform = make_plan(scores, before, before.cut_to(uniform_target(tensors.architecture, cut)))
             budget = layer_parameters(tensors.architecture, uniform.after.sizes) * before["layers"]
@@ -61,7 +61,7 @@ def main() -> None:
                 plot_kept(before, nonuniform.sizes_by_layer, args.pictures / f"kept_{cut * 100:.0f}.png")
             found = {}
             for name, plan in {"uniform": uniform, "nonuniform": nonuniform}.items():
-                student = prune_model(teacher, plan, moments)
+                student = prune_model(teacher, plan, statistics)
                 found[name] = [[perplexity(student.eval(), blocks)["value"] for blocks in texts.values()]]
                 if args.tokens:
                     distil(student, teacher, training, args.tokens, args, Path(folder) / "out")

@@ -59,13 +59,13 @@ def prune(source: Path, target: Path) -> None:
     peak = Peak()
     from transformers import AutoConfig
 
-    from hf_minitron import Architecture, Scores, make_plan, prune_checkpoint
+    from hf_minitron import Architecture, make_plan, prune_checkpoint
 
     config = AutoConfig.from_pretrained(source)
     shape = Architecture.of(config).shape
     layers = shape["layers"]
-    scores = Scores({a: torch.rand(layers, shape[a]) for a in ("ffn", "heads")}
-                    | {a: torch.rand(shape[a]) for a in ("hidden", "layers")}, {})  # fmt: skip
+    scores = {axis: torch.rand(layers, shape[axis]) for axis in ("ffn", "heads")}
+    scores |= {axis: torch.rand(shape[axis]) for axis in ("hidden", "layers")}
     plan = make_plan(scores, shape, shape.cut_to({**TARGET, "layers": layers * 3 // 4}))
     imported = anonymous_bytes()
     os.sync()  # what was written before must not slow down what is written now

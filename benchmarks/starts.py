@@ -27,7 +27,7 @@ from hf_minitron import (
 )
 from hf_minitron.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
-from hf_minitron.importance.gaps import read_gaps
+from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 
@@ -57,13 +57,13 @@ def main() -> None:
     shape = Architecture.of(teacher.config).shape
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        moments = Path(folder) / "moments"
-        plan = make_plan(calibrate(teacher, calibration, moments=moments), shape, shape.cut_to(args.target))
-        gaps = read_gaps(teacher, calibration, plan, Path(folder) / "gaps") if args.merge else None
+        statistics = calibrate(teacher, calibration, moments=True)
+        plan = make_plan(statistics.scores, shape, shape.cut_to(args.target))
+        residuals = read_residuals(teacher, calibration, plan) if args.merge else None
         names = (*DEFAULT_CORRECTIONS, *(("layer_merge",) if args.merge else ()))
         for tokens in [0, *sorted(args.budgets)]:
             found = []
-            for given in ((), (moments, names, gaps)):
+            for given in ((), (statistics, names, residuals)):
                 start = prune_model(teacher, plan, *given)
                 if tokens:
                     distil(start, teacher, training, tokens, args, Path(folder) / "out")

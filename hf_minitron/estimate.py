@@ -145,11 +145,12 @@ def _rehearse_pruning(
     after = shape.cut_to({axis: size for axis, size in args.target.items() if axis not in ("layers", "experts")})
     blocks = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     with TemporaryDirectory() as folder:
-        moments = folder if args.corrections else None
-        plan = make_plan(calibrate(teacher, blocks, len(ids), moments=moments), shape, after)
-        score = _seconds(lambda: calibrate(teacher, blocks, len(ids), moments=moments)) / ids.numel()
-        student = prune_model(teacher, plan, moments)
-        cut = seconds_of(lambda: prune_model(teacher, plan, moments))
+        measure = partial(calibrate, teacher, blocks, len(ids), moments=bool(args.corrections), save_to=folder)
+        measured = measure()
+        plan, used = make_plan(measured.scores, shape, after), measured if args.corrections else None
+        score = _seconds(measure) / ids.numel()
+        student = prune_model(teacher, plan, used)
+        cut = seconds_of(lambda: prune_model(teacher, plan, used))
     return student, {"score": (score, score), "prune": (cut, cut)}
 
 

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
 
 logger = logging.getLogger(__name__)
@@ -173,11 +172,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
+def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan:
     """Choose the indices that stay: the best-scored ones of every axis that `after` makes smaller.
 
     Args:
-        scores (`Scores`): Importance of every index.
+        scores (`Mapping[str, Tensor]`): Axis to the importance of every index, `statistics.scores`.
         before (`Shape`): The teacher's shape.
         after (`Shape`): The student's shape, from `before.cut_to(...)`.
 
@@ -187,41 +186,43 @@ def make_plan(scores: Scores, before: Shape, after: Shape) -> Plan:
     Example:
 
     ```python
-    >>> plan = make_plan(scores, shape, shape.cut_to({"hidden": 512, "ffn": 1152}))
+    >>> plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 512, "ffn": 1152}))
     >>> plan.after["ffn"], len(plan.keep["ffn"][0])
     (1152, 1152)
     ```
     """
     cut = [axis for axis in after.axes if after[axis] != before[axis]]
-    missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores.by_axis)
+    missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores)
     if missing:
-        raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores.by_axis)}")
+        raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}")
     for axis in cut:
         _check_scores(scores, axis, before)
     keep: dict[str, list] = {}
     for axis in ("layers", "hidden"):
         if axis in cut:
-            keep[axis] = _best(scores.by_axis[axis], after[axis])
+            keep[axis] = _best(scores[axis], after[axis])
     layers = keep.get("layers", range(before["layers"]))
     for axis in ("ffn", "dense_ffn", "shared_ffn", "experts"):
         if axis in cut:
             groups = before.sizes.get("expert_groups", 1) if axis == "experts" else 1
-            keep[axis] = [_best(scores.by_axis[axis][layer], after[axis], groups) for layer in layers]
+            keep[axis] = [_best(scores[axis][layer], after[axis], groups) for layer in layers]
     if "experts" in cut and "ffn" in cut:
         keep["ffn"] = [[ffn[e] for e in experts] for ffn, experts in zip(keep["ffn"], keep["experts"], strict=True)]
     if "heads" in cut:
-        pairs = [_best_heads(scores.by_axis["heads"][layer], before, after) for layer in layers]
+        pairs = [_best_heads(scores["heads"][layer], before, after) for layer in layers]
         keep["heads"] = [heads for heads, _ in pairs]
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
     return Plan(before, _with_layer_kinds(after, scores, layers), keep)
 
 
-def make_nonuniform_plan(scores: Scores, before: Shape, sizes: Mapping[str, list[int]], hidden: int | None = None) -> Plan:
+def make_nonuniform_plan(
+    scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, list[int]], hidden: int | None = None
+) -> Plan:
     """Choose the indices that stay when every layer has sizes of its own.
 
     Args:
-        scores (`Scores`): Importance of every index.
+        scores (`Mapping[str, Tensor]`): Axis to the importance of every index, `statistics.scores`.
         before (`Shape`): The teacher's shape, of a model without experts.
         sizes (`Mapping[str, list[int]]`): `heads`, `kv_heads` and `ffn`, each with one size per layer of the teacher. 0 drops
             the layer's attention or its MLP; a layer that loses both goes.
@@ -247,21 +248,21 @@ def make_nonuniform_plan(scores: Scores, before: Shape, sizes: Mapping[str, list
     keep: dict[str, list] = {"heads": [], "kv_heads": [], "ffn": []}
     for layer in layers:
         own = Shape({**before.sizes, **{axis: found[layer] for axis, found in sizes.items()}})
-        heads, groups = _best_heads(scores.by_axis["heads"][layer], before, own) if own["heads"] else ([], [])
+        heads, groups = _best_heads(scores["heads"][layer], before, own) if own["heads"] else ([], [])
         keep["heads"].append(heads)
         keep["kv_heads"].append(groups)
-        keep["ffn"].append(_best(scores.by_axis["ffn"][layer], own["ffn"]))
+        keep["ffn"].append(_best(scores["ffn"][layer], own["ffn"]))
     after = {**before.sizes, "layers": len(layers), **{axis: max(map(len, kept)) for axis, kept in keep.items()}}
     if len(layers) < before["layers"]:
         keep["layers"] = layers
     if hidden is not None:
-        keep["hidden"], after["hidden"] = _best(scores.by_axis["hidden"], hidden), hidden
+        keep["hidden"], after["hidden"] = _best(scores["hidden"], hidden), hidden
     return Plan(before, Shape(after), keep)
 
 
-def _check_scores(scores: Scores, axis: str, before: Shape) -> None:
+def _check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None:
     """Refuse NaN, except for all of a layer of a mixture, which may lack the axis."""
-    found = scores.by_axis["heads" if axis == "kv_heads" else axis].isnan()
+    found = scores["heads" if axis == "kv_heads" else axis].isnan()
     by_layer = found.flatten(1).any(1) if found.dim() > 1 else found
     if found.dim() > 1 and "dense_layers" in before.sizes:
         by_layer &= ~found.flatten(1).all(1)
@@ -289,9 +290,9 @@ def _best_heads(scores: Tensor, before: Shape, after: Shape) -> tuple[list[int],
     return [g * group + head for g in groups for head in _best(by_group[g], per_group)], groups
 
 
-def _with_layer_kinds(after: Shape, scores: Scores, layers: Iterable[int]) -> Shape:
+def _with_layer_kinds(after: Shape, scores: Mapping[str, Tensor], layers: Iterable[int]) -> Shape:
     """Correct the counts of dense and mixture layers, of which `cut_to` could only estimate how many stay."""
     if "dense_layers" not in after.sizes:
         return after
-    dense = sum(not scores.by_axis["dense_ffn"][layer].isnan().all() for layer in layers)
+    dense = sum(not scores["dense_ffn"][layer].isnan().all() for layer in layers)
     return Shape({**after.sizes, "dense_layers": dense, "moe_layers": after["layers"] - dense})

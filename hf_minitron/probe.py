@@ -74,8 +74,8 @@ def probe(
     ```python
     >>> shapes = []
     >>> with probe(teacher, after=[("model.norm", lambda visit: shapes.append(tuple(visit.states.shape)))]):
-    ...     _ = teacher(input_ids=torch.tensor([[5, 6, 7]]))
-    >>> shapes == [(1, 3, teacher.config.hidden_size)]
+    ...     _ = teacher(tokenizer("a few words", return_tensors="pt").input_ids)
+    >>> shapes[0][-1] == teacher.config.hidden_size
     True
     ```
     """

@@ -151,7 +151,7 @@ def bind(run: Run, stage: str, args_type: type) -> Any:
 def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
 
@@ -178,6 +178,9 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
         raise RecipeError(f"{name}: {value} must be at least {least}")
     return value
 
+
+# Keys of before, and what they are called now.
+RENAMED = {"halves": "sublayers"}
 
 # Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.
 YES_NO = {"yes": True, "on": True, "no": False, "off": False}

@@ -49,10 +49,11 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
 
     # 1. A student, as in width.py.
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
-    moments, cache = Path(training.output_dir) / "moments", Path(training.output_dir) / "cache"
-    scores = calibrate(teacher, calibration, moments=moments)
+    cache = Path(training.output_dir) / "cache"
+    statistics = calibrate(teacher, calibration, moments=True)
     shape = Architecture.of(teacher.config).shape
-    student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": script.ffn})), moments)
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": script.ffn}))
+    student = prune_model(teacher, plan, statistics)
 
     # 2. Ask the teacher about every block once; started again, this goes on where it was interrupted.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, script.tokens, seed=training.seed)

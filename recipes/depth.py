@@ -9,7 +9,7 @@ Where many layers go, let the states teach too (2407.14679, table 17):
         --losses '{"forward_kl": 1, "block": 1, "embedding": 1}'
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from hf_minitron import (
     Architecture,
     DistillationArguments,
     DistillationTrainer,
-    calibrate,
     load_text,
     make_plan,
     prune_model,
@@ -48,16 +47,15 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     documents = load_text(script.text).train_test_split(test_size=0.1, seed=training.seed)
 
-    # 1. Which layers, side by side, does the model miss least? One by one they cost more skill (2408.11796, figure 8).
+    # 1. Which contiguous layers does the model miss least? Single ones cost more skill (2408.11796, figure 8).
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     shape = Architecture.of(teacher.config).shape
     target = shape.cut_to({"layers": script.layers})
     size = shape["layers"] - target["layers"]
-    scores = calibrate(teacher, calibration)
     layers = layer_scores(removal_costs(teacher, calibration, "loss", size), size)
 
     # 2. Drop them.
-    student = prune_model(teacher, make_plan(replace(scores, by_axis=scores.by_axis | {"layers": layers}), shape, target))
+    student = prune_model(teacher, make_plan({"layers": layers}, shape, target))
 
     # 3. Let the student learn from the teacher.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, seed=training.seed)

@@ -70,10 +70,10 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
 
     # 1. A student, as in width.py.
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
-    moments = Path(training.output_dir) / "moments"
-    scores = calibrate(teacher, calibration, moments=moments)
+    statistics = calibrate(teacher, calibration, moments=True)
     shape = Architecture.of(teacher.config).shape
-    student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": script.ffn})), moments)
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": script.ffn}))
+    student = prune_model(teacher, plan, statistics)
 
     # 2. The teacher goes on from the beginnings of documents.
     texts = written(script, teacher, tokenizer, documents["train"], training.seed)

@@ -50,13 +50,12 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     # 1. One forward pass over a little text says what matters.
     documents = load_text(script.text).train_test_split(test_size=0.1, seed=training.seed)
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
-    moments = Path(training.output_dir) / "moments"
-    scores = calibrate(teacher, calibration, moments=moments)
+    statistics = calibrate(teacher, calibration, moments=True)
 
     # 2. Keep the best-scored channels; what stays takes over what it can from what goes.
     shape = Architecture.of(teacher.config).shape
-    plan = make_plan(scores, shape, shape.cut_to({"hidden": script.hidden, "ffn": script.ffn}))
-    student = prune_model(teacher, plan, moments)
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": script.hidden, "ffn": script.ffn}))
+    student = prune_model(teacher, plan, statistics)
 
     # 3. Let the student learn from the teacher.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, seed=training.seed)

@@ -50,7 +50,7 @@ def whole(project, tmp_path_factory):
     training = {**recipe["distill"], "max_steps": 2}
     recipe["correct"] = {**training, "text": train, "warmup_steps": 1, "lora": {}}
     recipe["synthesize"] = {"documents": 6, "max_new_tokens": 24, "batch_size": 4, "min_tokens": 2}
-    recipe["score"] = {**recipe["score"], "halves": True}
+    recipe["score"] = {**recipe["score"], "sublayers": True}
     recipe["prune"] = {"target": {}, "nonuniform": 0.5}
     recipe["cache"] = {"method": "top_k", "k": 8}
     text = {"synthesized": 0.25, train: 0.75}

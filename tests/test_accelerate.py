@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hf_minitron import Scores, calibrate
+from hf_minitron import Statistics, calibrate
 from hf_minitron.importance.removal import removal_costs
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,7 @@ sys.path.insert(0, {tests!r})
 import tiny
 from accelerate import PartialState
 from hf_minitron import calibrate
+from safetensors.torch import save_file
 state = PartialState(cpu=True)
 for model_type in ("llama", "qwen2_moe"):
     for source in ("resident", "streamed"):
@@ -132,8 +133,10 @@ for model_type in ("llama", "qwen2_moe"):
                 model.save_pretrained(sys.argv[1] + model_type)
             state.wait_for_everyone()
             model = sys.argv[1] + model_type
-        scores = calibrate(model, tiny.blocks(7), batch_size=2)  # seven blocks: one process has more than the other
-        scores.save(f"{{sys.argv[1]}}{{model_type}}-{{source}}-{{state.process_index}}.safetensors")
+        folder = f"{{sys.argv[1]}}{{model_type}}-{{source}}"  # seven blocks: one process has more than the other
+        statistics = calibrate(model, tiny.blocks(7), batch_size=2, moments=True, save_to=folder)
+        state.wait_for_everyone()
+        save_file({{**statistics.scores, **statistics.moments}}, f"{{folder}}-{{state.process_index}}.safetensors")
         state.wait_for_everyone()
 """
 
@@ -143,12 +146,17 @@ def test_scores_of_two_processes_equal_those_of_one(tmp_path):
     script.write_text(SCORES.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
     launch(2, script, f"{tmp_path}/two-")
     for model_type in ("llama", "qwen2_moe"):
-        one = calibrate(tiny.model(model_type, dtype=torch.float32), tiny.blocks(7), batch_size=2)
-        for source, rank in [("resident", 0), ("resident", 1), ("streamed", 0), ("streamed", 1)]:
-            two = Scores.load(tmp_path / f"two-{model_type}-{source}-{rank}.safetensors")
-            assert two.meta["tokens"] == one.meta["tokens"] and set(two.by_axis) == set(one.by_axis)
-            for axis, values in one.by_axis.items():
-                assert torch.allclose(two.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), (model_type, source, axis)
+        one = calibrate(tiny.model(model_type, dtype=torch.float32), tiny.blocks(7), batch_size=2, moments=True)
+        expected = {**one.scores, **{name: moment for name, moment in one.moments.items() if moment.dim() == 1}}
+        for source in ("resident", "streamed"):
+            saved = Statistics.load(tmp_path / f"two-{model_type}-{source}")
+            assert saved.text == one.text
+            assert saved.scores.keys() == one.scores.keys()
+            assert saved.moments.keys() == one.moments.keys()
+            for rank in (0, 1):
+                two = load_file(tmp_path / f"two-{model_type}-{source}-{rank}.safetensors")
+                for name, values in expected.items():
+                    assert torch.allclose(two[name], values, rtol=1e-4, atol=0, equal_nan=True), (model_type, source, name)
 
 
 COSTS = """

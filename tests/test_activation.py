@@ -68,7 +68,7 @@ def test_contributions_are_the_energy_of_what_goes_out(model_type, attention, ml
     """Of a channel alone, the projection's output has exactly the energy that is its contribution."""
     model = tiny.model(model_type, dtype=torch.float32)
     blocks, ids = tiny.blocks(), tiny.blocks()["input_ids"][:]
-    scores = calibrate(model, blocks, metric={"ffn": "contribution", "heads": "contribution"}).by_axis
+    scores = calibrate(model, blocks, metric={"ffn": "contribution", "heads": "contribution"}).scores
     shape = Architecture.of(model.config).shape
     for axis, at in (("ffn", mlp), ("heads", attention)):
         name = Architecture.of(model.config).taps(axis)[1][1]
@@ -96,8 +96,8 @@ def test_layer_by_layer_equals_resident_for_every_metric(model_type, metric, tmp
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     axes = ["ffn", "heads", "dense_ffn", "shared_ffn", *(() if metric in OUTGOING else ("hidden",))]
     wanted = dict.fromkeys(axes, metric) | ({"experts": metric, "layers": metric} if metric == "magnitude" else {})
-    resident, streamed = (calibrate(source, tiny.blocks(), metric=wanted).by_axis for source in (model, tmp_path))
-    plain = calibrate(model, tiny.blocks()).by_axis
+    resident, streamed = (calibrate(source, tiny.blocks(), metric=wanted).scores for source in (model, tmp_path))
+    plain = calibrate(model, tiny.blocks()).scores
     for axis, values in resident.items():
         assert torch.allclose(streamed[axis], values, rtol=1e-4, atol=1e-7, equal_nan=True), axis
         assert values.shape == plain[axis].shape and torch.equal(values.isnan(), plain[axis].isnan())
@@ -106,7 +106,7 @@ def test_layer_by_layer_equals_resident_for_every_metric(model_type, metric, tmp
 
 def test_magnitude_is_the_norm_of_all_weights_that_carry_an_index():
     model = tiny.model(dtype=torch.float32)
-    scores = calibrate(model, tiny.blocks(), metric="magnitude").by_axis
+    scores = calibrate(model, tiny.blocks(), metric="magnitude").scores
     mlp, attention = model.model.layers[1].mlp, model.model.layers[1].self_attn
     ffn = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1) + mlp.down_proj.weight.square().sum(0)
     heads = attention.q_proj.weight.view(4, 6, 40).square().sum((1, 2))
@@ -121,7 +121,7 @@ def test_random_scores_repeat_with_their_seed():
     for seed in (0, None, 0):
         if seed is not None:
             torch.manual_seed(seed)
-        found.append(calibrate(model, tiny.blocks(), metric="random").by_axis["ffn"])
+        found.append(calibrate(model, tiny.blocks(), metric="random").scores["ffn"])
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
@@ -161,8 +161,8 @@ class Peak:
 def test_a_metric_of_ones_own_is_one_class(model_type, tmp_path):
     model, blocks = tiny.model(model_type, dtype=torch.float32), tiny.blocks()
     model.save_pretrained(tmp_path)
-    scores, streamed = (calibrate(source, blocks, metric=Peak).by_axis for source in (model, tmp_path))
-    plain, seen = calibrate(model, blocks).by_axis, []
+    scores, streamed = (calibrate(source, blocks, metric=Peak).scores for source in (model, tmp_path))
+    plain, seen = calibrate(model, blocks).scores, []
     with probe(model, [("model.layers.1.self_attn.o_proj", lambda visit: seen.append(visit.input))]), torch.no_grad():
         model(input_ids=blocks["input_ids"][:])
     expected = seen[0].abs().amax((0, 1)).view(4, 6).amax(1)

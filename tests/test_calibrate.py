@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.data import text_hash
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.scores import Scores
+from hf_minitron.statistics import Statistics
 
 
 def reference(model, rows):
@@ -101,10 +101,10 @@ def test_scores_equal_the_formulas(model_type):
     before = [t.clone() for t in model.state_dict().values()]
     for batch_size in (1, 4):
         scores = calibrate(model, blocks, batch_size)
-        assert set(scores.by_axis) == set(expected)
+        assert set(scores.scores) == set(expected)
         for axis, values in expected.items():
-            assert scores.by_axis[axis].dtype == torch.float32
-            assert close(scores.by_axis[axis], values), axis
+            assert scores.scores[axis].dtype == torch.float32
+            assert close(scores.scores[axis], values), axis
     assert all(torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
     assert model.config._experts_implementation != "hf_minitron" and not any(m._forward_hooks for m in model.modules())
 
@@ -118,9 +118,9 @@ def test_layer_by_layer_equals_resident(model_type, state_bytes, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     resident = calibrate(model, tiny.blocks())
     streamed = calibrate(tmp_path, tiny.blocks(), state_bytes=state_bytes)
-    assert set(streamed.by_axis) == set(resident.by_axis)
-    for axis, values in resident.by_axis.items():
-        assert torch.allclose(streamed.by_axis[axis], values, rtol=1e-4, atol=0, equal_nan=True), axis
+    assert set(streamed.scores) == set(resident.scores)
+    for axis, values in resident.scores.items():
+        assert torch.allclose(streamed.scores[axis], values, rtol=1e-4, atol=0, equal_nan=True), axis
 
 
 def test_what_a_class_keeps_in_float32_stays_so_layer_by_layer(tmp_path):
@@ -131,8 +131,8 @@ def test_what_a_class_keeps_in_float32_stays_so_layer_by_layer(tmp_path):
         layer.mlp.gate.e_score_correction_bias = 14 + 0.05 * torch.rand(8, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(tmp_path)
     resident = calibrate(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tiny.blocks())
-    for axis, values in calibrate(tmp_path, tiny.blocks(), dtype=torch.bfloat16).by_axis.items():
-        assert torch.allclose(values, resident.by_axis[axis], rtol=1e-4, atol=0, equal_nan=True), axis
+    for axis, values in calibrate(tmp_path, tiny.blocks(), dtype=torch.bfloat16).scores.items():
+        assert torch.allclose(values, resident.scores[axis], rtol=1e-4, atol=0, equal_nan=True), axis
 
 
 def test_layers_that_depend_on_their_number_are_not_streamed(tmp_path):
@@ -149,8 +149,8 @@ def test_a_model_on_several_devices(tmp_path):
     places |= {"model.layers.2": "cpu", "model.norm": "cpu", "lm_head": "disk"}
     spread = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "offload")
     assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    for axis, values in calibrate(model, tiny.blocks()).by_axis.items():
-        assert close(calibrate(spread, tiny.blocks()).by_axis[axis], values), axis
+    for axis, values in calibrate(model, tiny.blocks()).scores.items():
+        assert close(calibrate(spread, tiny.blocks()).scores[axis], values), axis
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe"])
@@ -165,18 +165,25 @@ def test_padding_counts_for_nothing(model_type, streamed, tmp_path):
     model.save_pretrained(tmp_path)
     scores = calibrate(tmp_path if streamed else model, Dataset.from_dict(padded).with_format("torch"), batch_size=3)
     for axis, values in reference(model, rows).items():
-        assert close(scores.by_axis[axis], values), axis
-    assert scores.meta["tokens"] == "26"
+        assert close(scores.scores[axis], values), axis
+    assert scores.text["tokens"] == 26
 
 
-def test_provenance_survives_the_file(tmp_path):
+def test_statistics_survive_their_folder(tmp_path):
     blocks = tiny.blocks()
-    scores = calibrate(tiny.model(), blocks)
-    scores.save(tmp_path / "scores.safetensors")
-    loaded = Scores.load(tmp_path / "scores.safetensors")
-    assert all(torch.equal(loaded.by_axis[axis], scores.by_axis[axis]) for axis in scores.by_axis)
-    assert loaded.meta == scores.meta and loaded.meta["text_sha256"] == text_hash(blocks) and loaded.meta["tokens"] == "72"
-    assert {"hf_minitron", "transformers", "torch", "model_type"} <= set(loaded.meta)
+    measured = calibrate(tiny.model(), blocks, moments=True)
+    measured.save(tmp_path / "s")
+    loaded = Statistics.load(tmp_path / "s")
+    for table in ("scores", "moments"):
+        before, after = getattr(measured, table), getattr(loaded, table)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], values) for name, values in before.items()), table
+    assert (loaded.text, loaded.provenance) == (measured.text, measured.provenance)
+    assert loaded.text == {"sha256": text_hash(blocks), "tokens": 72, "blocks": 6}
+    assert loaded.provenance["versions"].keys() == {"hf_minitron", "transformers", "torch"}
+    assert loaded.provenance["metrics"]["ffn"] == "l2_mean"
+    loaded.save(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").rglob("*")} == {path.name for path in (tmp_path / "s").rglob("*")}
 
 
 def test_fewer_blocks_than_processes_are_refused(monkeypatch):

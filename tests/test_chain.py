@@ -108,7 +108,7 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
         ({}, {"evaluate": {"text": "./nowhere.txt"}}, "second.yaml: evaluate: No text at './nowhere.txt'"),
         ({}, {"score": {"tokens": "many"}}, "second.yaml: score.tokens: 'many' is not a whole number"),
         ({}, {"distill": {"teacher": "./nowhere"}}, "second.yaml: distill: No model at './nowhere'"),
-        ({"score": {"halves": True}, "prune": {"target": {}, "nonuniform": 0.5}}, {}, "first.yaml: prune.nonuniform makes"),
+        ({"score": {"sublayers": True}, "prune": {"target": {}, "nonuniform": 0.5}}, {}, "first.yaml: prune.nonuniform makes"),
     ],
 )
 def test_what_is_wrong_with_either_recipe_is_told_before_the_first_is_begun(chain, tmp_path, capsys, first, second, message):

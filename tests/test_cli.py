@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_minitron import Scores
+from hf_minitron import Statistics
 from hf_minitron.__main__ import STAGES, main
 from hf_minitron.importance import calibrate
 
@@ -320,9 +320,9 @@ def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatc
     read_layers = calibrate.read_layers
     monkeypatch.setattr(calibrate, "read_layers", lambda *args: seen.append(1) or read_layers(*args))
     assert run(project, tmp_path / "small", verb="score") == 0 and seen == [1]  # by itself, when the model does not fit
-    whole, *others = (Scores.load(tmp_path / name / "score/scores.safetensors") for name in ("whole", "layers", "small"))
+    whole, *others = (Statistics.load(tmp_path / name / "score").scores for name in ("whole", "layers", "small"))
     for other in others:
-        assert all(torch.allclose(other.by_axis[axis], values, rtol=1e-4) for axis, values in whole.by_axis.items())
+        assert all(torch.allclose(other[axis], values, rtol=1e-4) for axis, values in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -378,13 +378,13 @@ def test_corrections_are_made_unless_told_otherwise(project, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "how"),
     [
-        (["--score.layers", "loss"], {"layers": "loss", "layers_block": "1"}),
-        (["--score.layers_block", 2, "--prune.target.layers", 1], {"layers": "block_importance", "layers_block": "2"}),
+        (["--score.layers", "loss"], {"layers": "loss", "layers_block": 1}),
+        (["--score.layers_block", 2, "--prune.target.layers", 1], {"layers": "block_importance", "layers_block": 2}),
         (
             ["--score.layers", "logit_mse", "--score.layers_remove", 2, "--prune.target.layers", 1],
-            {"layers": "logit_mse", "layers_block": "1"},
+            {"layers": "logit_mse", "layers_block": 1},
         ),
-        (["--score.layers", "tiny_last_word", "--score.layers_limit", 4], {"layers": "tiny_last_word", "layers_block": "1"}),
+        (["--score.layers", "tiny_last_word", "--score.layers_limit", 4], {"layers": "tiny_last_word", "layers_block": 1}),
     ],
 )
 def test_layers_are_ranked_by_what_the_model_loses(project, tmp_path, changes, how):
@@ -392,13 +392,15 @@ def test_layers_are_ranked_by_what_the_model_loses(project, tmp_path, changes, h
     changes = [*changes, *target, "--score.include_path", project["folder"] / "tasks", "--score.moments", "false"]
     for stage in ("score", "prune"):
         assert run(project, tmp_path / "run", *changes, "--prune.corrections", "[]", verb=stage) == 0
-    scores, plan = (tmp_path / "run" / path for path in ("score/scores.safetensors", "prune/student/plan.json"))
-    scores, kept = Scores.load(scores), json.loads(plan.read_text())["keep"]["layers"]
-    assert how.items() <= scores.meta.items() and scores.by_axis["layers"].shape == (3,)
-    if removed := scores.meta.get("layers_removed"):
-        assert sorted(kept + [int(layer) for layer in removed.split(", ")]) == [0, 1, 2]
+    statistics = Statistics.load(tmp_path / "run/score")
+    kept = json.loads((tmp_path / "run/prune/student/plan.json").read_text())["keep"]["layers"]
+    assert statistics.provenance["metrics"]["layers"] == how["layers"]
+    assert statistics.provenance["layers_block"] == how["layers_block"]
+    assert statistics.scores["layers"].shape == (3,)
+    if removed := statistics.provenance.get("layers_removed"):
+        assert sorted(kept + removed) == [0, 1, 2]
     if how["layers"] == "tiny_last_word":
-        values = [value * 4 for value in scores.by_axis["layers"].tolist()]
+        values = [value * 4 for value in statistics.scores["layers"].tolist()]
         assert values == pytest.approx([round(value) for value in values], abs=1e-5)  # of four documents
 
 
@@ -434,7 +436,7 @@ def test_a_model_too_large_for_memory_is_not_run_without_layers(project, tmp_pat
 
 
 def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys):
-    more = ["--score.halves", "true", "--prune.target", "{}", "--prune.nonuniform", "0.5"]
+    more = ["--score.sublayers", "true", "--prune.target", "{}", "--prune.nonuniform", "0.5"]
     assert run(project, tmp_path / "run", *more) == 0
     assert "50% of the layers' parameters stay" in capsys.readouterr().out
     folder = tmp_path / "run/publish/model"
@@ -451,7 +453,7 @@ def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys)
     [
         (["--prune.nonuniform", "1.5"], "nonuniform: 1.5 is not a share between 0 and 1"),
         (["--prune.nonuniform", "0.5"], r"set target: {}, or leave nonuniform out"),
-        (["--prune.nonuniform", "0.5", "--prune.target", "{}"], "halves: true and moments: true; set both in score:"),
+        (["--prune.nonuniform", "0.5", "--prune.target", "{}"], "sublayers: true and moments: true; set both in score:"),
     ],
 )
 def test_a_nonuniform_cut_that_cannot_be_made_is_refused_before_any_work(project, tmp_path, capsys, more, words):

@@ -186,7 +186,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_teachers(teacher, projec
     if way == "exported":
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
         sizes = {"ffn": [72, 48, 8], "heads": [2, 4, 2], "kv_heads": [1, 2, 2]}
-        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()), Architecture.of(model.config).shape, sizes)
+        plan = make_nonuniform_plan(calibrate(model, tiny.blocks()).scores, Architecture.of(model.config).shape, sizes)
         prune_checkpoint(teacher, plan, tmp_path / "nonuniform")
         export(tmp_path / "nonuniform", folder)
     elif way == "pruned":

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from hf_minitron.pruning.reconstruction import least_squares
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -10,9 +11,9 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for, read_moment
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
-from hf_minitron.pruning.reconstruction import least_squares
+from hf_minitron.statistics import Residuals, Statistics
 
 IDS = tiny.blocks(40)["input_ids"][:]
 
@@ -53,12 +54,12 @@ def test_corrections_in_memory_equal_those_on_disk(model_type, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
     shape = Architecture.of(teacher.config).shape
-    scores = calibrate(teacher, tiny.blocks(), moments=tmp_path / "resident")
-    calibrate(tmp_path / "teacher", tiny.blocks(), moments=tmp_path / "streamed")
-    plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
-    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", moments=tmp_path / "streamed")
+    resident = calibrate(teacher, tiny.blocks(), moments=True)
+    streamed = calibrate(tmp_path / "teacher", tiny.blocks(), moments=True, save_to=tmp_path / "streamed")
+    plan = make_plan(resident.scores, shape, shape.cut_to(tiny.target(shape)))
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", statistics=streamed)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    corrected = prune_model(teacher, plan, tmp_path / "resident").state_dict()
+    corrected = prune_model(teacher, plan, resident).state_dict()
     plain = prune_model(teacher, plan).state_dict()
     assert loaded.keys() == corrected.keys() == plain.keys()
     assert all(torch.allclose(loaded[name], value, rtol=1e-3, atol=1e-4) for name, value in corrected.items())
@@ -69,12 +70,13 @@ NEARER = [(t, a) for t in ("llama", "phi3", "gpt2", "starcoder2", "gemma2", "nem
 
 
 @pytest.mark.parametrize(("model_type", "axis"), [case for case in NEARER if case != ("gpt2", "heads")])  # cut with hidden only
-def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis, tmp_path):
+def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis):
     """On the tokens that were read, the first layer's projection must err less than the sliced one."""
     teacher = tiny.model(model_type, dtype=torch.float32)
     shape = Architecture.of(teacher.config).shape
     target = tiny.target(shape, axis)
-    plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to(target))
+    statistics = calibrate(teacher, tiny.blocks(40), moments=True)
+    plan = make_plan(statistics.scores, shape, shape.cut_to(target))
     (_, name), *_ = Architecture.of(teacher.config).taps(axis)
 
     def output(model):
@@ -86,16 +88,17 @@ def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis, tmp_
         return found[0]
 
     expected = output(teacher)
-    plain, corrected = ((output(prune_model(teacher, plan, m)) - expected).square().mean() for m in (None, tmp_path))
+    plain, corrected = ((output(prune_model(teacher, plan, m)) - expected).square().mean() for m in (None, statistics))
     assert corrected < 0.97 * plain
 
 
-def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
+def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones():
     teacher = tiny.model(dtype=torch.float32)
     with torch.no_grad():
         teacher.model.embed_tokens.weight.mul_(torch.linspace(0.2, 3, 40))  # as in real models, channels differ in energy
     shape = Architecture.of(teacher.config).shape
-    plan = make_plan(calibrate(teacher, tiny.blocks(40), moments=tmp_path), shape, shape.cut_to({"hidden": 24}))
+    statistics = calibrate(teacher, tiny.blocks(40), moments=True)
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 24}))
     kept = torch.tensor(plan.keep["hidden"])
 
     def first(model):
@@ -112,10 +115,10 @@ def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones(tmp_path):
 
     norm, query = first(teacher)
     errors = {}
-    for name, (moments, corrections) in {
-        "plain": (None, None), "norms": (tmp_path, ("norm_ratio",)), "both": (tmp_path, ("norm_ratio", "least_squares")),
+    for name, given in {
+        "plain": (), "norms": (statistics, ("norm_ratio",)), "both": (statistics, ("norm_ratio", "least_squares")),
     }.items():  # fmt: skip
-        found = first(prune_model(teacher, plan, moments, corrections))
+        found = first(prune_model(teacher, plan, *given))
         errors[name] = [(found[0] - norm[..., kept]).square().mean(), (found[1] - query).square().mean()]
     assert errors["norms"][0] < 0.97 * errors["plain"][0] and errors["both"][1] < 0.97 * errors["norms"][1]
 
@@ -130,21 +133,21 @@ def small(tmp_path_factory):
             folder = tmp_path_factory.mktemp(model_type)
             teacher = tiny.model(model_type, dtype=torch.float32)
             teacher.save_pretrained(folder / "teacher")
-            made[model_type] = folder, teacher, calibrate(teacher, tiny.blocks(), moments=folder / "m")
+            made[model_type] = folder, teacher, calibrate(teacher, tiny.blocks(), moments=True)
         return made[model_type]
 
     def prepare(model_type, target):
-        folder, teacher, scores = get(model_type)
+        folder, teacher, statistics = get(model_type)
         shape = Architecture.of(teacher.config).shape
-        return folder, teacher, make_plan(scores, shape, shape.cut_to(target))
+        return folder, teacher, make_plan(statistics.scores, shape, shape.cut_to(target)), statistics
 
     return prepare
 
 
 def refused(small, model_type, target, match, **given):
     """Both doors refuse, and the one on disk leaves nothing."""
-    folder, teacher, plan = small(model_type, target)
-    given = {key: folder / "m" if value == "m" else value for key, value in given.items()}
+    folder, teacher, plan, statistics = small(model_type, target)
+    given = {key: statistics if value == "s" else value for key, value in given.items()}
     with pytest.raises(ValueError, match=match) as caught:
         prune_model(teacher, plan, **given)
     assert "\n" not in str(caught.value)
@@ -153,16 +156,19 @@ def refused(small, model_type, target, match, **given):
     assert not list(folder.glob("student*"))
 
 
-def test_what_corrections_need_and_what_is_given_without_use(small, tmp_path):
+def test_what_corrections_need_and_what_is_given_without_use(small):
     ffn = {"ffn": 8}
-    refused(small, "llama", ffn, r"least_squares needs moments: give the folder", corrections=["least_squares"])
+    refused(small, "llama", ffn, r"least_squares needs moments: give the statistics of", corrections=["least_squares"])
     refused(small, "llama", ffn, r"least_squares needs moments", corrections=DEFAULT_CORRECTIONS)
-    refused(small, "llama", ffn, r"moments: .* is not used with corrections: \[\]", corrections=[], moments="m")
-    refused(small, "llama", ffn, r"gaps: .* is for layer_merge, which is none of", gaps="m", moments="m")
-    refused(small, "llama", ffn, "corrections: 'magic' is none of", corrections=["magic"], moments="m")
-    refused(small, "llama", ffn, r"layer-00000.safetensors, which is missing: score with moments", moments=tmp_path)
-    merge = [*DEFAULT_CORRECTIONS, "layer_merge"]
-    refused(small, "llama", {"layers": 2}, r"layer_merge needs gaps, the folder that read_gaps", corrections=merge, moments="m")
+    refused(small, "llama", ffn, r"statistics: not used with corrections: \[\]", corrections=[], statistics="s")
+    refused(
+        small, "llama", ffn, r"residuals: for layer_merge, which is none of", residuals=Residuals({}, {}, {}), statistics="s"
+    )
+    refused(small, "llama", ffn, "corrections: 'magic' is none of", corrections=["magic"], statistics="s")
+    refused(small, "llama", ffn, "least_squares needs moments: give the statistics of", statistics=Statistics({}))
+    refused(small, "llama", ffn, "statistics: 'folder' is no Statistics: give what", statistics="folder")
+    merge = {"corrections": [*DEFAULT_CORRECTIONS, "layer_merge"], "statistics": "s"}
+    refused(small, "llama", {"layers": 2}, r"layer_merge needs residuals, what read_residuals", **merge)
 
 
 WITHOUT_EFFECT = [
@@ -184,28 +190,28 @@ WITHOUT_EFFECT = [
 
 @pytest.mark.parametrize(("model_type", "target", "names", "match"), WITHOUT_EFFECT)
 def test_a_correction_without_effect_is_refused(model_type, target, names, match, small):
-    refused(small, model_type, target, match, corrections=names, moments="m")
+    refused(small, model_type, target, match, corrections=names, statistics="s")
 
 
 @pytest.mark.parametrize(
     ("model_type", "target"), [("llama", {"layers": 2}), ("mixtral", {"ffn": 32}), ("olmo", {"hidden": 24})]
 )
 def test_the_default_corrections_do_what_applies(model_type, target, small):
-    folder, teacher, plan = small(model_type, target)
-    made = [prune_model(teacher, plan, folder / "m", *given).state_dict() for given in ((), (DEFAULT_CORRECTIONS,))]
+    _, teacher, plan, statistics = small(model_type, target)
+    made = [prune_model(teacher, plan, statistics, *given).state_dict() for given in ((), (DEFAULT_CORRECTIONS,))]
     plain = prune_model(teacher, plan).state_dict()
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
     assert (model_type == "olmo") == any(not torch.equal(value, made[0][name]) for name, value in plain.items())
 
 
 def test_moments_of_another_model_are_refused(small):
-    (folder, _, _), (_, teacher, plan) = small("exaone4", {"hidden": 24}), small("llama", {"hidden": 24})
+    (*_, others), (_, teacher, plan, own) = small("exaone4", {"hidden": 24}), small("llama", {"hidden": 24})
     with pytest.raises(ValueError, match=r"need the moments of 'model.layers.0.input_layernorm', .*has none: score this model"):
-        prune_model(teacher, plan, folder / "m")
+        prune_model(teacher, plan, others)
     other = tiny.model(hidden_size=48)
-    scores, shape = calibrate(other, tiny.blocks()), Architecture.of(other.config).shape
+    scores, shape = calibrate(other, tiny.blocks()).scores, Architecture.of(other.config).shape
     with pytest.raises(ValueError, match=r"those of shape \(40,\): score this model again"):
-        prune_model(other, make_plan(scores, shape, shape.cut_to({"hidden": 24})), small("llama", {"hidden": 24})[0] / "m")
+        prune_model(other, make_plan(scores, shape, shape.cut_to({"hidden": 24})), own)
 
 
 def inputs_of(model, modules):
@@ -232,23 +238,20 @@ def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_typ
     model = tiny.model(model_type, dtype=torch.float32, **changes)
     architecture = Architecture.of(model.config)
     shape = architecture.shape
-    scores = calibrate(model, tiny.blocks(), moments=tmp_path / "resident")
-    folders = [tmp_path / "resident", tmp_path / "streamed"]
-    if model_type == "exaone":  # has other names on disk, and is refused there
-        folders.pop()
-    else:
+    measured = {"resident": calibrate(model, tiny.blocks(), moments=True)}
+    if model_type != "exaone":  # has other names on disk, and is refused there
         model.save_pretrained(tmp_path / "model")
-        calibrate(tmp_path / "model", tiny.blocks(), moments=folders[1])
-    plan = make_plan(scores, shape, shape.cut_to(tiny.target(shape)))
-    corrections_for(architecture, plan, tmp_path / "resident")
+        measured["streamed"] = calibrate(tmp_path / "model", tiny.blocks(), moments=True)
+    plan = make_plan(measured["resident"].scores, shape, shape.cut_to(tiny.target(shape)))
+    corrections_for(architecture, plan, measured["resident"].moments)
     modules = dict(model.named_modules())
     corrected = architecture.reads
     expected = inputs_of(model, corrected)
     assert expected.keys() == corrected.keys()
     for name, read in corrected.items():
-        for folder in folders:
-            found = read_moment(folder, read.layer, read.moment)
-            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4), f"{folder.name}: {name} by {read}"
+        for how, statistics in measured.items():
+            found = statistics.moments[read.moment]
+            assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4), f"{how}: {name} by {read}"
     linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
     narrow = {name for name in linear if name.endswith(("q_b_proj", "kv_b_proj"))}  # read no hidden channels
     headless = {"lm_head"} if model_type == "opt" and changes else set()  # no norm outside of the layers: only sliced

@@ -36,7 +36,7 @@ def test_every_stage_counts_its_work(project, tmp_path):
 def test_what_ranks_layers_is_counted(project, tmp_path):
     plain = recipe(project, tmp_path / "run")
     removed = recipe(project, tmp_path / "run", **{"score.layers": "perplexity", "score.layers_limit": 4})
-    sublayers = recipe(project, tmp_path / "run", **{"score.halves": True})
+    sublayers = recipe(project, tmp_path / "run", **{"score.sublayers": True})
     task = recipe(project, tmp_path / "run", **{"score.layers": "tiny_last_word", "score.layers_limit": 8})
     more = [seconds(run)["score"] - seconds(plain)["score"] for run in (removed, sublayers, task)]
     assert more == [4 * 16 * 3 / 2 * 0.25, 256 * 3 * 0.25, 8 * 128 * 3 * 0.25]

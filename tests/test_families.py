@@ -47,7 +47,7 @@ CASES = list(cases())
 
 def plan_for(model, **target):
     shape = Architecture.of(model.config).shape
-    return make_plan(calibrate(model, tiny.blocks()), shape, shape.cut_to(target))
+    return make_plan(calibrate(model, tiny.blocks()).scores, shape, shape.cut_to(target))
 
 
 def logits(model):

@@ -16,15 +16,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 yaml_text
-axes shape scores plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
+axes shape plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
 architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
-formats texts data vocabulary mixture memory environment head
+formats inputs statistics texts data vocabulary mixture memory environment head
 side_files model_kinds model_files checkpoint tensors saving
 pruning.reconstruction pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines importance.metrics
-importance.routed importance.taps importance.streamed importance.calibrate importance.gaps
+importance.routed importance.taps importance.streamed importance.calibrate importance.residuals
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.named
 distillation.signals distillation.records distillation.teacher distillation.documents
@@ -32,7 +32,7 @@ distillation.states distillation.config distillation.cached hub.training_card di
 distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.text evaluation.task_results evaluation.task_data evaluation.tasks
-evaluation.task_files evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish inputs run
+evaluation.task_files evaluation.compare evaluation.speed hub.card hub.plots hub.page hub.retry hub.publish run
 hub.facts recipe
 stages.resuming stages.validation stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune
 stages.distill stages.cache stages.evaluate stages.search stages.select stages.publish chain estimate execute __main__
@@ -66,7 +66,7 @@ def test_a_module_imports_only_from_above(path):
             assert found in above or f"{found}.{name}" in above, f"{name_of(path)} imports {module}, which stands below it"
 
 
-@pytest.mark.parametrize("name", ["axes", "shape", "scores", "plan"])
+@pytest.mark.parametrize("name", ["axes", "shape", "plan"])
 def test_the_vocabulary_needs_torch_numpy_and_the_standard_library_only(name):
     import sys
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from hf_minitron.architecture.architecture import OUTPUT, Architecture
 from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.importance.gaps import read_gaps
+from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.plan import Plan, copy_plan, make_plan
 from hf_minitron.pruning import rotate
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, moments_path
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import tensors_of
 
 PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].pre_norm_residual]
@@ -38,10 +39,9 @@ def rotated(model, moments):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", PLAIN)
-def test_a_rotated_teacher_says_the_same(model_type, tied, tmp_path):
+def test_a_rotated_teacher_says_the_same(model_type, tied):
     model = tiny.model(model_type, tie_word_embeddings=tied)
-    calibrate(model, tiny.blocks(40), moments=tmp_path / "m")
-    made, rotation = rotated(model, tmp_path / "m")
+    made, rotation = rotated(model, calibrate(model, tiny.blocks(40), moments=True).moments)
     with torch.no_grad():
         expected, found = (m(input_ids=IDS, use_cache=False).logits for m in (model, made))
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max())  # norms compute in float32
@@ -49,14 +49,14 @@ def test_a_rotated_teacher_says_the_same(model_type, tied, tmp_path):
     assert not torch.equal(made.lm_head.weight, made.model.embed_tokens.weight)
 
 
-def test_moments_of_the_rotated_teacher_are_those_that_it_has(tmp_path):
+def test_moments_of_the_rotated_teacher_are_those_that_it_has():
     model = tiny.model(tie_word_embeddings=True)
-    calibrate(model, tiny.blocks(40), moments=tmp_path / "m")
-    made, rotation = rotated(model, tmp_path / "m")
-    calibrate(made, tiny.blocks(40), moments=tmp_path / "r")
+    before = calibrate(model, tiny.blocks(40), moments=True).moments
+    made, rotation = rotated(model, before)
+    after = calibrate(made, tiny.blocks(40), moments=True).moments
     energies = 0
-    for norm, layer in (("model.layers.1.input_layernorm", 1), ("model.norm", None)):
-        old, new = (load_file(moments_path(tmp_path / folder, layer))[norm + OUTPUT] for folder in ("m", "r"))
+    for norm in ("model.layers.1.input_layernorm", "model.norm"):
+        old, new = (moments[norm + OUTPUT] for moments in (before, after))
         found = rotation.moment(norm, old)
         assert torch.allclose(found.float(), new, rtol=1e-3, atol=1e-4)
         energies = energies + found[:-1].diagonal()
@@ -68,26 +68,26 @@ def test_moments_of_the_rotated_teacher_are_those_that_it_has(tmp_path):
 def test_rotation_on_disk_equals_that_in_memory_and_loses_less(model_type, tied, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
-    scores = calibrate(teacher, tiny.blocks(40), moments=tmp_path / "m")
+    statistics = calibrate(teacher, tiny.blocks(40), moments=True)
     shape = shape_of(teacher)
-    plan = make_plan(scores, shape, shape.cut_to({"hidden": 24, "ffn": 48}))
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 24, "ffn": 48}))
     names = ("rotation", "least_squares", "norm_ratio")
-    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", moments=tmp_path / "m", corrections=names)
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", statistics=statistics, corrections=names)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    made = prune_model(teacher, plan, tmp_path / "m", names)
+    made = prune_model(teacher, plan, statistics, names)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not loaded.config.tie_word_embeddings
     for name, value in made.state_dict().items():
         assert torch.allclose(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
     assert Plan.load(tmp_path / "student" / "plan.json").keep["hidden"] == list(range(24))
 
 
-def test_a_stream_that_cannot_be_rotated_is_refused(tmp_path):
+def test_a_stream_that_cannot_be_rotated_is_refused():
     model = tiny.model("gemma2", dtype=torch.float32)
-    scores = calibrate(model, tiny.blocks(), moments=tmp_path)
+    statistics = calibrate(model, tiny.blocks(), moments=True)
     shape = shape_of(model)
-    plan = make_plan(scores, shape, shape.cut_to({"hidden": 24}))
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 24}))
     with pytest.raises(ValueError, match="rotation is not for gemma2: it needs RMS norms .*Leave rotation out"):
-        prune_model(model, plan, tmp_path, ["rotation"])
+        prune_model(model, plan, statistics, ["rotation"])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3"])
@@ -96,18 +96,18 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
     shape, blocks = shape_of(teacher), tiny.blocks(400)
-    scores = calibrate(teacher, blocks, moments=tmp_path / "m")
+    statistics = calibrate(teacher, blocks, moments=True)
     for kept in ([0, 2], [0], [1, 2]):
         after = shape.cut_to({"layers": len(kept), "ffn": 64})
-        plan = make_plan(scores, shape, shape.cut_to({"ffn": 64}))
+        plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": 64}))
         plan = Plan(shape, after, {"layers": kept, "ffn": [plan.keep["ffn"][layer] for layer in kept]})
-        gaps = read_gaps(teacher, blocks, plan, tmp_path / f"gaps{kept}")
-        assert len(list(gaps.iterdir())) == (0 if kept[0] == 1 else 1)  # nothing stands before the first layer
+        residuals = read_residuals(teacher, blocks, plan)
+        assert len(residuals.added) == len(residuals.inputs) == (0 if kept[0] == 1 else 1)  # nothing stands before the first
         if kept[0] == 1:
             with pytest.raises(ValueError, match="layer_merge has no effect: no kept layer stands before a dropped one"):
-                prune_model(teacher, plan, tmp_path / "m", MERGING, gaps)
+                prune_model(teacher, plan, statistics, MERGING, residuals)
             continue
-        plain, merged = (prune_model(teacher, plan, tmp_path / "m", *given) for given in ((), (MERGING, gaps)))
+        plain, merged = (prune_model(teacher, plan, statistics, *given) for given in ((), (MERGING, residuals)))
 
         def state(model, layer):  # behind the first gap, before what follows
             found = []
@@ -121,46 +121,47 @@ def test_merged_layers_leave_the_stream_nearer(model_type, tmp_path):
             expected = state(teacher, kept[1] - 1 if len(kept) > 1 else 2)
             errors = [(state(student, 0) - expected).square().mean() for student in (plain, merged)]
             assert errors[1] < 0.97 * errors[0]
-            prune_checkpoint(
-                tmp_path / "teacher", plan, tmp_path / f"s{kept}", moments=tmp_path / "m", corrections=MERGING, gaps=gaps
-            )
+            given = {"statistics": statistics, "corrections": MERGING, "residuals": residuals}
+            prune_checkpoint(tmp_path / "teacher", plan, tmp_path / f"s{kept}", **given)
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"s{kept}").state_dict()
             assert all(torch.allclose(loaded[n], v, rtol=1e-3, atol=1e-4) for n, v in merged.state_dict().items())
 
 
-def test_gaps_of_another_plan_are_refused(tmp_path):
+def test_residuals_of_another_plan_are_refused():
     model = tiny.model(dtype=torch.float32, num_hidden_layers=4)
-    calibrate(model, tiny.blocks(), moments=tmp_path / "m")
+    statistics = calibrate(model, tiny.blocks(), moments=True)
     shape = shape_of(model)
     one, two = (Plan(shape, shape.cut_to({"layers": len(kept)}), {"layers": kept}) for kept in ([0, 2, 3], [0, 3]))
-    gaps = read_gaps(model, tiny.blocks(), one, tmp_path / "gaps")
-    prune_model(model, one, tmp_path / "m", MERGING, gaps)
-    with pytest.raises(ValueError, match=r"not hold what the dropped layers \[1, 2\] added: call read_gaps with this plan"):
-        prune_model(model, two, tmp_path / "m", MERGING, gaps)
+    residuals = read_residuals(model, tiny.blocks(), one)
+    prune_model(model, one, statistics, MERGING, residuals)
+    with pytest.raises(ValueError, match=r"not those of the layers \[1, 2\] that this plan drops: call"):
+        prune_model(model, two, statistics, MERGING, residuals)
 
 
-def test_gaps_are_means_over_the_text_and_not_over_padding(tmp_path):
+def test_residuals_are_means_over_the_text_and_not_over_padding():
     model = tiny.model(dtype=torch.float32)
     rows = [tiny.blocks(1, 12, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
     short = {"input_ids": rows}
     padded = {"input_ids": [row + [7] * 4 for row in rows], "attention_mask": [[1] * 12 + [0] * 4] * 4}
     shape = shape_of(model)
     plan = Plan(shape, shape.cut_to({"layers": 2}), {"layers": [0, 2]})
-    for name, content in {"short": short, "padded": padded}.items():
-        read_gaps(model, Dataset.from_dict(content).with_format("torch"), plan, tmp_path / name)
-    (path,) = (tmp_path / "short").iterdir()
-    for key, value in load_file(path).items():
-        assert torch.allclose(load_file(tmp_path / "padded" / path.name)[key], value, atol=1e-5)
+    found, expected = (
+        read_residuals(model, Dataset.from_dict(content).with_format("torch"), plan) for content in (padded, short)
+    )
+    for table in ("inputs", "added"):
+        for name, values in getattr(expected, table).items():
+            assert torch.allclose(getattr(found, table)[name], values, atol=1e-5), (table, name)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "starcoder2", "phi", "qwen2"])
 @pytest.mark.parametrize("names", [("bias",), ("bias", "least_squares")])
-def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
+def test_a_bias_gives_back_the_mean(model_type, names):
     teacher = tiny.model(model_type, dtype=torch.float32)
     shape = shape_of(teacher)
     target = {"hidden": 24} if model_type == "qwen2" else {"ffn": 32}
     ids = tiny.blocks(200, 4)  # every fourth token is read, the first of every block here
-    plan = make_plan(calibrate(teacher, ids, moments=tmp_path), shape, shape.cut_to(target))
+    statistics = calibrate(teacher, ids, moments=True)
+    plan = make_plan(statistics.scores, shape, shape.cut_to(target))
     if model_type == "qwen2":
         name = "model.layers.0.self_attn.k_proj"
     else:
@@ -176,7 +177,7 @@ def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
 
     expected = mean(teacher)
     without = tuple(n for n in names if n != "bias")
-    cases = [(tmp_path, without) if without else (), (tmp_path, names)]
+    cases = [(statistics, without) if without else (), (statistics, names)]
     plain, biased = ((mean(prune_model(teacher, plan, *given)) - expected).abs().max() for given in cases)
     if model_type == "qwen2":  # its norm sees fewer channels: not the very same input
         assert biased < plain
@@ -184,12 +185,12 @@ def test_a_bias_gives_back_the_mean(model_type, names, tmp_path):
         assert biased < 1e-5 and plain > 100 * biased
 
 
-def test_head_residuals_pair_the_weakest_that_stays_with_the_strongest_that_goes(tmp_path):
+def test_head_residuals_pair_the_weakest_that_stays_with_the_strongest_that_goes():
     teacher = tiny.model(dtype=torch.float32)
     shape = shape_of(teacher)
-    scores = calibrate(teacher, tiny.blocks(), moments=tmp_path)
-    plan = make_plan(scores, shape, shape.cut_to({"heads": 2, "kv_heads": 2}))
-    student = prune_model(teacher, plan, tmp_path, ["head_residual"])
+    statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"heads": 2, "kv_heads": 2}))
+    student = prune_model(teacher, plan, statistics, ["head_residual"])
     for layer in range(3):
         query = teacher.model.layers[layer].self_attn.q_proj.weight.view(4, 6, 40)
         expected = [2 * query[h] - query[h ^ 1] for h in plan.keep["heads"][layer]]  # two heads a group: one stays, one goes
@@ -202,10 +203,10 @@ def turned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("turned")
     teacher = tiny.model(dtype=torch.float32, tie_word_embeddings=True)
     teacher.save_pretrained(folder / "teacher")
-    scores = calibrate(teacher, tiny.blocks(40), moments=folder / "m")
-    plan = make_plan(scores, shape_of(teacher), shape_of(teacher).cut_to({"hidden": 24, "ffn": 48}))
+    statistics = calibrate(teacher, tiny.blocks(40), moments=True, save_to=folder / "statistics")
+    plan = make_plan(statistics.scores, shape_of(teacher), shape_of(teacher).cut_to({"hidden": 24, "ffn": 48}))
     for names in ROTATIONS:
-        prune_checkpoint(folder / "teacher", plan, folder / str(len(names)), moments=folder / "m", corrections=names)
+        prune_checkpoint(folder / "teacher", plan, folder / str(len(names)), statistics=statistics, corrections=names)
     return folder, teacher
 
 
@@ -221,7 +222,8 @@ def test_a_rotated_plan_that_is_loaded_gives_the_same_student(names, turned, tmp
     written = json.loads((student / "plan.json").read_text())["basis"]
     assert written["file"] == "plan/basis.safetensors" and written["bytes"] == (student / written["file"]).stat().st_size
     stored = load_file(student / "model.safetensors")
-    given = {"moments": folder / "m", "corrections": names} if len(names) > 1 else {}
+    statistics = Statistics.load(folder / "statistics")
+    given = {"statistics": statistics, "corrections": names} if len(names) > 1 else {}
     made = prune_model(teacher, plan, **given).state_dict()
     prune_checkpoint(folder / "teacher", plan, tmp_path / "again", **given)
     for name, value in load_file(tmp_path / "again" / "model.safetensors").items():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import DynamicCache
 
-from hf_minitron import Architecture, Scores
+from hf_minitron import Architecture
 from hf_minitron.__main__ import main
 from hf_minitron.hub.plots import plot_candidates, plot_kept
 from hf_minitron.pruning import search
@@ -34,7 +34,7 @@ def space(model_type="llama", **changes):
 def scores_of(before, seed=0):
     g = torch.Generator().manual_seed(seed)
     sizes = {"layers": (3,), "hidden": (40,), "ffn": (3, 72), "heads": (3, 4)}
-    return Scores({axis: torch.rand(size, generator=g) for axis, size in sizes.items()}, {})
+    return {axis: torch.rand(size, generator=g) for axis, size in sizes.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -125,12 +125,12 @@ def test_the_score_is_the_share_that_is_kept():
         0
     ].score < 1
     by_name = {c.name: c.score for c in found}
-    hidden = scores.by_axis["hidden"].sort(descending=True).values
-    ffn = scores.by_axis["ffn"].sort(descending=True).values
+    hidden = scores["hidden"].sort(descending=True).values
+    ffn = scores["ffn"].sort(descending=True).values
     assert by_name["hidden24"] == pytest.approx((hidden[:24].sum() / hidden.sum()).item())
     assert by_name["ffn32"] == pytest.approx((ffn[:, :32].sum(1) / ffn.sum(1)).mean().item())
     assert by_name["hidden24-ffn32"] == pytest.approx(by_name["hidden24"] * by_name["ffn32"])
-    groups = scores.by_axis["heads"].view(3, 2, 2)
+    groups = scores["heads"].view(3, 2, 2)
     pair = groups.sum(2).max(1).values / groups.sum((1, 2))
     assert by_name["heads2-kv_heads1"] == pytest.approx(pair.mean().item())
     one_each = groups.max(2).values.sum(1) / groups.sum((1, 2))

@@ -11,7 +11,6 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
-from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape, ShapeError
 
 SHAPE = Shape(tiny.SIZES)
@@ -134,8 +133,8 @@ def test_every_shape_that_is_advised_is_legal():
 @pytest.mark.parametrize("axis", ["layers", "hidden", "ffn", "heads"])
 def test_scores_that_are_not_numbers_are_refused(axis):
     model = tiny.model()
-    scores = calibrate(model, tiny.blocks())
-    scores.by_axis[axis][1] = torch.nan
+    scores = calibrate(model, tiny.blocks()).scores
+    scores[axis][1] = torch.nan
     with pytest.raises(ValueError, match=rf"scores of {axis} hold NaN \(first at 1\)"):
         make_plan(scores, SHAPE, SHAPE.cut_to({axis: {"layers": 2, "heads": 2}.get(axis, 24)}))
 
@@ -168,12 +167,12 @@ def test_an_illegal_number_of_experts_says_what_is_allowed(model_type, target, m
 
 def test_plan_keeps_the_best_inside_kv_groups(tmp_path):
     heads = torch.tensor([[1.0, 2, 9, 8], [5, 1, 2, 3], [0, 1, 0, 2]])
-    scores = Scores({"heads": heads, "layers": torch.tensor([3.0, 1, 2]), "ffn": torch.rand(3, 72)}, {})
+    scores = {"heads": heads, "layers": torch.tensor([3.0, 1, 2]), "ffn": torch.rand(3, 72)}
     plan = make_plan(scores, SHAPE, SHAPE.cut_to({"heads": 2}))
     assert plan.keep["heads"] == [[1, 2], [0, 3], [1, 3]]  # one of each group, though layer 0 likes group 1 better
     plan = make_plan(scores, SHAPE, SHAPE.cut_to({"kv_heads": 1, "layers": 2, "ffn": 10}))
     assert plan.kept_layers == [0, 2] and plan.keep["kv_heads"] == [[1], [1]] and plan.keep["heads"] == [[2, 3], [2, 3]]
-    assert plan.keep["ffn"][1] == sorted(scores.by_axis["ffn"][2].argsort()[-10:].tolist())
+    assert plan.keep["ffn"][1] == sorted(scores["ffn"][2].argsort()[-10:].tolist())
     assert plan.keep_at(1) is None and plan.keep_at(2)["kv_heads"].tolist() == [1]
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -181,4 +180,4 @@ def test_plan_keeps_the_best_inside_kv_groups(tmp_path):
 
 def test_plan_without_scores_says_which():
     with pytest.raises(ValueError, match="No scores for hidden"):
-        make_plan(Scores({"ffn": torch.rand(3, 72)}, {}), SHAPE, SHAPE.cut_to({"hidden": 8}))
+        make_plan({"ffn": torch.rand(3, 72)}, SHAPE, SHAPE.cut_to({"hidden": 8}))

@@ -1,13 +1,15 @@
 """The one pass over a text that scores every axis: of a model in memory, or of a checkpoint layer by layer.
 
-It runs models with their taps open and makes `Scores` of what the taps read. It must not know how a metric computes its score.
+It runs models with their taps open and makes `Statistics` of what the taps read.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,11 +20,11 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
 from hf_minitron.importance.baselines import BASELINES
-from hf_minitron.importance.metrics import DEFAULT, Chosen, metrics_of, name_of
+from hf_minitron.importance.metrics import DEFAULT, DEFAULTS, Chosen, metrics_of, name_of
 from hf_minitron.importance.streamed import read_layers
-from hf_minitron.importance.taps import Reading, check_activations, distributed, open_taps, run_batch, save_moments
-from hf_minitron.scores import Scores
+from hf_minitron.importance.taps import Reading, check_activations, distributed, open_taps, run_batch, take_moments
 from hf_minitron.shape import Shape
+from hf_minitron.statistics import MOMENTS, Moments, Statistics
 from hf_minitron.vocabulary import check_ids
 
 
@@ -33,9 +35,10 @@ def calibrate(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     state_bytes: int = 4_000_000_000,
-    moments: str | Path | None = None,
+    moments: bool = False,
     metric: Chosen | Mapping[str, Chosen] = DEFAULT,
-) -> Scores:
+    save_to: str | Path | None = None,
+) -> Statistics:
     """Score every axis of a model with one forward pass over a text.
 
     Under `accelerate launch` every process calls it with all blocks, reads its share of them, and gets the same scores.
@@ -50,15 +53,15 @@ def calibrate(
         device (`torch.device`, *optional*, defaults to the CPU): Where a folder's layers run.
         state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states that wait between a folder's layers; what is
             beyond goes to the temporary folder.
-        moments (`str` or `Path`, *optional*): A folder to write what corrections after pruning need (`prune_model(...,
-            moments=...)`): second moments at the inputs of projections, energies at those of norms. Of a model in memory
-            they are held until the end: `ffn` squared numbers a layer.
+        moments (`bool`, *optional*, defaults to `False`): Whether to measure what corrections after pruning need as well:
+            second moments at the inputs of projections (`ffn` squared numbers a layer), energies at those of norms.
         metric (`str`, `Metric` or `Mapping`, *optional*, defaults to `"l2_mean"`): How indices are scored, for all width axes
             or by axis: one of `METRICS`, the baselines `magnitude` or `random`, or a class of your own (see `Metric`).
+        save_to (`str` or `Path`, *optional*): A folder for the statistics. A checkpoint's moments are written there layer by
+            layer; they are held in memory when it is left out.
 
     Returns:
-        `Scores`: `ffn`, `heads` and `experts` per layer, NaN for a layer without the axis; `hidden` summed over all norms;
-            `layers` by Block Importance.
+        `Statistics`: `ffn`, `heads` and `experts` per layer; `hidden` summed over all norms; `layers` by Block Importance.
 
     Raises:
         ValueError: for NaN or infinity, naming the tensor; fewer blocks than processes; an unknown metric; ids of no token.
@@ -66,25 +69,28 @@ def calibrate(
     Example:
 
     ```python
-    >>> scores = calibrate(teacher, token_blocks(documents, tokenizer, block_size=512, max_tokens=32_768))
-    >>> scores.save("scores.safetensors")
+    >>> statistics = calibrate(teacher, calibration)
+    >>> statistics.scores["ffn"].shape == (shape["layers"], shape["ffn"])
+    True
     ```
     """
-    metrics = metrics_of(metric)
-    read = {axis: name for axis, name in metrics.items() if name not in BASELINES}
-    batches = own_batches(blocks, batch_size)
-    folder = None if moments is None else Path(moments)
+    metrics, batches = metrics_of(metric), own_batches(blocks, batch_size)
+    read = {axis: chosen for axis, chosen in metrics.items() if chosen not in BASELINES}
+    store = {} if save_to is None else Moments(Path(save_to) / MOMENTS)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
         check_ids(blocks, config.vocab_size)
-        readings = save_moments(_read_model(model, batches, moments is not None, read), folder)
+        readings = take_moments(_read_model(model, batches, moments, read), store)
     else:
-        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, folder, read)
+        wanted = store if moments else None
+        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, read, wanted)
     scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
-    chosen = {f"metric.{axis}": name_of(metric) for axis, metric in metrics.items()}
-    return Scores(scores, _provenance(config, dtype, blocks) | chosen)
+    statistics = Statistics(scores, store, text=_text(blocks), provenance=_provenance(config, dtype, metrics))
+    if save_to is not None and PartialState().is_main_process:
+        statistics.save(save_to)
+    return statistics
 
 
 def own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
@@ -131,17 +137,18 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     return scores
 
 
-def _provenance(config: PreTrainedConfig, dtype: torch.dtype, blocks: Dataset) -> dict[str, str]:
+def _text(blocks: Dataset) -> dict[str, Any]:
+    """Return what identifies the text that was read."""
+    masks = "attention_mask" in blocks.column_names
+    tokens = sum(int(mask.sum()) for mask in blocks["attention_mask"]) if masks else len(blocks) * len(blocks[0]["input_ids"])
+    return {"sha256": text_hash(blocks), "tokens": tokens, "blocks": len(blocks)}
+
+
+def _provenance(config: PreTrainedConfig, dtype: torch.dtype, metrics: Mapping[str, Chosen]) -> dict[str, Any]:
     return {
         "model": config.name_or_path,
         "model_type": config.model_type,
         "dtype": str(dtype).removeprefix("torch."),
-        "text_sha256": text_hash(blocks),
-        "tokens": str(sum(int(m.sum()) for m in blocks["attention_mask"]) if "attention_mask" in blocks.column_names
-                      else len(blocks) * len(blocks[0]["input_ids"])),
-        "blocks": str(len(blocks)),
-        "layers": "block_importance",
-        "hf_minitron": hf_minitron.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }  # fmt: skip
+        "metrics": {axis: name_of(metrics.get(axis, default)) for axis, default in DEFAULTS.items()},
+        "versions": {module.__name__: module.__version__ for module in (hf_minitron, transformers, torch)},
+    }

@@ -58,10 +58,10 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
     """
     layers = len(layer_names(model))
     check_removal(layers, metric, size)
-    return _measure(model, blocks, metric, batch_size, _side_by_side(layers, size))
+    return _measure(model, blocks, metric, batch_size, _contiguous(layers, size))
 
 
-def remove_one_by_one(
+def greedy_removal(
     model: PreTrainedModel, blocks: Dataset, metric: str, count: int, batch_size: int = 4
 ) -> tuple[list[int], Tensor]:
     """Remove the layer that costs least, measure again without it, and so on; the model stays unchanged.
@@ -101,7 +101,7 @@ def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedM
     """
     layers = len(layer_names(model))
     check_removal(layers, size=size)
-    whole, costs, removals = measure(model), [], _side_by_side(layers, size)
+    whole, costs, removals = measure(model), [], _contiguous(layers, size)
     for block in tqdm(removals, desc="Removing layers (task)"):
         with without_layers(model, block.block):
             costs.append(whole - measure(model))
@@ -127,7 +127,7 @@ def layer_scores(costs: Tensor, size: int = 1) -> Tensor:
 
 
 def removal_scores(removed: Sequence[int], costs: Tensor) -> Tensor:
-    """Turn what `remove_one_by_one` returns into scores of shape `(layers,)`: removed layers below all others, in order."""
+    """Turn what `greedy_removal` returns into scores of shape `(layers,)`: removed layers below all others, in order."""
     scores = costs.clone()
     left = [layer for layer in range(len(costs)) if layer not in removed]
     lowest = costs[left].min()
@@ -145,7 +145,7 @@ def check_removal(layers: int, metric: str | None = None, size: int = 1, count: 
             raise ValueError(f"{what} {number} layers, of {layers}: 1 to {layers - 1} can be removed")
 
 
-def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", batch_size: int = 4) -> dict[str, Tensor]:
+def sublayer_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", batch_size: int = 4) -> dict[str, Tensor]:
     """Measure what removing the attention, and what removing the MLP, of each layer costs.
 
     Args:
@@ -155,7 +155,7 @@ def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", ba
         batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass.
 
     Returns:
-        `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without such a half.
+        `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without that sublayer.
     """
     architecture = Architecture.of(model.config)
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
@@ -166,7 +166,7 @@ def half_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", ba
     return costs
 
 
-def _side_by_side(layers: int, size: int) -> list[Removal]:
+def _contiguous(layers: int, size: int) -> list[Removal]:
     return [Removal(range(start, start + size)) for start in range(layers - size + 1)]
 
 

@@ -8,10 +8,9 @@ memory up to a budget, and beyond it on disk.
 import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +22,13 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import student_config
 from hf_minitron.checkpoint import check_finite, require_space
-from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, save_moments
+from hf_minitron.importance.metrics import Chosen
+from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, take_moments
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
+from hf_minitron.statistics import Moments
 from hf_minitron.tensors import CheckpointTensors
 
 
@@ -37,8 +38,8 @@ def read_layers(
     dtype: torch.dtype | None,
     device: torch.device,
     state_bytes: int,
-    moments: Path | None = None,
-    metrics: Mapping[str, str] = MappingProxyType({}),
+    metrics: Mapping[str, Chosen],
+    moments: MutableMapping[str, Tensor] | Moments | None,
 ) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
     """Run a checkpoint over all batches, layer by layer, with its taps open.
 
@@ -48,11 +49,11 @@ def read_layers(
         dtype (`torch.dtype`, *optional*): Of the weights; as they are stored when left out.
         device (`torch.device`): Where a layer runs.
         state_bytes (`int`): Memory for waiting states.
-        moments (`Path`, *optional*): Where to write what corrections need, layer by layer.
-        metrics (`Mapping[str, str]`, *optional*): Width axis to the name of its metric.
+        metrics (`Mapping`): Axis to its metric or its name; the default ones where left out.
+        moments (`MutableMapping`, *optional*): Where to put what corrections need, layer by layer.
 
     Returns:
-        `tuple`: The config, the dtype, and what every tap has read.
+        `tuple`: The config, the dtype, and the readings of what is scored.
     """
     config = AutoConfig.from_pretrained(folder)
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
@@ -78,7 +79,7 @@ def read_layers(
                     check_activations(model, readings)
                     bar.update()
             found = [_in_place(reading, layer) for reading in readings if reading.layer is not None or layer == layers - 1]
-            scores += save_moments(found, moments)
+            scores += take_moments(found, moments)
     return config, dtype, scores
 
 

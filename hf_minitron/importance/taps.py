@@ -1,17 +1,14 @@
 """Taps: the places of a model where metrics read, one reading per axis and place."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +19,7 @@ from hf_minitron.importance.metrics import DEFAULTS, METRICS, Chosen, Metric, ne
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.importance.routed import run_experts
 from hf_minitron.probe import Visit, probe, submodule
-from hf_minitron.pruning.compensate import moments_path
+from hf_minitron.statistics import Moments
 
 # What of a visit a metric is given, when not the module's input or output alone.
 BOTH = ".both"
@@ -174,16 +171,12 @@ def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> No
     )
 
 
-def save_moments(readings: Sequence[Reading], folder: Path | None) -> list[Reading]:
-    """Write what corrections need, one file per layer; return the other readings. One process writes for all."""
-    by_layer: dict[int | None, dict[str, Tensor]] = {}
+def take_moments(readings: Sequence[Reading], moments: MutableMapping[str, Tensor] | Moments) -> list[Reading]:
+    """Move what corrections need from readings to where moments are kept; return the other readings."""
     for reading in readings:
         if reading.moment is not None:
-            by_layer.setdefault(reading.layer, {})[reading.module + reading.moment] = reading.finish().contiguous()
-    if by_layer and PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for layer, tensors in by_layer.items():
-            save_file(tensors, moments_path(folder, layer))
+            moments[reading.module + reading.moment] = reading.finish().contiguous()
+            reading.metrics.clear()  # their sums are as large
     return [reading for reading in readings if reading.moment is None]
 
 

@@ -7,22 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
+from hf_minitron.statistics import Residuals
 
 # What a query head's output dimension is made of.
 HEADS: axes.Dim = (("heads", "head_dim"),)
-
-# Beside a module's moments: what dropped layers added. (A norm's are energies of what it is given.)
-GAP = ".gap"
 
 CORRECTIONS = {
     "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
@@ -43,22 +39,22 @@ class Corrections:
     A moment is read, and factorised, once for all that read the same input (q, k, v and their biases), and then forgotten.
 
     Args:
-        moments (`Path`): The folder that `calibrate(..., moments=...)` wrote.
+        moments (`Mapping[str, Tensor]`): `statistics.moments`.
         names (`Sequence[str]`): Which of `CORRECTIONS`.
         architecture (`Architecture`): The teacher's.
         plan (`Plan`): What is kept.
         rotation (`Rotation`, *optional*): The basis in which the teacher's tensors are read.
-        gaps (`Path`, *optional*): The folder that `read_gaps` wrote.
+        residuals (`Residuals`, *optional*): What `read_residuals` measured.
         ridge (`float`, *optional*, defaults to `RIDGE`): Weight of a projection's change beside its error, relative to the
             mean energy of an input.
     """
 
-    moments: Path
+    moments: Mapping[str, Tensor]
     names: Sequence[str]
     architecture: Architecture
     plan: Plan
     rotation: "Rotation | None" = None  # noqa: F821 (stands below this module)
-    gaps: Path | None = None
+    residuals: Residuals | None = None
     ridge: float = RIDGE
     _threads: int = field(default_factory=torch.get_num_threads)  # a thread that makes tensors to be written has but one
     _inputs: dict[str, ProjectionInput] = field(default_factory=dict)
@@ -93,7 +89,7 @@ class Corrections:
         tensor = self._with_head_residual(parameter, tensor, keep)
         if parameter.role == "norm":
             return (self._norm(parameter, tensor, keep) if "hidden" in keep else tensor), keep, sizes
-        if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._gap(source)):
+        if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._merges(source)):
             return tensor, keep, sizes
         weight = self.architecture.weights[parameter.module]
         if weight.module in self._fits:
@@ -120,18 +116,18 @@ class Corrections:
         tensor = tensor.movedim(position, -1)
         every = {source.axis: torch.arange(self.plan.before[source.axis])}
         kept = axes.dim_index(dim, keep if source.axis in keep else every, self.plan.before.sizes)
-        gap, centred = self._gap(source), self._shifts(weight)
+        merges, centred = self._merges(source), self._shifts(weight)
         stored = self._input(source)
         mean, wide = stored.mean, tensor.to(stored.mean)
         extra, shift = wide.new_zeros(wide.shape[:-1]).unsqueeze(-1).expand(wide.shape), wide.new_zeros(wide.shape[:-1])
-        if gap:
-            added = read_moment(self.gaps, source.layer, source.moment + GAP).to(mean)
+        if merges:
+            added = self.residuals.added[source.moment].to(mean)
             added = added if self.rotation is None else added @ self.rotation.basis.to(mean)
             extra, shift = added[:-1].T, added[-1]
         if centred:
             extra = extra - torch.outer(shift, mean)
         fitted = tensor[:, kept.to(tensor.device)]
-        if "least_squares" in self.names or gap:
+        if "least_squares" in self.names or merges:
             fitted = stored.solver(kept, self.ridge, centred)(wide, extra).to(tensor)
         gain = wide @ mean + shift - fitted.to(mean) @ mean[kept]
         return fitted, gain
@@ -139,8 +135,8 @@ class Corrections:
     def _input(self, source: Read) -> ProjectionInput:
         """Return E[x xᵀ] and E[x] of what a projection is given."""
         if source.moment not in self._inputs:
-            folder, (norm, dot, side) = self.gaps if self._gap(source) else self.moments, source.moment.rpartition(".")
-            found = read_moment(folder, source.layer, source.moment)
+            norm, dot, side = source.moment.rpartition(".")
+            found = (self.residuals.inputs if self._merges(source) else self.moments)[source.moment]
             if self.rotation is not None and dot + side == OUTPUT:
                 found = self.rotation.moment(norm, found)
             self._inputs[source.moment] = ProjectionInput(found.to(solver_device(), torch.float64))
@@ -168,7 +164,7 @@ class Corrections:
         if "norm_ratio" not in self.names or parameter.kind != "weight":
             return tensor
         if self.rotation is None:
-            energy = read_moment(self.moments, parameter.layer, parameter.module)
+            energy = self.moments[parameter.module]
         else:
             (source,) = self._sources(parameter)
             energy = self._input(source).moment.diagonal()
@@ -190,48 +186,35 @@ class Corrections:
                     heads[weak] += heads[weak] - tensor.unflatten(0, (before["heads"], -1))[strong]
         return heads.flatten(0, 1)
 
-    def _gap(self, source: Read) -> bool:
-        """Return whether it was read what the layers that were dropped behind a module's layer added."""
-        wanted = self.gaps is not None and source.axis == "ffn" and "layer_merge" in self.names
-        return wanted and moments_path(self.gaps, source.layer).is_file()
+    def _merges(self, source: Read) -> bool:
+        """Return whether a projection takes over what dropped layers added."""
+        return self.residuals is not None and "layer_merge" in self.names and source.moment in self.residuals.added
 
 
 def corrections_for(
     architecture: Architecture,
     plan: Plan,
-    moments: Path,
+    moments: Mapping[str, Tensor],
     names: Sequence[str] = DEFAULT_CORRECTIONS,
     rotation: "Rotation | None" = None,  # noqa: F821
-    gaps: Path | None = None,
+    residuals: Residuals | None = None,
 ) -> Corrections:
     """Return the corrections of a plan, refusing moments that lack something before any weight is read."""
     check_names(names)
     if names:
         _check_moments(moments, plan, architecture)
-    return Corrections(moments, names, architecture, plan, rotation, gaps)
+    return Corrections(moments, names, architecture, plan, rotation, residuals)
 
 
-def _check_moments(moments: Path, plan: Plan, architecture: Architecture) -> None:
+def _check_moments(moments: Mapping[str, Tensor], plan: Plan, architecture: Architecture) -> None:
     """Refuse moments that lack something, or are those of another model."""
-    wanted: dict[int | None, dict[str, int]] = {}
-    for layer, norm in architecture.taps("hidden"):
-        wanted.setdefault(layer, {})[norm] = 1
-    for read in architecture.reads.values():
-        wanted.setdefault(read.layer, {})[read.moment] = 2
-    for layer, names in wanted.items():
-        path, found = moments_path(moments, layer), {}
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        else:
-            raise ValueError(f"Corrections need {path}, which is missing: score with moments: true")
-        hidden = plan.before["hidden"]
-        for name, dims in names.items():
-            shape = found.get(name)
-            wrong = shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != hidden
-            if wrong:
-                what = "none" if shape is None else f"those of shape {tuple(shape)}"
-                raise ValueError(f"Corrections need the moments of {name!r}, and {path} has {what}: score this model again")
+    hidden = plan.before["hidden"]
+    wanted = {norm: 1 for _, norm in architecture.taps("hidden")} | {read.moment: 2 for read in architecture.reads.values()}
+    for name, dims in wanted.items():
+        shape = tuple(moments[name].shape) if name in moments else None
+        if shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != hidden:
+            what = "none" if shape is None else f"those of shape {shape}"
+            raise ValueError(f"Corrections need the moments of {name!r}, and statistics has {what}: score this model again")
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -239,14 +222,3 @@ def check_names(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in CORRECTIONS]
     if unknown:
         raise ValueError(f"corrections: {unknown[0]!r} is none of {', '.join(CORRECTIONS)}")
-
-
-def moments_path(folder: Path, layer: int | None) -> Path:
-    """Return the file that holds the moments of a layer, or of what lies outside of the layers."""
-    return folder / ("outside.safetensors" if layer is None else f"layer-{layer:05}.safetensors")
-
-
-def read_moment(folder: Path, layer: int | None, name: str) -> Tensor:
-    """Read one tensor of what `calibrate(..., moments=...)` or `read_gaps` wrote."""
-    with safe_open(moments_path(folder, layer), framework="pt") as file:
-        return file.get_tensor(name)

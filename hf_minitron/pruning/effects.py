@@ -4,41 +4,38 @@ It must not know moments or weights; a model's config and the axes that are cut 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from safetensors import safe_open
+from torch import Tensor
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names, moments_path
-
-# The metadata of a file of gaps: the layers whose outputs were read.
-DROPPED = "dropped"
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names
+from hf_minitron.statistics import Residuals
 
 
 def chosen_corrections(
     architecture: Architecture,
     plan: Plan,
-    moments: Path | None,
+    moments: Mapping[str, Tensor] | None,
     corrections: Sequence[str] | None,
-    gaps: Path | None,
+    residuals: Residuals | None,
 ) -> Sequence[str]:
-    """Return the corrections to make: those asked for, else the default ones where there are moments.
+    """Return the corrections to make: those asked for, else the default ones where there are statistics.
 
     Raises:
         ValueError: for what is given and would not be used, and for what is needed and not given.
     """
-    names = corrections if corrections is not None else DEFAULT_CORRECTIONS if moments else ()
+    names = corrections if corrections is not None else DEFAULT_CORRECTIONS if moments is not None else ()
     check_corrections(architecture, plan, [*names, *(["rotation"] if plan.rotated else [])])
     if plan.rotated:
         plan.require_basis()
-    if moments is None and (needy := [name for name in names if name != "rotation" or not plan.rotated]):
-        raise ValueError(f"corrections: {needy[0]} needs moments: give the folder that calibrate(..., moments=...) wrote, or "
-                         "leave corrections out for plain slicing")  # fmt: skip
+    if not moments and (needy := [name for name in names if name != "rotation" or not plan.rotated]):
+        raise ValueError(f"corrections: {needy[0]} needs moments: give the statistics of calibrate(..., moments=True), or "
+                         "leave statistics and corrections out for plain slicing")  # fmt: skip
     if moments is not None and not names:
-        raise ValueError(f"moments: {moments} is not used with corrections: []; leave moments out, or name corrections")
-    check_gaps(plan, names, gaps)
+        raise ValueError("statistics: not used with corrections: []; leave statistics out, or name corrections")
+    check_residuals(plan, names, residuals)
     return names
 
 
@@ -64,33 +61,29 @@ def check_corrections(architecture: Architecture, plan: Plan, names: Sequence[st
             raise ValueError(f"corrections: {name} {reason}. Leave {name} out")
 
 
-def check_gaps(plan: Plan, names: Sequence[str], gaps: Path | None) -> None:
-    """Refuse gaps that are not used, are missing, or were read for another plan.
+def check_residuals(plan: Plan, names: Sequence[str], residuals: Residuals | None) -> None:
+    """Refuse residuals that are not used, are missing, or were measured for another plan.
 
     Args:
         plan (`Plan`): What is kept.
         names (`Sequence[str]`): The corrections.
-        gaps (`Path`, *optional*): The folder that `read_gaps` wrote.
+        residuals (`Residuals`, *optional*): What `read_residuals` measured.
     """
     if "layer_merge" not in names:
-        if gaps is not None:
+        if residuals is not None:
             raise ValueError(
-                f"gaps: {gaps} is for layer_merge, which is none of corrections {list(names)}; leave one out, or add it"
+                f"residuals: for layer_merge, which is none of corrections {list(names)}; leave one out, or add it"
             )
         return
-    if gaps is None:
-        raise ValueError("corrections: layer_merge needs gaps, the folder that read_gaps(model, blocks, plan, folder) writes")
+    if residuals is None:
+        raise ValueError("corrections: layer_merge needs residuals, what read_residuals(model, blocks, plan) measures")
     if not plan.gaps:
         raise ValueError(
             "corrections: layer_merge has no effect: no kept layer stands before a dropped one. Leave layer_merge out"
         )
-    for layer, dropped in plan.gaps.items():
-        path, found = moments_path(gaps, layer), None
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get(DROPPED)
-        if found != str(dropped):
-            raise ValueError(f"{path} does not hold what the dropped layers {dropped} added: call read_gaps with this plan")
+    if residuals.dropped != plan.gaps:
+        dropped = [layer for layers in plan.gaps.values() for layer in layers]
+        raise ValueError(f"residuals: not those of the layers {dropped} that this plan drops: call read_residuals with it")
 
 
 def _no_projection(architecture: Architecture, plan: Plan) -> str:

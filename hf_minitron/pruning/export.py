@@ -111,7 +111,7 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
 def _padded_tensors(
     specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, present: Mapping[str, object], padding: _Padding
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield every parameter of the stock model; of a half that is absent, ones for the norm and zeros for the rest."""
+    """Yield every parameter of the stock model; of a sublayer that is absent, ones for the norm and zeros for the rest."""
     for name, spec in specs.items():
         row, indices = axes.match(name, _ROWS)
         if name in present:

@@ -1,13 +1,12 @@
 """Sizes that differ from layer to layer: what every size of a layer's MLP and attention would cost, and the best for a budget.
 
-An error curve says how much of a projection's output is lost at several sizes after least squares; removing the whole half
-tells what that output is worth. It must not run a model.
+An error curve says how much of a projection's output is lost at several sizes after least squares; removing the whole
+sublayer tells what that output is worth.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,30 +16,28 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import BY_LAYER, Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
-from hf_minitron.pruning.compensate import read_moment
 from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
-from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
+from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import Tensors
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One size of one half of a layer.
+    """One size of one sublayer.
 
     Args:
         sizes (`Mapping[str, int]`): `ffn`, or `heads` and `kv_heads`; 0 for none.
-        lost (`float`): Share of the projection's output energy that is lost, from 0 to 1.
+        relative_error (`float`): Share of the projection's output energy that is lost, from 0 to 1.
     """
 
     sizes: Mapping[str, int]
-    lost: float
+    relative_error: float
 
 
 def error_curves(
     tensors: Tensors,
-    scores: Scores,
-    moments: str | Path,
+    statistics: Statistics,
     steps: int = 8,
     ridge: float = RIDGE,
 ) -> dict[tuple[str, int], list[Choice]]:
@@ -48,8 +45,7 @@ def error_curves(
 
     Args:
         tensors (`Tensors`): The teacher's; of a model without experts.
-        scores (`Scores`): Importance of every index.
-        moments (`str` or `Path`): The folder that `calibrate(..., moments=...)` wrote.
+        statistics (`Statistics`): Importance of every index, and moments.
         steps (`int`, *optional*, defaults to 8): Widths of an MLP, evenly spaced, beside none.
         ridge (`float`, *optional*, defaults to `RIDGE`): That of the corrections.
 
@@ -57,15 +53,15 @@ def error_curves(
         `dict`: `("ffn", layer)` and `("heads", layer)` to choices, the smallest first.
     """
     architecture = tensors.architecture
-    before = architecture.shape
+    before, scores, moments = architecture.shape, statistics.scores, statistics.moments
     curves: dict[tuple[str, int], list[Choice]] = {}
     plans = {
         axis: [(sizes, _alike(scores, before, sizes)) for sizes in _sizes(before, axis, steps)] for axis in ("heads", "ffn")
     }
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
-    for axis, layer, name in tqdm(places, desc="Error curves", unit="half"):
+    for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
         position, dim = architecture.weights[name].dim_of(axis)
-        given = ProjectionInput(read_moment(Path(moments), layer, name).to(solver_device(), torch.float64))
+        given = ProjectionInput(moments[name].to(solver_device(), torch.float64))
         weight, moment = tensors.read(f"{name}.weight").to(given.moment).movedim(position, -1), given.moment
         whole = ((weight @ moment) * weight).sum()
         found = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
@@ -101,30 +97,28 @@ def layer_parameters(architecture: Architecture, sizes: Mapping[str, int]) -> in
 
 def allocate_layers(
     curves: Mapping[tuple[str, int], Sequence[Choice]],
-    half_costs: Mapping[str, Tensor],
+    sublayer_costs: Mapping[str, Tensor],
     architecture: Architecture,
     parameters: int,
 ) -> dict[str, list[int]]:
     """Spend a budget of parameters so that the losses add up to the least.
 
-    What a size costs in quality is taken as the share of the output that it loses times what the whole half is worth.
+    What a size costs in quality is taken as the relative error times what the whole sublayer is worth.
 
     Args:
         curves (`Mapping`): From `error_curves`.
-        half_costs (`Mapping[str, Tensor]`): `heads` and `ffn`, what the model loses without that half of each layer.
+        sublayer_costs (`Mapping[str, Tensor]`): `heads` and `ffn`, from `statistics.sublayer_costs`.
         architecture (`Architecture`): The teacher's.
-        parameters (`int`): Budget for all halves together: the body without the last norm.
+        parameters (`int`): Budget for all sublayers together: the body without the last norm.
 
     Returns:
         `dict[str, list[int]]`: `heads`, `kv_heads` and `ffn`, for `make_nonuniform_plan`.
     """
+    # what a removal seems to gain is noise, but a little is always lost
+    worth = {(axis, layer): max(float(sublayer_costs[axis][layer]), 1e-6) for axis, layer in curves}
     options = {
-        (axis, layer): [
-            # what a removal seems to gain is noise, but a little is always lost
-            (sublayer_parameters(architecture, choice.sizes), choice.lost * max(float(half_costs[axis][layer]), 1e-6))
-            for choice in choices
-        ]
-        for (axis, layer), choices in curves.items()
+        place: [(sublayer_parameters(architecture, choice.sizes), choice.relative_error * worth[place]) for choice in choices]
+        for place, choices in curves.items()
     }
     chosen = allocate(options, parameters)
     sizes: dict[str, list[int]] = {axis: [0] * architecture.shape["layers"] for axis in BY_LAYER}
@@ -136,23 +130,22 @@ def allocate_layers(
 
 def nonuniform_plan(
     tensors: Tensors,
-    scores: Scores,
-    moments: str | Path,
-    half_costs: Mapping[str, Tensor],
+    statistics: Statistics,
     parameters: int,
 ) -> Plan:
-    """Return the plan with the least expected loss among those whose halves have at most so many parameters."""
-    curves, architecture = error_curves(tensors, scores, moments), tensors.architecture
-    return make_nonuniform_plan(scores, architecture.shape, allocate_layers(curves, half_costs, architecture, parameters))
+    """Return the plan with the least expected loss among those whose sublayers have at most so many parameters."""
+    curves, architecture = error_curves(tensors, statistics), tensors.architecture
+    sizes = allocate_layers(curves, statistics.sublayer_costs, architecture, parameters)
+    return make_nonuniform_plan(statistics.scores, architecture.shape, sizes)
 
 
-def _alike(scores: Scores, before: Shape, sizes: Mapping[str, int]) -> Plan:
+def _alike(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, int]) -> Plan:
     """Return the plan that gives every layer the same sizes."""
     return make_nonuniform_plan(scores, before, {axis: [size] * before["layers"] for axis, size in sizes.items()})
 
 
 def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:
-    """Return the sizes that a half may have beside none: even steps of an MLP; fewer KV groups, or fewer heads in each."""
+    """Return the sizes that a sublayer may have beside none: even steps of an MLP; fewer KV groups, or fewer heads in each."""
     if axis == "ffn":
         return [{"ffn": before["ffn"] * step // steps} for step in range(1, steps + 1)]
     group, groups = before["heads"] // before.kv_groups, before.kv_groups

@@ -17,44 +17,45 @@ from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
 from hf_minitron.pruning.rotate import rotated
 from hf_minitron.saving import copy_side_files, repair_generation, save_config
+from hf_minitron.statistics import Residuals, Statistics
 from hf_minitron.tensors import CheckpointTensors, ModelTensors, Tensors
 
 
 def prune_model(
     model: PreTrainedModel,
     plan: Plan,
-    moments: str | Path | None = None,
+    statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
-    gaps: str | Path | None = None,
+    residuals: Residuals | None = None,
 ) -> PreTrainedModel:
     """Return the student of a model in memory; the model stays unchanged.
 
     Args:
         model (`PreTrainedModel`): The teacher.
         plan (`Plan`): What is kept, from `make_plan`.
-        moments (`str` or `Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
-        corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with moments,
-            those of the three that cost no parameter which apply, by default.
-        gaps (`str` or `Path`, *optional*): The folder that `read_gaps` wrote, for layer_merge.
+        statistics (`Statistics`, *optional*): Of `calibrate(..., moments=True)`; no corrections without it.
+        corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with
+            statistics, those of the three that cost no parameter which apply, by default.
+        residuals (`Residuals`, *optional*): Of `read_residuals`, for layer_merge.
 
     Returns:
         `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape;
             `PrunedForCausalLM` when layers differ.
 
     Raises:
-        ValueError: for a plan of another model, moments or gaps that are missing, another model's, or not used, and for a
+        ValueError: for a plan of another model, moments or residuals that are missing, another model's, or not used, and for a
             correction that has no effect on this plan (`check_corrections`).
 
     Example:
 
     ```python
     >>> shape = Architecture.of(teacher.config).shape
-    >>> student = prune_model(teacher, make_plan(scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> student = prune_model(teacher, make_plan(statistics.scores, shape, shape.cut_to({"ffn": 1152})))
     >>> student.config.intermediate_size
     1152
     ```
     """
-    tensors, edit, corrections = _edited(ModelTensors(model), plan, moments, corrections, gaps)
+    tensors, edit, corrections = _edited(ModelTensors(model), plan, statistics, corrections, residuals)
     student = student_config(tensors.architecture, edit)
     pruned = prune_tensors(tensors, edit, corrections)
     state = {name: axes.join(spec.shape, pieces) for name, spec, pieces in pruned}
@@ -73,9 +74,9 @@ def prune_checkpoint(
     plan: Plan,
     target: Path,
     max_shard_bytes: int = 5_000_000_000,
-    moments: Path | None = None,
+    statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
-    gaps: Path | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
 
@@ -83,17 +84,17 @@ def prune_checkpoint(
         source (`Path`): The teacher's folder.
         plan (`Plan`): What is kept.
         target (`Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`, which,
-            loaded and applied with the same moments and corrections, gives the same student. It has its name only once it
+            loaded and applied with the same statistics and corrections, gives the same student. It has its name only once it
             is complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
-        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; no corrections without it.
-        corrections (`Sequence[str]`, *optional*): Which corrections to make, as for `prune_model`.
-        gaps (`Path`, *optional*): As for `prune_model`.
+        statistics (`Statistics`, *optional*): As for `prune_model`.
+        corrections (`Sequence[str]`, *optional*): As for `prune_model`.
+        residuals (`Residuals`, *optional*): As for `prune_model`.
 
     Raises:
         ValueError: as `prune_model`; for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
     """
-    tensors, edit, corrections = _edited(CheckpointTensors(source), plan, moments, corrections, gaps)
+    tensors, edit, corrections = _edited(CheckpointTensors(source), plan, statistics, corrections, residuals)
     student = student_config(tensors.architecture, edit)
     pruned = list(prune_tensors(tensors, edit, corrections))
     specs = {name: spec for name, spec, _ in pruned}
@@ -108,9 +109,9 @@ def prune_checkpoint(
 def _edited(
     tensors: Tensors,
     plan: Plan,
-    moments: str | Path | None,
+    statistics: Statistics | None,
     corrections: Sequence[str] | None,
-    gaps: str | Path | None,
+    residuals: Residuals | None,
 ) -> tuple[Tensors, Plan, Corrections | None]:
     """Return the teacher's tensors, in another basis where the stream is rotated, the plan for them, and the corrections.
 
@@ -120,13 +121,15 @@ def _edited(
     shape = tensors.architecture.shape
     if plan.before != shape:
         raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
-    moments, gaps = (None if folder is None else Path(folder) for folder in (moments, gaps))
-    names, rotation = chosen_corrections(tensors.architecture, plan, moments, corrections, gaps), None
+    if not isinstance(statistics, Statistics | None):
+        raise ValueError(f"statistics: {statistics!r} is no Statistics: give what calibrate returns, or load the folder")
+    moments = None if statistics is None else statistics.moments
+    names, rotation = chosen_corrections(tensors.architecture, plan, moments, corrections, residuals), None
     if "rotation" in names or plan.rotated:
         tensors = rotated(tensors, moments, plan.require_basis() if plan.rotated else None)
         rotation = tensors.rotation
         plan = rotation.plan(plan)
-    made = corrections_for(tensors.architecture, plan, moments, names, rotation, gaps) if moments else None
+    made = corrections_for(tensors.architecture, plan, moments, names, rotation, residuals) if moments else None
     return tensors, plan, made
 
 

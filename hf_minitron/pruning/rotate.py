@@ -6,7 +6,6 @@ it, and the head is no longer tied. A cut of `hidden` then drops the directions 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch import Tensor
 from hf_minitron.architecture.architecture import HIDDEN, OUTPUT, Architecture, Parameter
 from hf_minitron.checkpoint import TensorSpec
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.compensate import read_moment
 from hf_minitron.tensors import Tensors
 
 
@@ -94,12 +92,12 @@ class RotatedTensors:
         return self.rotation(self.architecture.stored[name], self._tensors.read(self._source[name]))
 
 
-def rotated(tensors: Tensors, moments: Path | None, basis: Tensor | None = None) -> RotatedTensors:
+def rotated(tensors: Tensors, moments: Mapping[str, Tensor] | None, basis: Tensor | None = None) -> RotatedTensors:
     """Rotate the stream onto the principal components of its normalised states, summed over all norms.
 
     Args:
         tensors (`Tensors`): The teacher's.
-        moments (`Path`, *optional*): The folder that `calibrate(..., moments=...)` wrote; not needed with a basis.
+        moments (`Mapping[str, Tensor]`, *optional*): `statistics.moments`; not needed with a basis.
         basis (`Tensor` of shape `(hidden, hidden)`, *optional*): Of a rotated plan, in place of one that is computed.
 
     Raises:
@@ -111,9 +109,9 @@ def rotated(tensors: Tensors, moments: Path | None, basis: Tensor | None = None)
     norms = {norm: tensors.read(f"{norm}.weight").cpu().double() + offset for _, norm in set(reads.values())}
     if basis is None:
         total = 0.0
-        for layer, norm in sorted(set(reads.values()), key=str):
+        for _, norm in sorted(set(reads.values()), key=str):
             scale = _unscaled(norms[norm])
-            total = total + scale[:, None] * read_moment(moments, layer, f"{norm}{OUTPUT}")[:-1].double() * scale
+            total = total + scale[:, None] * moments[f"{norm}{OUTPUT}"][:-1].double() * scale
         basis = torch.linalg.eigh(total)[1].flip(1)
     rotation = Rotation(basis, norms, {reader: norm for reader, (_, norm) in reads.items()}, offset)
     return RotatedTensors(tensors, architecture, rotation)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from torch import Tensor
 
 from hf_minitron import axes
 from hf_minitron.plan import make_plan
-from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape
 
 # What a shape costs: from a shape (or many at once), its rows and the bytes of a number.
@@ -208,7 +208,7 @@ def use_of(costs: Mapping[str, object], limits: Mapping[str, float]):
     return np.maximum.reduce(shares)
 
 
-def rank(found: Sequence[Candidate], scores: Scores, before: Shape) -> list[Candidate]:
+def rank(found: Sequence[Candidate], scores: Mapping[str, Tensor], before: Shape) -> list[Candidate]:
     """Order candidates by the share of the measured importance that they keep, the best first.
 
     The score is a product over the axes: of the sum of an axis's scores, the share of the indices that `make_plan` keeps,
@@ -233,17 +233,17 @@ def rank(found: Sequence[Candidate], scores: Scores, before: Shape) -> list[Cand
     return sorted(scored, key=lambda candidate: (-candidate.score, candidate.name))
 
 
-def kept_share(scores: Scores, before: Shape, sizes: Mapping[str, int]) -> float:
+def kept_share(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, int]) -> float:
     """Return the share of an axis's importance that its best indices hold, mean over layers.
 
     Args:
-        scores (`Scores`): Importance of every index.
+        scores (`Mapping[str, Tensor]`): Importance of every index.
         before (`Shape`): The teacher's shape.
         sizes (`Mapping[str, int]`): The new size of one axis; of `heads` and `kv_heads` together.
     """
     axis = "heads" if "kv_heads" in sizes else next(iter(sizes))
     keep = make_plan(scores, before, Shape({**before.sizes, **sizes})).keep[axis]
-    by_layer = scores.by_axis[axis]
+    by_layer = scores[axis]
     if by_layer.dim() == 1:  # one order for the model
         keep, by_layer = [keep], by_layer[None]
     pairs = [(values, torch.tensor(kept)) for values, kept in zip(by_layer, keep, strict=True) if kept]

@@ -1,14 +1,12 @@
 """prune: keep the best-scored part of every axis and write the student as a stock checkpoint."""
 
 import logging
-import shutil
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from hf_minitron.architecture import outline as meta
@@ -27,7 +25,7 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_outline,
 )
-from hf_minitron.importance.gaps import read_gaps
+from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
@@ -37,10 +35,10 @@ from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
-from hf_minitron.scores import Scores
 from hf_minitron.shape import CUTTABLE, Shape
 from hf_minitron.side_files import side_files
-from hf_minitron.stages.score import BLOCKS, HALF_COSTS, check_layers_target, fits
+from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
+from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import CheckpointTensors
 
 logger = logging.getLogger(__name__)
@@ -174,8 +172,8 @@ def check_nonuniform(args: Args, run: Run) -> None:
     if not architecture.supports("nonuniform"):
         raise ValueError(f"nonuniform: {architecture.config.model_type} is none of the model types that PrunedConfig holds: "
                          f"{', '.join(sorted(STOCK))}")  # fmt: skip
-    if score.get("halves") is not True or score.get("moments", True) is False:
-        raise ValueError("nonuniform needs what score measures with halves: true and moments: true; set both in score:")
+    if score.get("sublayers") is not True or score.get("moments", True) is False:
+        raise ValueError("nonuniform needs what score measures with sublayers: true and moments: true; set both in score:")
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -186,35 +184,25 @@ def work(args: Args, run: Run) -> dict[str, float]:
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/`."""
     before, after, _ = shapes(args, run.model)
-    scores, source = Scores.load(run.path("score") / "scores.safetensors"), resolve(run.model)
-    moments, gaps = run.path("score") / "moments", None
+    statistics, source, residuals = Statistics.load(run.path("score")), resolve(run.model), None
     if args.nonuniform is not None:
-        plan = _nonuniform_plan(args, run, scores)
+        plan = _nonuniform_plan(args, run, statistics)
     else:
-        plan = make_plan(scores, before, after)
-    if merges(args):
+        plan = make_plan(statistics.scores, before, after)
+    names = args.corrections
+    if merges(args) and plan.gaps:
         device = best_device()
         blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
-        gaps = read_gaps(load_model(source, best_dtype(device), device), blocks, plan, out / "gaps")
-    used, names = moments if args.corrections else None, args.corrections
-    if gaps is not None and not plan.gaps:
+        residuals = read_residuals(load_model(source, best_dtype(device), device), blocks, plan)
+    elif merges(args):
         logger.warning("corrections: layer_merge merges nothing: no kept layer stands before a dropped one")
         names = [name for name in names if name != "layer_merge"]
-    prune_checkpoint(
-        source, plan, out / "student", args.max_shard_bytes, used if names else None, names, gaps if plan.gaps else None
-    )
-    if gaps is not None:
-        shutil.rmtree(gaps)
+    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, statistics if names else None, names, residuals)
 
 
-def _nonuniform_plan(args: Args, run: Run, scores: Scores) -> Plan:
+def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
     tensors = CheckpointTensors(run.model)
     architecture, before = tensors.architecture, tensors.architecture.shape
-    return nonuniform_plan(
-        tensors,
-        scores,
-        run.path("score") / "moments",
-        load_file(run.path("score") / HALF_COSTS),
-        int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"]),
-    )
+    budget = int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"])
+    return nonuniform_plan(tensors, statistics, budget)

@@ -1,15 +1,14 @@
 """score: one forward pass over some text that says how much every layer, head and channel matters."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -25,15 +24,16 @@ from hf_minitron.importance.metrics import METRICS as INDEX_METRICS
 from hf_minitron.importance.removal import (
     METRICS,
     check_removal,
-    half_costs,
+    greedy_removal,
     layer_scores,
     removal_costs,
     removal_scores,
-    remove_one_by_one,
+    sublayer_costs,
     task_costs,
 )
 from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
+from hf_minitron.model_files import revision_of
 from hf_minitron.run import Run
 from hf_minitron.stages.training import check_positions
 from hf_minitron.tensors import CheckpointTensors
@@ -46,8 +46,6 @@ SCALES = ("tokens",)  # what shrinks so that a run fits into its time
 
 # The text that was read, for corrections that look at it again.
 BLOCKS = "blocks.parquet"
-# What each layer's attention and MLP is worth.
-HALF_COSTS = "halves.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,15 @@ class Args:
             "reads": lambda value, section: task_files([_task(value)[0]], section),
         },
     )
-    layers_block: int = field(default=1, metadata={"min": 1, "help": "Layers that go together, side by side."})
+    layers_block: int = field(default=1, metadata={"min": 1, "help": "Contiguous layers that go together."})
     layers_remove: int | None = field(
-        default=None, metadata={"min": 1, "help": "Remove so many layers one by one, each time measuring without those before."}
+        default=None, metadata={"min": 1, "help": "Remove so many layers greedily, each time measuring without those before."}
     )
     layers_limit: int | None = field(
         default=None, metadata={"min": 1, "help": "Blocks of text, or a task's documents, that rank layers; all when left out."}
     )
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
-    halves: bool = field(
+    sublayers: bool = field(
         default=False, metadata={"help": "Measure what each layer's attention and MLP is worth, for prune.nonuniform."}
     )
     moments: bool = field(
@@ -131,13 +129,13 @@ def check(args: Args, run: Run) -> None:
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
     """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
-    if args.halves and args.layer_by_layer:
-        raise ValueError("halves: true runs the whole model, layer_by_layer holds one layer: set one of them")
+    if args.sublayers and args.layer_by_layer:
+        raise ValueError("sublayers: true runs the whole model, layer_by_layer holds one layer: set one of them")
     if not _apart(args):
         return
     task, metric = _task(args.layers)
     if args.layers_block > 1 and args.layers_remove:
-        raise ValueError("layers_block removes layers side by side, layers_remove one by one: set one of them")
+        raise ValueError("layers_block removes contiguous layers, layers_remove greedily: set one of them")
     check_removal(Architecture.of(config).shape["layers"], size=args.layers_block, count=args.layers_remove or 1)
     if args.layer_by_layer:
         raise ValueError(f"layers: {args.layers} runs the model without some layers, layer_by_layer holds one: set one of them")
@@ -179,7 +177,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
     config = AutoConfig.from_pretrained(resolve(run.model))
     layers = Architecture.of(config).shape["layers"]
     limited = args.tokens if args.layers_limit is None else min(args.tokens, args.layers_limit * args.block_size)
-    read = limited * layers if args.halves else 0
+    read = limited * layers if args.sublayers else 0
     if _apart(args) and args.layers in METRICS:
         read += limited * layers / 2 * (args.layers_remove or 1)
     elif _apart(args):
@@ -188,7 +186,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
 
 
 def run(args: Args, run: Run, out: Path) -> None:
-    """Write `scores.safetensors`, `moments/` and the text. Under `accelerate launch` every process reads its share of it."""
+    """Write statistics and the text. Under `accelerate launch` every process reads its share of it."""
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
@@ -196,35 +194,37 @@ def run(args: Args, run: Run, out: Path) -> None:
     check_ids(blocks, AutoConfig.from_pretrained(folder).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    streamed, moments = args.layer_by_layer, out / "moments" if args.moments else None
+    streamed = args.layer_by_layer
     if streamed is None:
         decision = [args.device_map is None and not fits(folder, dtype, device)]
         (streamed,) = broadcast_object_list(decision)  # all processes must do the same
-    if streamed and (_apart(args) or args.halves):
-        what = f"layers: {args.layers}" if _apart(args) else "halves: true"
+    if streamed and (_apart(args) or args.sublayers):
+        what = f"layers: {args.layers}" if _apart(args) else "sublayers: true"
         raise ValueError(f"{what} needs the whole model, which does not fit in memory. Set device_map: auto, or "
                          "rank layers by block_importance, one at a time")  # fmt: skip
-    if streamed:
-        scores = calibrate(folder, blocks, args.batch_size, dtype, device, args.state_bytes, moments, args.metric)
-    else:
-        model = load_model(folder, dtype, args.device_map or device)
-        scores = calibrate(model, blocks, args.batch_size, moments=moments, metric=args.metric)
-        if _apart(args):
-            layers, how = score_layers(args, model, blocks, tokenizer)
-            scores = dataclasses.replace(scores, by_axis={**scores.by_axis, "layers": layers}, meta={**scores.meta, **how})
-        halves = half_costs(model, _limited(args, blocks), batch_size=args.batch_size) if args.halves else None
+    model = folder if streamed else load_model(folder, dtype, args.device_map or device)
+    statistics = calibrate(
+        model, blocks, args.batch_size, dtype, device, args.state_bytes, args.moments, args.metric, save_to=out
+    )
+    scores, costs, provenance = dict(statistics.scores), {}, statistics.provenance | {"model": run.model}
+    if revision := revision_of(folder):
+        provenance["revision"] = revision
+    if _apart(args):
+        scores["layers"], how = score_layers(args, model, blocks, tokenizer)
+        provenance |= how | {"metrics": {**provenance["metrics"], "layers": args.layers}}
+    if args.sublayers:
+        costs = sublayer_costs(model, _limited(args, blocks), batch_size=args.batch_size)
     if PartialState().is_main_process:
         blocks.to_parquet(out / BLOCKS)
-        if args.halves:
-            save_file(halves, out / HALF_COSTS)
-        scores.save(out / "scores.safetensors")
+        text = {"source": args.text, **statistics.text}
+        replace(statistics, scores=scores, sublayer_costs=costs, text=text, provenance=provenance).save(out)
 
 
 def score_layers(
     args: Args, model: PreTrainedModel, blocks: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, dict[str, str]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Score layers by what the model loses without them; return the scores and, for their provenance, how they were made."""
-    how = {"layers": args.layers, "layers_block": str(args.layers_block)}
+    how = {"layers_block": args.layers_block}
     if args.layers not in METRICS:
         task, metric = _task(args.layers)
 
@@ -238,8 +238,8 @@ def score_layers(
         return layer_scores(task_costs(model, args.layers_block, measure), args.layers_block), how
     blocks = _limited(args, blocks)
     if args.layers_remove:
-        removed, costs = remove_one_by_one(model, blocks, args.layers, args.layers_remove, args.batch_size)
-        return removal_scores(removed, costs), how | {"layers_removed": ", ".join(map(str, removed))}
+        removed, costs = greedy_removal(model, blocks, args.layers, args.layers_remove, args.batch_size)
+        return removal_scores(removed, costs), how | {"layers_removed": removed}
     costs = removal_costs(model, blocks, args.layers, args.layers_block, args.batch_size)
     return layer_scores(costs, args.layers_block), how
 

@@ -22,10 +22,10 @@ from hf_minitron.pruning import search
 from hf_minitron.pruning.search import Candidate
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run, done_digest
-from hf_minitron.scores import Scores
 from hf_minitron.shape import Shape, ShapeError
 from hf_minitron.stages import distill, evaluate
 from hf_minitron.stages.prune import MULTIPLE_OF
+from hf_minitron.statistics import Statistics
 
 NEEDS = ("score",)
 
@@ -95,7 +95,7 @@ def check(args: Args, run: Run) -> None:
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `candidates.json`."""
-    space, scores = _space(args, run), Scores.load(run.path("score") / "scores.safetensors")
+    space, scores = _space(args, run), Statistics.load(run.path("score")).scores
     speeds = any(name in args.budget for name in search.SPEEDS)
     teacher = {name: cost(space.before) for name, cost in space.costs.items()} | (space.speeds(space.before) if speeds else {})
     limits = search.limits_of(args.budget, teacher)
