@@ -57,7 +57,7 @@ def main() -> None:
     before = family_of(model.config).shape_of(model.config)
 
     def quality(student) -> float:
-        return round(perplexity(student, held_out)["value"], 1)
+        return round(perplexity(student, held_out).value, 1)
 
     def sliced(scores, target, teacher=model):
         shape = family_of(teacher.config).shape_of(teacher.config)

@@ -1,10 +1,9 @@
 """Quality of several models on the same text and tasks, gathered in a `Report`.
 
-It must not know how a model was made. One model is in memory at a time. Under `accelerate launch` the text and the tasks'
-documents are split over the processes.
+One model is in memory at a time. Under `accelerate launch` the text and the tasks' documents are split over the processes.
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model
+from hf_minitron.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
-from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
+from hf_minitron.evaluation.report import Entry, Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import (
     TeacherStates,
@@ -24,13 +23,16 @@ from hf_minitron.evaluation.text import (
     plain_blocks,
     read_text,
     text_bytes,
-    text_facts,
+    text_entries,
     text_records,
 )
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric, check_metrics
 from hf_minitron.families.family import family_of
 from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.vocabulary import check_ids, difference
+
+CHECKPOINTS = "checkpoints"  # as a run's, which go when a stage is done
 
 
 def compare(
@@ -46,6 +48,7 @@ def compare(
     folder: Path | None = None,
     seed: int = 0,
     add_bos_token: bool | None = None,
+    metrics: Sequence[TextMetric] = TEXT_METRICS,
 ) -> Report:
     """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
@@ -65,6 +68,7 @@ def compare(
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
         add_bos_token (`bool`, *optional*): Whether tasks, and the text of a model with another tokenizer, begin with its BOS
             token; as each tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
+        metrics (`Sequence[TextMetric]`, *optional*): What is measured on the text, `TEXT_METRICS` and your own.
 
     Returns:
         `Report`: Without speed; the same on every process.
@@ -74,52 +78,108 @@ def compare(
     ```python
     >>> report = compare({"teacher": "HuggingFaceTB/SmolLM2-135M-Instruct", "student": "out"}, blocks)  # tasks=["arc_easy"]
     >>> report.save("report.json")
-    >>> sorted({comparison["metric"] for comparison in report.comparisons})
-    ['bits_per_byte', 'perplexity']
+    >>> report.value("student", "perplexity")
+    ...
     ```
     """
     settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
     chosen = Tasks.find(tasks, include_path, **settings, add_bos_token=add_bos_token)
+    check_metrics(metrics)
     folders = {name: resolve(source) for name, source in models.items()}
-    if tensor_parallel:
-        for path in folders.values():
-            check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
-    kept = _measure(folders, blocks, chosen, batch_size, not tensor_parallel, folder)
-    results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
-    for name, source in models.items():
-        revision = revision_of(folders[name])
-        results[name] = {"path": str(source), **({"revision": revision} if revision else {}), **results[name]}
-    text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
-    text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
-    text["add_bos_token"] = "labels" in blocks.column_names
-    return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
+    for path in folders.values() if tensor_parallel else ():
+        check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
+    settings["dtype"] = str(best_dtype(best_device())).removeprefix("torch.")
+    texts = _texts(folders, blocks, add_bos_token)
+    text = _text_facts(blocks, next(iter(texts.values())))
+    how = {**settings, **text, "tasks": list(tasks), "metrics": [m.name for m in metrics], "task_bos": add_bos_token}
+    kept = _Kept(folder, {name: {**how, "path": str(source)} for name, source in models.items()})
+    _measure(kept, folders, texts, chosen, metrics, batch_size, not tensor_parallel)
+    return kept.report(text, settings, seed)
+
+
+def _text_facts(blocks: Dataset, text: "_Text") -> dict[str, object]:
+    """Return what identifies the held-out text, and its bytes in the teacher's tokens."""
+    sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(text.num_bytes)}
+    return {"sha256": text_hash(blocks), **sizes, "add_bos_token": "labels" in blocks.column_names}
+
+
+class _Kept:
+    """What is measured of every model, as a report of its own and its records; on disk, where there is a folder."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, dict]):
+        self.folder, self.settings = folder, settings
+        found = [{name: self._load(name) for name in settings} if folder and PartialState().is_main_process else {}]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(found)  # every process gets what the first one reads
+        self.measured = dict.fromkeys(settings) | found[0]
+
+    def _load(self, name: str) -> tuple[Report, list[dict]] | None:
+        """Return what an interrupted comparison has left of a model, measured in the same way."""
+        path = self.folder / CHECKPOINTS / f"{name}.json"
+        report = Report.load(path) if path.is_file() else None
+        same = report is not None and report.settings == self.settings[name]
+        return (report, load_samples(self._samples(name))) if same else None
+
+    def add(self, name: str, facts: dict, entries: Sequence[Entry], records: list[dict]) -> None:
+        """Keep a model's records, then its report: that is there only when all is."""
+        report = Report({name: facts}, tuple(entries), settings=self.settings[name])
+        self.measured[name] = report, records
+        if self.folder is not None and PartialState().is_main_process:
+            save_samples(records, self._samples(name))
+            path = self.folder / CHECKPOINTS / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            report.save(path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+
+    def report(self, text: Mapping, settings: Mapping, seed: int) -> Report:
+        """Return what was measured of all models, compared."""
+        reports = [report for report, _ in self.measured.values()]
+        models = {name: facts for report in reports for name, facts in report.models.items()}
+        entries = tuple(entry for report in reports for entry in report.entries)
+        comparisons = compare_models(entries, {name: records for name, (_, records) in self.measured.items()}, seed)
+        return Report(models, entries, comparisons, text=text, settings=settings)
+
+    def _samples(self, name: str) -> Path:
+        return self.folder / "samples" / f"{name}.parquet"
 
 
 def _measure(
-    folders: Mapping[str, Path], blocks: Dataset, tasks: Tasks, batch_size: int | str, split: bool, folder: Path | None
-) -> dict[str, tuple[dict, list[dict]]]:
-    """Return facts and records of every model, measuring those that are not kept in `folder`."""
-    tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
-    sizes, teachers = {name: AutoConfig.from_pretrained(path).vocab_size for name, path in folders.items()}, next(iter(folders))
-    texts = {}
-    for name, tokenizer in tokenizers.items():
-        size = min(sizes[name], sizes[teachers])
-        texts[name] = _Text(blocks, tokenizer, tokenizers[teachers], size, tasks.add_bos_token)
-    kept, teacher = {name: _kept(folder, name) for name in folders}, None
+    kept: _Kept,
+    folders: Mapping[str, Path],
+    texts: Mapping[str, "_Text"],
+    tasks: Tasks,
+    metrics: Sequence[TextMetric],
+    batch_size: int | str,
+    split: bool,
+) -> None:
+    """Measure the models that are not kept."""
+    teacher = None
     for number, (name, path) in enumerate(folders.items()):
-        waiting = any(kept[other] is None and not texts[other].other for other in list(folders)[1:])
+        waiting = any(kept.measured[other] is None and not texts[other].other for other in list(folders)[1:])
         keep = number == 0 and waiting  # even where it was measured before: the others are compared with its states
-        if kept[name] is not None and not keep:
+        if kept.measured[name] is not None and not keep:
             continue
-        model = open_model(path, not split)
-        facts, rows, reading = texts[name].measure(model, batch_size, teacher, keep, name, split)
+        model, text = open_model(path, not split), texts[name]
+        records, reading = text.read(model, batch_size, teacher, keep, name, split, metrics)
         teacher = teacher or reading
-        if kept[name] is None:
-            found, more = run_tasks(model, tokenizers[name], tasks, batch_size, split) if tasks.names else ({}, [])
-            kept[name] = {**_facts(model, path), **facts, "tasks": found}, rows + more
-            _keep(folder, name, *kept[name])
+        if kept.measured[name] is None:
+            entries, more = text_entries(name, records, metrics, text.other), []
+            if tasks.names:
+                found, more = run_tasks(model, text.tokenizer, tasks, batch_size, split, name)
+                entries += found
+            facts = {"path": kept.settings[name]["path"]} | _facts(model, path)
+            kept.add(name, facts | ({"tokenizer": "another"} if text.other else {}), entries, records + more)
         del model
-    return kept
+
+
+def _texts(folders: Mapping[str, Path], blocks: Dataset, add_bos_token: bool | None) -> dict[str, "_Text"]:
+    """Return the held-out text in every model's tokens."""
+    tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
+    sizes, teacher = {name: AutoConfig.from_pretrained(path).vocab_size for name, path in folders.items()}, next(iter(folders))
+    return {
+        name: _Text(blocks, tokenizer, tokenizers[teacher], min(sizes[name], sizes[teacher]), add_bos_token)
+        for name, tokenizer in tokenizers.items()
+    }
 
 
 class _Text:
@@ -133,7 +193,7 @@ class _Text:
         vocab_size: int,
         add_bos_token: bool | None,
     ):
-        self.other = bool(difference(tokenizer, teachers, vocab_size))
+        self.tokenizer, self.other = tokenizer, bool(difference(tokenizer, teachers, vocab_size))
         if self.other:
             self.blocks, self.labels = in_tokens_of(tokenizer, blocks, teachers, add_bos_token)
         else:
@@ -141,19 +201,26 @@ class _Text:
             self.blocks, self.labels = plain_blocks(blocks)
         self.num_bytes = text_bytes(self.blocks, tokenizer)
 
-    def measure(
-        self, model: PreTrainedModel, batch_size: int | str, teacher: TeacherStates | None, keep: bool, name: str, split: bool
-    ) -> tuple[dict, list[dict], TeacherStates | None]:
-        """Return facts, records and, where it is to be kept, the model's reading of this process's share of the text."""
+    def read(
+        self,
+        model: PreTrainedModel,
+        batch_size: int | str,
+        teacher: TeacherStates | None,
+        keep: bool,
+        name: str,
+        split: bool,
+        metrics: Sequence[TextMetric],
+    ) -> tuple[list[dict], TeacherStates | None]:
+        """Return records and, where it is to be kept, the model's reading of this process's share of the text."""
         shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
         first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
         blocks, labels, known = self.blocks[first:last], self.labels[first:last], None if self.other else teacher
-        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}", labels=labels)
-        rows = text_records(sums, labels, self.num_bytes[first:last], first)
+        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}", labels=labels, metrics=metrics)
+        rows = text_records(sums, labels, self.num_bytes[first:last], first, metrics)
         rows = gather_object(rows) if processes > 1 else rows
         rows.sort(key=lambda row: (row["metric"], row["doc"]))
-        return text_facts(rows) | ({"tokenizer": "another"} if self.other else {}), rows, reading
+        return rows, reading
 
 
 def open_model(folder: Path, tensor_parallel: bool = False) -> PreTrainedModel:
@@ -208,23 +275,15 @@ def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
 
 
 def _facts(model: PreTrainedModel, folder: Path) -> dict:
-    size = sum(spec.num_bytes for spec in Checkpoint(folder).specs.values())
-    return {"parameters": model.num_parameters(), "bytes": size, "shape": shape_of(model.config)}
-
-
-def _kept(folder: Path | None, name: str) -> tuple[dict, list[dict]] | None:
-    """Return what an interrupted comparison has left of a model; every process gets what the first one reads."""
-    found, facts = [None], folder and folder / "checkpoints" / f"{name}.json"
-    if facts and PartialState().is_main_process and facts.is_file():
-        found = [(json.loads(facts.read_text(encoding="utf-8")), load_samples(folder / "samples" / f"{name}.parquet"))]
-    return (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
-
-
-def _keep(folder: Path | None, name: str, facts: dict, rows: Sequence[dict]) -> None:
-    """Write a model's records, then its facts: the facts are there only when all is."""
-    if folder is not None and PartialState().is_main_process:
-        save_samples(rows, folder / "samples" / f"{name}.parquet")
-        path = folder / "checkpoints" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(facts), encoding="utf-8")
-        path.with_suffix(".part").replace(path)
+    """Return what a model is: its commit on the Hub, and its sizes in memory and on disk."""
+    specs, numbers, revision = Checkpoint(folder).specs.values(), Counter(), revision_of(folder)
+    for spec in specs:
+        if DTYPES[spec.dtype].is_floating_point:
+            numbers[str(DTYPES[spec.dtype]).removeprefix("torch.")] += torch.Size(spec.shape).numel()
+    return {
+        **({"revision": revision} if revision else {}),
+        "parameters": model.num_parameters(),
+        "bytes": sum(spec.num_bytes for spec in specs),
+        "dtype": ", ".join(dtype for dtype, _ in numbers.most_common()),
+        "shape": shape_of(model.config),
+    }

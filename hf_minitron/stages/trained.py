@@ -1,9 +1,11 @@
 """What a stage that trains leaves behind: its log, and the model in the dtypes and files of the one that it came from."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -30,16 +32,34 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
+    """Write `log.json`, once for all processes: steps, tokens, losses and their weights, what was logged, on what, more."""
     if not trainer.is_world_process_zero():
         return
     args, state = trainer.args, trainer.state
-    # as many rows as were found to fit, with auto_find_batch_size
-    rows = state.global_step * state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    log = {"tokens": rows * args.block_size, "history": state.log_history, "machine": environment()} | facts
+    log = {
+        "steps": state.global_step,
+        "tokens": rows_read(trainer) * args.block_size,
+        "losses": dict(args.losses),
+        "precision": "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else "float32",
+        "history": state.log_history,
+        "machine": environment(),
+        **facts,
+    }
     if args.load_best_model_at_end:
         log["best"] = {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_read(trainer: Trainer) -> int:
+    """Count the rows of all steps of all processes: as many as were found to fit, and fewer at the end of an epoch."""
+    args, state = trainer.args, trainer.state
+    batch = state.train_batch_size * args.world_size
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return state.global_step * batch * args.gradient_accumulation_steps
+    rows = len(trainer.train_dataset)
+    rows -= rows % batch if args.dataloader_drop_last else 0
+    epochs, steps = divmod(state.global_step, math.ceil(math.ceil(rows / batch) / args.gradient_accumulation_steps))
+    return epochs * rows + steps * batch * args.gradient_accumulation_steps
 
 
 def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
