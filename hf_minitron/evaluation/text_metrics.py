@@ -51,6 +51,7 @@ class TextMetric:
     Example:
 
     ```python
+    >>> from hf_minitron import compare
     >>> def entropy(predictions):
     ...     logp = predictions.logits.log_softmax(-1)
     ...     return -(logp.exp() * logp).sum(-1)
