@@ -42,7 +42,7 @@ def test_the_card_says_what_was_done(whole):
     wrote = json.loads((whole / "run/synthesize/synthesize.json").read_text())
     machine, losses = log["machine"], [entry for entry in log["history"] if "loss" in entry]
     for fact in (
-        "once it was fine-tuned on the training text", "(teacher correction) by low-rank additions",
+        "once it was fine-tuned on the training text", "(teacher correction) by LoRA adapters",
         f"The teacher wrote text for training: {wrote['documents']} documents, {wrote['tokens']} tokens",
         "stored before: `top_k`, 8 for every token", "lower bound of the true divergence",
         "sizes differ from layer to layer", "](kept.png)", "](shapes.png)", "](loss.png)",
@@ -232,6 +232,30 @@ def test_results_of_benchmarks_lie_in_their_folder(whole, tmp_path, monkeypatch)
     publish.run(publish.Args(repo_id="me/small"), run, tmp_path)
     assert (tmp_path / "model/.eval_results/gsm8k.yaml").read_text() == "- value: 1\n"
     assert ".eval_results/gsm8k.yaml" in files_to_push(tmp_path / "model")
+
+
+def test_a_chain_s_sizes_stand_beside_their_models():
+    text = " ".join(card(between="first", teacher="owner/other").text.split())
+    assert (
+        "pruned from first (2.0 M), a student of [owner/big](https://huggingface.co/owner/big) and taught by owner/other"
+        in text
+    )
+    assert '"teacher" the model that was pruned, not owner/other.' in text
+
+
+def test_a_resumed_training_s_time_is_that_of_its_last_start():
+    log = {"tokens": 10, "steps": 2, "losses": {"forward_kl": 1.0}, "precision": "float32", "resumed": "checkpoint-1"}
+    log["history"] = [{"loss": 2.0, "step": 1}, {"train_runtime": 60.0, "step": 2}]
+    facts = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
+    text = " ".join(str(publish.write_card(report(), {}, log, facts)).split())
+    assert "10 tokens in 2 steps in float32, 1.0 minutes since it went on from checkpoint-1; losses: 1.0 forward_kl." in text
+
+
+def test_the_cache_of_latent_attention_is_its_row():
+    """A token adds one narrow row per layer, whatever the heads and though layers are gone."""
+    sizes = {"layers": 3, "hidden": 8, "ffn": 8, "heads": 4, "kv_rank": 1000, "rope": 24, "vocab": 9}
+    cut = {"before": sizes, "after": {**sizes, "layers": 2}, "dropped": [1], "by_layer": {"heads": [4, 0, 4]}}
+    assert [row[-1] for row in size_rows(report(), cut)[1:]] == ["6.1 kB", "4.1 kB", "4.1 kB"]
 
 
 def test_other_models_are_compared_too():

@@ -456,6 +456,7 @@ def test_the_trainer_pushes_with_our_card(hub, tmp_path):
         "quality has not",
         "0.75 forward_kl, 0.25 cross_entropy",
         "Step 3 of 3, 6 sequences",
+        "| precision | float32 |",
         "| step | loss | forward_kl |",
     ):
         assert fact in text, fact

@@ -1,11 +1,9 @@
 """What a stage that trains leaves behind: its log, and the model in the dtypes and files of the one that it came from."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -24,6 +22,7 @@ from hf_minitron.checkpoint import (
     write_tensors,
 )
 from hf_minitron.distillation.adapters import merge_lora
+from hf_minitron.distillation.batch import rows_read
 from hf_minitron.environment import environment
 from hf_minitron.saving import copy_side_files, save_config
 
@@ -48,18 +47,6 @@ def save_log(trainer: Trainer, out: Path, **facts) -> None:
     if args.load_best_model_at_end:
         log["best"] = {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-
-
-def rows_read(trainer: Trainer) -> int:
-    """Count the rows of all steps of all processes: as many as were found to fit, and fewer at the end of an epoch."""
-    args, state = trainer.args, trainer.state
-    batch = state.train_batch_size * args.world_size
-    if isinstance(trainer.train_dataset, IterableDataset):
-        return state.global_step * batch * args.gradient_accumulation_steps
-    rows = len(trainer.train_dataset)
-    rows -= rows % batch if args.dataloader_drop_last else 0
-    epochs, steps = divmod(state.global_step, math.ceil(math.ceil(rows / batch) / args.gradient_accumulation_steps))
-    return epochs * rows + steps * batch * args.gradient_accumulation_steps
 
 
 def save_trained(trainer: Trainer, source: Path, target: Path) -> None:
