@@ -42,8 +42,8 @@ def odd(project, tmp_path_factory):
         "gradient_accumulation_steps": ACCUMULATION, "logging_steps": 3, "include_num_input_tokens_seen": "all",
         "lora": {"r": 2}, "teacher": str(folder / "master"), "bf16": True,
         "losses": {"forward_kl": 0.75, "cross_entropy": 0.25},
-        "eval_text": str(project["folder"] / "calibration.jsonl"), "eval_tokens": 64, "eval_strategy": "steps", "eval_steps": 12,
-        "save_steps": 12, "save_total_limit": None, "load_best_model_at_end": True, "learning_rate": 0.3,
+        "eval_text": str(project["folder"] / "calibration.jsonl"), "eval_tokens": 64, "eval_strategy": "steps",
+        "eval_steps": 12, "save_steps": 12, "save_total_limit": None, "load_best_model_at_end": True, "learning_rate": 0.3,
     }  # fmt: skip
     recipe["evaluate"] |= {
         "models": {"peer": str(folder / "peer")}, "limit": 20, "few_shot": 1, "tokens": 256,
