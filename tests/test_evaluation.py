@@ -359,3 +359,21 @@ def test_what_cannot_be_split_over_processes_is_refused(config, processes, messa
     with pytest.raises(ValueError, match=message):
         check_tensor_parallel(config, processes)
     check_tensor_parallel(tiny.config(), 2)
+
+
+def test_models_in_memory_are_compared_as_their_folders(folders, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "best_dtype", lambda device: torch.float32)
+    models = {name: AutoModelForCausalLM.from_pretrained(folders / name).train() for name in ("teacher", "near")}
+    live = compare(models, blocks, processing_class=tiny.tokenizer(), folder=tmp_path)
+    stored = compare({name: folders / name for name in models}, blocks)
+    assert live.entries == stored.entries
+    assert live.comparisons == stored.comparisons
+    for name, facts in live.models.items():
+        assert facts == dict(stored.models[name]), name
+        assert models[name].training, "as it was"
+    with torch.no_grad():
+        models["near"].lm_head.weight.zero_()
+    again = compare(models, blocks, processing_class=tiny.tokenizer(), folder=tmp_path)
+    assert again.value("near", "perplexity") == pytest.approx(tiny.SIZES["vocab"]), "not what an earlier call has left"
+    with pytest.raises(ValueError, match="processing_class: teacher is a model in memory, so give its tokenizer"):
+        compare(models, blocks)

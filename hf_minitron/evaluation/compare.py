@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
-from hf_minitron.evaluation.report import Entry, Report, compare_models, load_samples, save_samples
+from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import (
     TeacherStates,
@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"  # as a run's, which go when a stage is done
 
 
 def compare(
-    models: Mapping[str, str | Path],
+    models: Mapping[str, str | Path | PreTrainedModel],
     blocks: Dataset,
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
@@ -49,26 +49,28 @@ def compare(
     seed: int = 0,
     add_bos_token: bool | None = None,
     metrics: Sequence[TextMetric] = TEXT_METRICS,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Report:
     """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
     Args:
-        models (`Mapping[str, str | Path]`): Name to folder or Hub id (`owner/name@revision` for a pin), teacher first.
+        models (`Mapping[str, str | Path | PreTrainedModel]`): Name to folder, Hub id (`owner/name@revision` for a pin) or a
+            model in memory, teacher first.
         blocks (`Dataset`): Held-out text from `token_blocks`, in the teacher's tokens. A model with another tokenizer reads the
             same text in its own; it is compared per byte, and not with the teacher's distribution.
         tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks, or paths of their YAML files.
         include_path (`str` or `Path`, *optional*): A folder with task files of your own.
         limit (`int`, *optional*): Documents per task; all when left out.
         batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
-        few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
-        chat_template (`bool`, *optional*, defaults to `False`): Whether questions are wrapped in the chat template.
+        few_shot (`int`, *optional*), chat_template (`bool`, *optional*): How questions are asked, see `Tasks`.
         tensor_parallel (`bool`, *optional*, defaults to `False`): Split every model over the processes, not the text.
         folder (`Path`, *optional*): Where the records of each model are kept, as `samples/<name>.parquet`. A model that an
             interrupted comparison with this folder has finished is not measured again.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-        add_bos_token (`bool`, *optional*): Whether tasks, and the text of a model with another tokenizer, begin with its BOS
-            token; as each tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
+        add_bos_token (`bool`, *optional*): Whether tasks, and the text in another tokenizer's tokens, begin with BOS; as each
+            tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
         metrics (`Sequence[TextMetric]`, *optional*): What is measured on the text, `TEXT_METRICS` and your own.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of models in memory.
 
     Returns:
         `Report`: Without speed; the same on every process.
@@ -85,142 +87,151 @@ def compare(
     settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
     chosen = Tasks.find(tasks, include_path, **settings, add_bos_token=add_bos_token)
     check_metrics(metrics)
-    folders = {name: resolve(source) for name, source in models.items()}
-    for path in folders.values() if tensor_parallel else ():
-        check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
-    settings["dtype"] = str(best_dtype(best_device())).removeprefix("torch.")
-    texts = _texts(folders, blocks, add_bos_token)
-    text = _text_facts(blocks, next(iter(texts.values())))
+    subjects = [_Subject(name, source, processing_class) for name, source in models.items()]
+    for subject in subjects:
+        subject.take_text(blocks, subjects[0], add_bos_token)
+    settings["dtype"] = ", ".join(dict.fromkeys(subject.dtype for subject in subjects))
+    text = _text_facts(blocks, subjects[0])
     how = {**settings, **text, "tasks": list(tasks), "metrics": [m.name for m in metrics], "task_bos": add_bos_token}
-    kept = _Kept(folder, {name: {**how, "path": str(source)} for name, source in models.items()})
-    _measure(kept, folders, texts, chosen, metrics, batch_size, not tensor_parallel)
-    return kept.report(text, settings, seed)
+    _measure(subjects, chosen, metrics, batch_size, not tensor_parallel, folder, how)
+    return _report(subjects, text, settings, seed)
 
 
-def _text_facts(blocks: Dataset, text: "_Text") -> dict[str, object]:
-    """Return what identifies the held-out text, and its bytes in the teacher's tokens."""
-    sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(text.num_bytes)}
+def _report(subjects: Sequence["_Subject"], text: Mapping, settings: Mapping, seed: int) -> Report:
+    entries = tuple(entry for subject in subjects for entry in subject.report.entries)
+    comparisons = compare_models(entries, {subject.name: subject.records for subject in subjects}, seed)
+    facts = {subject.name: subject.report.models[subject.name] for subject in subjects}
+    return Report(facts, entries, comparisons, text=text, settings=settings)
+
+
+def _text_facts(blocks: Dataset, teacher: "_Subject") -> dict[str, object]:
+    """Return what identifies the held-out text, and its size."""
+    sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(teacher.num_bytes)}
     return {"sha256": text_hash(blocks), **sizes, "add_bos_token": "labels" in blocks.column_names}
 
 
-class _Kept:
-    """What is measured of every model, as a report of its own and its records; on disk, where there is a folder."""
+class _Subject:
+    """A model that is measured, in memory or opened when its turn comes, with the text in its tokens and what was found."""
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, dict]):
-        self.folder, self.settings = folder, settings
-        found = [{name: self._load(name) for name in settings} if folder and PartialState().is_main_process else {}]
-        if PartialState().num_processes > 1:
-            broadcast_object_list(found)  # every process gets what the first one reads
-        self.measured = dict.fromkeys(settings) | found[0]
-
-    def _load(self, name: str) -> tuple[Report, list[dict]] | None:
-        """Return what an interrupted comparison has left of a model, measured in the same way."""
-        path = self.folder / CHECKPOINTS / f"{name}.json"
-        report = Report.load(path) if path.is_file() else None
-        same = report is not None and report.settings == self.settings[name]
-        return (report, load_samples(self._samples(name))) if same else None
-
-    def add(self, name: str, facts: dict, entries: Sequence[Entry], records: list[dict]) -> None:
-        """Keep a model's records, then its report: that is there only when all is."""
-        report = Report({name: facts}, tuple(entries), settings=self.settings[name])
-        self.measured[name] = report, records
-        if self.folder is not None and PartialState().is_main_process:
-            save_samples(records, self._samples(name))
-            path = self.folder / CHECKPOINTS / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            report.save(path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-
-    def report(self, text: Mapping, settings: Mapping, seed: int) -> Report:
-        """Return what was measured of all models, compared."""
-        reports = [report for report, _ in self.measured.values()]
-        models = {name: facts for report in reports for name, facts in report.models.items()}
-        entries = tuple(entry for report in reports for entry in report.entries)
-        comparisons = compare_models(entries, {name: records for name, (_, records) in self.measured.items()}, seed)
-        return Report(models, entries, comparisons, text=text, settings=settings)
-
-    def _samples(self, name: str) -> Path:
-        return self.folder / "samples" / f"{name}.parquet"
-
-
-def _measure(
-    kept: _Kept,
-    folders: Mapping[str, Path],
-    texts: Mapping[str, "_Text"],
-    tasks: Tasks,
-    metrics: Sequence[TextMetric],
-    batch_size: int | str,
-    split: bool,
-) -> None:
-    """Measure the models that are not kept."""
-    teacher = None
-    for number, (name, path) in enumerate(folders.items()):
-        waiting = any(kept.measured[other] is None and not texts[other].other for other in list(folders)[1:])
-        keep = number == 0 and waiting  # even where it was measured before: the others are compared with its states
-        if kept.measured[name] is not None and not keep:
-            continue
-        model, text = open_model(path, not split), texts[name]
-        records, reading = text.read(model, batch_size, teacher, keep, name, split, metrics)
-        teacher = teacher or reading
-        if kept.measured[name] is None:
-            entries, more = text_entries(name, records, metrics, text.other), []
-            if tasks.names:
-                found, more = run_tasks(model, text.tokenizer, tasks, batch_size, split, name)
-                entries += found
-            facts = {"path": kept.settings[name]["path"]} | _facts(model, path)
-            kept.add(name, facts | ({"tokenizer": "another"} if text.other else {}), entries, records + more)
-        del model
-
-
-def _texts(folders: Mapping[str, Path], blocks: Dataset, add_bos_token: bool | None) -> dict[str, "_Text"]:
-    """Return the held-out text in every model's tokens."""
-    tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
-    sizes, teacher = {name: AutoConfig.from_pretrained(path).vocab_size for name, path in folders.items()}, next(iter(folders))
-    return {
-        name: _Text(blocks, tokenizer, tokenizers[teacher], min(sizes[name], sizes[teacher]), add_bos_token)
-        for name, tokenizer in tokenizers.items()
-    }
-
-
-class _Text:
-    """The held-out text in one model's tokens."""
-
-    def __init__(
-        self,
-        blocks: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        teachers: PreTrainedTokenizerBase,
-        vocab_size: int,
-        add_bos_token: bool | None,
-    ):
-        self.tokenizer, self.other = tokenizer, bool(difference(tokenizer, teachers, vocab_size))
-        if self.other:
-            self.blocks, self.labels = in_tokens_of(tokenizer, blocks, teachers, add_bos_token)
+    def __init__(self, name: str, source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+        self.name, self.report, self.records = name, None, []
+        if isinstance(source, PreTrainedModel):
+            if tokenizer is None:
+                raise ValueError(f"processing_class: {name} is a model in memory, so give its tokenizer")
+            self.folder, self.model, self.config, self.tokenizer = None, source, source.config, tokenizer
+            self.path, dtype = source.name_or_path or "in memory", source.dtype
         else:
-            check_ids(blocks, vocab_size, tokenizer)
+            self.folder, self.model, self.path, dtype = resolve(source), None, str(source), best_dtype(best_device())
+            self.config, self.tokenizer = (kind.from_pretrained(self.folder) for kind in (AutoConfig, AutoTokenizer))
+        self.dtype = str(dtype).removeprefix("torch.")
+
+    def take_text(self, blocks: Dataset, teacher: "_Subject", add_bos_token: bool | None) -> None:
+        """Read the held-out text in this model's tokens."""
+        size = min(self.config.vocab_size, teacher.config.vocab_size)
+        self.other = bool(difference(self.tokenizer, teacher.tokenizer, size))
+        if self.other:
+            self.blocks, self.labels = in_tokens_of(self.tokenizer, blocks, teacher.tokenizer, add_bos_token)
+        else:
+            check_ids(blocks, size, self.tokenizer)
             self.blocks, self.labels = plain_blocks(blocks)
-        self.num_bytes = text_bytes(self.blocks, tokenizer)
+        self.num_bytes = text_bytes(self.blocks, self.tokenizer)
 
     def read(
         self,
         model: PreTrainedModel,
+        metrics: Sequence[TextMetric],
         batch_size: int | str,
         teacher: TeacherStates | None,
         keep: bool,
-        name: str,
         split: bool,
-        metrics: Sequence[TextMetric],
     ) -> tuple[list[dict], TeacherStates | None]:
         """Return records and, where it is to be kept, the model's reading of this process's share of the text."""
         shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
         first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
         blocks, labels, known = self.blocks[first:last], self.labels[first:last], None if self.other else teacher
-        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}", labels=labels, metrics=metrics)
+        name = f"Text of {self.name}"
+        sums, reading = read_text(model, blocks, batch_size, known, keep, name, labels=labels, metrics=metrics)
         rows = text_records(sums, labels, self.num_bytes[first:last], first, metrics)
         rows = gather_object(rows) if processes > 1 else rows
         rows.sort(key=lambda row: (row["metric"], row["doc"]))
         return rows, reading
+
+    def facts(self, model: PreTrainedModel) -> dict:
+        """Return what the model is: where it came from, and its sizes in memory and on disk."""
+        if self.folder is None:
+            stored = [(tensor.dtype, tensor.numel(), tensor.nbytes) for tensor in model.parameters()]
+        else:
+            specs = Checkpoint(self.folder).specs.values()
+            stored = [(DTYPES[spec.dtype], torch.Size(spec.shape).numel(), spec.num_bytes) for spec in specs]
+        numbers, revision = Counter(), self.folder and revision_of(self.folder)
+        for dtype, count, _ in stored:
+            numbers[str(dtype).removeprefix("torch.")] += count * dtype.is_floating_point
+        return {
+            "path": self.path,
+            **({"revision": revision} if revision else {}),
+            "parameters": model.num_parameters(),
+            "bytes": sum(size for _, _, size in stored),
+            "dtype": ", ".join(dtype for dtype, count in numbers.most_common() if count),
+            "shape": shape_of(model.config),
+            **({"tokenizer": "another"} if self.other else {}),
+        }
+
+    def load(self, folder: Path | None, how: Mapping) -> None:
+        """Take what an interrupted comparison has left of a folder's model, measured in the same way, on every process."""
+        found = [(None, [])]
+        path = folder and folder / CHECKPOINTS / f"{self.name}.json"
+        if PartialState().is_main_process and path and self.folder and path.is_file():
+            report = Report.load(path)
+            if report.settings == {**how, "path": self.path}:
+                found = [(report, load_samples(folder / "samples" / f"{self.name}.parquet"))]
+        self.report, self.records = (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
+
+    def save(self, folder: Path | None) -> None:
+        """Write the records, then the report: that is there only when all is."""
+        if folder is not None and PartialState().is_main_process:
+            save_samples(self.records, folder / "samples" / f"{self.name}.parquet")
+            path = folder / CHECKPOINTS / f"{self.name}.json"
+            path.parent.mkdir(exist_ok=True)
+            self.report.save(path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+
+
+def _measure(
+    subjects: Sequence[_Subject],
+    tasks: Tasks,
+    metrics: Sequence[TextMetric],
+    batch_size: int | str,
+    split: bool,
+    folder: Path | None,
+    how: Mapping,
+) -> None:
+    """Measure one model after the other, but for those that an interrupted comparison has measured."""
+    for subject in subjects:
+        if not split:
+            check_tensor_parallel(subject.config, PartialState().num_processes)
+        subject.load(folder, how)
+    waiting, reading = any(not subject.report and not subject.other for subject in subjects[1:]), None
+    for subject in subjects:
+        keep = subject is subjects[0] and waiting  # even where it is measured: the others are compared with its states
+        if subject.report and not keep:
+            continue
+        model = subject.model or open_model(subject.folder, not split)
+        training = model.training
+        model.eval()
+        records, states = subject.read(model, metrics, batch_size, reading, keep, split)
+        reading = reading or states
+        if subject.report is None:
+            entries, more = text_entries(subject.name, records, metrics, subject.other), []
+            if tasks.names:
+                found, more = run_tasks(model, subject.tokenizer, tasks, batch_size, split, subject.name)
+                entries += found
+            settings = {**how, "path": subject.path}
+            subject.report = Report({subject.name: subject.facts(model)}, tuple(entries), settings=settings)
+            subject.records = records + more
+            subject.save(folder)
+        model.train(training)
+        del model
 
 
 def open_model(folder: Path, tensor_parallel: bool = False) -> PreTrainedModel:
@@ -272,18 +283,3 @@ def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
     if isinstance(config, PrunedConfig):
         return {"layers": config.num_hidden_layers, "hidden": config.hidden_size, **config.layer_sizes}
     return family_of(config).shape_of(config).axes
-
-
-def _facts(model: PreTrainedModel, folder: Path) -> dict:
-    """Return what a model is: its commit on the Hub, and its sizes in memory and on disk."""
-    specs, numbers, revision = Checkpoint(folder).specs.values(), Counter(), revision_of(folder)
-    for spec in specs:
-        if DTYPES[spec.dtype].is_floating_point:
-            numbers[str(DTYPES[spec.dtype]).removeprefix("torch.")] += torch.Size(spec.shape).numel()
-    return {
-        **({"revision": revision} if revision else {}),
-        "parameters": model.num_parameters(),
-        "bytes": sum(spec.num_bytes for spec in specs),
-        "dtype": ", ".join(dtype for dtype, _ in numbers.most_common()),
-        "shape": shape_of(model.config),
-    }
