@@ -57,7 +57,7 @@ def main() -> None:
     before = Architecture.of(model.config).shape
 
     def quality(student) -> float:
-        return round(perplexity(student, held_out)["value"], 1)
+        return round(perplexity(student, held_out).value, 1)
 
     def sliced(scores, target, teacher=model):
         shape = Architecture.of(teacher.config).shape

@@ -57,7 +57,7 @@ def main() -> None:
         plain = prune_model(model, plan)
         corrected = prune_model(model, plan, statistics, (*DEFAULT_CORRECTIONS, *more), residuals)
         for text, held_out in texts.items():
-            before, after = (perplexity(student, held_out)["value"] for student in (plain, corrected))
+            before, after = (perplexity(student, held_out).value for student in (plain, corrected))
             results[name, text] = after / before
             print(f"{name:32} {text:14} {before:9.1f} -> {after:9.1f}  {after / before:.2f}", flush=True)
     first, *_ = texts

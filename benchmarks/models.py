@@ -19,9 +19,8 @@ import yaml
 from matplotlib import pyplot as plt
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from hf_minitron import Report, load_text
+from hf_minitron import load_text
 from hf_minitron.__main__ import VERBS
-from hf_minitron.evaluation.report import TEXT
 from hf_minitron.hub import plots
 from hf_minitron.hub.card import load_log
 from hf_minitron.recipe import load_recipe
@@ -177,16 +176,7 @@ def command(stage: str, path: Path, folder: Path | None = None) -> None:
 
 
 def summarize(folder: Path, size: str) -> None:
-    """Write what the README says about one size: figures, the sentences that answer its questions, and the curves."""
-    report = Report.load(folder / f"smollm2-135m-{size}/evaluate/report.json")
-    pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
-    pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
-    said = [
-        c["sentence"]
-        for model, baseline in pairs
-        for c in report.against(baseline, model)
-        if (c["task"], c["metric"]) == (TEXT, "perplexity")
-    ]
+    """Write the curves of one size; what was measured is kept beside its card (`keep_cards.py`)."""
     curves = {}
     for path in sorted(folder.glob("*/distill/log.json")):
         log = load_log(path)
@@ -194,7 +184,7 @@ def summarize(folder: Path, size: str) -> None:
         name = "ours" if path.parts[-3] == f"smollm2-135m-{size}" else path.parts[-3]
         if steps and name != "cached":  # whose loss is too high by a number that no student changes
             curves[name] = [(entry["step"] * BATCH * BLOCK, entry["forward_kl"]) for entry in steps]
-    content = {"tokens": STEPS * BATCH * BLOCK, "models": report.models, "sentences": said, "curves": curves}
+    content = {"tokens": STEPS * BATCH * BLOCK, "curves": curves}
     (RESULTS / f"{size}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plot_curves(curves, RESULTS / f"{size}.png")
 

@@ -62,10 +62,10 @@ def main() -> None:
             found = {}
             for name, plan in {"uniform": uniform, "nonuniform": nonuniform}.items():
                 student = prune_model(teacher, plan, statistics)
-                found[name] = [[perplexity(student.eval(), blocks)["value"] for blocks in texts.values()]]
+                found[name] = [[perplexity(student.eval(), blocks).value for blocks in texts.values()]]
                 if args.tokens:
                     distil(student, teacher, training, args.tokens, args, Path(folder) / "out")
-                    found[name].append([perplexity(student.eval(), blocks)["value"] for blocks in texts.values()])
+                    found[name].append([perplexity(student.eval(), blocks).value for blocks in texts.values()])
                 body = student.num_parameters() - student.get_input_embeddings().weight.numel()
                 print(f"{cut:.0%} {name:10} body {body:,}", *(f"{p:.1f}" for row in found[name] for p in row), flush=True)
             pairs = [f"{n[0]:.1f} vs {u[0]:.1f}" for u, n in zip(found["uniform"], found["nonuniform"], strict=True)]

@@ -41,10 +41,10 @@ def main() -> None:
 
     def every_layer() -> torch.Tensor:
         """Run the whole model, then all that is left without each layer."""
-        costs = [perplexity(model, blocks)["value"]]
+        costs = [perplexity(model, blocks).value]
         for layer in range(len(layers)):
             with without_layers(model, [layer]):
-                costs.append(perplexity(model, blocks)["value"])
+                costs.append(perplexity(model, blocks).value)
         return torch.tensor(costs[1:]) - costs[0]
 
     ways = {"kept states": lambda: removal_costs(model, blocks, "perplexity"), "every layer": every_layer}

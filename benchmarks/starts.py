@@ -67,7 +67,7 @@ def main() -> None:
                 start = prune_model(teacher, plan, *given)
                 if tokens:
                     distil(start, teacher, training, tokens, args, Path(folder) / "out")
-                found.append([perplexity(start.eval(), blocks)["value"] for blocks in texts.values()])
+                found.append([perplexity(start.eval(), blocks).value for blocks in texts.values()])
             ratios = [after / before for before, after in zip(*found, strict=True)]
             lines.append(f"{tokens:,}: {found[0][0]:.1f}, {found[1][0]:.1f}")
             cells = zip(texts, *found, ratios, strict=True)

@@ -17,7 +17,9 @@ from keep_cards import keep
 
 from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
-from hf_minitron.hub.card import load_log, markdown_table, measured, quality_rows, speed_rows
+from hf_minitron.evaluation.report import TEXT, Comparison
+from hf_minitron.evaluation.wording import markdown_table, measured, millions, quality_rows, sentence, speed_rows
+from hf_minitron.hub.card import load_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
@@ -49,9 +51,10 @@ def expected_block(run: Path, recipe: Path) -> str:
     report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
     whole = yaml.safe_load((recipe / "recipe.yaml").read_text())
     distill = whole["distill"]
-    tokens = distill["max_steps"] * distill["per_device_train_batch_size"] * distill["block_size"]
+    rows = distill["per_device_train_batch_size"] * distill.get("gradient_accumulation_steps", 1)
+    tokens = distill["max_steps"] * rows * distill["block_size"]
     sizes = [report.models[name]["parameters"] for name in ("teacher", "distilled")]
-    expected = ", ".join(f"{measured(model['perplexity'])} ({name})" for name, model in report.models.items())
+    expected = ", ".join(f"{measured(report.entry(name, 'perplexity'))} ({name})" for name in report.models)
     seconds = sum(json.loads(mark.read_text())["seconds"] for mark in run.glob("*/done.json"))
     rows = [
         ["parameters", f"{sizes[0]:,} to {sizes[1]:,}"],
@@ -94,29 +97,37 @@ def claims_block(claims: dict) -> str:
     )
 
 
-def models_block(found: dict[str, dict]) -> str:
+def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
     """Return one size after the other: the table of its models, their curves and the sentences."""
     parts = []
-    for size, content in found.items():
-        models = content["models"]
-        tasks = [task for task, metrics in models["teacher"]["tasks"].items() if "acc" in metrics]
+    for size, (report, tokens) in sizes.items():
+        tasks = [entry.task for entry in report.of_tasks("teacher") if entry.metric == "acc"]
+        columns = [(TEXT, "perplexity"), (TEXT, "teacher_kl"), *((task, "acc") for task in tasks)]
         rows = [["model", "parameters", "perplexity", "KL to teacher", *(task.removeprefix("local_") for task in tasks)]]
-        for name, model in models.items():
-            cells = [model["perplexity"], model.get("agreement", {}).get("teacher_kl")]
-            cells += [model["tasks"].get(task, {}).get("acc") for task in tasks]
+        for name, model in report.models.items():
             title = {"pruned": "ours, before training", "distilled": "**ours**"}.get(name, name)
-            rows.append([title, f"{model['parameters'] / 1e6:,.1f} M", *map(measured, cells)])
+            cells = [measured(report.entry(name, metric, task)) for task, metric in columns]
+            rows.append([title, millions(model["parameters"]), *cells])
+        said = [sentence(found) for found in asked(report)]
         parts += [
-            f"**{size.upper()}**, {content['tokens']:,} tokens; ± standard error",
+            f"**{size.upper()}**, {tokens:,} tokens; ± standard error",
             markdown_table(rows),
             f"![Distillation losses](benchmarks/results/models/{size}.png)",
             "With all tokens, and with a third of them (*distilled* is ours):",
-            "\n".join(f"- {sentence}" for sentence in content["sentences"] if " published " in f" {sentence}"),
+            "\n".join(f"- {words}" for words in said if " published " in f" {words}"),
             "<details><summary>The others</summary>",
-            "\n".join(f"- {sentence}" for sentence in content["sentences"] if " published " not in f" {sentence}"),
+            "\n".join(f"- {words}" for words in said if " published " not in f" {words}"),
             "</details>",
         ]
     return "\n\n".join(parts)
+
+
+def asked(report: Report) -> list[Comparison]:
+    """Return the comparisons by perplexity that answer the README's questions."""
+    pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
+    pairs += [(name, "distilled") for name in report.models if name not in ("teacher", "pruned", "distilled", "published")]
+    found = {(c.model, c.baseline): c for c in report.comparisons if (c.task, c.metric) == (TEXT, "perplexity")}
+    return [found[pair] for pair in pairs]
 
 
 def main() -> None:
@@ -126,7 +137,9 @@ def main() -> None:
     run = parser.parse_args().run.resolve()
     blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
     blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
-    blocks["models"] = models_block({path.stem: json.loads(path.read_text()) for path in sorted(MODELS.glob("*.json"))})
+    cards = {path.stem: ROOT / f"model_cards/smollm2-135m-{path.stem}/report.json" for path in sorted(MODELS.glob("*.json"))}
+    tokens = {size: json.loads((MODELS / f"{size}.json").read_text())["tokens"] for size in cards}
+    blocks["models"] = models_block({size: (Report.load(path), tokens[size]) for size, path in cards.items()})
     if run.is_dir():
         blocks["demo"] = demo_block(run, ROOT / "recipes" / run.name)
         blocks["expected"] = expected_block(run, ROOT / "recipes" / run.name)

@@ -19,8 +19,8 @@ from hf_minitron.chain import check_chain, outlines, stand_in
 from hf_minitron.checkpoint import resolve
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.wording import markdown_table, quality_rows, sentence, speed_rows
 from hf_minitron.execute import execute, read_inputs, summary
-from hf_minitron.hub.card import markdown_table, quality_rows, speed_rows
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
@@ -192,8 +192,8 @@ def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) ->
         print("\n" + markdown_table(quality_rows(report)))
         if report.speed:
             print("\n" + markdown_table(speed_rows(report)))
-        if sentences := [comparison["sentence"] for comparison in report.against("teacher", "distilled")]:
-            print("\n" + "\n".join(sentences))
+        if found := report.against("teacher", "distilled"):
+            print("\n" + "\n".join(map(sentence, found)))
         folder = run.path("publish") / "model"
         print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
 

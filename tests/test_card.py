@@ -17,8 +17,10 @@ from huggingface_hub import ModelCard
 from test_publish import card, report
 
 from hf_minitron.__main__ import VERBS, main
+from hf_minitron.evaluation.report import Comparison, Entry, Report
+from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
-from hf_minitron.hub.card import benchmark_files, loss_parts, metric_rows, size_rows
+from hf_minitron.hub.card import benchmark_files, loss_parts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
 from hf_minitron.recipe import load_recipe
@@ -35,12 +37,12 @@ def test_the_card_says_what_was_done(whole):
     folder = whole / "run/publish/model"
     found = ModelCard.load(folder / "README.md")
     text, log = " ".join(found.text.split()), json.loads((whole / "run/distill/log.json").read_text())
-    data = json.loads((folder / "report.json").read_text())
+    data = Report.load(folder / "report.json")
     assert found.data.base_model == "owner/teacher" and found.data.language == "en" and found.data.datasets is None
     wrote = json.loads((whole / "run/synthesize/synthesize.json").read_text())
     machine, losses = log["machine"], [entry for entry in log["history"] if "loss" in entry]
     for fact in (
-        "once it was fine-tuned on the training text", "(teacher correction) by low-rank additions",
+        "once it was fine-tuned on the training text", "(teacher correction) by LoRA adapters",
         f"The teacher wrote text for training: {wrote['documents']} documents, {wrote['tokens']} tokens",
         "stored before: `top_k`, 8 for every token", "lower bound of the true divergence",
         "sizes differ from layer to layer", "](kept.png)", "](shapes.png)", "](loss.png)",
@@ -50,9 +52,9 @@ def test_the_card_says_what_was_done(whole):
         "No loss on held-out text", "Nobody has written down", "2407.14679", "2408.11796", "hours together",
     ):  # fmt: skip
         assert fact in text, fact
-    low, high = data["models"]["distilled"]["perplexity"]["interval"]
+    low, high = data.entry("distilled", "perplexity").interval
     assert any(f"({low:,.{digits}f} to {high:,.{digits}f})" in text for digits in range(3))
-    assert all(c["sentence"] in text for c in data["comparisons"] if (c["model"], c["baseline"]) == ("distilled", "teacher"))
+    assert all(sentence(comparison) in text for comparison in data.against("teacher", "distilled"))
     plan = Plan.load(folder / "plan.json")
     assert f"| ffn | 72 | **{min(plan.by_layer['ffn'])} to {max(plan.by_layer['ffn'])}** |" in text
     stages = ["correct", "synthesize", "score", "prune", "cache", "distill", "evaluate"]
@@ -195,9 +197,8 @@ def test_sizes_count_the_cache_of_the_layers_that_stay():
 
 def test_values_have_intervals_or_errors_and_say_which_way_is_better():
     found = report()
-    acc = {"value": 0.25, "stderr": 0.05, "interval": [0.151, 0.349], "higher_is_better": True}
-    found.models["distilled"]["tasks"]["task"]["acc"] = acc
-    rows = metric_rows(found)
+    acc = Entry("distilled", "task", "acc", 0.25, 0.05, (0.151, 0.349))
+    rows = metric_rows(replace(found, entries=[*found.entries[:-1], acc]))
     assert rows[0] == ["metric", "teacher", "pruned", "distilled"]
     assert rows[1] == ["perplexity ↓", "11.00 ± 0.34", "57.00 ± 0.34", "16.00 ± 0.34"]
     assert rows[2] == ["task acc ↑", "0.250 ± 0.050", "0.250 ± 0.050", "0.25 (0.15 to 0.35)"]
@@ -215,9 +216,8 @@ def test_values_have_intervals_or_errors_and_say_which_way_is_better():
     ],
 )
 def test_results_of_registered_benchmarks_only(settings, section, written):
-    found = replace(report(), settings=settings)
-    tasks = {"gsm8k": {"exact_match": {"value": 0.12345, "stderr": 0.01}}, "arc_easy": {"acc": {"value": 0.5, "stderr": 0.1}}}
-    found.models["distilled"]["tasks"] = tasks
+    entries = [Entry("distilled", "gsm8k", "exact_match", 0.12345, 0.01), Entry("distilled", "arc_easy", "acc", 0.5, 0.1)]
+    found = replace(report(), settings=settings, entries=entries)
     files = benchmark_files(found, {"tasks": ["gsm8k", "arc_easy"]} | section)
     assert list(files) == ([".eval_results/gsm8k.yaml"] if written else [])
     if written:
@@ -234,6 +234,30 @@ def test_results_of_benchmarks_lie_in_their_folder(whole, tmp_path, monkeypatch)
     assert ".eval_results/gsm8k.yaml" in files_to_push(tmp_path / "model")
 
 
+def test_a_chain_s_sizes_stand_beside_their_models():
+    text = " ".join(card(between="first", teacher="owner/other").text.split())
+    assert (
+        "pruned from first (2.0 M), a student of [owner/big](https://huggingface.co/owner/big) and taught by owner/other"
+        in text
+    )
+    assert '"teacher" the model that was pruned, not owner/other.' in text
+
+
+def test_a_resumed_training_s_time_is_that_of_its_last_start():
+    log = {"tokens": 10, "steps": 2, "losses": {"forward_kl": 1.0}, "precision": "float32", "resumed": "checkpoint-1"}
+    log["history"] = [{"loss": 2.0, "step": 1}, {"train_runtime": 60.0, "step": 2}]
+    facts = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
+    text = " ".join(str(publish.write_card(report(), {}, log, facts)).split())
+    assert "10 tokens in 2 steps in float32, 1.0 minutes since it went on from checkpoint-1; losses: 1.0 forward_kl." in text
+
+
+def test_the_cache_of_latent_attention_is_its_row():
+    """A token adds one narrow row per layer, whatever the heads and though layers are gone."""
+    sizes = {"layers": 3, "hidden": 8, "ffn": 8, "heads": 4, "kv_rank": 1000, "rope": 24, "vocab": 9}
+    cut = {"before": sizes, "after": {**sizes, "layers": 2}, "dropped": [1], "by_layer": {"heads": [4, 0, 4]}}
+    assert [row[-1] for row in size_rows(report(), cut)[1:]] == ["6.1 kB", "4.1 kB", "4.1 kB"]
+
+
 def test_other_models_are_compared_too():
     pairs = [
         ("pruned", "teacher"),
@@ -242,20 +266,25 @@ def test_other_models_are_compared_too():
         ("peer", "distilled"),
         ("peer", "pruned"),
     ]
-    found = [{"model": a, "baseline": b, "sentence": f"{a} against {b}", "task": "t", "metric": "acc", "difference": 0.1,
-              "interval": [0.0, 0.2], "retention": None, "retention_interval": None, "p": 0.1, "verdict": "better"}
+    found = [Comparison(0.5, 0.4, (0.0, 0.2), 0.1, "paired bootstrap", None, None, 9, None, "better", a, b, "t", "acc")
              for a, b in pairs]  # fmt: skip
     text = card(replace(report(), comparisons=found)).text
     details = text.split("<details>")[1].split("</details>")[0]
-    assert "- distilled against pruned\n- peer against distilled\n" in details and "teacher" not in details
-    assert "- distilled against teacher" in text and "peer against pruned" not in text and "pruned against teacher" not in text
+    said = [line.partition(" on ")[0] for line in details.splitlines() if line.startswith("- ")]
+    assert said == ["- distilled is better than pruned", "- peer is better than distilled"]
+    assert "- distilled is better than teacher" in text.split("<details>")[0]
+    assert "peer is better than pruned" not in text
+    assert "pruned is better than teacher" not in text
 
 
 def test_parts_of_the_loss_are_named_where_there_are_several():
-    entry = {"loss": 2.0, "step": 1, "grad_norm": 1.0, "learning_rate": 0.1, "epoch": 0.5, "forward_kl": 2.0}
-    assert loss_parts({"history": [entry]}) == []
-    assert loss_parts({"history": [entry | {"cross_entropy": 1.0}, {"eval_loss": 3.0}]}) == ["forward_kl", "cross_entropy"]
+    entry = {"loss": 2.0, "step": 1, "grad_norm": 1.0, "train_runtime": 0.1, "anything": 0.5, "forward_kl": 2.0}
+    losses = {"forward_kl": 1.0, "cross_entropy": 1.0}
+    assert loss_parts({"history": [entry], "losses": losses}) == []
+    history = [entry | {"cross_entropy": 1.0}, {"eval_loss": 3.0}]
+    assert loss_parts({"history": history, "losses": losses}) == ["forward_kl", "cross_entropy"]
     history = [{"loss": 2.0, "step": 1}, {"eval_loss": 2.5, "step": 1}, {"eval_loss": 1.5, "step": 2}, {"loss": 1.0, "step": 2}]
-    text = str(publish.write_card(report(), {}, {"tokens": 10, "history": history}, dict(yaml.safe_load("""
+    log = {"tokens": 10, "steps": 2, "losses": losses, "history": history}
+    text = str(publish.write_card(report(), {}, log, dict(yaml.safe_load("""
         {name: a, load: ., base_model: o/b, pictures: {}, command: c, seconds: {}, missing: []}"""))))  # fmt: skip
     assert "On held-out text 2.500 at first, 1.500 at the end" in text and "not recorded" in text and "Not known:" in text

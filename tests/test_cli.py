@@ -40,8 +40,10 @@ def test_every_stage_leaves_what_it_promises(done):
         assert json.loads((done / stage / "done.json").read_text())["digest"] and not (done / f"{stage}.tmp").exists()
     report = json.loads((done / "evaluate/report.json").read_text())
     assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}
-    for model in report["models"].values():
-        assert model["perplexity"]["stderr"] > 0 and model["tasks"]["tiny_last_word"]["acc"]["samples"] == 8
+    entries = {(entry["model"], entry["metric"]): entry for entry in report["entries"]}
+    for model in report["models"]:
+        assert entries[model, "perplexity"]["stderr"] > 0, model
+        assert entries[model, "acc"]["n"] == 8, model
     pairs = {(found["model"], found["baseline"]) for found in report["comparisons"]}
     assert pairs == {("pruned", "teacher"), ("distilled", "teacher"), ("distilled", "pruned")}
     assert {entry["batch_size"] for entry in report["speed"]["teacher"]} == {1, 4}
@@ -497,5 +499,7 @@ def test_other_models_are_evaluated_too(project, done, tmp_path):
         found for found in report["comparisons"]
         if (found["model"], found["baseline"], found["metric"]) == ("other-1.0", "pruned", "perplexity")
     ]  # fmt: skip
-    assert same["difference"] == 0 and same["p"] == 1 and same["verdict"] == "not distinguishable"
+    assert same["value"] == same["baseline_value"] and same["p"] == 1 and same["verdict"] == "not distinguishable"
+    dtype = report["settings"].pop("dtype")
     assert report["settings"] == {"limit": None, "few_shot": 1, "chat_template": False}
+    assert dtype in ("float32", "bfloat16")

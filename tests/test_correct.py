@@ -12,6 +12,7 @@ from test_distillation import CONSTANT, RAGGED
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from hf_minitron import Report
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.adapters import add_lora, merge_lora
 from hf_minitron.distillation.config import DistillationArguments
@@ -126,7 +127,8 @@ def test_the_student_learns_from_the_corrected_teacher(project, recipe, lora, ca
     assert config["architectures"] == ["LlamaForCausalLM"] and not list((run / "correct/teacher").glob("adapter*"))
     assert AutoModelForCausalLM.from_pretrained(run / "correct/teacher").num_parameters() == report["teacher"]["parameters"]
     assert not (run / "correct/checkpoints").exists() and (run / "correct/teacher/tokenizer.json").is_file()
-    assert report["corrected"]["perplexity"]["value"] < report["teacher"]["perplexity"]["value"]
+    measured = Report.load(run / "evaluate/report.json")
+    assert measured.value("corrected", "perplexity") < measured.value("teacher", "perplexity")
     assert json.loads((run / "correct/log.json").read_text())["tokens"] == 8 * 2 * 16
     # distilled again, as without the section: from the teacher as it was, or from the corrected one by name
     plain = recipe("plain", drop=["correct"])

@@ -13,7 +13,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 from hf_minitron import Report
-from hf_minitron.hub.card import markdown_table, quality_rows
+from hf_minitron.evaluation.wording import markdown_table, millions, quality_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "runs/smollm2-135m-width"
@@ -45,10 +45,10 @@ def test_three_models_are_measured(report):
 
 def test_the_student_has_learnt(report):
     """By far more than chance, on text that nobody trained on."""
-    found = {(c["task"], c["metric"]): c for c in report.against("pruned", "distilled")}
+    found = {(c.task, c.metric): c for c in report.against("pruned", "distilled")}
     learnt = found["held-out text", "perplexity"]
-    teacher, pruned, distilled = (model["perplexity"]["value"] for model in report.models.values())
-    assert learnt["p"] < 0.001
+    teacher, pruned, distilled = (report.value(name, "perplexity") for name in report.models)
+    assert learnt.p < 0.001
     assert teacher < distilled < 0.85 * pruned
 
 
@@ -78,10 +78,10 @@ def test_its_weights_can_be_quantized(kind):
 
 def test_the_card_is_made_of_the_report(report):
     card = (MODEL / "README.md").read_text()
-    assert f"{report.models['distilled']['parameters'] / 1e6:.1f} M parameters" in card
+    assert f"{report.models['distilled']['parameters'] / 1e6:.1f} M parameters in bfloat16" in card
     (row,) = (line for line in card.splitlines() if line.startswith("| perplexity ") and "(" in line and "%" not in line)
     shown = [float(cell.split("(")[0]) for cell in row.split("|")[2:5]]
-    assert shown == pytest.approx([model["perplexity"]["value"] for model in report.models.values()], rel=0.02)
+    assert shown == pytest.approx([report.value(name, "perplexity") for name in report.models], rel=0.02)
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert metadata["license"] == "apache-2.0"
@@ -107,7 +107,7 @@ def outline(page):
 def test_the_readme_comes_from_this_code(report):
     block = (ROOT / "README.md").read_text().split("<!-- demo:begin -->")[1].split("<!-- demo:end -->")[0]
     assert outline(markdown_table(quality_rows(report)))[0] in outline(block)
-    sizes = {name: f"{model['parameters'] / 1e6:,.1f} M" for name, model in report.models.items()}
+    sizes = {name: millions(model["parameters"]) for name, model in report.models.items()}
     assert all(re.search(rf"{name} +\| +{size}", block) for name, size in sizes.items()), sizes
 
 

@@ -282,4 +282,6 @@ def test_perplexity_equals_full_logits():
     found = perplexity(model, blocks, batch_size=4, chunk_size=5)
     ids = blocks["input_ids"][:]
     expected = model(input_ids=ids, labels=ids).loss.exp().item()
-    assert found["value"] == pytest.approx(expected, rel=1e-6) and found["stderr"] > 0 and found["tokens"] == 66
+    assert found.value == pytest.approx(expected, rel=1e-6)
+    assert found.stderr > 0
+    assert found.n == len(blocks)

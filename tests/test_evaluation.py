@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,19 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 import hf_minitron
 from hf_minitron import token_blocks
+from hf_minitron.checkpoint import best_dtype
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
-from hf_minitron.evaluation.report import TEXT, Report, compare_models, load_samples, samples_of, save_samples
-from hf_minitron.evaluation.task_results import add_samples_view
+from hf_minitron.evaluation.report import TEXT, Entry, Report, compare_models, load_samples, samples_of, save_samples
+from hf_minitron.evaluation.task_results import task_entries
 from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
-from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_facts, text_records
+from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_entries, text_records
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric
+from hf_minitron.evaluation.wording import metric_rows, quality_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
@@ -96,21 +101,21 @@ def test_agreement_equals_full_logits_and_the_evaluate_modules(agreement, model_
     kl = (logp["t"].exp() * (logp["t"] - logp["s"])).sum(-1)
     match = (logits["s"].argmax(-1) == logits["t"].argmax(-1)).double()
     loglikelihood = logp["s"].gather(-1, torch.tensor(blocks)[:, 1:, None])[..., 0]
-    for name, expected in (("loglikelihood", loglikelihood), ("top1_match", match), ("teacher_kl", kl)):
+    for name, expected in (("perplexity", loglikelihood), ("top1_match", match), ("teacher_kl", kl)):
         assert sums[name] == pytest.approx(expected.sum(1).numpy(), rel=1e-6), name
     assert nothing is None
     assert found["teacher_kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    facts = text_facts(text_records(sums, blocks, [11] * len(blocks)))
-    assert facts["agreement"]["teacher_kl"]["value"] == pytest.approx(kl.mean().item(), rel=1e-6)
-    assert facts["agreement"]["top1_match"]["value"] == pytest.approx(match.mean().item())
-    assert facts["bits_per_byte"]["value"] == pytest.approx(-loglikelihood.mean().item() / math.log(2), rel=1e-6)
+    values = {entry.metric: entry.value for entry in text_entries("s", text_records(sums, blocks, [11] * len(blocks)))}
+    assert values["teacher_kl"] == pytest.approx(kl.mean().item(), rel=1e-6)
+    assert values["top1_match"] == pytest.approx(match.mean().item())
+    assert values["bits_per_byte"] == pytest.approx(-loglikelihood.mean().item() / math.log(2), rel=1e-6)
 
 
 def test_blocks_of_different_lengths_are_read_as_one_by_one():
     model, rows = tiny.model(), tiny.blocks()["input_ids"][:].tolist()
     ragged = [row[:length] for row, length in zip(rows, (12, 5, 2, 9, 12, 7), strict=True)]
     together, alone = read_text(model, ragged, 4)[0], [read_text(model, [row], 1)[0] for row in ragged]
-    assert together["loglikelihood"] == pytest.approx([found["loglikelihood"][0] for found in alone], rel=1e-9)
+    assert together["perplexity"] == pytest.approx([found["perplexity"][0] for found in alone], rel=1e-9)
 
 
 def test_bytes_are_those_of_the_predicted_text():
@@ -151,14 +156,15 @@ def test_perplexity_is_that_of_the_text_without_bos(tmp_path, monkeypatch):
             logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
         expected += [float(logp[i, token]) for i, token in enumerate(ids[1:]) if token != tokenizer.bos_token_id]
     found = perplexity(model, rows)
-    assert found["tokens"] == len(expected) and found["value"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
+    assert found.value == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(compare_module, "best_dtype", lambda device: torch.float32)
-    report = compare({"teacher": tmp_path}, rows)
+    report = compare({"teacher": tmp_path}, rows, folder=tmp_path / "kept")
     assert report.text["add_bos_token"] is True
-    assert report.models["teacher"]["perplexity"]["value"] == pytest.approx(found["value"])
-    assert report.models["teacher"]["perplexity"]["tokens"] == len(expected)
+    assert report.value("teacher", "perplexity") == pytest.approx(found.value)
+    records = samples_of(load_samples(tmp_path / "kept/samples/teacher.parquet"))[TEXT, "perplexity"]
+    assert sum(tokens for _, tokens in records.values()) == len(expected)
     plain = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows["input_ids"]]
     assert report.text["bytes"] == sum(len(text.encode()) for text in plain)  # nothing is a block's first token but BOS
     assert compare({"teacher": tmp_path}, tiny.blocks()).text["add_bos_token"] is False
@@ -179,26 +185,67 @@ def test_models_are_compared_sample_by_sample(folders, blocks, project, tmp_path
     models = {name: folders / name for name in ("teacher", "near", "other")}
     task = str(project["folder"] / "tasks/tiny.yaml")  # by path
     report = compare(models, blocks, [task], batch_size="auto", folder=tmp_path)
-    assert "agreement" not in report.models["teacher"] and "agreement" not in report.models["other"]
-    near = report.models["near"]["agreement"]
-    assert 0.5 < near["top1_match"]["value"] <= 1 and 0 < near["teacher_kl"]["value"] < 1
-    assert near["teacher_kl"]["interval"][0] < near["teacher_kl"]["value"] < near["teacher_kl"]["interval"][1]
-    assert report.text["bytes"] == report.models["near"]["bits_per_byte"]["bytes"] > 0
-    found = {(c["model"], c["baseline"], c["task"], c["metric"]): c for c in report.comparisons}
+    assert {entry.model for entry in report.entries if entry.metric in ("top1_match", "teacher_kl")} == {"near"}
+    kl = report.entry("near", "teacher_kl")
+    assert 0.5 < report.value("near", "top1_match") <= 1
+    assert 0 < kl.value < 1
+    assert kl.interval[0] < kl.value < kl.interval[1]
+    found = {(c.model, c.baseline, c.task, c.metric): c for c in report.comparisons}
     assert {pair[:2] for pair in found} == {("near", "teacher"), ("other", "teacher"), ("other", "near")}
     for model, baseline in (("other", "teacher"), ("other", "near")):  # tokens differ, bytes do not
         assert (model, baseline, TEXT, "perplexity") not in found and (model, baseline, TEXT, "bits_per_byte") in found
-    assert found["near", "teacher", "tiny_last_word", "acc"]["samples"] == 8
+    assert found["near", "teacher", "tiny_last_word", "acc"].samples == 8
     records = {name: load_samples(tmp_path / f"samples/{name}.parquet") for name in models}
     for name, rows in records.items():
         accuracy = samples_of(rows)["tiny_last_word", "acc"].values()
-        assert sum(value for value, _ in accuracy) / 8 == report.models[name]["tasks"]["tiny_last_word"]["acc"]["value"]
+        assert sum(value for value, _ in accuracy) / 8 == report.value(name, "acc", "tiny_last_word")
         text = np.array([*samples_of(rows)[TEXT, "perplexity"].values()])
-        assert math.exp(-text[:, 0].sum() / text[:, 1].sum()) == pytest.approx(report.models[name]["perplexity"]["value"])
-    expected = report.models["near"]["perplexity"]["value"] - report.models["teacher"]["perplexity"]["value"]
-    assert found["near", "teacher", TEXT, "perplexity"]["difference"] == pytest.approx(expected)
+        assert math.exp(-text[:, 0].sum() / text[:, 1].sum()) == pytest.approx(report.value(name, "perplexity"))
+        text = np.array([*samples_of(rows)[TEXT, "bits_per_byte"].values()])
+        assert name == "other" or report.text["bytes"] == text[:, 1].sum() > 0
+    expected = report.value("near", "perplexity") - report.value("teacher", "perplexity")
+    assert found["near", "teacher", TEXT, "perplexity"].difference == pytest.approx(expected)
     report.save(tmp_path / "report.json")
-    assert Report.load(tmp_path / "report.json").comparisons == json.loads(json.dumps(report.comparisons))
+    assert Report.load(tmp_path / "report.json") == report
+
+
+def test_a_metric_of_one_s_own_is_one_value(folders, blocks, tmp_path):
+    """It is in the report, compared and shown; two models of other tokens are not compared per token."""
+
+    def entropy(predictions):
+        logp = predictions.logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
+
+    own = TextMetric("entropy", entropy, "lower", unit="nats per token")
+    report = compare({name: folders / name for name in ("teacher", "near", "other")}, blocks, metrics=[*TEXT_METRICS, own])
+    model = AutoModelForCausalLM.from_pretrained(folders / "near", dtype=best_dtype()).eval()
+    with torch.no_grad():
+        logp = model(blocks["input_ids"][:]).logits[:, :-1].float().log_softmax(-1)
+    expected = -(logp.exp() * logp).sum(-1)
+    entry = report.entry("near", "entropy")
+    assert entry.value == pytest.approx(expected.mean().item(), rel=1e-2)
+    assert (entry.direction, entry.unit, entry.n) == ("lower", "nats per token", len(blocks))
+    pairs = [(c.model, c.baseline) for c in report.comparisons if c.metric == "entropy"]
+    assert pairs == [("near", "teacher")]
+    assert "entropy" in quality_rows(report)[0]
+    assert ["entropy ↓"] == [row[0] for row in metric_rows(report) if "entropy" in row[0]]
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").entry("near", "entropy") == entry
+    for metrics, message in (
+        ([own, own], "metrics: 'entropy' is there twice"),
+        ([entropy], "metrics: <function .* is no TextMetric"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare({"teacher": folders / "teacher"}, blocks, metrics=metrics)
+    for wrong in ({"direction": "up"}, {"aggregation": "median"}, {"per": "word"}):
+        with pytest.raises(ValueError, match="entropy: .* is none of"):
+            TextMetric(**{"name": "entropy", "values": entropy, "direction": "lower"} | wrong)
+
+
+def test_other_settings_are_measured_anew_in_the_same_folder(folders, blocks, tmp_path):
+    models = {"teacher": folders / "teacher"}
+    assert compare(models, blocks, folder=tmp_path, metrics=TEXT_METRICS[:1]).entry("teacher", "bits_per_byte") is None
+    assert compare(models, blocks, folder=tmp_path).value("teacher", "bits_per_byte") > 0
 
 
 def test_a_comparison_goes_on_with_the_models_that_are_missing(folders, blocks, tmp_path, monkeypatch):
@@ -227,14 +274,16 @@ def test_a_group_is_compared_through_its_tasks(project, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**task, "task": name}))
     group = {"group": "tiny_group", "task": ["tiny_one", "tiny_two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
-    facts, records = run_tasks(
-        tiny.model(dtype=torch.float32), tiny.tokenizer(), Tasks.find([str(tmp_path / "group.yaml")], limit=5)
+    entries, records = run_tasks(
+        tiny.model(dtype=torch.float32), tiny.tokenizer(), Tasks.find([str(tmp_path / "group.yaml")], limit=5), name="teacher"
     )
-    assert facts["tiny_group"]["acc"]["of"] == ["tiny_one", "tiny_two"] and facts["tiny_group"]["acc"]["samples"] == 10
+    (group,) = (entry for entry in entries if entry.task == "tiny_group")
+    assert group.of == ("tiny_one", "tiny_two")
+    assert group.n == 10
     text = {"task": TEXT, "doc": 0, "metric": "perplexity", "value": -1.0, "weight": 1.0}
-    model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
-    found = compare_models({"teacher": model, "student": model}, dict.fromkeys(("teacher", "student"), [*records, text]))
-    assert {c["task"]: c["samples"] for c in found} == {"tiny_one": 5, "tiny_two": 5, "tiny_group": 10}
+    both = [*entries, *(replace(entry, model="student") for entry in entries)]
+    found = compare_models(both, dict.fromkeys(("teacher", "student"), [*records, text]))
+    assert {c.task: c.samples for c in found} == {"tiny_one": 5, "tiny_two": 5, "tiny_group": 10}
     both = ["tiny_one", "hellaswag"]
     assert set(both) <= set(task_manager(tmp_path, both).all_tasks)
 
@@ -251,33 +300,45 @@ def test_few_shot_limit_and_chat_template_reach_the_prompts(project, tmp_path, m
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} w8 {% endfor %}"
     tasks = Tasks.find(["tiny_last_word"], project["folder"] / "tasks", limit=3, few_shot=2, chat_template=True)
-    facts, records = run_tasks(tiny.model(dtype=torch.float32), tokenizer, tasks)
+    (entry,), records = run_tasks(tiny.model(dtype=torch.float32), tokenizer, tasks)
     prompts = [sample["arguments"][0][0] for sample in seen["result"]["samples"]["tiny_last_word"]]
-    assert facts["tiny_last_word"]["acc"]["samples"] == len(prompts) == 3 == len(records)
+    assert entry.n == len(prompts) == 3 == len(records)
     assert all(prompt.startswith("w7 ") and prompt.count("w8") >= 3 for prompt in prompts)
 
 
 def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
-    entry = {"value": 0.5, "stderr": 0.1, "samples": 4, "higher_is_better": True}
-    facts = {"task": {name: dict(entry) for name in ("acc", "median", "perplexity", "unknown")}}
     values = {"acc": [0, 1, 1, 0], "median": [0.5, 0.5, 0.5, 9], "perplexity": [math.log(2)] * 4}
-    add_samples_view(facts, [
+    results = {"results": {"task": {f"{name},none": 0.5 for name in (*values, "unknown")}}, "group_subtasks": {}}
+    results |= {"n-samples": {"task": {"effective": 4}}, "higher_is_better": {"task": {"perplexity": False}}}
+    records = [
         {"task": "task", "doc": doc, "metric": name, "value": value, "weight": 1.0}
         for name, row in values.items() for doc, value in enumerate(row)
-    ])  # fmt: skip
-    found = {name: entry.get("aggregation") for name, entry in facts["task"].items()}
-    assert found == {"acc": "mean", "median": None, "perplexity": "perplexity", "unknown": None}
-    model = {"perplexity": {}, "bits_per_byte": {}, "tasks": facts}
-    assert compare_models({"teacher": model, "student": model}, {"teacher": [], "student": []}) == []
+    ]  # fmt: skip
+    entries = task_entries("teacher", results, records)
+    found = {entry.metric: (entry.aggregation, entry.direction) for entry in entries}
+    assert found == {"acc": ("mean", "higher"), "median": (None, "higher"), "perplexity": ("perplexity", "lower"),
+                     "unknown": (None, "higher")}  # fmt: skip
+    both = [*entries, *(replace(entry, model="student") for entry in entries)]
+    compared = compare_models(both, {"teacher": records, "student": records})
+    assert {comparison.metric for comparison in compared} == {"acc", "perplexity"}
 
 
-def test_old_reports_are_read(tmp_path):
-    content = json.loads((ROOT / "model_cards/smollm2-135m-width/report.json").read_text())
-    content = {key: content[key] for key in ("models", "text")} | {"speed": {"teacher": {"prefill": 900.0, "decode": 20.0}}}
-    (tmp_path / "report.json").write_text(json.dumps(content))
-    report = Report.load(tmp_path / "report.json")
-    assert list(report.models) == ["teacher", "pruned", "distilled"] and report.comparisons == () and report.settings == {}
-    assert report.speed["teacher"][0]["batch_size"] == 1 and report.speed["teacher"][0]["decode"]["value"] == 20
+def test_a_report_of_another_version_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "report.json"
+    Report({}).save(path)
+    assert Report.load(path) == Report({}, entries=(), comparisons=())
+    for version in (1, 3):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+        with pytest.raises(ValueError, match=f"report.json is a report of version {version}, and only version 2 is read"):
+            Report.load(path)
+
+
+def test_values_of_a_report_are_frozen_and_named():
+    entry = Entry("student", "task", "acc", 0.5)
+    with pytest.raises(FrozenInstanceError):
+        entry.value = 1.0
+    with pytest.raises(ValueError, match="No 'f1' of 'task' was measured of 'student'; there is task acc"):
+        Report({}, [entry]).value("student", "f1", "task")
 
 
 def test_records_survive_the_disk(tmp_path):
@@ -298,3 +359,21 @@ def test_what_cannot_be_split_over_processes_is_refused(config, processes, messa
     with pytest.raises(ValueError, match=message):
         check_tensor_parallel(config, processes)
     check_tensor_parallel(tiny.config(), 2)
+
+
+def test_models_in_memory_are_compared_as_their_folders(folders, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "best_dtype", lambda device: torch.float32)
+    models = {name: AutoModelForCausalLM.from_pretrained(folders / name).train() for name in ("teacher", "near")}
+    live = compare(models, blocks, processing_class=tiny.tokenizer(), folder=tmp_path)
+    stored = compare({name: folders / name for name in models}, blocks)
+    assert live.entries == stored.entries
+    assert live.comparisons == stored.comparisons
+    for name, facts in live.models.items():
+        assert facts == dict(stored.models[name]), name
+        assert models[name].training, "as it was"
+    with torch.no_grad():
+        models["near"].lm_head.weight.zero_()
+    again = compare(models, blocks, processing_class=tiny.tokenizer(), folder=tmp_path)
+    assert again.value("near", "perplexity") == pytest.approx(tiny.SIZES["vocab"]), "not what an earlier call has left"
+    with pytest.raises(ValueError, match="processing_class: teacher is a model in memory, so give its tokenizer"):
+        compare(models, blocks)

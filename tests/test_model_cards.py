@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hf_minitron import Report
 from hf_minitron.stages.publish import render
 
 CARDS = sorted(path for path in (Path(__file__).resolve().parent.parent / "model_cards").iterdir() if path.is_dir())
@@ -23,9 +25,10 @@ def test_a_card_is_rendered_again_to_the_byte(folder):
 @pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
 def test_its_numbers_are_those_of_its_facts(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "card")
-    report, log = (json.loads((folder / name).read_text()) for name in ("report.json", "log.json"))
-    report["models"]["distilled"]["perplexity"] |= {"value": 12345.67, "stderr": 1.23, "interval": None}
-    (tmp_path / "card/report.json").write_text(json.dumps(report))
+    report, log = Report.load(folder / "report.json"), json.loads((folder / "log.json").read_text())
+    old = report.entry("distilled", "perplexity")
+    new = replace(old, value=12345.67, stderr=1.23, interval=None)
+    replace(report, entries=[new if entry == old else entry for entry in report.entries]).save(tmp_path / "card/report.json")
     (tmp_path / "card/log.json").write_text(json.dumps(log | {"tokens": 987_654_321}))
     changed = str(render(tmp_path / "card"))
     assert "12,345.7 ± 1.2" in changed and "987,654,321 tokens in" in changed

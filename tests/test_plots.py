@@ -52,7 +52,7 @@ def log(parts, evaluated=False, steps=40, tokens=94_000_000_000):
         values = {part: 10.0**-place * (1 + 9 / step) for place, part in enumerate(parts)}
         history.append({"step": step, "loss": sum(values.values()), **values})
         history += [{"step": step, "eval_loss": 2.0}] if evaluated and step % 10 == 0 else []
-    return {"tokens": tokens, "history": history}
+    return {"tokens": tokens, "steps": steps, "losses": dict.fromkeys(parts, 1.0), "history": history}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

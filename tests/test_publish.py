@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,33 +18,35 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
 from hf_minitron.evaluation.significance import compare_paired
+from hf_minitron.evaluation.wording import comparison_rows, markdown_table, measured, sentence
 from hf_minitron.hub import publish as publishing
-from hf_minitron.hub.card import comparison_rows, markdown_table, measured, write_card
+from hf_minitron.hub.card import write_card
 from hf_minitron.hub.publish import Target, files_to_push, preview, push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.shape import Shape
 
 
 def report():
-    def model(parameters, value):
-        acc = {"value": 0.25, "stderr": 0.05, "samples": 80}
-        return {"parameters": parameters, "perplexity": {"value": value, "stderr": 0.34}, "tasks": {"task": {"acc": acc}}}
-
-    models = {"teacher": model(2_000_000, 11.0), "pruned": model(1_500_000, 57.0), "distilled": model(1_500_000, 16.0)}
+    entries = [Entry(name, TEXT, "perplexity", value, 0.34, direction="lower")
+               for name, value in (("teacher", 11.0), ("pruned", 57.0), ("distilled", 16.0))]  # fmt: skip
+    entries += [Entry(name, "task", "acc", 0.25, 0.05, n=80) for name in ("teacher", "pruned", "distilled")]
+    sizes = {"teacher": 2_000_000, "pruned": 1_500_000, "distilled": 1_500_000}
+    models = {name: {"parameters": size, "bytes": 2 * size, "dtype": "bfloat16"} for name, size in sizes.items()}
     case = {"batch_size": 1, "prompt": 128, "prefill": {"value": 900.0}, "decode": {"value": 20.0}}
     speed = {name: [case] for name in ("teacher", "distilled")}
-    return Report(models, {"sha256": "ab" * 32, "tokens": 4096, "blocks": 8}, speed)
+    return Report(models, entries, speed=speed, text={"sha256": "ab" * 32, "tokens": 4096, "blocks": 8})
 
 
 def card(measured=None, **facts):
-    history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 9}, {"train_runtime": 60.0, "step": 9}]
+    history = [{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 8}, {"train_runtime": 60.0, "step": 9}]
+    log = {"tokens": 1234, "steps": 9, "losses": {"forward_kl": 1.0}, "history": history}
     before = Shape(tiny.SIZES)
     cut = {"before": before.sizes, "after": before.cut_to({"ffn": 8}).sizes, "dropped": [], "by_layer": {}}
     known = {"name": "me/small", "load": "me/small", "base_model": "owner/big", "pictures": {"loss": "loss.png"}, "cut": cut}
     known |= {"command": "hf-minitron run r.yaml", "seconds": {"distill": 90.0}, "missing": [], "version": "0.1"} | facts
-    return write_card(measured or report(), {"seed": 5}, {"tokens": 1234, "history": history}, known)
+    return write_card(measured or report(), {"seed": 5}, log, known)
 
 
 def test_the_card_holds_the_facts():
@@ -65,17 +67,15 @@ def test_the_card_says_what_is_better_and_what_cannot_be_told():
     values = np.stack([np.arange(60) % 2, np.ones(60)], axis=1)
     worse, same = compare_paired(values * [0, 1], values), compare_paired(values, np.roll(values, 2, axis=0))
     heading = {"model": "distilled", "baseline": "teacher", "task": "task"}
-    comparisons = [
-        heading | asdict(found) | {"metric": name, "difference": found.difference}
-        | {"sentence": found.sentence("distilled", "teacher", name)}
-        for name, found in (("acc", worse), ("f1", same))
-    ]  # fmt: skip
+    comparisons = [Comparison(**vars(found), **heading, metric=name) for name, found in (("acc", worse), ("f1", same))]
     found = replace(report(), comparisons=comparisons, text={**report().text, "bytes": 12345})
     rows = comparison_rows(found)
     assert rows[1][0] == "task acc" and rows[1][1] == "-0.50" and rows[1][3] == "< 0.001" and rows[1][-1] == "worse"
     assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"] and rows[2][-1] == "not distinguishable"
     text = str(card(found))
-    assert all(c["sentence"] in text for c in comparisons) and "12,345 bytes" in text and "| worse |" in text.replace("  ", "")
+    assert all(sentence(comparison) in text for comparison in comparisons)
+    assert "12,345 bytes" in text
+    assert "| worse |" in text.replace("  ", "")
 
 
 def test_a_licence_is_never_guessed():
@@ -86,7 +86,7 @@ def test_a_licence_is_never_guessed():
     ("value", "stderr", "text"), [(16.68, 1.13, "16.7 ± 1.1"), (0.2266, 0.0242, "0.227 ± 0.024"), (891.2, 181, "891 ± 181")]
 )
 def test_values_are_written_to_the_precision_of_their_error(value, stderr, text):
-    assert measured({"value": value, "stderr": stderr}) == text
+    assert measured(Entry("model", "task", "acc", value, stderr)) == text
 
 
 def test_tables_are_aligned():
@@ -456,6 +456,7 @@ def test_the_trainer_pushes_with_our_card(hub, tmp_path):
         "quality has not",
         "0.75 forward_kl, 0.25 cross_entropy",
         "Step 3 of 3, 6 sequences",
+        "| precision | float32 |",
         "| step | loss | forward_kl |",
     ):
         assert fact in text, fact

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from hf_minitron.evaluation import wording
+from hf_minitron.evaluation.report import Comparison
 from hf_minitron.evaluation.significance import compare_paired, estimate, interval, mcnemar, samples_needed
 
 
@@ -85,14 +87,15 @@ def test_the_sentence_is_plain():
     theirs = (generator.random(200) < 0.5).astype(float)
     ours = np.where(generator.random(200) < 0.1, 1 - theirs, theirs)
     found = compare_paired(rows(ours), rows(theirs))
-    sentence = found.sentence("student", "teacher", "task acc")
+    what = {"model": "student", "baseline": "teacher", "task": "task", "metric": "acc"}
+    sentence = wording.sentence(Comparison(**vars(found), **what))
     assert sentence.startswith("student and teacher are not distinguishable on task acc with these 200 samples")
     assert (
         f"{ours.mean():.3f} against {theirs.mean():.3f}" in sentence
         and "% retained" in sentence
         and "would be needed" in sentence
     )
-    worse = compare_paired(rows(np.zeros(200)), rows(theirs)).sentence("student", "teacher", "task acc")
+    worse = wording.sentence(Comparison(**vars(compare_paired(rows(np.zeros(200)), rows(theirs))), **what))
     assert worse.startswith("student is worse than teacher on task acc (") and "p < 0.001" in worse and "needed" not in worse
 
 

@@ -1,10 +1,13 @@
 """A batch: how rows become one, and what each of its tokens may be compared by and look at."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
+from transformers import Trainer
 
 # What a row may hold, and what its padding is: one entry per token.
 COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
@@ -100,3 +103,15 @@ def visible(inputs: Mapping[str, Tensor]) -> Tensor | None:
         mask = inputs["attention_mask"][:, None].bool().expand(-1, inputs["attention_mask"].shape[1], -1)
         seen = mask if seen is None else seen & mask
     return seen
+
+
+def rows_read(trainer: Trainer) -> int:
+    """Count the rows of all steps of all processes: as many as were found to fit, and fewer at the end of an epoch."""
+    args, state = trainer.args, trainer.state
+    batch = (state.train_batch_size or args.train_batch_size) * args.world_size
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return state.global_step * batch * args.gradient_accumulation_steps
+    rows = len(trainer.train_dataset)
+    rows -= rows % batch if args.dataloader_drop_last else 0
+    epochs, steps = divmod(state.global_step, math.ceil(math.ceil(rows / batch) / args.gradient_accumulation_steps))
+    return epochs * rows + steps * batch * args.gradient_accumulation_steps

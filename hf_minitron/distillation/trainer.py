@@ -211,7 +211,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             super().create_model_card(**kwargs)
         elif self.is_world_process_zero():
-            card = write_training_card(self.args, self.state, self.teacher.config, **kwargs)
+            card = write_training_card(self, **kwargs)
             card.save(Path(self.args.output_dir) / "README.md")
 
     def _watch(self, model: PreTrainedModel) -> None:

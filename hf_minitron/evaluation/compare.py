@@ -1,10 +1,9 @@
 """Quality of several models on the same text and tasks, gathered in a `Report`.
 
-It must not know how a model was made. One model is in memory at a time. Under `accelerate launch` the text and the tasks'
-documents are split over the processes.
+One model is in memory at a time. Under `accelerate launch` the text and the tasks' documents are split over the processes.
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model
+from hf_minitron.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
@@ -25,16 +24,19 @@ from hf_minitron.evaluation.text import (
     plain_blocks,
     read_text,
     text_bytes,
-    text_facts,
+    text_entries,
     text_records,
 )
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric, check_metrics
 from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.vocabulary import check_ids, difference
 
+CHECKPOINTS = "checkpoints"  # as a run's, which go when a stage is done
+
 
 def compare(
-    models: Mapping[str, str | Path],
+    models: Mapping[str, str | Path | PreTrainedModel],
     blocks: Dataset,
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
@@ -46,25 +48,29 @@ def compare(
     folder: Path | None = None,
     seed: int = 0,
     add_bos_token: bool | None = None,
+    metrics: Sequence[TextMetric] = TEXT_METRICS,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Report:
     """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
 
     Args:
-        models (`Mapping[str, str | Path]`): Name to folder or Hub id (`owner/name@revision` for a pin), teacher first.
+        models (`Mapping[str, str | Path | PreTrainedModel]`): Name to folder, Hub id (`owner/name@revision` for a pin) or a
+            model in memory, teacher first.
         blocks (`Dataset`): Held-out text from `token_blocks`, in the teacher's tokens. A model with another tokenizer reads the
             same text in its own; it is compared per byte, and not with the teacher's distribution.
         tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks, or paths of their YAML files.
         include_path (`str` or `Path`, *optional*): A folder with task files of your own.
         limit (`int`, *optional*): Documents per task; all when left out.
         batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
-        few_shot (`int`, *optional*): Worked examples before each question; as each task says when left out.
-        chat_template (`bool`, *optional*, defaults to `False`): Whether questions are wrapped in the chat template.
+        few_shot (`int`, *optional*), chat_template (`bool`, *optional*): How questions are asked, see `Tasks`.
         tensor_parallel (`bool`, *optional*, defaults to `False`): Split every model over the processes, not the text.
         folder (`Path`, *optional*): Where the records of each model are kept, as `samples/<name>.parquet`. A model that an
             interrupted comparison with this folder has finished is not measured again.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-        add_bos_token (`bool`, *optional*): Whether tasks, and the text of a model with another tokenizer, begin with its BOS
-            token; as each tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
+        add_bos_token (`bool`, *optional*): Whether tasks, and the text in another tokenizer's tokens, begin with BOS; as each
+            tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
+        metrics (`Sequence[TextMetric]`, *optional*): What is measured on the text, `TEXT_METRICS` and your own.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of models in memory.
 
     Returns:
         `Report`: Without speed; the same on every process.
@@ -74,86 +80,158 @@ def compare(
     ```python
     >>> report = compare({"teacher": "HuggingFaceTB/SmolLM2-135M-Instruct", "student": "out"}, blocks)  # tasks=["arc_easy"]
     >>> report.save("report.json")
-    >>> sorted({comparison["metric"] for comparison in report.comparisons})
-    ['bits_per_byte', 'perplexity']
+    >>> report.value("student", "perplexity") > 1
+    True
     ```
     """
     settings = {"limit": limit, "few_shot": few_shot, "chat_template": chat_template}
     chosen = Tasks.find(tasks, include_path, **settings, add_bos_token=add_bos_token)
-    folders = {name: resolve(source) for name, source in models.items()}
-    if tensor_parallel:
-        for path in folders.values():
-            check_tensor_parallel(AutoConfig.from_pretrained(path), PartialState().num_processes)
-    kept = _measure(folders, blocks, chosen, batch_size, not tensor_parallel, folder)
-    results, records = ({name: part[i] for name, part in kept.items()} for i in (0, 1))
-    for name, source in models.items():
-        revision = revision_of(folders[name])
-        results[name] = {"path": str(source), **({"revision": revision} if revision else {}), **results[name]}
-    text = {"sha256": text_hash(blocks), "tokens": len(blocks) * len(blocks[0]["input_ids"]), "blocks": len(blocks)}
-    text["bytes"] = results[next(iter(models))]["bits_per_byte"]["bytes"]
-    text["add_bos_token"] = "labels" in blocks.column_names
-    return Report(results, text, comparisons=compare_models(results, records, seed), settings=settings)
+    check_metrics(metrics)
+    subjects = [_Subject(name, source, processing_class) for name, source in models.items()]
+    for subject in subjects:
+        subject.take_text(blocks, subjects[0], add_bos_token)
+    settings["dtype"] = ", ".join(dict.fromkeys(subject.dtype for subject in subjects))
+    text = _text_facts(blocks, subjects[0])
+    how = {**settings, **text, "tasks": list(tasks), "metrics": [m.name for m in metrics], "task_bos": add_bos_token}
+    _measure(subjects, chosen, metrics, batch_size, not tensor_parallel, folder, how)
+    return _report(subjects, text, settings, seed)
 
 
-def _measure(
-    folders: Mapping[str, Path], blocks: Dataset, tasks: Tasks, batch_size: int | str, split: bool, folder: Path | None
-) -> dict[str, tuple[dict, list[dict]]]:
-    """Return facts and records of every model, measuring those that are not kept in `folder`."""
-    tokenizers = {name: AutoTokenizer.from_pretrained(path) for name, path in folders.items()}
-    sizes, teachers = {name: AutoConfig.from_pretrained(path).vocab_size for name, path in folders.items()}, next(iter(folders))
-    texts = {}
-    for name, tokenizer in tokenizers.items():
-        size = min(sizes[name], sizes[teachers])
-        texts[name] = _Text(blocks, tokenizer, tokenizers[teachers], size, tasks.add_bos_token)
-    kept, teacher = {name: _kept(folder, name) for name in folders}, None
-    for number, (name, path) in enumerate(folders.items()):
-        waiting = any(kept[other] is None and not texts[other].other for other in list(folders)[1:])
-        keep = number == 0 and waiting  # even where it was measured before: the others are compared with its states
-        if kept[name] is not None and not keep:
-            continue
-        model = open_model(path, not split)
-        facts, rows, reading = texts[name].measure(model, batch_size, teacher, keep, name, split)
-        teacher = teacher or reading
-        if kept[name] is None:
-            found, more = run_tasks(model, tokenizers[name], tasks, batch_size, split) if tasks.names else ({}, [])
-            kept[name] = {**_facts(model, path), **facts, "tasks": found}, rows + more
-            _keep(folder, name, *kept[name])
-        del model
-    return kept
+def _report(subjects: Sequence["_Subject"], text: Mapping, settings: Mapping, seed: int) -> Report:
+    entries = tuple(entry for subject in subjects for entry in subject.report.entries)
+    comparisons = compare_models(entries, {subject.name: subject.records for subject in subjects}, seed)
+    facts = {subject.name: subject.report.models[subject.name] for subject in subjects}
+    return Report(facts, entries, comparisons, text=text, settings=settings)
 
 
-class _Text:
-    """The held-out text in one model's tokens."""
+def _text_facts(blocks: Dataset, teacher: "_Subject") -> dict[str, object]:
+    """Return what identifies the held-out text, and its size."""
+    sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(teacher.num_bytes)}
+    return {"sha256": text_hash(blocks), **sizes, "add_bos_token": "labels" in blocks.column_names}
 
-    def __init__(
-        self,
-        blocks: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        teachers: PreTrainedTokenizerBase,
-        vocab_size: int,
-        add_bos_token: bool | None,
-    ):
-        self.other = bool(difference(tokenizer, teachers, vocab_size))
-        if self.other:
-            self.blocks, self.labels = in_tokens_of(tokenizer, blocks, teachers, add_bos_token)
+
+class _Subject:
+    """A model that is measured, in memory or opened when its turn comes, with the text in its tokens and what was found."""
+
+    def __init__(self, name: str, source: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+        self.name, self.report, self.records = name, None, []
+        if isinstance(source, PreTrainedModel):
+            if tokenizer is None:
+                raise ValueError(f"processing_class: {name} is a model in memory, so give its tokenizer")
+            self.folder, self.model, self.config, self.tokenizer = None, source, source.config, tokenizer
+            self.path, dtype = source.name_or_path or "in memory", source.dtype
         else:
-            check_ids(blocks, vocab_size, tokenizer)
-            self.blocks, self.labels = plain_blocks(blocks)
-        self.num_bytes = text_bytes(self.blocks, tokenizer)
+            self.folder, self.model, self.path, dtype = resolve(source), None, str(source), best_dtype(best_device())
+            self.config, self.tokenizer = (kind.from_pretrained(self.folder) for kind in (AutoConfig, AutoTokenizer))
+        self.dtype = str(dtype).removeprefix("torch.")
 
-    def measure(
-        self, model: PreTrainedModel, batch_size: int | str, teacher: TeacherStates | None, keep: bool, name: str, split: bool
-    ) -> tuple[dict, list[dict], TeacherStates | None]:
-        """Return facts, records and, where it is to be kept, the model's reading of this process's share of the text."""
+    def take_text(self, blocks: Dataset, teacher: "_Subject", add_bos_token: bool | None) -> None:
+        """Read the held-out text in this model's tokens."""
+        size = min(self.config.vocab_size, teacher.config.vocab_size)
+        self.other = bool(difference(self.tokenizer, teacher.tokenizer, size))
+        if self.other:
+            self.blocks, self.labels = in_tokens_of(self.tokenizer, blocks, teacher.tokenizer, add_bos_token)
+        else:
+            check_ids(blocks, size, self.tokenizer)
+            self.blocks, self.labels = plain_blocks(blocks)
+        self.num_bytes = text_bytes(self.blocks, self.tokenizer)
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        metrics: Sequence[TextMetric],
+        batch_size: int | str,
+        teacher: TeacherStates | None,
+        keep: bool,
+        split: bool,
+    ) -> tuple[list[dict], TeacherStates | None]:
+        """Return records and, where it is to be kept, the model's reading of this process's share of the text."""
         shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
         first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
         blocks, labels, known = self.blocks[first:last], self.labels[first:last], None if self.other else teacher
-        sums, reading = read_text(model, blocks, batch_size, known, keep, f"Text of {name}", labels=labels)
-        rows = text_records(sums, labels, self.num_bytes[first:last], first)
+        name = f"Text of {self.name}"
+        sums, reading = read_text(model, blocks, batch_size, known, keep, name, labels=labels, metrics=metrics)
+        rows = text_records(sums, labels, self.num_bytes[first:last], first, metrics)
         rows = gather_object(rows) if processes > 1 else rows
         rows.sort(key=lambda row: (row["metric"], row["doc"]))
-        return text_facts(rows) | ({"tokenizer": "another"} if self.other else {}), rows, reading
+        return rows, reading
+
+    def facts(self, model: PreTrainedModel) -> dict:
+        """Return what the model is: where it came from, and its sizes in memory and on disk."""
+        if self.folder is None:
+            stored = [(tensor.dtype, tensor.numel(), tensor.nbytes) for tensor in model.parameters()]
+        else:
+            specs = Checkpoint(self.folder).specs.values()
+            stored = [(DTYPES[spec.dtype], torch.Size(spec.shape).numel(), spec.num_bytes) for spec in specs]
+        numbers, revision = Counter(), self.folder and revision_of(self.folder)
+        for dtype, count, _ in stored:
+            numbers[str(dtype).removeprefix("torch.")] += count * dtype.is_floating_point
+        return {
+            "path": self.path,
+            **({"revision": revision} if revision else {}),
+            "parameters": model.num_parameters(),
+            "bytes": sum(size for _, _, size in stored),
+            "dtype": ", ".join(dtype for dtype, count in numbers.most_common() if count),
+            "shape": shape_of(model.config),
+            **({"tokenizer": "another"} if self.other else {}),
+        }
+
+    def load(self, folder: Path | None, how: Mapping) -> None:
+        """Take what an interrupted comparison has left of a folder's model, measured in the same way, on every process."""
+        found = [(None, [])]
+        path = folder and folder / CHECKPOINTS / f"{self.name}.json"
+        if PartialState().is_main_process and path and self.folder and path.is_file():
+            report = Report.load(path)
+            if report.settings == {**how, "path": self.path}:
+                found = [(report, load_samples(folder / "samples" / f"{self.name}.parquet"))]
+        self.report, self.records = (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
+
+    def save(self, folder: Path | None) -> None:
+        """Write the records, then the report: that is there only when all is."""
+        if folder is not None and PartialState().is_main_process:
+            save_samples(self.records, folder / "samples" / f"{self.name}.parquet")
+            path = folder / CHECKPOINTS / f"{self.name}.json"
+            path.parent.mkdir(exist_ok=True)
+            self.report.save(path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+
+
+def _measure(
+    subjects: Sequence[_Subject],
+    tasks: Tasks,
+    metrics: Sequence[TextMetric],
+    batch_size: int | str,
+    split: bool,
+    folder: Path | None,
+    how: Mapping,
+) -> None:
+    """Measure one model after the other, but for those that an interrupted comparison has measured."""
+    for subject in subjects:
+        if not split:
+            check_tensor_parallel(subject.config, PartialState().num_processes)
+        subject.load(folder, how)
+    waiting, reading = any(not subject.report and not subject.other for subject in subjects[1:]), None
+    for subject in subjects:
+        keep = subject is subjects[0] and waiting  # even where it is measured: the others are compared with its states
+        if subject.report and not keep:
+            continue
+        model = subject.model or open_model(subject.folder, not split)
+        training = model.training
+        model.eval()
+        records, states = subject.read(model, metrics, batch_size, reading, keep, split)
+        reading = reading or states
+        if subject.report is None:
+            entries, more = text_entries(subject.name, records, metrics, subject.other), []
+            if tasks.names:
+                found, more = run_tasks(model, subject.tokenizer, tasks, batch_size, split, subject.name)
+                entries += found
+            settings = {**how, "path": subject.path}
+            subject.report = Report({subject.name: subject.facts(model)}, tuple(entries), settings=settings)
+            subject.records = records + more
+            subject.save(folder)
+        model.train(training)
+        del model
 
 
 def open_model(folder: Path, tensor_parallel: bool = False) -> PreTrainedModel:
@@ -205,26 +283,3 @@ def shape_of(config: PreTrainedConfig) -> dict[str, int | list[int]]:
     if isinstance(config, PrunedConfig):
         return {"layers": config.num_hidden_layers, "hidden": config.hidden_size, **config.layer_sizes}
     return Architecture.of(config).shape.axes
-
-
-def _facts(model: PreTrainedModel, folder: Path) -> dict:
-    size = sum(spec.num_bytes for spec in Checkpoint(folder).specs.values())
-    return {"parameters": model.num_parameters(), "bytes": size, "shape": shape_of(model.config)}
-
-
-def _kept(folder: Path | None, name: str) -> tuple[dict, list[dict]] | None:
-    """Return what an interrupted comparison has left of a model; every process gets what the first one reads."""
-    found, facts = [None], folder and folder / "checkpoints" / f"{name}.json"
-    if facts and PartialState().is_main_process and facts.is_file():
-        found = [(json.loads(facts.read_text(encoding="utf-8")), load_samples(folder / "samples" / f"{name}.parquet"))]
-    return (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
-
-
-def _keep(folder: Path | None, name: str, facts: dict, rows: Sequence[dict]) -> None:
-    """Write a model's records, then its facts: the facts are there only when all is."""
-    if folder is not None and PartialState().is_main_process:
-        save_samples(rows, folder / "samples" / f"{name}.parquet")
-        path = folder / "checkpoints" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(facts), encoding="utf-8")
-        path.with_suffix(".part").replace(path)

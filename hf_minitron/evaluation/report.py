@@ -1,9 +1,7 @@
-"""What was measured: the report, and the records of single samples behind it.
-
-It must not measure anything.
-"""
+"""What was measured, as values: the report's flat list of entries, and the records of single samples behind them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +10,10 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from hf_minitron.evaluation.significance import compare_paired
+from hf_minitron.evaluation.significance import Difference, compare_paired, estimate, interval
 
-TEXT = "held-out text"  # stands for a task's name in the records of the text's blocks
-TEACHER = "teacher"
+TEXT = "held-out text"  # stands for a task's name in entries and records of the text
+VERSION = 2
 
 _SCHEMA = pyarrow.schema([
     ("task", pyarrow.string()), ("doc", pyarrow.int64()), ("metric", pyarrow.string()),
@@ -24,44 +22,140 @@ _SCHEMA = pyarrow.schema([
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One number: what a model reached on a task by a metric.
+
+    Args:
+        model (`str`): The model's name in the report.
+        task (`str`): lm-eval's name of the task or group, or `TEXT`.
+        metric (`str`): The metric.
+        value (`float`): The number.
+        stderr (`float`, *optional*): Its standard error.
+        interval (`tuple[float, float]`, *optional*): Its 95 % confidence interval.
+        n (`int`, *optional*): Samples: documents of a task, packed sequences of the text.
+        aggregation (`str`, *optional*): How the value comes from its samples, a key of `significance.AGGREGATIONS`; metrics
+            without one (a corpus's BLEU) are not compared sample by sample.
+        direction (`str`, *optional*, defaults to `"higher"`): Which is better, `"higher"` or `"lower"`.
+        unit (`str`, *optional*, defaults to `""`): What it counts; values of different units are not compared.
+        of (`tuple[str, ...]`, *optional*): The tasks that a group's value is made of.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    aggregation: str | None = None
+    direction: str = "higher"
+    unit: str = ""
+    of: tuple[str, ...] = ()
+
+    @classmethod
+    def of_samples(cls, model: str, task: str, metric: str, rows: np.ndarray, aggregation: str, **more) -> "Entry":
+        """Make an entry of samples, `(samples, 2)` values and weights, with its error and interval."""
+        found = estimate(rows, aggregation)
+        stderr = found["stderr"] if math.isfinite(found["stderr"]) else None
+        span = interval(rows, aggregation)
+        return cls(model, task, metric, found["value"], stderr, span, len(rows), aggregation, **more)
+
+
+@dataclass(frozen=True)
+class Comparison(Difference):
+    """A model's metric beside a baseline's on the same samples: a `Difference`, and of what.
+
+    Args:
+        model (`str`): The model.
+        baseline (`str`): The one that it is compared with.
+        task (`str`): The task, or `TEXT`.
+        metric (`str`): The metric.
+    """
+
+    model: str
+    baseline: str
+    task: str
+    metric: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured: the only source of numbers for tables, cards and README.
 
     Args:
-        models (`Mapping`): Name to its facts: `path`, `parameters`, `bytes` (of the weights on disk), `shape`, `perplexity`,
-            `bits_per_byte`, `agreement` with the teacher (`top1_match`, `teacher_kl`) and `tasks`, each a value with its
-            standard error and 95 % interval.
-        text (`Mapping`): The held-out text: hash, tokens, blocks, bytes.
+        models (`Mapping`): Name to what a model is: `path`, `revision`, `parameters`, `bytes` (of the weights on disk), `dtype`
+            (of most of them), `shape`; the teacher first.
+        entries (`Sequence[Entry]`): What every model reached on held-out text and tasks.
+        comparisons (`Sequence[Comparison]`): Paired comparisons, see `compare_models`.
         speed (`Mapping`): Name to a list of settings and what was measured at each, in one run.
-        comparisons (`Sequence`): Paired comparisons, see `compare_models`.
-        settings (`Mapping`): How the tasks were run: few-shot examples, limit, chat template.
+        text (`Mapping`): The held-out text: hash, tokens, blocks, bytes.
+        settings (`Mapping`): How it was measured: few-shot examples, limit, chat template, dtype.
         machine (`Mapping`): Versions and hardware, see `environment`.
+
+    Example:
+
+    ```python
+    >>> entry = Entry("student", "arc_easy", "acc", 0.41, stderr=0.03, n=200)
+    >>> report = Report({"student": {"parameters": 100_000_000}}, [entry])
+    >>> report.value("student", "acc", "arc_easy")
+    0.41
+    ```
     """
 
-    models: Mapping[str, dict]
-    text: Mapping[str, object]
+    models: Mapping[str, Mapping]
+    entries: Sequence[Entry] = ()
+    comparisons: Sequence[Comparison] = ()
     speed: Mapping[str, list[dict]] = field(default_factory=dict)
-    comparisons: Sequence[dict] = ()
+    text: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)
 
+    def entry(self, model: str, metric: str, task: str = TEXT) -> Entry | None:
+        """Return a model's entry of a metric, of held-out text unless a task is named; `None` where there is none."""
+        return next((e for e in self.entries if (e.model, e.task, e.metric) == (model, task, metric)), None)
+
+    def value(self, model: str, metric: str, task: str = TEXT) -> float:
+        """Return a model's value of a metric, of held-out text unless a task is named.
+
+        Raises:
+            ValueError: naming what there is.
+        """
+        found = self.entry(model, metric, task)
+        if found is None:
+            there = ", ".join(f"{e.task} {e.metric}" for e in self.entries if e.model == model)
+            raise ValueError(f"No {metric!r} of {task!r} was measured of {model!r}; there is {there or 'nothing'}")
+        return found.value
+
+    def of_tasks(self, model: str) -> list[Entry]:
+        """Return a model's entries but for those of held-out text."""
+        return [e for e in self.entries if e.model == model and e.task != TEXT]
+
+    def against(self, baseline: str, model: str | None = None) -> list[Comparison]:
+        """Return the comparisons to a model, of one other or of all."""
+        return [c for c in self.comparisons if c.baseline == baseline and model in (None, c.model)]
+
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """Read what `save` wrote, now or before there were comparisons and several settings of speed."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: for a report of another version.
+        """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name, speeds in content.get("speed", {}).items():
-            if isinstance(speeds, dict):  # tokens per second at batch size 1, a prompt of 512 tokens
-                measured = {kind: {"value": value} for kind, value in speeds.items()}
-                content["speed"][name] = [{"batch_size": 1, "prompt": 512} | measured]
+        version = content.pop("version", 1)
+        if version != VERSION:
+            raise ValueError(f"{path} is a report of version {version}, and only version {VERSION} is read: measure again")
+        for key, kind in (("entries", Entry), ("comparisons", Comparison)):
+            content[key] = tuple(kind(**_tuples(row)) for row in content[key])
         return cls(**content)
 
-    def against(self, baseline: str, model: str | None = None) -> list[dict]:
-        """Return the comparisons to a model, of one other or of all."""
-        return [c for c in self.comparisons if c["baseline"] == baseline and model in (None, c["model"])]
+
+def _tuples(row: Mapping) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def save_samples(rows: Sequence[Mapping], path: Path) -> None:
@@ -89,44 +183,31 @@ def samples_of(rows: Sequence[Mapping]) -> dict[tuple[str, str], dict[tuple[str,
     return found
 
 
-def compare_models(models: Mapping[str, dict], records: Mapping[str, Sequence[Mapping]], seed: int = 0) -> list[dict]:
+def compare_models(entries: Sequence[Entry], records: Mapping[str, Sequence[Mapping]], seed: int = 0) -> tuple[Comparison, ...]:
     """Compare every model with the teacher and with the models before it, metric by metric, on the samples both have.
 
     Args:
-        models (`Mapping[str, dict]`): Facts of the models, as in `Report.models`; the first is the teacher.
-        records (`Mapping[str, Sequence[Mapping]]`): Their records.
+        entries (`Sequence[Entry]`): What every model reached.
+        records (`Mapping[str, Sequence[Mapping]]`): The records of every model, the teacher first.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-
-    Returns:
-        `list[dict]`: `model`, `baseline`, `task`, `metric`, the values of `significance.Difference`, and a `sentence`.
     """
-    names, found = list(models), []
     arranged = {name: samples_of(rows) for name, rows in records.items()}
-    pairs = [(model, baseline) for i, model in enumerate(names) for baseline in names[:i]]
-    for model, baseline in pairs:
-        for task, metric, entry in _measured(models[model]):
-            if task == TEXT and "tokenizer" in (models[model] | models[baseline]) and metric == "perplexity":
-                continue  # of other tokens
-            ours, theirs = (_samples(arranged[name], entry.get("of", [task]), metric) for name in (model, baseline))
-            shared = sorted(ours.keys() & theirs.keys())
-            if len(shared) < 2:
-                continue
-            pair = [np.array([samples[key] for key in shared], dtype=float) for samples in (ours, theirs)]
-            difference = compare_paired(*pair, entry["aggregation"], entry["higher_is_better"], seed)
-            heading = {"model": model, "baseline": baseline, "task": task, "metric": metric}
-            sentence = difference.sentence(model, baseline, metric if task == TEXT else f"{task} {metric}")
-            found.append(heading | asdict(difference) | {"difference": difference.difference, "sentence": sentence})
-    return found
+    units, found, names = {(e.model, e.task, e.metric): e.unit for e in entries}, [], list(records)
+    for model, baseline in ((model, baseline) for i, model in enumerate(names) for baseline in names[:i]):
+        for entry in (e for e in entries if e.model == model and e.aggregation):
+            if units.get((baseline, entry.task, entry.metric)) != entry.unit:
+                continue  # not measured, or per token of another tokenizer
+            samples = [samples_of_entry(arranged[name], entry) for name in (model, baseline)]
+            shared = sorted(samples[0].keys() & samples[1].keys())
+            if len(shared) >= 2:
+                ours, theirs = (np.array([rows[key] for key in shared], dtype=float) for rows in samples)
+                difference = compare_paired(ours, theirs, entry.aggregation, entry.direction == "higher", seed)
+                found.append(
+                    Comparison(**vars(difference), model=model, baseline=baseline, task=entry.task, metric=entry.metric)
+                )
+    return tuple(found)
 
 
-def _measured(facts: Mapping) -> list[tuple[str, str, Mapping]]:
-    """List a model's metrics that its records give."""
-    text = {name: facts[name] for name in ("perplexity", "bits_per_byte")} | facts.get("agreement", {})
-    entries = [(TEXT, metric, entry) for metric, entry in text.items()]
-    entries += [(task, metric, entry) for task, metrics in facts["tasks"].items() for metric, entry in metrics.items()]
-    return [entry for entry in entries if entry[2].get("aggregation")]
-
-
-def _samples(arranged: Mapping, tasks: Sequence[str], metric: str) -> dict:
-    """Return the samples of a task, or of a group's tasks together."""
-    return {key: value for task in tasks for key, value in arranged.get((task, metric), {}).items()}
+def samples_of_entry(arranged: Mapping, entry: Entry) -> dict[tuple[str, int], tuple[float, float]]:
+    """Return the samples behind an entry, of a group's tasks together, from arranged records."""
+    return {k: v for task in entry.of or (entry.task,) for k, v in arranged.get((task, entry.metric), {}).items()}

@@ -2,8 +2,7 @@
 
 Pure functions on arrays with one row per sample: a value and a weight. A metric is an aggregation of the sum of the values over
 the sum of the weights: an accuracy has weights of one, a perplexity log-likelihoods over tokens. Pairing the samples takes out
-what makes some of them hard for every model. p-values are of single tests, not corrected for how many are made. It must not
-know a model, a task or a file.
+what makes some of them hard for every model. p-values are of single tests, not corrected for how many are made.
 """
 
 import math
@@ -64,25 +63,6 @@ class Difference:
     def difference(self) -> float:
         """The model's metric less the baseline's."""
         return self.value - self.baseline_value
-
-    def sentence(self, model: str, baseline: str, metric: str) -> str:
-        """Say it in plain words."""
-        low, high = self.interval
-        digits = _digits(high - low)
-        words = (
-            f"{self.value:,.{digits}f} against {self.baseline_value:,.{digits}f}, difference {self.difference:+,.{digits}f}, "
-        )
-        words += f"95 % interval {low:+,.{digits}f} to {high:+,.{digits}f}, "
-        words += "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
-        if self.retention is not None:
-            words += f"; {self.retention:.1f} % retained"
-        if self.verdict != "not distinguishable":
-            return f"{model} is {self.verdict} than {baseline} on {metric} ({words})."
-        needed = self.samples_needed
-        more = f"; about {_rounded(needed):,} would be needed for a difference of this size" if needed else ""
-        return (
-            f"{model} and {baseline} are not distinguishable on {metric} with these {self.samples:,} samples ({words}){more}."
-        )
 
 
 def compare_paired(
@@ -172,9 +152,9 @@ def estimate(rows: np.ndarray, aggregation: str = "mean") -> dict[str, float]:
     return {"value": float(AGGREGATIONS[aggregation](mean)), "stderr": float(stderr)}
 
 
-def interval(rows: np.ndarray, aggregation: str = "mean", seed: int = 0) -> list[float] | None:
+def interval(rows: np.ndarray, aggregation: str = "mean", seed: int = 0) -> tuple[float, float] | None:
     """Return the bootstrap's 95 % interval of a metric of one model; `None` for a single sample. Arguments as `estimate`."""
-    return list(_interval(_resampled([rows], aggregation, seed)[0])) if len(rows) > 1 else None
+    return _interval(_resampled([rows], aggregation, seed)[0]) if len(rows) > 1 else None
 
 
 def _metric(rows: np.ndarray, aggregation: str) -> np.ndarray:
@@ -200,13 +180,3 @@ def _resampled(models: Sequence[np.ndarray], aggregation: str, seed: int) -> np.
 def _interval(resampled: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2])
     return float(low), float(high)
-
-
-def _digits(width: float) -> int:
-    """Return the decimals that show two digits of an interval's width."""
-    return max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) and width > 1e-9 else 3
-
-
-def _rounded(count: int) -> int:
-    """Return a number with two digits that count."""
-    return round(count, 1 - math.floor(math.log10(count)))

@@ -1,26 +1,35 @@
-"""What lm-eval's results say: every metric's value, and the record of every sample."""
+"""What lm-eval's results say: an entry of every metric, and the record of every sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from hf_minitron.evaluation.report import samples_of
+from hf_minitron.evaluation.report import Entry, samples_of, samples_of_entry
 from hf_minitron.evaluation.significance import AGGREGATIONS, interval
 
 
-def facts_of(results: Mapping) -> dict[str, dict]:
-    """Read lm-eval's results; a group's metrics name the tasks they are made `of`."""
-    found = {}
+def task_entries(model: str, results: Mapping, records: Sequence[Mapping]) -> list[Entry]:
+    """Return the entries of lm-eval's results.
+
+    lm-eval does not say how it made a value of its samples, so the known ways are tried; a metric that none of them gives (a
+    corpus's BLEU, F1) has no `aggregation`.
+
+    Args:
+        model (`str`): The model's name.
+        results (`Mapping`): What `simple_evaluate` returns.
+        records (`Sequence[Mapping]`): From `records_of`.
+    """
+    arranged, entries = samples_of(records), []
     for task, metrics in results["results"].items():
         leaves = _leaves(task, results["group_subtasks"])
         samples = sum(results["n-samples"][leaf]["effective"] for leaf in leaves if leaf in results["n-samples"])
-        found[task] = _metrics(metrics, samples)
         higher = results["higher_is_better"].get(task) or {}
-        for name, entry in found[task].items():
-            entry["higher_is_better"] = higher.get(name, True) is not False
-            if leaves != [task]:
-                entry["of"] = leaves
-    return found
+        for metric, value, stderr in _metrics(metrics):
+            direction, of = "lower" if higher.get(metric) is False else "higher", tuple(leaves) if leaves != [task] else ()
+            entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, of=of)
+            entries.append(_with_samples(entry, samples_of_entry(arranged, entry)))
+    return entries
 
 
 def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
@@ -28,20 +37,29 @@ def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in children for leaf in _leaves(child, subtasks)] if children else [task]
 
 
-def _metrics(metrics: Mapping, samples: int) -> dict[str, dict]:
+def _metrics(metrics: Mapping) -> Iterator[tuple[str, float, float | None]]:
     """Read lm-eval's `metric,filter` keys; of several filters of a metric the first counts."""
-    found = {}
+    seen = set()
     for key, value in metrics.items():
         name, comma, filtered = key.partition(",")
-        if not comma or "_stderr" in key or name in found or not isinstance(value, int | float):
+        if not comma or "_stderr" in key or name in seen or not isinstance(value, int | float):
             continue
+        seen.add(name)
         stderr = metrics.get(f"{name}_stderr,{filtered}")
-        found[name] = {
-            "value": float(value),
-            "stderr": float(stderr) if isinstance(stderr, int | float) else float("nan"),
-            "samples": samples,
-        }
-    return found
+        yield name, float(value), float(stderr) if isinstance(stderr, int | float) and np.isfinite(stderr) else None
+
+
+def _with_samples(entry: Entry, samples: Mapping[tuple[str, int], tuple[float, float]]) -> Entry:
+    """Add aggregation and interval where the value is some aggregation of its samples."""
+    rows = np.array(list(samples.values()), dtype=float)
+    if len(rows) == 0 or not rows[:, 1].sum() > 0:
+        return entry
+    with np.errstate(over="ignore"):
+        ways = {name: finish(rows[:, 0].sum() / rows[:, 1].sum()) for name, finish in AGGREGATIONS.items()}
+    fits = [name for name, value in ways.items() if np.isclose(value, entry.value, rtol=1e-6, atol=1e-12)]
+    if not fits:
+        return entry
+    return replace(entry, aggregation=fits[0], interval=interval(rows, fits[0]))
 
 
 def records_of(results: Mapping) -> list[dict]:
@@ -57,23 +75,3 @@ def records_of(results: Mapping) -> list[dict]:
                     found[key] = dict(zip(("task", "doc", "metric"), key, strict=True))
                     found[key] |= {"value": float(pair[0]), "weight": float(pair[1])}
     return list(found.values())
-
-
-def add_samples_view(facts: Mapping[str, dict], records: Sequence[Mapping]) -> None:
-    """Add `aggregation` and `interval` to the metrics whose value is some aggregation of their samples.
-
-    lm-eval does not say how it made a value, so the known ways are tried; a metric that none of them gives (a corpus's BLEU,
-    F1) is not compared sample by sample.
-    """
-    arranged = samples_of(records)
-    for task, metrics in facts.items():
-        for metric, entry in metrics.items():
-            rows = [r for leaf in entry.get("of", [task]) for r in arranged.get((leaf, metric), {}).values()]
-            rows = np.array(rows, dtype=float)
-            if len(rows) == 0 or not rows[:, 1].sum() > 0:
-                continue
-            with np.errstate(over="ignore"):
-                ways = {name: finish(rows[:, 0].sum() / rows[:, 1].sum()) for name, finish in AGGREGATIONS.items()}
-            fits = [name for name, value in ways.items() if np.isclose(value, entry["value"], rtol=1e-6, atol=1e-12)]
-            if fits:
-                entry |= {"aggregation": fits[0], "interval": interval(rows, fits[0])}

@@ -1,6 +1,6 @@
 """lm-eval's tasks on a model in memory, with a record of every sample.
 
-It must not know how a model was made. Under `accelerate launch` the documents are split over the processes.
+Under `accelerate launch` the documents are split over the processes.
 """
 
 import copy
@@ -16,8 +16,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import adds_bos_token
+from hf_minitron.evaluation.report import Entry
 from hf_minitron.evaluation.task_data import check_data
-from hf_minitron.evaluation.task_results import add_samples_view, facts_of, records_of
+from hf_minitron.evaluation.task_results import records_of, task_entries
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def run_tasks(
     tasks: Tasks,
     batch_size: int | str = 8,
     split: bool = True,
-) -> tuple[dict[str, dict], list[dict]]:
+    name: str = "model",
+) -> tuple[list[Entry], list[dict]]:
     """Run lm-eval on a model in memory.
 
     Args:
@@ -138,10 +140,11 @@ def run_tasks(
         batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
         split (`bool`, *optional*, defaults to `True`): Whether processes share the documents; else each runs all of them, as
             tensor parallelism needs.
+        name (`str`, *optional*, defaults to `"model"`): What the entries call the model.
 
     Returns:
-        `tuple[dict[str, dict], list[dict]]`: Task to metric to `value`, `stderr`, 95 % `interval`, `samples` and how the value
-        comes from its samples; and the records of the samples (see `save_samples`). The same on every process.
+        `tuple[list[Entry], list[dict]]`: An entry of every metric of every task and group, and the records of the samples (see
+        `save_samples`). The same on every process.
     """
     from lm_eval import simple_evaluate  # seconds to import; only evaluation needs it
     from lm_eval.models.huggingface import HFLM
@@ -167,13 +170,12 @@ def run_tasks(
     )
     answer = [None]
     if state.is_main_process:  # the only one that gets results
-        answer = [(facts_of(results), records_of(results))]
-        for name, shots in results["n-shot"].items():
+        records = records_of(results)
+        answer = [(task_entries(name, results, records), records)]
+        for task, shots in results["n-shot"].items():
             if tasks.few_shot is not None and shots != tasks.few_shot:
-                logger.warning("%s fixes its number of worked examples: %s, not %s", name, shots, tasks.few_shot)
-    facts, records = (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
-    add_samples_view(facts, records)
-    return facts, records
+                logger.warning("%s fixes its number of worked examples: %s, not %s", task, shots, tasks.few_shot)
+    return (broadcast_object_list(answer) if state.num_processes > 1 else answer)[0]
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

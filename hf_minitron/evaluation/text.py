@@ -1,6 +1,6 @@
-"""Held-out text: perplexity, bits per byte, and agreement with the teacher, block by block.
+"""Held-out text: perplexity, bits per byte, agreement with the teacher, and metrics of one's own, block by block.
 
-It must not know how a model was made. Logits exist for a chunk of tokens at a time; the teacher is there as its last hidden
+Logits exist for a chunk of tokens at a time; the teacher is there as its last hidden
 states and its head, so that one model is in memory at a time.
 """
 
@@ -16,19 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import adds_bos_token
-from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
-from hf_minitron.evaluation.report import TEXT
-from hf_minitron.evaluation.significance import estimate, interval
+from hf_minitron.evaluation.report import TEXT, Entry
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions, TextMetric
 from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
-
-# Metric to its aggregation and whether higher is better.
-METRICS = {
-    "perplexity": ("perplexity", False),
-    "bits_per_byte": ("bits", False),
-    "top1_match": ("mean", True),
-    "teacher_kl": ("mean", False),
-}
 
 
 def text_bytes(blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,6 +93,7 @@ def read_text(
     description: str = "Held-out text",
     chunk_size: int = 256,
     labels: Sequence[Sequence[int]] | None = None,
+    metrics: Sequence[TextMetric] = TEXT_METRICS,
 ) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
     """Run a model over token blocks.
 
@@ -114,11 +106,12 @@ def read_text(
         description (`str`, *optional*): Label of the progress bar.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
         labels (`Sequence[Sequence[int]]`, *optional*): The blocks with -100 for tokens that are not predicted (BOS tokens).
+        metrics (`Sequence[TextMetric]`, *optional*): What to measure; those that need a teacher only with one.
 
     Returns:
-        `tuple`: Per-block sums by name, each of shape `(blocks,)`: `loglikelihood` in nats; with a teacher `top1_match` in
-        tokens and `teacher_kl` in nats. And the reading, or `None`.
+        `tuple`: Per-block sums by metric, each of shape `(blocks,)`. And the reading, or `None`.
     """
+    metrics = [metric for metric in metrics if teacher is not None or not metric.teacher]
 
     @torch.inference_mode()
     def read(size: int) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
@@ -130,16 +123,15 @@ def read_text(
             states = None
             if signal is not None:
                 states = DenseSignal(signal.hidden[start : start + len(rows)].to(rows.device), signal.head)
-            found = _token_sums(head, rows, targets, states, chunk_size)
+            found = _token_values(head, rows, targets, states, chunk_size, metrics)
             lengths = (wanted[:, 1:] != -100).sum(1).tolist()
             sums += [[part.sum().item() for part in parts] for parts in zip(*(f.split(lengths) for f in found), strict=True)]
             start += len(rows)
             if keep:
                 kept.append(rows.cpu())
-        names = ("loglikelihood", "top1_match", "teacher_kl")[: 1 if teacher is None else 3]
-        columns = np.array(sums, dtype=float).reshape(len(blocks), len(names))
+        columns = np.array(sums, dtype=float).reshape(len(blocks), len(metrics))
         reading = TeacherStates(torch.cat(kept), head) if kept else None
-        return {name: columns[:, i] for i, name in enumerate(names)}, reading
+        return {metric.name: columns[:, i] for i, metric in enumerate(metrics)}, reading
 
     if batch_size != "auto":
         return read(batch_size)
@@ -147,73 +139,70 @@ def read_text(
 
 
 def text_records(
-    sums: dict[str, np.ndarray], blocks: Sequence[Sequence[int]], num_bytes: Sequence[int], first: int = 0
+    sums: dict[str, np.ndarray],
+    blocks: Sequence[Sequence[int]],
+    num_bytes: Sequence[int],
+    first: int = 0,
+    metrics: Sequence[TextMetric] = TEXT_METRICS,
 ) -> list[dict]:
     """Return the records of blocks (or of their labels), numbered from `first`: see `save_samples`."""
-    tokens = [sum(label != -100 for label in ids[1:]) for ids in blocks]
-    columns = {
-        "perplexity": (sums["loglikelihood"], tokens),
-        "bits_per_byte": (sums["loglikelihood"], num_bytes),
-        **{name: (values, tokens) for name, values in sums.items() if name != "loglikelihood"},
-    }
+    weights = {"token": [sum(label != -100 for label in ids[1:]) for ids in blocks], "byte": num_bytes}
     return [
-        {"task": TEXT, "doc": first + i, "metric": metric, "value": float(value), "weight": float(weight)}
-        for metric, (values, weights) in columns.items()
-        for i, (value, weight) in enumerate(zip(values, weights, strict=True))
+        {"task": TEXT, "doc": first + i, "metric": metric.name, "value": float(value), "weight": float(weight)}
+        for metric in metrics
+        if metric.name in sums
+        for i, (value, weight) in enumerate(zip(sums[metric.name], weights[metric.per], strict=True))
     ]
 
 
-def text_facts(records: Sequence[dict]) -> dict[str, dict]:
-    """Return a model's facts about the text: `perplexity`, `bits_per_byte` and, with a teacher, `agreement`."""
-    facts: dict[str, dict] = {}
-    for metric, (aggregation, higher) in METRICS.items():
-        rows = np.array([[row["value"], row["weight"]] for row in records if row["metric"] == metric])
+def text_entries(
+    model: str, records: Sequence[dict], metrics: Sequence[TextMetric] = TEXT_METRICS, own_tokens: bool = False
+) -> list[Entry]:
+    """Return a model's entries of the text, from the records of its blocks.
+
+    Args:
+        model (`str`): The model's name.
+        records (`Sequence[dict]`): From `text_records`.
+        metrics (`Sequence[TextMetric]`, *optional*): The metrics.
+        own_tokens (`bool`, *optional*, defaults to `False`): Whether its tokens are not the teacher's: what is counted per
+            token then has a unit that no other model has.
+    """
+    entries = []
+    for metric in metrics:
+        rows = np.array([[row["value"], row["weight"]] for row in records if row["metric"] == metric.name])
         if len(rows) and rows[:, 1].sum() > 0:
-            counted = {"bytes" if metric == "bits_per_byte" else "tokens": int(rows[:, 1].sum()), "samples": len(rows)}
-            how = {"aggregation": aggregation, "higher_is_better": higher}
-            facts[metric] = estimate(rows, aggregation) | {"interval": interval(rows, aggregation)} | counted | how
-    agreement = {name: facts.pop(name) for name in ("top1_match", "teacher_kl") if name in facts}
-    return facts | ({"agreement": agreement} if agreement else {})
+            unit = f"{metric.unit}, in tokens of {model}" if own_tokens and metric.per == "token" else metric.unit
+            direction = metric.direction
+            entries.append(Entry.of_samples(model, TEXT, metric.name, rows, metric.aggregation, direction=direction, unit=unit))
+    return entries
 
 
-def perplexity(
-    model: PreTrainedModel,
-    blocks: Dataset,
-    batch_size: int = 8,
-    description: str = "Perplexity",
-    chunk_size: int = 256,
-) -> dict[str, float]:
+def perplexity(model: PreTrainedModel, blocks: Dataset, batch_size: int = 8, chunk_size: int = 256) -> Entry:
     """Return the perplexity of a model on token blocks, with its standard error.
 
     The error is that of the mean loss over blocks, carried through the exponential: tokens of one block are not independent.
 
     Args:
         model (`PreTrainedModel`): A causal language model.
-        blocks (`Dataset`): `input_ids`.
+        blocks (`Dataset`): `input_ids`, and `labels` where not all are predicted.
         batch_size (`int`, *optional*, defaults to 8): Blocks per forward pass.
-        description (`str`, *optional*): Label of the progress bar.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
-
-    Returns:
-        `dict[str, float]`: `value`, `stderr`, and the predicted `tokens`.
     """
     ids, labels = plain_blocks(blocks)
-    sums, _ = read_text(model, ids, batch_size, description=description, chunk_size=chunk_size, labels=labels)
-    tokens = np.array([sum(label != -100 for label in block[1:]) for block in labels], dtype=float)
-    found = estimate(np.stack([sums["loglikelihood"], tokens], axis=1), "perplexity")
-    return found | {"tokens": int(tokens.sum())}
+    metrics = TEXT_METRICS[:1]
+    sums, _ = read_text(model, ids, batch_size, description="Perplexity", chunk_size=chunk_size, labels=labels, metrics=metrics)
+    return text_entries("model", text_records(sums, labels, [], metrics=metrics), metrics)[0]
 
 
-def _token_sums(head: Head, rows: Tensor, targets: Tensor, teacher: DenseSignal | None, chunk_size: int) -> list[Tensor]:
-    """Return log-likelihoods and, with a teacher, matches and divergences, each of shape `(tokens,)` in float64."""
+def _token_values(
+    head: Head, rows: Tensor, targets: Tensor, teacher: DenseSignal | None, chunk_size: int, metrics: Sequence[TextMetric]
+) -> list[Tensor]:
+    """Return the numbers of every metric, each of shape `(tokens,)` in float64."""
     found = []
     for part, logits in head_chunks(head.logits, rows, chunk_size):
-        values = [-torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")]
-        if teacher is not None:
-            student_logp, teacher_logp = teacher.align(logits, part, 1)
-            values.append(student_logp.argmax(-1) == teacher_logp.argmax(-1))
-            values.append(forward_kl(student_logp, teacher_logp))
-        found.append([value.double().cpu() for value in values])
+        both = () if teacher is None else teacher.align(logits, part, 1)
+        predictions = Predictions(logits, targets[part], *both)
+        found.append([metric.values(predictions).double().cpu() for metric in metrics])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 

@@ -60,7 +60,7 @@ def gather(run: Run) -> dict[str, Any]:
         "notes": public(section.get("notes")),
         "cut": plan and cut_of(plan),
         "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
-        "remote_code": bool(plan and plan.by_layer),
+        "remote_code": bool(plan) and "auto_map" in _done_json(run, "prune", "student/config.json"),
         "transformers": _minimum_transformers(run) if plan else None,
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},

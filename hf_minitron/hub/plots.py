@@ -21,11 +21,11 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
     """Draw the loss against the tokens seen, in training and on held-out text, and below it its parts where there are several.
 
     Args:
-        log (`Mapping`): The training log: `tokens` and `history`, with at least one `loss`.
+        log (`Mapping`): The training log: `tokens`, `steps`, `losses` and `history`, with at least one `loss`.
         path (`Path`): The PNG file to write.
     """
     history = log["history"]
-    per_step = log["tokens"] / max(entry["step"] for entry in history if "loss" in entry)
+    per_step = log["tokens"] / log["steps"]
     unit, name = next((n, name) for n, name in UNITS if log["tokens"] >= n)
     parts = loss_parts(log)
 

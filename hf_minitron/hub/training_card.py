@@ -8,49 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig, TrainerState
+from transformers import Trainer, TrainingArguments
 
 import hf_minitron
-from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.batch import rows_read
 
 TAGS = ["hf_minitron", "minitron", "pruning", "structured-pruning", "knowledge-distillation"]
 MAX_ROWS = 12  # of the log
-TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-Taught by {{ teacher }} with knowledge distillation, the Minitron way ([2407.14679](https://arxiv.org/abs/2407.14679),
-[2408.11796](https://arxiv.org/abs/2408.11796)), using hf_minitron {{ version }}. Pushed from training: **its quality has not
-been measured.** `hf-minitron evaluate` measures it beside its teacher, and `hf-minitron publish` writes a card with both.
-
-## Training
-
-Step {{ state.global_step }} of {{ state.max_steps }}, {{ "{:,}".format(sequences) }} sequences
-{%- if state.num_input_tokens_seen %}, {{ "{:,}".format(state.num_input_tokens_seen) }} tokens{% endif %}.
-
-| setting | value |
-| --- | --- |
-{%- for key, value in settings.items() %}
-| {{ key }} | {{ value }} |
-{%- endfor %}
-{% if rows %}
-| {{ columns | join(" | ") }} |
-|{% for column in columns %} ---: |{% endfor %}
-{%- for row in rows %}
-| {{ row | join(" | ") }} |
-{%- endfor %}
-{% endif -%}
-"""
+TEMPLATE = Path(__file__).with_name("training_card_template.md")
 
 
 def write_training_card(
-    args: DistillationArguments,
-    state: TrainerState,
-    teacher: PreTrainedConfig,
+    trainer: Trainer,
     model_name: str | None = None,
     finetuned_from: str | None = None,
     tags: str | Sequence[str] | None = None,
@@ -59,9 +30,7 @@ def write_training_card(
     """Render the card of a model as its trainer knows it.
 
     Args:
-        args (`DistillationArguments`): Losses and hyperparameters.
-        state (`TrainerState`): Steps done and the log.
-        teacher (`PreTrainedConfig`): The teacher's config, which knows where the teacher came from.
+        trainer (`Trainer`): A `DistillationTrainer` with a teacher.
         model_name (`str`, *optional*): The model's name; the output folder's when left out.
         finetuned_from (`str`, *optional*): Hub id of the base model; the teacher's, where it has one, when left out.
         tags (`str` or `Sequence[str]`, *optional*): More tags.
@@ -70,6 +39,7 @@ def write_training_card(
     Returns:
         `ModelCard`: Ready to `save` as README.md.
     """
+    args, state, teacher = trainer.args, trainer.state, trainer.teacher.config
     source = getattr(teacher, "name_or_path", "")  # a cache does not know it
     # a path of this machine is nobody's business; what is no folder here and has a Hub id's form is one
     hub_id = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
@@ -88,19 +58,20 @@ def write_training_card(
     columns, rows = _log(state.log_history, args.losses)
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_path=TEMPLATE,
         name=name,
         teacher=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"a {teacher.model_type} model",
         state=state,
-        sequences=state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        settings=_settings(args),
+        sequences=rows_read(trainer),
+        settings=_settings(args, trainer.model.dtype),
         columns=columns,
         rows=rows,
         version=hf_minitron.__version__,
     )
 
 
-def _settings(args: DistillationArguments) -> dict[str, object]:
+def _settings(args: TrainingArguments, dtype: torch.dtype) -> dict[str, object]:
+    mixed = ", bf16 mixed precision" if args.bf16 else ", fp16 mixed precision" if args.fp16 else ""
     return {
         "losses": ", ".join(f"{weight} {name}" for name, weight in args.losses.items()),
         "temperature": args.temperature,
@@ -109,7 +80,7 @@ def _settings(args: DistillationArguments) -> dict[str, object]:
         "optimizer": args.optim,
         "sequences per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "precision": str(dtype).removeprefix("torch.") + mixed,
         "seed": args.seed,
     }
 

@@ -111,6 +111,6 @@ def run(args: Args, run: Run, out: Path) -> None:
         processing_class=tokenizer,
         callbacks=callbacks_of(args),
     )
-    fit(trainer)
+    resumed = fit(trainer)
     save_trained(trainer, source, out / "teacher")
-    save_log(trainer, out)
+    save_log(trainer, out, resumed=resumed)

@@ -117,7 +117,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         processing_class=tokenizer,
         callbacks=callbacks_of(args),
     )
-    fit(trainer)
+    facts["resumed"] = fit(trainer)
     save_trained(trainer, source, out / "student")
     save_log(trainer, out, **facts)
     if trainer.is_world_process_zero():

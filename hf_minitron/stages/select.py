@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_minitron.evaluation.report import Report
-from hf_minitron.hub.card import markdown_table, measured
+from hf_minitron.evaluation.report import Entry, Report
+from hf_minitron.evaluation.wording import markdown_table, measured, millions
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml
 from hf_minitron.run import RecipeError, Run, damaged, done_digest, needs_of
@@ -57,10 +57,11 @@ def run(args: Args, run: Run, out: Path) -> None:
     entries = []
     for by_score, entry in enumerate(found, 1):
         if entry["name"] in reports:
-            models = reports[entry["name"]].models
+            report = reports[entry["name"]]
             facts = {key: entry[key] for key in ("name", "target", "score")} | {"rank_by_score": by_score}
-            facts["parameters"] = models["distilled"]["parameters"]
-            entries.append(facts | {name: models[name]["perplexity"] for name in ("pruned", "distilled")})
+            facts["parameters"] = report.models["distilled"]["parameters"]
+            facts |= {name: vars(report.entry(name, "perplexity")) for name in ("pruned", "distilled")}
+            entries.append(facts)
     pruned = sorted(entry["pruned"]["value"] for entry in entries)
     entries = [entry | {"rank_pruned": pruned.index(entry["pruned"]["value"]) + 1} for entry in entries]
     entries.sort(key=lambda entry: entry["distilled"]["value"])
@@ -94,7 +95,8 @@ def _best(run: Run, entry: dict) -> Run:
 def _rows(entries: list[dict]) -> list[list[str]]:
     rows = [["candidate", "parameters", "perplexity pruned", "perplexity distilled", "rank by score", "rank pruned"]]
     for entry in entries:
-        cells = [f"{entry['parameters'] / 1e6:,.1f} M", measured(entry["pruned"]), measured(entry["distilled"])]
+        perplexities = [measured(Entry(**entry[name])) for name in ("pruned", "distilled")]
+        cells = [millions(entry["parameters"]), *perplexities]
         rows.append([entry["name"], *cells, str(entry["rank_by_score"]), str(entry["rank_pruned"])])
     return rows
 

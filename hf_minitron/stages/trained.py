@@ -22,6 +22,7 @@ from hf_minitron.checkpoint import (
     write_tensors,
 )
 from hf_minitron.distillation.adapters import merge_lora
+from hf_minitron.distillation.batch import rows_read
 from hf_minitron.environment import environment
 from hf_minitron.saving import copy_side_files, save_config
 
@@ -30,13 +31,19 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save_log(trainer: Trainer, out: Path, **facts) -> None:
-    """Write `log.json`, once for all processes: how many tokens were read, what the trainer logged, on what, more."""
+    """Write `log.json`, once for all processes: steps, tokens, losses and their weights, what was logged, on what, more."""
     if not trainer.is_world_process_zero():
         return
     args, state = trainer.args, trainer.state
-    # as many rows as were found to fit, with auto_find_batch_size
-    rows = state.global_step * state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    log = {"tokens": rows * args.block_size, "history": state.log_history, "machine": environment()} | facts
+    log = {
+        "steps": state.global_step,
+        "tokens": rows_read(trainer) * args.block_size,
+        "losses": dict(args.losses),
+        "precision": "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else "float32",
+        "history": state.log_history,
+        "machine": environment(),
+        **facts,
+    }
     if args.load_best_model_at_end:
         log["best"] = {"step": state.best_global_step, args.metric_for_best_model: state.best_metric}
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")

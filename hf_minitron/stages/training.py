@@ -219,15 +219,17 @@ def _made_once(path: Path, make: Callable[[], Dataset]) -> Dataset:
     return load_from_disk(path).with_format("torch")
 
 
-def fit(trainer: Trainer) -> None:
-    """Train, on all processes; go on from the last complete checkpoint in the trainer's folder.
+def fit(trainer: Trainer) -> str | None:
+    """Train, on all processes; go on from the last complete checkpoint in the trainer's folder, and return its name.
 
     Raises:
         ValueError: when SIGTERM has stopped it, its checkpoint written.
     """
     found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
-    trainer.train(resume_from_checkpoint=broadcast_object_list(found)[0])
+    (checkpoint,) = broadcast_object_list(found)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()
     if trainer.terminated:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
+    return checkpoint and Path(checkpoint).name

@@ -1,0 +1,155 @@
+"""A report in words: titles, digits, sentences and tables, all made when they are shown."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
+from hf_minitron.shape import Shape
+
+# What metrics of held-out text are called; others are called by their names.
+TITLES = {
+    "perplexity": "perplexity", "bits_per_byte": "bits per byte", "top1_match": "top-1 match", "teacher_kl": "KL to teacher",
+}  # fmt: skip
+ARROWS = {"higher": " ↑", "lower": " ↓"}
+
+
+def title(task: str, metric: str) -> str:
+    """Return what a metric of a task, or of held-out text, is called."""
+    return TITLES.get(metric, metric) if task == TEXT else f"{task} {metric}"
+
+
+def measured(entry: Entry | None) -> str:
+    """Write a value with its standard error, both to the error's second digit."""
+    if entry is None:
+        return ""
+    if not entry.stderr:
+        return f"{entry.value:,.3g}"
+    digits = _digits(entry.stderr)
+    return f"{entry.value:,.{digits}f} ± {entry.stderr:,.{digits}f}"
+
+
+def with_interval(entry: Entry | None) -> str:
+    """Write a value with its 95 % interval, to the second digit of its width; with its standard error where it has none."""
+    if entry is None or entry.interval is None:
+        return measured(entry)
+    low, high = entry.interval
+    digits = _digits(high - low)
+    return f"{entry.value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def sentence(found: Comparison) -> str:
+    """Say a comparison in plain words."""
+    low, high = found.interval
+    digits = _digits(high - low)
+    metric = title(found.task, found.metric)
+    words = (
+        f"{found.value:,.{digits}f} against {found.baseline_value:,.{digits}f}, difference {found.difference:+,.{digits}f}, "
+    )
+    words += f"95 % interval {low:+,.{digits}f} to {high:+,.{digits}f}, "
+    words += "p < 0.001" if found.p < 0.001 else f"p = {found.p:.2g}"
+    if found.retention is not None:
+        words += f"; {found.retention:.1f} % retained"
+    if found.verdict != "not distinguishable":
+        return f"{found.model} is {found.verdict} than {found.baseline} on {metric} ({words})."
+    needed = found.samples_needed
+    more = f"; about {_rounded(needed):,} would be needed for a difference of this size" if needed else ""
+    return (f"{found.model} and {found.baseline} are not distinguishable on {metric} with these {found.samples:,} samples "
+            f"({words}){more}.")  # fmt: skip
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows, the first of them a header, as a Markdown table with aligned columns: names left, numbers right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def millions(parameters: int) -> str:
+    """Write a number of parameters, in millions where there are some."""
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters:,}"
+
+
+def quality_rows(report: Report) -> list[list[str]]:
+    """Return the table of parameters, quality on text and task metrics: a header, then one row per model."""
+    columns = _columns(report)
+    rows = [["model", "parameters", *(title(*column) for column in columns)]]
+    for name, model in report.models.items():
+        cells = [measured(report.entry(name, metric, task)) for task, metric in columns]
+        rows.append([name, millions(model["parameters"]), *cells])
+    return rows
+
+
+def metric_rows(report: Report) -> list[list[str]]:
+    """Return the table of quality with 95 % intervals: a header, then one row per metric, an arrow where better is."""
+    rows = [["metric", *report.models]]
+    for task, metric in _columns(report):
+        entries = [report.entry(name, metric, task) for name in report.models]
+        arrow = ARROWS[next(entry.direction for entry in entries if entry)]
+        rows.append([title(task, metric) + arrow, *map(with_interval, entries)])
+    return rows
+
+
+def _columns(report: Report) -> list[tuple[str, str]]:
+    """List what any model was measured by, task and metric: held-out text first."""
+    return sorted({(e.task, e.metric): None for e in report.entries}, key=lambda column: column[0] != TEXT)
+
+
+def size_rows(report: Report, cut: Mapping[str, Any] | None) -> list[list[str]]:
+    """Return the table of sizes: a header, then one row per model; the KV cache where the shape is known from the plan."""
+    rows = [["model", "parameters", "weights on disk", "dtype", *(["KV cache per token"] if cut else [])]]
+    for name, model in report.models.items():
+        row = [name, millions(model["parameters"]), f"{model['bytes'] / 1e6:,.1f} MB", model["dtype"]]
+        side = {"teacher": "before", "corrected": "before", "pruned": "after", "distilled": "after"}.get(name)
+        rows.append(row + ([f"{_cache_bytes(cut, side) / 1e3:,.1f} kB" if side else ""] if cut else []))
+    return rows
+
+
+def _cache_bytes(cut: Mapping[str, Any], side: str) -> int:
+    """Count the bytes that a token adds to the KV cache, two for every number."""
+    shape, by_layer = Shape(cut[side]), cut["by_layer"] if side == "after" else {}
+    groups = by_layer.get("kv_heads") or by_layer.get("heads")
+    latent = "kv_rank" in shape.sizes  # no row per head
+    return 4 * sum(groups) * shape["head_dim"] if groups and not latent else shape.kv_cache_bytes_per_token(2)
+
+
+def speed_rows(report: Report) -> list[list[str]]:
+    """Return the table of speed: a header, then one row per setting and model."""
+    every = [case for cases in report.speed.values() for case in cases]
+    more = {"first_token": "first token, ms", "peak_bytes": "peak memory, MB"}
+    more = {kind: name for kind, name in more.items() if any(case.get(kind) for case in every)}
+    rows = [["model", "batch x prompt", "prefill, tokens/s", "decode, tokens/s", *more.values()]]
+    for cases in zip(*report.speed.values(), strict=True):  # models side by side
+        for name, case in zip(report.speed, cases, strict=True):
+            cells = [f"{case[kind]['value']:,.0f}" for kind in ("prefill", "decode")]
+            cells += [f"{1e3 * case['first_token']['value']:,.0f}"] if "first_token" in more else []
+            cells += [f"{case['peak_bytes'] / 1e6:,.0f}" if case["peak_bytes"] else ""] if "peak_bytes" in more else []
+            rows.append([name, f"{case['batch_size']} x {case['prompt']}", *cells])
+    return rows
+
+
+def comparison_rows(report: Report, model: str = "distilled", baseline: str = "teacher") -> list[list[str]]:
+    """Return the table of paired differences, or no rows where there are none: a header, then one row per metric."""
+    rows = [["metric", "difference", "95 % interval", "p", "retained", "verdict"]]
+    for found in report.against(baseline, model):
+        low, high = found.interval
+        digits = _digits(high - low)
+        kept = "" if found.retention is None else f"{found.retention:.1f} %"
+        if found.retention_interval:
+            kept += " ({:.1f} to {:.1f})".format(*found.retention_interval)
+        p = "< 0.001" if found.p < 0.001 else f"{found.p:.2g}"
+        span = f"{low:+,.{digits}f} to {high:+,.{digits}f}"
+        difference = f"{found.difference:+,.{digits}f}"
+        rows.append([title(found.task, found.metric), difference, span, p, kept, found.verdict])
+    return rows if len(rows) > 1 else []
+
+
+def _digits(width: float) -> int:
+    """Return the decimals that show two digits of a width."""
+    return max(0, 1 - math.floor(math.log10(width))) if math.isfinite(width) and width > 1e-9 else 3
+
+
+def _rounded(count: int) -> int:
+    """Return a number with two digits that count."""
+    return round(count, 1 - math.floor(math.log10(count)))
