@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, outlines, stand_in
@@ -27,6 +28,7 @@ from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, rea
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.shape import Shape
 from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
+from hf_minitron.texts import COMMITS
 
 STAGES: dict[str, ModuleType] = {
     "correct": correct,
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
+    COMMITS.clear()  # a command reads every dataset of the Hub at the commit that it finds
     with told():
         overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
@@ -219,7 +222,7 @@ def run_stages(
                 store_values(whole, values)
             if estimate:
                 print("\n" + text, flush=True)
-        state.wait_for_everyone()
+        COMMITS.update(broadcast_object_list([COMMITS])[0])
         for name, args in bound.items():
             execute(run, name, args, VERBS)
             if name in SEARCH and state.is_main_process:

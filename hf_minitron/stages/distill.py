@@ -15,7 +15,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.inputs import model_files
+from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
@@ -46,7 +46,7 @@ class Args(TextArguments, DistillationArguments):
         default=None,
         metadata={
             "help": "Another teacher than `model` or, with a `correct:` section, the corrected one.",
-            "reads": model_files,
+            "reads": teacher_files,
         },
     )
     lora: dict | None = field(
