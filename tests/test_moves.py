@@ -51,7 +51,9 @@ def no_hub(how, monkeypatch):
     else:
         for place in (constants, config):
             monkeypatch.setattr(place, "ENDPOINT" if place is constants else "HF_ENDPOINT", "http://127.0.0.1:9")
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
 
 

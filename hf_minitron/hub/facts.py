@@ -42,8 +42,9 @@ def gather(run: Run) -> dict[str, Any]:
     Returns:
         `dict`: `name`, and what `from_pretrained` takes to `load` it; `base_model`, the student of it that was pruned in its
         place (`between`) and another `teacher`; the base's commit, `base_revision`; the oldest `transformers` that loads the
-        student; the licence and `license_source`, where that stands; the `commits` at which datasets of the Hub were read; `cut`, see `cut_of`, and the `corrections` made; `seconds`
-        of every stage; what `correct`, `synthesize` and `cache` did; `command`, `version` and the sections' own words.
+        student; the licence and `license_source`, where that stands; the `commits` at which datasets of the Hub were read;
+        `cut`, see `cut_of`, and the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did;
+        `command`, `version` and the sections' own words.
     """
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}

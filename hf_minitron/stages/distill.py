@@ -23,7 +23,7 @@ from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
-    check_checkpoints,
+    check_space,
     check_text_for,
     fit,
     make_blocks,
@@ -62,10 +62,9 @@ def check(args: Args, run: Run) -> None:
         teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
         _, after, _ = prune.shapes(bind(run, "prune", prune.Args), run.model)
         check_states(teacher, student, after["layers"], names, args.layer_pairs)
-    if args.lora is None:
-        check_checkpoints(run, args, "distill")
-    else:
+    if args.lora is not None:
         check_lora(args.lora, AutoConfig.from_pretrained(resolve(run.model)))
+    check_space(run, args, "distill", AutoTokenizer.from_pretrained(resolve(run.model)))
 
 
 def check_blocks(args: Args, run: Run) -> None:
