@@ -18,6 +18,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, outlines, stand_in
 from hf_minitron.checkpoint import resolve
+from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.execute import execute, read_inputs, summary
@@ -118,9 +119,9 @@ def told(where: str = "") -> Iterator[None]:
     except RecipeError as error:
         raise RecipeError(f"{where}{error}") from error
     except (ValueError, OSError) as error:
-        raise RecipeError(where + " ".join(str(error).split())) from error
+        raise RecipeError(f"{where}{one_line(error)}") from error
     except Exception as error:
-        raise RecipeError(f"{where}{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where}{type(error).__name__}: {one_line(error)}") from error
 
 
 def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None:

@@ -17,6 +17,7 @@ from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, try_to_load_from_cache
 
+from hf_minitron.errors import one_line
 from hf_minitron.formats import FORMATS, format_of, hub_name, matching, plain_bytes, text_files
 
 # The commit that a dataset of the Hub was read at: a process reads one, whatever happens to the repository meanwhile.
@@ -187,8 +188,7 @@ def unreadable(source: str, error: Exception, files: Sequence[Path] | None = Non
             if broken := broken_line(path):
                 return ValueError(f"{source if [path] == files else _shown(str(path))}, {broken}. Mend or remove it")
     said = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-    empty = "it is empty" if isinstance(said, StopIteration) else type(said).__name__
-    return ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or empty}")
+    return ValueError(f"{source} cannot be read: {'it is empty' if isinstance(said, StopIteration) else one_line(said)}")
 
 
 def broken_line(path: Path) -> str | None:
@@ -210,7 +210,7 @@ def broken_line(path: Path) -> str | None:
     except (json.JSONDecodeError, RecursionError) as error:
         return f"line {number:,} is not JSON: {getattr(error, 'msg', error)}"
     except Exception as error:  # every compression's own kinds
-        return f"line {number + 1:,} cannot be decompressed: {' '.join(str(error).split())}"
+        return f"line {number + 1:,} cannot be decompressed: {one_line(error)}"
     return None
 
 

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-yaml_text
+errors yaml_text
 axes shape scores plan families.llama families.gpt families.moe families.config families.trace families.meta families.family
 families.student formats texts data vocabulary mixture memory environment head
 side_files model_kinds model_files checkpoint saving pruning.compensate pruning.effects pruning.rotate pruning.prune

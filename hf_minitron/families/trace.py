@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
-from hf_minitron.families.config import one_line
+from hf_minitron.errors import one_line
 
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
@@ -47,7 +47,7 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     try:
         model = _build(kind, content)
     except Exception as error:  # config classes and modules raise their own kinds
-        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
+        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({type(error).__name__}: {one_line(error)})") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
