@@ -13,10 +13,12 @@ from types import ModuleType
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, outlines, stand_in
 from hf_minitron.checkpoint import resolve
+from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import markdown_table, quality_rows, sentence, speed_rows
@@ -27,6 +29,7 @@ from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, rea
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.shape import Shape
 from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
+from hf_minitron.texts import COMMITS
 
 STAGES: dict[str, ModuleType] = {
     "correct": correct,
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
+    COMMITS.clear()  # a command reads every dataset of the Hub at the commit that it finds
     with told():
         overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
@@ -115,9 +119,9 @@ def told(where: str = "") -> Iterator[None]:
     except RecipeError as error:
         raise RecipeError(f"{where}{error}") from error
     except (ValueError, OSError) as error:
-        raise RecipeError(where + " ".join(str(error).split())) from error
+        raise RecipeError(f"{where}{one_line(error)}") from error
     except Exception as error:
-        raise RecipeError(f"{where}{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where}{type(error).__name__}: {one_line(error)}") from error
 
 
 def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None:
@@ -219,7 +223,7 @@ def run_stages(
                 store_values(whole, values)
             if estimate:
                 print("\n" + text, flush=True)
-        state.wait_for_everyone()
+        COMMITS.update(broadcast_object_list([COMMITS])[0])
         for name, args in bound.items():
             execute(run, name, args, VERBS)
             if name in SEARCH and state.is_main_process:

@@ -19,6 +19,8 @@ FORMATS = {
     ".txt": ("text", {}),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# How a recipe names what its own teacher writes: neither a file nor of the Hub.
+SYNTHESIZED = "synthesized"
 
 
 def text_files(source: str) -> list[Path] | None:

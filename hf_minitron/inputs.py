@@ -15,22 +15,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
 from hf_minitron import formats
+from hf_minitron.model_files import pinned, revision_of
+from hf_minitron.model_kinds import adapter_base
+from hf_minitron.side_files import SIDE_FILES
+from hf_minitron.texts import commit_of
 
+# A file; the folder of the Hub's cache that holds a model's commit; a dataset's commit, `None` where nobody can tell it.
+Source = Path | str | None
 HASHES = "hashes.json"
 LARGE = 1 << 20  # bytes; a smaller file is read faster than its hash is looked up
 SETTLED = 2  # seconds; a file may be written twice within a tick of its clock
 
 
-def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the local files among the texts of a setting: a name, or a table of several; Hub ids and other names are none."""
+def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
+    """Return the files of the texts of a setting, a name or a table of several; of those on the Hub the commits."""
     found = {}
     for name in value if isinstance(value, Mapping) else [value]:
-        path = Path(name).expanduser() if isinstance(name, str) and name else None
+        path = Path(name).expanduser() if isinstance(name, str) and name not in ("", formats.SYNTHESIZED) else None
         if path and _is_file(path):
             found[name] = path
+        elif path and _is_on_hub(name):
+            found[name] = commit_of(name)
         elif path:  # a folder of shards, perhaps with a configuration, or a pattern
             folder = path if path.is_dir() else Path(name.partition(":")[0] or name).expanduser()
             every = formats.matching(f"{glob.escape(str(folder))}/**" if folder.is_dir() else name)
@@ -38,29 +48,42 @@ def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
     return found
 
 
-def model_files(value: Any, section: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the files of a model's folder, or of the models in a table; of a Hub id what was last downloaded."""
+def _is_on_hub(name: str) -> bool:
+    try:
+        return formats.text_files(name) is None
+    except (ValueError, OSError):  # nothing, or no longer
+        return False
+
+
+def model_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
+    """Return the files of a model's folder, or of the models in a table; of one on the Hub the folder of its commit."""
     if isinstance(value, Mapping):
         found = {name: model_files(model, section) for name, model in value.items()}
         return {f"{name}/{file}": path for name, files in found.items() for file, path in files.items()}
-    folder = _folder_of(value) if isinstance(value, str) else None
-    return {path.name: path for path in sorted(folder.iterdir()) if _counts(path)} if folder else {}
+    return _files_of(value) if isinstance(value, str) and value else {}
 
 
-def _folder_of(model: str) -> Path | None:
-    """Return the folder of a model, without asking the Hub."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def teacher_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
+    """Return the files of a section's teacher, as its `teacher_model_init_kwargs` pin it: the run's model when it has none."""
+    kwargs = section.get("teacher_model_init_kwargs")
+    model = value or (section["model"] if kwargs else None)
+    return _files_of(model, **(kwargs if isinstance(kwargs, Mapping) else {})) if isinstance(model, str) else {}
 
+
+def _files_of(model: str, **which: Any) -> dict[str, Source]:
+    """Return a model's files, and those of the model that it is an adapter of; `which` is as for `from_pretrained`."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
-    name, _, revision = model.partition("@")
+        base = adapter_base(folder)
+        files = {path.name: path for path in sorted((folder / (which.get("subfolder") or "")).iterdir()) if _counts(path)}
+        return files | (_files_of(base, **which) if base else {})
+    name, revision = pinned(model)
+    config = "/".join(filter(None, (which.get("subfolder"), "config.json")))
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        found = try_to_load_from_cache(name, config, which.get("cache_dir"), revision or which.get("revision"))
     except HFValidationError:  # a path of nothing
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+        return {}
+    return {model: Path(found).parent if isinstance(found, str) else None}
 
 
 def _counts(path: Path) -> bool:
@@ -98,14 +121,42 @@ def settings(section: Mapping[str, Any], args_type: type | None, keys: Iterable[
     return table
 
 
-def files(section: Mapping[str, Any], args_type: type | None, keys: Iterable[str] | None = None) -> dict[str, Path]:
-    """Return the files that settings of a section name, as `setting: file`."""
+def files(section: Mapping[str, Any], args_type: type | None, keys: Iterable[str] | None = None) -> dict[str, Source]:
+    """Return the files that settings of a section name, as `setting: file`, and what they name on the Hub."""
     found = {}
     for field in dataclasses.fields(args_type) if args_type else ():
         reads, value = field.metadata.get("reads"), section.get(field.name)
-        if reads and value and (keys is None or field.name in keys):
+        if reads and (keys is None or field.name in keys):
             found |= {f"{field.name}: {name}": path for name, path in reads(value, section).items()}
     return found
+
+
+def contents(sources: Mapping[str, Source], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what sources hold: the hash of a file, the commit of what lies on the Hub.
+
+    Args:
+        sources (`Mapping`): From `files`.
+        before (`Mapping`): What they held when they were last read. It holds still where the Hub cannot be asked, and for a
+            model that has moved to a commit with the same config, weights and tokenizer.
+        folder (`Path`): Where hashes of large files are kept.
+    """
+    hashes = hashes_of([path for path in sources.values() if isinstance(path, Path) and not path.is_dir()], folder)
+    return {name: hashes[source] if source in hashes else _commit(source, before.get(name)) for name, source in sources.items()}
+
+
+def _commit(source: Source, before: str | None) -> str | None:
+    if isinstance(source, Path):
+        commit = revision_of(source)
+        old = Path(str(source).replace(commit, str(before).removeprefix("commit ")))
+        if old != source and _loaded(old) == _loaded(source) and any(source.glob("*.safetensors")):
+            return before
+        return f"commit {commit}"
+    return before if source is None else f"commit {source}"
+
+
+def _loaded(snapshot: Path) -> dict[str, str]:
+    """Return the hashes of those files of a model that are fetched to load it."""
+    return {path.name: _hash_of(path, {}) for kind in ("*.json", "*.safetensors", *SIDE_FILES) for path in snapshot.glob(kind)}
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -127,7 +178,9 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         old, new = (table.get(name, "default") for table in (before, after))
         if old == new:
             continue
-        if ": " in name:
+        if all(str(value).startswith("commit ") for value in (old, new)):
+            words.append(f"{name} has moved from {old} to {new}")
+        elif ": " in name:
             words.append(f"{name} {'is new' if name not in before else 'is gone' if name not in after else 'has changed'}")
         else:
             words.append(f"{name} {_shown(old)} -> {_shown(new)}")

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_minitron.model_kinds import GGUF, check_config, read_config
-from hf_minitron.side_files import SIDE_FILES, check_config_file
+from hf_minitron.side_files import SIDE_FILES
 
 # Arguments of `from_pretrained` that say which files are meant; the others say how they are loaded.
 WHICH = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
@@ -132,7 +132,6 @@ def resolve(model: str | Path, weights: bool = True, variant: str | None = None,
     else:
         folder = _snapshot(str(model), subfolder, weights, variant, which)
     check_config(folder, str(model))
-    check_config_file(folder / "config.json")
     return folder
 
 

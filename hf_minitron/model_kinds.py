@@ -16,6 +16,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from hf_minitron.errors import one_line
+from hf_minitron.side_files import check_config_file
+
 GGUF = "GGUF; load it with from_pretrained(folder, gguf_file=...), save_pretrained it, and name that folder"
 
 
@@ -37,7 +40,7 @@ def check_config(folder: Path, model: str) -> None:
     """
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(_no_config(folder, model))
-    content = _content(folder / CONFIG_NAME)
+    content = check_config_file(folder / CONFIG_NAME)
     kind, known = content.get("model_type"), "Name a causal language model of a class in Transformers"
     if not isinstance(kind, str):
         raise ValueError(f'{folder / CONFIG_NAME} has no model_type; add one, such as "llama", or download it again')
@@ -48,7 +51,7 @@ def check_config(folder: Path, model: str) -> None:
     try:
         config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
     except Exception as error:  # config classes raise their own kinds
-        raise ValueError(f"{folder / CONFIG_NAME} is no config of a {kind}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder / CONFIG_NAME} is no config of a {kind}: {one_line(error)}") from error
     if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{model} is a multimodal model ({kind}). {_text_part(config, model)}")
     if content.get("is_encoder_decoder"):
@@ -58,17 +61,6 @@ def check_config(folder: Path, model: str) -> None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not content.get("is_decoder"):
         raise ValueError(f"{model} is an encoder ({kind}), which does not predict the next token. {known}")
     _check_compressed(content.get("quantization_config") or content.get("compression_config"), model)
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """Return what a file of keys holds; refuse another one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the keys of a config; download it again")
-    return content
 
 
 def _text_part(config: PreTrainedConfig, model: str) -> str:
@@ -90,8 +82,7 @@ def _check_compressed(settings: Any, model: str) -> None:
     try:
         AutoHfQuantizer.from_config(settings).validate_environment(device_map=None, dtype=torch.bfloat16)
     except Exception as error:  # each method raises its own kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {reason}. Name the "
+        raise ValueError(f"{model} is compressed with {method}, which cannot be loaded here: {one_line(error)}. Name the "
                          "checkpoint in bfloat16, float16 or float32 that it was made from") from error  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_minitron.errors import one_line
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.yaml_text import DEEPEST, load_yaml
@@ -87,7 +88,7 @@ def read_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise RecipeError(f"{where} is nested deeper than the {DEEPEST} levels that a recipe may have") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
-        raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where} is not YAML: {one_line(error)}") from error
 
 
 def check_no_token(text: str, where: str) -> None:

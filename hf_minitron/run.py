@@ -93,14 +93,15 @@ class Run:
         for other, dot, key in (need.partition(".") for need in needs):
             if dot:
                 keys.setdefault(other, []).append(key)
-        table, paths = {"seed": self.seed, "model": self.model}, {}
+        table, sources = {"seed": self.seed, "model": self.model}, inputs.model_files(self.model, {})
+        sources = {f"model: {name}": source for name, source in sources.items()}
         for name, only in {stage: None, **keys}.items():
             start, section, args_type = "" if name == stage else f"{name}.", self.section(name), self.sections.get(name)
             table |= {start + key: value for key, value in inputs.settings(section, args_type, only).items()}
-            paths |= {start + key: path for key, path in inputs.files(section, args_type, only).items()}
-        paths |= {f"model: {name}": path for name, path in inputs.model_files(self.model, {}).items()}
-        hashes = inputs.hashes_of(paths.values(), self.folder)
-        return table | {name: hashes[path] for name, path in paths.items()}
+            found = inputs.files({**section, "model": self.model}, args_type, only)
+            sources |= {start + key: source for key, source in found.items()}
+        before = _done(self.path(stage)) or read_json(_unfinished(self, stage) / "started.json")
+        return table | inputs.contents(sources, before.get("inputs") or {}, self.folder)
 
     def check_owner(self) -> None:
         """Refuse a folder that belongs to another run; change nothing.

@@ -40,23 +40,22 @@ def side_files(source: Path) -> list[Path]:
     return found
 
 
-def check_config_file(path: Path) -> None:
-    """Refuse a config.json that is no JSON object, or that has numbers which no model has.
+def check_config_file(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json; refuse one that is no JSON object, or that has numbers which no model has.
 
     Raises:
         ValueError: naming the file and the key.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: not a model folder")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: not the config of a model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Download it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of settings")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the keys of a config; download it again")
     _check_numbers(path, "", content)
+    return content
 
 
 def _check_numbers(path: Path, key: str, value: Any) -> None:

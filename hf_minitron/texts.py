@@ -14,9 +14,10 @@ from pathlib import Path
 import fsspec
 from datasets import Dataset, DatasetBuilder, IterableDataset, Value, load_dataset_builder
 from datasets.data_files import DataFilesDict
-from datasets.exceptions import DatasetsError
-from huggingface_hub import try_to_load_from_cache
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi, try_to_load_from_cache
 
+from hf_minitron.errors import one_line
 from hf_minitron.formats import FORMATS, format_of, hub_name, matching, plain_bytes, text_files
 
 # The commit that a dataset of the Hub was read at: a process reads one, whatever happens to the repository meanwhile.
@@ -114,6 +115,17 @@ def commit_of(source: str) -> str | None:
     return COMMITS[source]
 
 
+def hub_commit(dataset: str, revision: str | None = None) -> str | None:
+    """Return the commit that a dataset's revision is of on the Hub, asked once; `None` where it cannot be asked."""
+    key = f"{dataset}@{revision or 'main'}"
+    if key not in COMMITS:
+        try:
+            COMMITS[key] = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+        except Exception:  # offline, without a connection, or without the dataset: whoever reads it says what is wrong
+            return None
+    return COMMITS[key]
+
+
 def _check_column(source: str, documents: Dataset | IterableDataset, column: str, first: Mapping) -> str:
     """Refuse a missing column; return what to do about one that holds something else than text."""
     columns = documents.column_names or list(first)  # a stream may not know before its first row
@@ -175,9 +187,8 @@ def unreadable(source: str, error: Exception, files: Sequence[Path] | None = Non
         for path in sorted(matching(f"{glob.escape(str(file))}/**")) if file.is_dir() else [file]:
             if broken := broken_line(path):
                 return ValueError(f"{source if [path] == files else _shown(str(path))}, {broken}. Mend or remove it")
-    said = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    empty = "it is empty" if isinstance(said, StopIteration) else type(said).__name__
-    return ValueError(f"{source} cannot be read: {' '.join(str(said).split()) or empty}")
+    said = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    return ValueError(f"{source} cannot be read: {'it is empty' if isinstance(said, StopIteration) else one_line(said)}")
 
 
 def broken_line(path: Path) -> str | None:
@@ -199,7 +210,7 @@ def broken_line(path: Path) -> str | None:
     except (json.JSONDecodeError, RecursionError) as error:
         return f"line {number:,} is not JSON: {getattr(error, 'msg', error)}"
     except Exception as error:  # every compression's own kinds
-        return f"line {number + 1:,} cannot be decompressed: {' '.join(str(error).split())}"
+        return f"line {number + 1:,} cannot be decompressed: {one_line(error)}"
     return None
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -75,30 +74,41 @@ def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBa
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Names the token in the error.
     """
     for rows in blocks.with_format("numpy").iter(batch_size=256):
-        highest = max((int(np.max(ids)) for ids in rows["input_ids"] if len(ids)), default=0)
-        if highest >= vocab_size:
-            token = f" ({tokenizer.convert_ids_to_tokens(highest)!r})" if tokenizer else ""
-            raise ValueError(f"The text holds id {highest:,}{token}, but the model's vocabulary has {vocab_size:,}: take it "
+        for ids in rows["input_ids"]:
+            check_row_ids(ids, vocab_size, tokenizer)
+
+
+def check_row_ids(ids: Any, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Refuse a row of ids, a tensor or an array, with one that a model does not have."""
+    for wrong in (int(ids.max()), int(ids.min())) if len(ids) else ():
+        if not 0 <= wrong < vocab_size:
+            token = f" ({tokenizer.convert_ids_to_tokens(wrong)!r})" if tokenizer and wrong >= 0 else ""
+            raise ValueError(f"The text holds id {wrong:,}{token}, but the model's vocabulary has {vocab_size:,}: take it "
                              "out of the text, or use the model's own tokenizer")  # fmt: skip
 
 
-def check_vocabularies(sizes: Mapping[str, int], tokenizer: object, blocks: object = None) -> None:
+def check_vocabularies(models: Mapping[str, Any], tokenizer: object, blocks: object = None) -> int:
     """Refuse models whose vocabularies differ by more than padding and added tokens that a text does not use.
 
     Args:
-        sizes (`Mapping[str, int]`): Teacher and student to the sizes of their vocabularies.
+        models (`Mapping[str, Any]`): Teacher and student, or the student alone.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Theirs; anything else that processes is not looked at.
-        blocks (`Dataset`, *optional*): The text; that of a stream is not known.
+        blocks (`Dataset`, *optional*): The text; that of a stream is looked at batch by batch.
+
+    Returns:
+        `int`: The size of the smallest vocabulary.
     """
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
     least = min(sizes.values())
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) <= least:
-        return
+        return least
     added = tokenizer.get_added_vocab()
     beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= least and token not in added)
     if beyond:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {dict(sizes)}: they differ by more than "
+            f"The tokenizer has {len(tokenizer):,} tokens, but vocabularies are {sizes}: they differ by more than "
             f"padding ({beyond[0]!r} is beyond). Use a teacher and a student with the same tokenizer"
         )
     if isinstance(blocks, Dataset):
         check_ids(blocks, least, tokenizer)
+    return least

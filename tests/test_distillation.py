@@ -258,6 +258,27 @@ def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path)
         DistillationTrainer(**given, train_dataset=blocks)
     with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
         calibrate(given["teacher"], blocks)
+    stream = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}).to_iterable_dataset(), tokenizer, 16)
+    given["args"] = arguments(tmp_path, max_steps=8)
+    with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
+        DistillationTrainer(**given, train_dataset=stream).train()
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize(("column", "wrong"), [("input_ids", 99), ("input_ids", -1), ("labels", 99)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_with_ids_that_the_model_lacks_are_refused(tmp_path, column, wrong, teacher, streaming):
+    rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]} for _ in range(8)]
+    rows[5] |= {column: [3, 4, wrong, 6]}
+    rows = Dataset.from_list(rows)
+    changes = {"teacher": tiny.model()} if teacher else {}
+    args = arguments(tmp_path, max_steps=8, **({} if teacher else {"losses": {"cross_entropy": 1.0}}))
+    trainer = DistillationTrainer(
+        tiny.model(seed=1), args=args, train_dataset=rows.to_iterable_dataset() if streaming else rows, **changes
+    )
+    with pytest.raises(ValueError, match=f"The text holds id {wrong}, but the model's vocabulary has 99") as raised:
+        trainer.train()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

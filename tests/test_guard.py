@@ -19,8 +19,9 @@ from hf_minitron.hub.facts import shorten
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.retry import persist
 from hf_minitron.recipe import read_yaml
-from hf_minitron.run import RecipeError
+from hf_minitron.run import RecipeError, Run
 from hf_minitron.side_files import side_files
+from hf_minitron.stages import distill, training
 from hf_minitron.stages.resuming import last_checkpoint
 
 TASK = {
@@ -186,6 +187,29 @@ def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, check
     for folder in (checkpoints, tmp_path / "fresh"):
         assert main(["distill", str(project["path"]), "--run", str(folder)]) == 0
     assert left > 100_000 and needed[1] - needed[0] == left
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("cross_documents", [False, True])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_space_for_text_is_what_will_be_written(project, tmp_path, monkeypatch, adds_bos, cross_documents, streaming):
+    needed, tokenizer = [], tiny.tokenizer(adds_bos=adds_bos)
+    monkeypatch.setattr(training, "require_space", lambda path, number, what: needed.append(number))
+    run = Run(tmp_path / "run", str(project["folder"] / "teacher"), 0, {}, tmp_path / "recipe.yaml")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in tiny.text(500, 1)))
+    section = {**project["recipe"]["distill"], "text": str(text), "max_steps": 500, "cross_documents": cross_documents,
+               "streaming": streaming, "eval_strategy": "steps", "eval_text": str(text), "eval_tokens": 800}  # fmt: skip
+    args = distill.Args(**section, lora={})
+    training.check_space(run, args, "distill", tokenizer)
+    made = [training.make_eval_blocks(args, tokenizer, tmp_path)]
+    made += [] if streaming else [training.make_blocks(args, tokenizer, tmp_path, 0)]
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
+    assert [len(made[0]), *map(len, made[1:])] == [50, *([] if streaming else [1000])]
+    assert 0 <= written - needed[0] < 5000, "but for the files' own headers"
+    training.check_space(run, distill.Args(**section), "distill", tokenizer)
+    parameters = sum(parameter.numel() for parameter in tiny.model().parameters())
+    assert needed[1] - needed[0] == 3 * 4 * parameters * 3, "two checkpoints kept and one being written"
 
 
 def test_tasks_are_not_looked_for_on_the_whole_disk(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-yaml_text
+errors yaml_text
 axes shape plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
 architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
 formats inputs statistics texts data vocabulary mixture memory environment head

@@ -9,11 +9,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's kind and its message in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) -> str | None:
     """Say why a config makes no causal language model of text alone, and what to prune instead; `None` when it makes one.
 

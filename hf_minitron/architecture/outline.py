@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
-from hf_minitron.architecture.config import one_line
+from hf_minitron.errors import one_line
 from hf_minitron.probe import Visit, probe
 
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
@@ -59,7 +59,8 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     try:
         model = _build(kind, content)
     except Exception as error:  # config classes and modules raise their own kinds
-        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({one_line(error)})") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({reason})") from error
     first = {parameter: name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     tied = {name: first[parameter] for name, parameter in every if first[parameter] != name}

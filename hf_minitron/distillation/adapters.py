@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.checkpoint import load_model
-from hf_minitron.distillation.checks import check_number, one_line
+from hf_minitron.distillation.checks import check_number
+from hf_minitron.errors import one_line
 
 # What is not said in a recipe.
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

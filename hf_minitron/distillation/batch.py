@@ -9,11 +9,13 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import Trainer
 
+from hf_minitron.vocabulary import check_row_ids
+
 # What a row may hold, and what its padding is: one entry per token.
 COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
 
 
-def collate(rows: Sequence[Mapping], ignored: Sequence[str] = ()) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping], ignored: Sequence[str] = (), vocab_size: int | None = None) -> dict[str, Tensor]:
     """Batch rows of `input_ids` (and `labels`, `attention_mask`, `position_ids`); pad shorter ones at the end.
 
     Padding is told by length and by the rows' own masks, never by a token id: many models use their end token for both. Nothing
@@ -24,14 +26,17 @@ def collate(rows: Sequence[Mapping], ignored: Sequence[str] = ()) -> dict[str, T
     Args:
         rows (`Sequence[Mapping]`): Rows of a dataset.
         ignored (`Sequence[str]`, *optional*): Columns of other use, such as the length that rows are grouped by.
+        vocab_size (`int`, *optional*): Ids that the model has.
 
     Raises:
-        ValueError: for another column, or one that has not an entry for every token.
+        ValueError: for another column, one that has not an entry for every token, or an id that the model does not have.
     """
     parts = {name: [torch.as_tensor(row[name]) for row in rows if name in row] for name in COLUMNS}
     for row in rows:
         _check_row(row, rows[0], ignored)
     ids = parts["input_ids"]
+    for row in (*ids, *(row.clamp(0) for row in parts["labels"])) if vocab_size else ():
+        check_row_ids(row, vocab_size)
     parts["labels"] = parts["labels"] or ids
     if parts["position_ids"]:
         if not all(mask.all() for mask in parts["attention_mask"]):

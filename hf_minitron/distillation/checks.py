@@ -23,6 +23,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available, is_torch_xla_available
 
+from hf_minitron.errors import one_line
+
 # What a number may be, and which settings are such numbers. Those of no row may be any finite number.
 BOUNDS = (
     ("at least 1", lambda value: value >= 1, (
@@ -203,11 +205,6 @@ def check_mapping(name: str, value: Any, example: str) -> None:
         raise ValueError(f"{name}: {value!r} is not a table {example}")
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's text on one line, or its kind when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _check_file(name: str, value: str) -> None:
     path = Path(value).expanduser()
     if not path.is_file():
@@ -216,8 +213,3 @@ def _check_file(name: str, value: str) -> None:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{name}: {value} is not JSON: {error}") from error
-
-
-def _line(error: Exception) -> str:
-    """Return an error's first line, or its kind."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -18,11 +18,11 @@ from hf_minitron.distillation.checks import (
     check_schedule,
     check_trackers,
     check_values,
-    one_line,
 )
 from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
+from hf_minitron.errors import one_line
 from hf_minitron.model_files import split_kwargs, with_hidden_token
 
 CROSS_ENTROPY = "cross_entropy"

@@ -77,9 +77,8 @@ class DistillationTrainer(Trainer):
             raise ValueError("compute_loss_func: the loss is made chunk by chunk, and full logits never exist; put a function "
                              "of two tables of log-probabilities into TOKEN_LOSSES, and name it in losses")  # fmt: skip
         args = DistillationArguments.of(args)
-        collator = data_collator or partial(collate, ignored=[args.length_column_name])
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(model=model, args=args, data_collator=collator, **kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
         check_engine(self)
         keep_freed_memory()
         student = base_of(self.model)
@@ -88,9 +87,9 @@ class DistillationTrainer(Trainer):
         repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         self.teacher = self._teacher(teacher)
-        if self.teacher is not None:
-            sizes = {"teacher": self.teacher.config.vocab_size, "student": student.config.vocab_size}
-            check_vocabularies(sizes, self.processing_class, self.train_dataset)
+        readers = {"student": student} if self.teacher is None else {"teacher": self.teacher, "student": student}
+        least = check_vocabularies(readers, self.processing_class, self.train_dataset)
+        self.data_collator = data_collator or partial(collate, ignored=[args.length_column_name], vocab_size=least)
         if "position_ids" in (getattr(self.train_dataset, "column_names", None) or ()):  # documents of their own
             for reader in [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]:
                 check_documents_apart(reader)

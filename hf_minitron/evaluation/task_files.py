@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.evaluation.tasks import children_of, task_manager
+from hf_minitron.evaluation.tasks import Tasks, children_of, leaves, task_manager
+from hf_minitron.model_files import is_hub_id
+from hf_minitron.texts import hub_commit
 
 MOST_FILES = 100_000  # lm-eval has 14,000, and reads every folder below one that it is given
 
@@ -26,10 +28,11 @@ def check_folder(include_path: str | None) -> None:
             raise ValueError(f"include_path: {include_path} holds more than {MOST_FILES:,} files; name the folder of the tasks")
 
 
-def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the files that define some tasks: their YAML files, what these include, their functions and their data.
+def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Path | str | None]:
+    """Return the files that define some tasks: their YAML files, what these include, their functions and their data; and the
+    commits of datasets on the Hub.
 
-    Tasks that lm-eval brings along are left out: they are of its version.
+    Files that lm-eval brings along are left out: they are of its version.
 
     Args:
         tasks (`Sequence[str]`): Names, or paths of YAML files.
@@ -43,11 +46,25 @@ def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Pa
             found |= _named(path.parent, _of_file(path, path.parent))
         elif isinstance(task, str) and include:
             found |= _named(include[0], _of_task(task, include[0]))
+    return found | _datasets(tasks, own)
+
+
+def _datasets(tasks: Sequence[str], include_path: str | None) -> dict[str, str | None]:
+    """Return the datasets on the Hub that some tasks ask about, and their commits."""
+    try:
+        chosen = Tasks.find(tasks, include_path)
+    except (ValueError, TypeError):  # whoever runs the tasks says what is wrong
+        return {}
+    found = {}
+    for content in (content for task in chosen.names for content in leaves(task, chosen.include_paths)):
+        name, revision = content.get("dataset_path"), (content.get("dataset_kwargs") or {}).get("revision")
+        if isinstance(name, str) and is_hub_id(name):
+            found[name] = hub_commit(name, revision)
     return found
 
 
 def _of_task(task: str, folder: Path) -> Iterator[Path]:
-    index, waiting, seen = task_manager(folder).task_index, [task], set()
+    index, waiting, seen = task_manager(folder, [task]).task_index, [task], set()
     while waiting:
         entry = index.get(waiting.pop())
         if entry is None or entry.name in seen:

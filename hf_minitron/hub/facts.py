@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from transformers import AutoConfig
 
 import hf_minitron
-from hf_minitron.formats import text_files
+from hf_minitron.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.model_files import is_hub_id, pinned
@@ -42,8 +42,9 @@ def gather(run: Run) -> dict[str, Any]:
     Returns:
         `dict`: `name`, and what `from_pretrained` takes to `load` it; `base_model`, the student of it that was pruned in its
         place (`between`) and another `teacher`; the base's commit, `base_revision`; the oldest `transformers` that loads the
-        student; the licence and `license_source`, where that stands; `cut`, see `cut_of`, and the `corrections` made; `seconds`
-        of every stage; what `correct`, `synthesize` and `cache` did; `command`, `version` and the sections' own words.
+        student; the licence and `license_source`, where that stands; the `commits` at which datasets of the Hub were read;
+        `cut`, see `cut_of`, and the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did;
+        `command`, `version` and the sections' own words.
     """
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
@@ -57,6 +58,7 @@ def gather(run: Run) -> dict[str, Any]:
         **_licence(run),
         "language": section.get("language"),
         "datasets": section.get("datasets") or _datasets(run),
+        "commits": _commits(run),
         "notes": public(section.get("notes")),
         "cut": plan and cut_of(plan),
         "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
@@ -222,8 +224,16 @@ def _datasets(run: Run) -> list[str] | None:
     """Return the Hub ids among the texts that the run has read, but for those it was measured on."""
     texts = [run.section(stage).get(key) for stage in STAGES[:-1] for key in ("text", "prompts")]
     names = [name for text in texts if text for name in (text if isinstance(text, Mapping) else [text])]
-    found = {name.partition(":")[0]: None for name in map(str, names) if "/" in name and _on_hub(name)}
+    found = {hub_name(name)[0]: None for name in map(str, names) if "/" in name and _on_hub(name)}
     return list(found) or None
+
+
+def _commits(run: Run) -> dict[str, str]:
+    """Return the commits at which the finished stages have read datasets of the Hub."""
+    done = [_done_json(run, stage, "done.json")["inputs"] for stage in STAGES if _is_done(run, stage)]
+    held = {name.partition(": ")[::2]: str(value) for inputs in done for name, value in inputs.items()}
+    return {name: value.removeprefix("commit ") for (key, name), value in held.items()
+            if value.startswith("commit ") and not key.startswith(("model", "teacher"))}  # fmt: skip
 
 
 def _on_hub(name: str) -> bool:

@@ -17,7 +17,7 @@ from hf_minitron.side_files import side_files
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
-    check_checkpoints,
+    check_space,
     check_text_for,
     fit,
     make_blocks,
@@ -81,10 +81,9 @@ def check(args: Args, run: Run) -> None:
     if args.add_bos_token:
         adds_bos_token(tokenizer, True)
     check_text_for(args, lambda name: False, [config], tokenizer)
-    if args.lora is None:
-        check_checkpoints(run, args, "correct")
-    else:
+    if args.lora is not None:
         check_lora(args.lora, config)
+    check_space(run, args, "correct", tokenizer)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

@@ -15,7 +15,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.inputs import model_files
+from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
@@ -23,7 +23,7 @@ from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
-    check_checkpoints,
+    check_space,
     check_text_for,
     fit,
     make_blocks,
@@ -46,7 +46,7 @@ class Args(TextArguments, DistillationArguments):
         default=None,
         metadata={
             "help": "Another teacher than `model` or, with a `correct:` section, the corrected one.",
-            "reads": model_files,
+            "reads": teacher_files,
         },
     )
     lora: dict | None = field(
@@ -62,10 +62,9 @@ def check(args: Args, run: Run) -> None:
         teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
         _, after, _ = prune.shapes(bind(run, "prune", prune.Args), run.model)
         check_states(teacher, student, after["layers"], names, args.layer_pairs)
-    if args.lora is None:
-        check_checkpoints(run, args, "distill")
-    else:
+    if args.lora is not None:
         check_lora(args.lora, AutoConfig.from_pretrained(resolve(run.model)))
+    check_space(run, args, "distill", AutoTokenizer.from_pretrained(resolve(run.model)))
 
 
 def check_blocks(args: Args, run: Run) -> None:

@@ -74,7 +74,7 @@ class Args:
         default="block_importance",
         metadata={
             "help": f"How layers are ranked: {', '.join(METRICS)}, or by an lm-eval task: winogrande, piqa:acc_norm.",
-            "reads": lambda value, section: task_files([_task(value)[0]], section),
+            "reads": lambda value, section: task_files([_task(value)[0]] if value and value not in METRICS else [], section),
         },
     )
     layers_block: int = field(default=1, metadata={"min": 1, "help": "Contiguous layers that go together."})

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.formats import SYNTHESIZED
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.correct import teacher_of
@@ -24,8 +25,7 @@ OPTIONAL = True
 NEEDS = ()
 USES = ("correct",)
 
-# How `distill.text` names what this stage wrote.
-SYNTHESIZED = "synthesized"
+# What this stage wrote; `distill.text` names it SYNTHESIZED.
 TEXT = "text.jsonl"
 # After so many batches in a row of which nothing is kept, nothing will be.
 HOPELESS = 50

@@ -18,7 +18,7 @@ from hf_minitron.checkpoint import (
     require_space,
     resolve,
 )
-from hf_minitron.data import check_first_block
+from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.evaluation.speed import random_model
@@ -165,18 +165,23 @@ def check_positions(config: PreTrainedConfig, block_size: int) -> None:
         raise ValueError(f"block_size: {block_size} is more than the {longest} positions of the model; set it to that or less")
 
 
-def check_checkpoints(run: Run, args: DistillationArguments, stage: str) -> None:
-    """Refuse a disk that cannot hold a section's blocks, and the checkpoints of a model as large as the run's.
+def check_space(run: Run, args: DistillationArguments, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a disk that cannot hold a section's packed text, and the checkpoints of a model as large as the run's.
 
-    What an interrupted attempt has left is part of both, or goes first.
+    What an interrupted attempt has left is part of both, or goes first. Adapters and epochs of a text of unknown size count as
+    nothing.
     """
-    text = 0 if args.streaming else tokens_of(args) * args.world_size * (4 if args.cross_documents else 8)  # ids, positions
-    config = AutoConfig.from_pretrained(resolve(run.model))
-    model = Architecture.of(config)  # from the config alone: with a cache the teacher's weights may be gone
-    weights = 4 * model.shape.num_parameters(model.rows)
-    # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
-    needed = 3 * weights * ((args.save_total_limit or 1) + 1) + text
-    require_space(run.folder, needed - run.left_bytes(stage), f"the checkpoints of {stage}")
+    columns = 1 + (not args.cross_documents) + adds_bos_token(tokenizer, args.add_bos_token)  # ids, positions, labels
+    tokens = 0 if args.streaming else tokens_of(args) * args.world_size
+    tokens += args.eval_tokens if eval_sources_of(args) else 0
+    needed = 4 * columns * (tokens + tokens // args.block_size)  # a number for every token, and where each sequence begins
+    if args.lora is None:
+        config = AutoConfig.from_pretrained(resolve(run.model))
+        model = Architecture.of(config)  # from the config alone: with a cache the teacher's weights may be gone
+        weights = 4 * model.shape.num_parameters(model.rows)
+        # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
+        needed += 3 * weights * ((args.save_total_limit or 1) + 1)
+    require_space(run.folder, needed - run.left_bytes(stage), f"the text and the checkpoints of {stage}")
 
 
 def make_blocks(
