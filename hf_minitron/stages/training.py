@@ -20,6 +20,7 @@ from hf_minitron.checkpoint import (
 from hf_minitron.data import check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.families.family import family_of
 from hf_minitron.inputs import text_files
@@ -93,6 +94,7 @@ RESERVED = {
     "output_dir": "a run's folder is said once: set `run` at the top of the recipe",
     "seed": "a run has one seed: set `seed` at the top of the recipe",
     "resume_from_checkpoint": "an interrupted stage goes on by itself: start the same command again",
+    "enable_jit_checkpoint": "on SIGTERM a stage writes a checkpoint without it; leave it out",
     "save_only_model": "an interrupted stage could not go on from such a checkpoint; leave it out",
     "push_to_hub": "a run is pushed when it is measured: hf-minitron publish --push",
     "hub_": "a run is pushed when it is measured: set publish.repo_id, publish.private, publish.revision",
@@ -226,8 +228,11 @@ def fit(trainer: Trainer) -> None:
         ValueError: when SIGTERM has stopped it, its checkpoint written.
     """
     found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
-    trainer.train(resume_from_checkpoint=broadcast_object_list(found)[0])
+    stop = StopOnSigterm()
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=broadcast_object_list(found)[0])
     trainer.accelerator.wait_for_everyone()
-    if trainer.terminated:
+    if stop.stopped:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
