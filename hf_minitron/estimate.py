@@ -194,8 +194,8 @@ def _rehearse_training(
             def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
                 return {"forward_kl": forward_kl(*signal.align(logits, part, 1))}
 
-            loss, _ = chunked_loss(rows, head_of(student), losses, {"forward_kl": 1.0}, len(targets), args.chunk_size)
-        loss.backward()
+            loss, _ = chunked_loss(rows, head_of(student), losses, {"forward_kl": 1.0}, args.chunk_size)
+        (loss / len(targets)).backward()
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

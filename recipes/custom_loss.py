@@ -25,7 +25,6 @@ from hf_minitron import (
     token_blocks,
 )
 from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -33,9 +32,6 @@ CACHE = "~/.cache/hf_minitron"
 def hellinger(student_logp: torch.Tensor, teacher_logp: torch.Tensor) -> torch.Tensor:
     """Return the squared Hellinger distance of two distributions, between 0 and 1, for each row."""
     return 1 - ((student_logp + teacher_logp) / 2).exp().sum(-1)
-
-
-TOKEN_LOSSES["hellinger"] = hellinger
 
 
 @dataclass
@@ -72,7 +68,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
         write_cache(teacher, blocks, cache, {"top_k": script.cache_top_k})
         teacher = cache
 
-    # 3. --losses takes the name, here with a quarter of the usual loss beside it.
+    # 3. The loss is a key of `losses`, here with a quarter of the usual one beside it.
     trainer = DistillationTrainer(student, teacher, training, train_dataset=blocks, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()  # a stock checkpoint with its tokenizer, in --output_dir
@@ -80,5 +76,5 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
 
 if __name__ == "__main__":
     parser = HfArgumentParser((ScriptArguments, DistillationArguments))
-    parser.set_defaults(losses={"hellinger": 1.0, "forward_kl": 0.25})
+    parser.set_defaults(losses={hellinger: 1.0, "forward_kl": 0.25})
     main(*parser.parse_args_into_dataclasses())

@@ -1,5 +1,6 @@
 """The cached teacher: what it keeps, what it takes, and that training from it is training from the teacher."""
 
+import copy
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from test_distillation import RAGGED, arguments, gradients
 import hf_minitron.distillation.cache as writing
 from hf_minitron.__main__ import VERBS, main
 from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.cached import CachedTeacher, check_losses, teacher_identity
+from hf_minitron.distillation.cached import CachedCollator, CachedTeacher, check_losses, teacher_identity
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES, forward_kl
 from hf_minitron.distillation.records import RandomSampling, TopK, pack, pack_ids, record_of, unpack, unpack_ids
@@ -52,7 +53,7 @@ def loss_of(student, teacher, batch, temperature=1.0, loss=forward_kl):
     def chunk_loss(logits, some):
         return {"loss": loss(*signal.align(logits, some, temperature))}
 
-    return chunked_loss(rows, head_of(student), chunk_loss, {"loss": 1.0}, len(targets), 5)[0]
+    return chunked_loss(rows, head_of(student), chunk_loss, {"loss": 1.0}, 5)[0] / len(targets)
 
 
 # Records
@@ -240,6 +241,74 @@ def test_a_batch_gets_the_answers_to_its_labelled_tokens(tmp_path, method):
     assert "top_k" in method or np.mean(likely) > 3 / 99
 
 
+@pytest.mark.parametrize("method", [{"random": 7}, {"top_k": 9}, ALL])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_collator_reads_what_the_step_would_look_up(tmp_path, monkeypatch, method, side):
+    """In the DataLoader's workers, in any order: the step itself sees columns, and no hash is made in it."""
+    write_cache(sure_teacher(), RAGGED, tmp_path / "cache", method, batch_size=1)
+    teacher = CachedTeacher(tmp_path / "cache")
+    collator = CachedCollator(partial(padded_to, 15, side), teacher)
+    workers = {"num_workers": 1, "multiprocessing_context": "fork"}
+    loader = torch.utils.data.DataLoader(RAGGED, 3, sampler=[5, 2, 0, 7, 1, 3, 6, 4], collate_fn=collator, **workers)
+    batches = list(loader)
+    assert len(batches) == 3
+    for batch in batches:
+        columns = [name for name in batch if name.startswith("teacher_")]
+        assert len(columns) == len(teacher.record.columns)
+        assert not any(batch[name].is_floating_point() for name in columns), "DeepSpeed would round them"
+        assert all(batch[name].shape[:2] == batch["input_ids"].shape for name in columns)
+        batch["labels"][0, 3:6] = -100
+        expected = teacher({name: value for name, value in batch.items() if name not in columns})
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_minitron.distillation.cached.key_of", lambda *args: 1 / 0)
+            found = teacher(batch)
+        for ours, looked_up in zip(vars(found).values(), vars(expected).values(), strict=True):
+            assert torch.equal(ours, looked_up) if isinstance(ours, torch.Tensor) else ours == looked_up
+
+
+def padded_to(length, side, rows):
+    """A collator of somebody else's, which pads to one length."""
+    fill = [[0] * (length - len(row["input_ids"])) for row in rows]
+    ids = [row["input_ids"] + f if side == "right" else f + row["input_ids"] for row, f in zip(rows, fill, strict=True)]
+    mask = [[1] * (length - len(f)) + f if side == "right" else f + [1] * (length - len(f)) for f in fill]
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def test_a_collator_of_one_s_own_learns_from_a_cache(tmp_path):
+    """As with the usual one, in workers; one that changes the rows is refused, and one that makes no labels predicts."""
+    teacher = sure_teacher()
+    write_cache(teacher, RAGGED, tmp_path / "cache", ALL, dtype="float32", batch_size=1)
+    losses = []
+    for collator, workers in ((None, 0), (partial(padded_to, 15, "left"), 1)):
+        args = arguments(tmp_path / "out", max_steps=3, train_sampling_strategy="sequential", dataloader_num_workers=workers)
+        student = tiny.model(seed=1, hidden_size=24, dtype=torch.float32)
+        trainer = DistillationTrainer(student, tmp_path / "cache", args, collator, train_dataset=RAGGED)
+        trainer.train()
+        losses.append([entry["forward_kl"] for entry in trainer.state.log_history if "forward_kl" in entry])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+    def short(rows):
+        return collate([{"input_ids": row["input_ids"][:3]} for row in rows])
+
+    trainer = DistillationTrainer(student, tmp_path / "cache", args, short, train_dataset=RAGGED)
+    trainer.args.dataloader_num_workers = 0
+    with pytest.raises(ValueError, match="A batch holds a block that is not in the cache"):
+        trainer.train()
+    unlabelled = CachedCollator(lambda rows: {"input_ids": torch.tensor([[1, 2, 3]])}, trainer.teacher)
+    assert unlabelled([None]).keys() == {"input_ids"}
+
+
+def test_a_cache_goes_to_worker_processes(tmp_path):
+    write_cache(sure_teacher(), RAGGED, tmp_path, {"top_k": 9}, batch_size=1)
+    teacher = CachedTeacher(tmp_path)
+    again = copy.copy(teacher)
+    assert again is not teacher
+    batch = collate([RAGGED[0]])
+    assert torch.equal(again(batch).logp, teacher(batch).logp)
+
+
 def test_documents_kept_apart_are_other_blocks(tmp_path):
     blocks = tiny.blocks(3)
     positions = [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 3
@@ -370,8 +439,7 @@ def test_what_a_cache_cannot_serve_is_refused():
         (random, ["forward_kl"], 2.0, "temperature: 2.0, but a cache of some tokens"),
         (some, ["forward_kl"], 0.5, "temperature: 0.5, but a cache of some tokens"),
     ):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
-            patch.setitem(TOKEN_LOSSES, "reverse_kl", forward_kl)
+        with pytest.raises(ValueError, match=message):
             check_losses(record, losses, temperature)
 
 

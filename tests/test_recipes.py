@@ -32,7 +32,6 @@ from hf_minitron.architecture.student import student_config
 from hf_minitron.chain import outlines, stand_in
 from hf_minitron.checkpoint import TensorSpec, write_outline
 from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
 from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.formats import text_files
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
@@ -413,16 +412,15 @@ def test_a_script_explains_itself(name):
 
 
 @pytest.fixture
-def hellinger(monkeypatch):
-    """The loss of the README, by running its five lines."""
+def hellinger():
+    """The loss of the README, by running its three lines."""
     (code,) = (
-        block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "TOKEN_LOSSES" in block
+        block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "hellinger" in block
     )
-    assert len([line for line in code.splitlines() if line]) == 5
-    monkeypatch.setitem(TOKEN_LOSSES, "hellinger", None)  # forgotten afterwards
+    assert len([line for line in code.splitlines() if line]) == 3
     scope = {"DistillationArguments": DistillationArguments}
     exec(code, scope)
-    assert scope["args"].losses == {"hellinger": 1.0}
+    assert scope["args"].losses == {"hellinger": 1.0, "forward_kl": 0.25}
     return scope["hellinger"]
 
 
@@ -442,7 +440,7 @@ def test_it_works_live_and_cached(hellinger, k, tmp_path):
     if k is not None:
         source = tmp_path / "cache"
         write_cache(teacher, blocks, source, {"top_k": k}, dtype="float32")
-    args = DistillationArguments(str(tmp_path / "out"), losses={"hellinger": 1.0}, max_steps=30, learning_rate=0.01, bf16=False,
+    args = DistillationArguments(str(tmp_path / "out"), losses={hellinger: 1.0}, max_steps=30, learning_rate=0.01, bf16=False,
                                  per_device_train_batch_size=6, logging_steps=1, report_to="none", disable_tqdm=True,
                                  chunk_size=7, save_strategy="no")  # fmt: skip
     trainer = DistillationTrainer(student, source, args, train_dataset=blocks)
@@ -455,9 +453,11 @@ def test_it_works_live_and_cached(hellinger, k, tmp_path):
     assert last < first / 2 and (k == 5 or distances(student, teacher, blocks).mean() < expected / 2)
 
 
-def test_a_loss_that_takes_a_mean_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(TOKEN_LOSSES, "mean", lambda student_logp, teacher_logp: (student_logp - teacher_logp).abs().mean())
-    args = DistillationArguments(str(tmp_path), losses={"mean": 1.0}, bf16=False, report_to="none")
+def test_a_loss_that_takes_a_mean_is_refused(tmp_path):
+    def mean(student_logp, teacher_logp):
+        return (student_logp - teacher_logp).abs().mean()
+
+    args = DistillationArguments(str(tmp_path), losses={mean: 1.0}, bf16=False, report_to="none")
     trainer = DistillationTrainer(tiny.model(seed=1), tiny.model(), args, train_dataset=tiny.blocks())
     with pytest.raises(ValueError, match=r"losses: mean gave shape \(\) for 33 tokens, not one number for each"):
         trainer.compute_loss(trainer.model, trainer.data_collator([tiny.blocks()[i] for i in range(3)]))

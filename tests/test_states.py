@@ -11,6 +11,7 @@ from test_distillation import CONSTANT, RAGGED, arguments, trainer_for
 from transformers import TrainerCallback
 
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses, layer_pairs
+from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.distillation.trainer import PROJECTIONS, DistillationTrainer, collate
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 24}
@@ -189,8 +190,14 @@ def test_sigterm_writes_a_checkpoint_and_resuming_from_it_equals_the_uninterrupt
     values = {"losses": expected.args.losses, "layer_pairs": "uniform", "balance": "static", "max_steps": 4}
     trainer = trainer_for(tmp_path / "b", student, tiny.model(), train_sampling_strategy="sequential", **(CONSTANT | values))
     trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    trainer.train()
-    assert trainer.terminated and trainer.state.global_step == 2 and signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before, "a trainer changes the process"
+    stop = StopOnSigterm()
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train()
+    assert stop.stopped
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGTERM) == before
     again, tail = train(tmp_path / "b", resume=str(tmp_path / "b/checkpoint-2"))
     assert [e["loss"] for e in tail] == [e["loss"] for e in history]
     assert all(torch.equal(a, b) for a, b in zip(expected.model.parameters(), again.model.parameters(), strict=True))

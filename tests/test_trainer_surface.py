@@ -7,8 +7,11 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -81,7 +84,7 @@ AS_THERE = {field: case for case, fields in CASES.items() for field in fields if
     "liger_kernel_config": "test_liger_patches_the_student_and_not_the_loss",
     "auto_find_batch_size": "test_a_batch_that_does_not_fit_is_halved",
     "eval_do_concat_batches": "test_predictions_in_pieces",
-    "fp16": "tests/test_losses.py",
+    "fp16": "tests/test_losses.py", "enable_jit_checkpoint": "test_a_checkpoint_just_in_time",
 }  # fmt: skip
 for _test, _fields in {
     "test_predictions_and_metrics": "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics",
@@ -105,7 +108,6 @@ OURS = {
 }
 REFUSED = {
     "hub_token": ("hf_x", "hub_token: the Trainer would write it into every checkpoint"),
-    "enable_jit_checkpoint": (True, "enable_jit_checkpoint: on SIGTERM a checkpoint is written without it"),
     "label_names": (["targets"], "label_names: losses read `labels`"),
     "parallelism_config": (type("Parallel", (), {"tp_size": 2})(), "parallelism_config: .*'tp_size': 2.* no tensor"),
 }
@@ -127,6 +129,39 @@ def test_every_field_and_parameter_is_in_the_table():
     assert parameters | {"teacher"} == set().union(*PARAMETERS.values())
     for where in AS_THERE.values():
         assert where in CASES or where in globals() or where.startswith("tests/"), where
+
+
+def test_only_public_methods_of_the_trainer_are_overridden():
+    """What it does in private may move with any version of transformers."""
+    ours = {name for name in vars(DistillationTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
+    assert not [name for name in ours if name.startswith("_")]
+    for name in ours:
+        theirs, mine = (inspect.signature(getattr(kind, name)).parameters for kind in (Trainer, DistillationTrainer))
+        assert list(mine) == list(theirs) or "kwargs" in mine, name
+    source = inspect.getsource(DistillationTrainer)
+    private = {name for name in re.findall(r"(?:self|super\(\))\.(_\w+)", source) if not name.startswith("__")}
+    state = vars(made(Trainer, Path("unused"), {})).keys() | vars(Trainer).keys()
+    assert not private & state, "private names of the Trainer"
+
+
+def test_no_parameter_is_hidden():
+    kinds = {parameter.kind for parameter in inspect.signature(DistillationTrainer.__init__).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_a_trainer_leaves_the_process_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_minitron.memory.ctypes.CDLL", lambda name: 1 / 0)
+    before = torch.get_num_threads(), [signal.getsignal(number) for number in signal.valid_signals()]
+    trainer = made(DistillationTrainer, tmp_path, {"max_steps": 1})
+    trainer.train()
+    assert (torch.get_num_threads(), [signal.getsignal(number) for number in signal.valid_signals()]) == before
+
+
+def test_a_batch_without_targets_costs_nothing(tmp_path):
+    args = DistillationArguments(str(tmp_path), **COMMON, losses={"forward_kl": 1.0, "block": 0.5}, layer_pairs={2: 0})
+    trainer = DistillationTrainer(student(), tiny.model(dtype=torch.float32), args)
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100] * 3}]
+    assert trainer.compute_loss(trainer.model, collate(rows)) == 0
 
 
 def student(**changes):
@@ -237,7 +272,7 @@ def test_plain_arguments_keep_their_values(tmp_path):
 
 
 def test_a_loss_function_is_refused_before_the_teacher_is_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="compute_loss_func: the loss is made chunk by chunk.*TOKEN_LOSSES"):
+    with pytest.raises(ValueError, match="compute_loss_func: the loss is made chunk by chunk.*losses={my_loss: 1.0}"):
         DistillationTrainer(student(), "nowhere", DistillationArguments(str(tmp_path)), compute_loss_func=lambda *a, **k: 0)
 
 
@@ -470,6 +505,27 @@ def test_engine_settings_reach_accelerate(tmp_path):
     for kind in (TrainingArguments, DistillationArguments):  # one process has no group
         with pytest.raises(ValueError, match="Default process group has not been initialized"):
             kind(str(tmp_path), ddp_backend="gloo", use_cpu=True)
+
+
+def test_a_checkpoint_just_in_time(tmp_path, monkeypatch):
+    """SIGTERM is heeded where it is asked for, by the Trainer itself; projections are part of the checkpoint."""
+    monkeypatch.setattr("threading.Timer", lambda seconds, act: SimpleNamespace(start=act))  # no grace before it acts
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    DistillationArguments(str(tmp_path))
+    args = DistillationArguments(str(tmp_path), **COMMON, losses={"forward_kl": 1.0, "block": 0.5}, layer_pairs={2: 0},
+                                 enable_jit_checkpoint=True)  # fmt: skip
+    trainer = DistillationTrainer(student(), tiny.model(dtype=torch.float32), args, train_dataset=ROWS, callbacks=[Kill()])
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert trainer.state.global_step < 3
+    assert (checkpoint / "projections.safetensors").is_file()
 
 
 def test_low_rank_optimizers(tmp_path):

@@ -1,4 +1,4 @@
-"""A batch: how rows become one, and what each of its tokens may be compared by and look at."""
+"""A batch: how rows become one, which tokens are learnt, and which tokens each may attend to."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ from hf_minitron.vocabulary import check_row_ids
 
 # What a row may hold, and what its padding is: one entry per token.
 COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
+# Columns of a batch: the targets, which the Trainer counts under this name, and the prefix of a cached teacher's columns.
+TARGETS, TEACHER = "shift_labels", "teacher_"
 
 
 def collate(rows: Sequence[Mapping], ignored: Sequence[str] = (), vocab_size: int | None = None) -> dict[str, Tensor]:
@@ -67,7 +69,7 @@ def _check_row(row: Mapping, first: Mapping, ignored: Sequence[str]) -> None:
 
 
 def supervised(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return a batch's labels, -100 where nothing is learnt: at padding, behind padding, and at a document's first token.
+    """Return a batch's labels, -100 at those that are not learnt: padding, after padding, and a document's first token.
 
     Args:
         batch (`Mapping[str, Tensor]`): `labels` of shape `(batch, seq)`, and perhaps `attention_mask` and `position_ids`.
@@ -84,22 +86,30 @@ def supervised(batch: Mapping[str, Tensor]) -> Tensor:
     return labels
 
 
-def with_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a batch whose labels say where something is learnt, for student and teacher; refuse one without."""
-    if inputs.get("labels") is None or "input_ids" not in inputs or "shift_labels" in inputs:
+def with_targets(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch with `shift_labels`, its targets: what each position learns to predict, -100 for nothing.
+
+    Args:
+        inputs (`Mapping[str, Tensor]`): `input_ids` and `labels`, or `shift_labels`; and perhaps a mask and positions.
+    """
+    labels, targets = inputs.get("labels"), inputs.get(TARGETS)
+    if "input_ids" not in inputs or (labels is None and targets is None):
         raise ValueError(
             f"data_collator: it makes {', '.join(inputs)}; a batch needs input_ids and labels that are not shifted"
         )
-    return {name: value for name, value in inputs.items() if name != "skip_logits"} | {"labels": supervised(inputs)}
+    if targets is not None:
+        labels = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=-100)
+    return {**inputs, TARGETS: torch.nn.functional.pad(supervised({**inputs, "labels": labels})[:, 1:], (0, 1), value=-100)}
 
 
-def predicts(labels: Tensor) -> Tensor:
-    """Return which positions predict a labelled token, shape `(batch, seq)`."""
-    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+def model_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a model is called with: all of a batch but what is learnt from it."""
+    learnt = ("labels", TARGETS, "skip_logits")
+    return {name: value for name, value in inputs.items() if name not in learnt and not name.startswith(TEACHER)}
 
 
-def visible(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return which tokens each may look at beside the causal mask, shape `(batch, seq, seq)`: its document's, no padding."""
+def attention_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Return which tokens each may attend to beside the causal mask, shape `(batch, seq, seq)`: its document's, no padding."""
     seen = None
     if "position_ids" in inputs:
         document = (inputs["position_ids"] == 0).cumsum(-1)

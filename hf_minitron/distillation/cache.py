@@ -114,8 +114,8 @@ class _Asker:
         for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
             inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
-            signal = self.teacher({**inputs, "labels": inputs["input_ids"]})
             per_block = inputs["input_ids"].shape[1] - 1
+            signal = self.teacher(inputs, (torch.arange(per_block + 1) < per_block).expand_as(inputs["input_ids"]))
             for row, key in enumerate(keys_of(inputs)):
                 rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
                 parts = head_chunks(signal.head.logits, hidden, self.chunk_size)

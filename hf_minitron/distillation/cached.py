@@ -7,7 +7,8 @@ an answer is found: a block that the teacher was not asked about, or that was pa
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +17,21 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.config import CROSS_ENTROPY
-from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
+from hf_minitron.distillation.batch import TARGETS, with_targets
+from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.signals import SparseSignal, StoredSignal
 from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
 ENTRY = 3  # int64 per block in a shard's index: end, rows, key
+# The whole numbers as which floats are batched.
+BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
+FLOATS = {bits: dtype for dtype, bits in BITS.items()}
 
 
 class CachedTeacher:
@@ -72,21 +76,44 @@ class CachedTeacher:
         self._keys = self._index[self._order, 2]
         self._shard = lru_cache(maxsize=256)(self._map)  # every map is an open file
 
-    def __call__(self, inputs: dict[str, Tensor]) -> SparseSignal | StoredSignal:
-        """Return what the teacher said about the labelled tokens of a batch."""
-        predicts = (inputs["labels"][:, 1:] != -100).cpu().numpy()
-        real = _real(inputs)
-        kept = []
-        for key, wanted, pairs in zip(keys_of(inputs), predicts, real[:, 1:] & real[:, :-1], strict=True):
+    def __reduce__(self) -> tuple:
+        return CachedTeacher, (self.folder,)  # a worker process of a DataLoader maps the files itself
+
+    def columns(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the columns of a batch that hold what the cache knows of its rows, each of shape `(batch, seq, ...)`.
+
+        A position has what the teacher says about the next token; padding and the last token have zeros. Floats are there as
+        the whole numbers of the same bits, for DeepSpeed rounds the floats of a batch.
+
+        Raises:
+            ValueError: for a row that the cache does not hold, or that is padded in its middle.
+        """
+        tables = []
+        for key, real in zip(keys_of(inputs), _real(inputs), strict=True):
             block = self._find(key)
             if block is None:
                 raise ValueError(f"A batch holds a block that is not in the cache {self.folder}: {self._what()}")
-            arrays = self._read(block)
-            if len(arrays[0]) != pairs.sum():
+            if not real[real.argmax() :][: real.sum()].all():
                 raise ValueError("attention_mask: a row has padding between its tokens, which no cache was asked about")
-            kept.append([array[wanted[pairs]] for array in arrays])
-        device = inputs["labels"].device
-        return self.record.signal(*(torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*kept, strict=True)))
+            arrays = [np.ascontiguousarray(array) for array in self._read(block)]
+            tables.append([np.zeros((len(real), *array.shape[1:]), array.dtype) for array in arrays])
+            for table, array in zip(tables[-1], arrays, strict=True):
+                table[real.argmax() :][: len(array)] = array
+        stacked = [torch.from_numpy(np.stack(column)) for column in zip(*tables, strict=True)]
+        return {name: table.view(BITS.get(table.dtype, table.dtype))
+                for name, table in zip(self.record.columns, stacked, strict=True)}  # fmt: skip
+
+    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> SparseSignal | StoredSignal:
+        """Return what the teacher said at some positions of a batch: from its columns, or looked up where it has none.
+
+        Args:
+            inputs (`Mapping[str, Tensor]`): The batch.
+            predicts (`Tensor` of shape `(batch, seq)`, *optional*): At which positions; those that have targets when left out.
+        """
+        predicts = with_targets(inputs)[TARGETS] != -100 if predicts is None else predicts
+        columns = inputs if self.record.columns[0] in inputs else self.columns(inputs)
+        chosen = [columns[name].to(predicts.device)[predicts] for name in self.record.columns]
+        return self.record.signal(*(table.view(FLOATS.get(table.dtype, table.dtype)) for table in chosen))
 
     def check_blocks(self, blocks: Dataset) -> None:
         """Refuse a dataset with blocks that the teacher was not asked about: other text, tokenizer or packing.
@@ -150,6 +177,29 @@ class CachedTeacher:
         return index
 
 
+@dataclass(frozen=True)
+class CachedCollator:
+    """A collator that adds to each batch what a cache holds for its rows, in the DataLoader's worker processes.
+
+    Args:
+        collator (`Callable`): Makes a batch of rows. One that changes what the teacher has read is refused at the first batch.
+        teacher (`CachedTeacher`): The cache.
+    """
+
+    collator: Callable[[Sequence], Mapping[str, Tensor]]
+    teacher: CachedTeacher
+
+    def __call__(self, rows: Sequence) -> dict[str, Tensor]:
+        """Return the batch; one without labels, of which nothing is learnt, as it is."""
+        batch = dict(self.collator(rows))
+        return batch | self.teacher.columns(batch) if batch.keys() & {"labels", TARGETS} else batch
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The collator's tokenizer, which the Trainer saves with the model."""
+        return getattr(self.collator, "tokenizer", None)
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """Return the file of a shard."""
     return folder / f"{number:05}.bin"
@@ -199,7 +249,7 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
     for name in losses:
         if name == CROSS_ENTROPY:
             continue
-        if name not in TOKEN_LOSSES:
+        if function_of(name) is None:
             raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
         if record.losses is not None and name not in record.losses:
             raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "

@@ -94,7 +94,6 @@ def check_refused(args: TrainingArguments) -> None:
     refused = (
         ("hub_token", args.hub_token is not None,
          "the Trainer would write it into every checkpoint; use `hf auth login` or HF_TOKEN instead"),
-        ("enable_jit_checkpoint", args.enable_jit_checkpoint, "on SIGTERM a checkpoint is written without it; leave it out"),
         ("label_names", args.label_names not in (None, ["labels"]), "losses read `labels`; rename the column"),
         ("parallelism_config", max(sizes.values()) > 1, f"{sizes}: no tensor, context or sequence parallel training; use FSDP"),
         ("liger_kernel_config", any(kwargs.get(key) for key in ("cross_entropy", "fused_linear_cross_entropy")),

@@ -20,12 +20,11 @@ from hf_minitron.distillation.checks import (
     check_values,
 )
 from hf_minitron.distillation.losses.states import DISTANCES
-from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES
+from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES, OwnLoss, by_name
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
 from hf_minitron.errors import one_line
 from hf_minitron.model_files import split_kwargs, with_hidden_token
 
-CROSS_ENTROPY = "cross_entropy"
 BALANCES = ("static", "minitron")
 # Schedules that want to be told how far they fall.
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
@@ -48,7 +47,8 @@ class DistillationArguments(TrainingArguments):
     losses: dict | str | None = field(
         default_factory=lambda: {"forward_kl": 1.0},
         metadata={
-            "help": f"Weight of every loss: {', '.join(TOKEN_LOSSES)}, {CROSS_ENTROPY}; on states {', '.join(STATE_LOSSES)}. "
+            "help": f"Weight of every loss: {', '.join(TOKEN_LOSSES)}, {CROSS_ENTROPY}; on states {', '.join(STATE_LOSSES)}; "
+            "in Python also a function of two tables of log-probabilities, student and teacher, one number per row. "
             "forward_kl alone by default (2407.14679, table 15); where many layers go, block and embedding too (section 4.1)."
         },
     )
@@ -98,8 +98,10 @@ class DistillationArguments(TrainingArguments):
         if self.chunk_size is None:  # on a GPU small matrices are slow, and so is adding to the head's gradient often
             self.chunk_size = 128 if self.use_cpu else 1024
         check_values(self)
+        self.losses = by_name(self.losses) if isinstance(self.losses, dict) else self.losses
+        own = [name for name in self.losses or () if isinstance(name, OwnLoss)]
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and metric in (*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES):
+        if self.greater_is_better is None and metric in (*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES, *own):
             self.greater_is_better = False
         try:
             super().__post_init__()
@@ -142,8 +144,10 @@ class DistillationArguments(TrainingArguments):
         known = [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES]
         check_mapping("losses", self.losses, "of weights, such as {forward_kl: 1.0}")
         for name, weight in (self.losses or {}).items():
-            if name not in known:
-                raise ValueError(f"losses: {name!r} is not a loss; there are {', '.join(known)}")
+            if name not in known and not isinstance(name, OwnLoss):
+                raise ValueError(f"losses: {name!r} is not a loss; there are {', '.join(known)}; in Python, pass your function")
+            if isinstance(name, OwnLoss) and name in known:
+                raise ValueError(f"losses: a function named {name}, which is a loss on states; rename it")
             check_number(f"losses: the weight of {name}", weight)
         if not self.losses or min(self.losses.values()) < 0 or max(self.losses.values()) == 0:
             raise ValueError(f"losses: {self.losses} must have at least one positive weight and none below zero")

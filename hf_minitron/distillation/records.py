@@ -84,6 +84,7 @@ class RandomSampling:
     vocab: int
     losses = ("forward_kl",)
     whole = False
+    columns = ("teacher_ids", "teacher_shares")
 
     @property
     def about_bytes(self) -> float:
@@ -141,6 +142,7 @@ class TopK:
     dtype: str
     losses = None  # all
     whole = False
+    columns = ("teacher_ids", "teacher_logp")
 
     @property
     def about_bytes(self) -> float:
@@ -187,6 +189,7 @@ class EveryToken:
     dtype: str
     losses = None  # all
     whole = True
+    columns = ("teacher_logp",)
 
     @property
     def about_bytes(self) -> float:

@@ -97,25 +97,24 @@ class StateLosses(nn.Module):
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
         predicts: Tensor,
-        num_items: Tensor | int,
-        visible: Tensor | None = None,
+        attention: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return every named loss of a batch: the sum over tokens, divided by `num_items`; the mean over pairs of layers.
+        """Return every named loss of a batch: the sum over tokens, the mean over pairs of layers.
 
         Args:
             student (`Mapping[str, Tensor]`): What the student's taps have kept.
             teacher (`Mapping[str, Tensor]`): What the teacher's have.
             predicts (`Tensor` of shape `(batch, seq)`): The tokens that count: those that predict a labelled one.
-            num_items (`Tensor` or `int`): Tokens to divide by: those of the whole accumulated batch.
-            visible (`Tensor` of shape `(batch, seq, seq)`, *optional*): Which tokens each may look at, beside the causal mask.
+            attention (`Tensor` of shape `(batch, seq, seq)`, *optional*): Which tokens each may attend to, beside the causal
+                mask.
         """
         losses = {}
         for name, pairs in self.pairs.items():
             if name in VECTORS:
                 sums = [self._vectors(name, student[s[0][0]], teacher[t[0][0]], predicts) for s, t in pairs]
             else:
-                sums = [self._relations(s, t, student, teacher, predicts, visible) for s, t in pairs]
-            losses[name] = sum(sums) / (len(sums) * num_items)
+                sums = [self._relations(s, t, student, teacher, predicts, attention) for s, t in pairs]
+            losses[name] = sum(sums) / len(sums)
         return losses
 
     def _vectors(self, name: str, student: Tensor, teacher: Tensor, predicts: Tensor) -> Tensor:
@@ -125,13 +124,13 @@ class StateLosses(nn.Module):
         wide = torch.promote_types(student.dtype, torch.float32)
         return self._distance(student.to(wide), teacher.to(wide)).sum()
 
-    def _relations(self, student_places, teacher_places, student, teacher, predicts, visible) -> Tensor:
+    def _relations(self, student_places, teacher_places, student, teacher, predicts, attention) -> Tensor:
         pairs = []
         for places, seen, sizes in zip((student_places, teacher_places), (student, teacher), self._sizes, strict=True):
             parts = [_heads(seen[name], dim, part, sizes) for name, dim, part in places]
             most = max(part.shape[2] for part in parts)
             pairs.append(tuple(part.repeat_interleave(most // part.shape[2], 2) for part in parts))  # keys of a group
-        return relation_kl(*pairs, visible, self._chunk_size)[predicts].sum()
+        return relation_kl(*pairs, attention, self._chunk_size)[predicts].sum()
 
     def step(self, learning_rate: float, max_norm: float, processes: int, scale: float = 1.0) -> None:
         """Train the projections by the gradients of an accumulated batch, the same on every process.

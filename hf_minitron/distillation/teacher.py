@@ -3,7 +3,7 @@
 A live teacher is frozen, in eval mode and in its own dtype; it is never part of the student or of its checkpoints.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.checkpoint import best_dtype, load_model
+from hf_minitron.distillation.batch import TARGETS, model_inputs, with_targets
 from hf_minitron.distillation.signals import DenseSignal
-from hf_minitron.head import head_of, next_token_rows
+from hf_minitron.head import head_of
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.probe import last_hidden_states
@@ -68,14 +69,18 @@ class LiveTeacher:
             self.model = deepspeed.initialize(model=self.model, config=settings)[0].module
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor]) -> DenseSignal:
-        """Return what the teacher says about the labelled tokens of a batch; its head must be `gathered` to be used."""
+    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> DenseSignal:
+        """Return what the teacher says at some positions of a batch; its head must be `gathered` to be used.
+
+        Args:
+            inputs (`Mapping[str, Tensor]`): The batch.
+            predicts (`Tensor` of shape `(batch, seq)`, *optional*): At which positions; those that have targets when left out.
+        """
         with torch.autocast(self.model.device.type, enabled=False):
-            kwargs = {name: value for name, value in inputs.items() if name != "labels"}
+            predicts = with_targets(inputs)[TARGETS] != -100 if predicts is None else predicts
             with last_hidden_states(self.model) as hidden:
-                self.model(**kwargs, use_cache=False, logits_to_keep=no_tokens(inputs["labels"]))
-            rows, _ = next_token_rows(hidden.pop(), inputs["labels"])
-            return DenseSignal(rows, head_of(self.model), self._top_k)
+                self.model(**model_inputs(inputs), use_cache=False, logits_to_keep=no_tokens(predicts))
+            return DenseSignal(hidden.pop()[predicts], head_of(self.model), self._top_k)
 
 
 def no_tokens(like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from hf_minitron.checkpoint import (
 from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
@@ -93,6 +94,7 @@ RESERVED = {
     "output_dir": "a run's folder is said once: set `run` at the top of the recipe",
     "seed": "a run has one seed: set `seed` at the top of the recipe",
     "resume_from_checkpoint": "an interrupted stage goes on by itself: start the same command again",
+    "enable_jit_checkpoint": "on SIGTERM a stage writes a checkpoint without it; leave it out",
     "save_only_model": "an interrupted stage could not go on from such a checkpoint; leave it out",
     "push_to_hub": "a run is pushed when it is measured: hf-minitron publish --push",
     "hub_": "a run is pushed when it is measured: set publish.repo_id, publish.private, publish.revision",
@@ -232,9 +234,12 @@ def fit(trainer: Trainer) -> str | None:
     """
     found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    stop = StopOnSigterm()
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()
-    if trainer.terminated:
+    if stop.stopped:
         raise ValueError(f"Stopped by SIGTERM after step {trainer.state.global_step}; its checkpoint is written. "
                          "Start the same command again to go on")  # fmt: skip
     return checkpoint and Path(checkpoint).name

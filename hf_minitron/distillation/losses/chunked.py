@@ -1,8 +1,7 @@
-"""The output head and the loss, some tokens at a time: the logits of a batch never exist in full.
+"""Token losses on the output, some tokens at a time: the logits of a batch never exist in full.
 
 The gradients with respect to the last hidden states and to the head's weight are made in the forward pass, chunk by chunk, so
-that no logits wait for a backward pass. The shift of the labels by one and the division by the token count are done here,
-once. It must not know a loss formula or a trainer.
+that no logits wait for a backward pass. Losses are sums over tokens here; `reduction.per_token` divides them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +17,7 @@ ChunkLoss = Callable[[Tensor, slice], Mapping[str, Tensor]]
 
 
 def chunked_loss(
-    hidden: Tensor,
-    head: Head,
-    chunk_loss: ChunkLoss,
-    weights: Mapping[str, float],
-    num_items: Tensor | int,
-    chunk_size: int,
+    hidden: Tensor, head: Head, chunk_loss: ChunkLoss, weights: Mapping[str, float], chunk_size: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a weighted sum of token losses and its parts, with the same gradient as on full logits.
 
@@ -32,54 +26,49 @@ def chunked_loss(
         head (`Head`): The student's head.
         chunk_loss (`ChunkLoss`): From the logits of some rows to named losses per row.
         weights (`Mapping[str, float]`): Weight of every named loss.
-        num_items (`Tensor` or `int`): Tokens to divide by: those of the whole accumulated batch.
         chunk_size (`int`): Tokens per chunk.
 
     Returns:
-        `tuple[Tensor, dict[str, Tensor]]`: The loss, a scalar, and each named part before its weight, detached.
+        `tuple[Tensor, dict[str, Tensor]]`: The weighted sum over tokens, a scalar, and each named sum, unweighted and detached.
     """
     names = tuple(weights)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # inside forward grad mode is always off, so it is asked here: evaluation makes no gradients
-    settings = (dtype, chunk_loss, tuple(weights.values()), names, num_items, chunk_size, torch.is_grad_enabled())
-    total, parts = _ChunkedLoss.apply(hidden, head.weight, head.bias, (head, *settings))
-    return total, dict(zip(names, parts, strict=True))
+    settings = (dtype, chunk_loss, tuple(weights.values()), names, chunk_size, torch.is_grad_enabled())
+    total, sums = _ChunkedLoss.apply(hidden, head.weight, head.bias, (head, *settings))
+    return total, dict(zip(names, sums, strict=True))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, settings):
-        head, dtype, chunk_loss, weights, names, num_items, chunk_size, grad_enabled = settings
+        head, dtype, chunk_loss, weights, names, chunk_size, grad_enabled = settings
         wants_grad = grad_enabled and any(ctx.needs_input_grad)
         wanted = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)  # not of a frozen head beside an adapter
         grads = [torch.zeros_like(t) if needed and wants_grad else None for t, needed in wanted]
-        # fp16 would round what a large batch's count leaves of a gradient to zero: there the count waits for the backward
-        # pass, which brings the GradScaler's scale
-        late = num_items if dtype == torch.float16 and len(hidden) else 1
         with torch.autocast(hidden.device.type, enabled=False):
             rows_of, head = hidden.to(dtype), replace(head, weight=weight, bias=bias).to(dtype)
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            parts = torch.zeros(len(names), dtype=sum_dtype, device=hidden.device)
+            sums = torch.zeros(len(names), dtype=sum_dtype, device=hidden.device)
             for rows, projected in head_chunks(head.project, rows_of, chunk_size):
                 projected.requires_grad_(wants_grad)
                 with torch.set_grad_enabled(wants_grad):
                     by_name = chunk_loss(head.finish(projected), rows)
                     _check_rows(by_name, len(projected))
-                    sums = [by_name[name].sum() / num_items for name in names]
-                    total = sum(weight * part for weight, part in zip(weights, sums, strict=True)) * late
-                parts += torch.stack([part.detach() for part in sums])
+                    parts = [by_name[name].sum() for name in names]
+                    total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+                sums += torch.stack([part.detach() for part in parts])
                 if wants_grad:
                     (grad,) = torch.autograd.grad(total, projected)
-                    del projected, by_name, sums, total  # before the next chunk's are made
+                    del projected, by_name, parts, total  # before the next chunk's are made
                     _accumulate(grads, grad, rows_of, rows, head)
-        ctx.late = late
         ctx.save_for_backward(*grads)
-        return (parts * parts.new_tensor(weights)).sum(), parts
+        return (sums * sums.new_tensor(weights)).sum(), sums
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        return *(None if grad is None else grad.mul_(grad_total / ctx.late) for grad in ctx.saved_tensors), None
+        return *(None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors), None
 
 
 def _check_rows(by_name: Mapping[str, Tensor], count: int) -> None:
