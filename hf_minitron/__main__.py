@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import torch
 from accelerate import PartialState
@@ -22,28 +21,16 @@ from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import markdown_table, quality_rows, sentence, speed_rows
-from hf_minitron.execute import execute, read_inputs, summary
+from hf_minitron.execute import execute, read_inputs
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.shape import Shape
-from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
+from hf_minitron.stage import Stages
+from hf_minitron.stages import prune, publish
+from hf_minitron.stages.every import STAGES
 from hf_minitron.texts import COMMITS
-
-STAGES: dict[str, ModuleType] = {
-    "correct": correct,
-    "synthesize": synthesize,
-    "score": score,
-    "prune": prune,
-    "cache": cache,
-    "distill": distill,
-    "evaluate": evaluate,
-    "publish": publish,
-}
-# What looks for the target rather than making a model: not part of `run`.
-SEARCH: dict[str, ModuleType] = {"search": search, "select": select}
-VERBS = STAGES | SEARCH
 
 INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
@@ -84,7 +71,7 @@ def _main(argv: Sequence[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     COMMITS.clear()  # a command reads every dataset of the Hub at the commit that it finds
     with told():
-        overrides, sections = read_overrides(rest), {name: module.Args for name, module in VERBS.items()}
+        overrides, sections = read_overrides(rest), {name: stage.args for name, stage in STAGES.items()}
         runs = [load_recipe(path, overrides, sections) for path in (args.recipe if args.verb == "run" else [args.recipe])]
         check_chain(runs, overrides)
         run = runs[0]
@@ -180,9 +167,9 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
                 raise RecipeError(f"{run.recipe_path}: {error}") from error
 
 
-def own_stages(run: Run) -> dict[str, ModuleType]:
+def own_stages(run: Run) -> Stages:
     """Return the stages of `run`: all but the optional ones that the recipe leaves out."""
-    return {name: stage for name, stage in STAGES.items() if name in run.recipe or not getattr(stage, "OPTIONAL", False)}
+    return {n: stage for n, stage in STAGES.items() if stage.in_run and (n in run.recipe or not stage.optional)}
 
 
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
@@ -214,20 +201,20 @@ def run_stages(
     with told():
         values, text = time_allows(run, own_stages(run), estimate)
     whole, run = run, with_values(run, values)
-    bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
+    bound = {name: bind(run, name, STAGES[name].args) for name in stages}
     with run.locked() if state.is_main_process else nullcontext():
         if state.is_main_process:
             run.claim()  # only a run whose checks all pass
-            read_inputs(run, stages, VERBS)
+            read_inputs(run, stages, STAGES)
             if "minutes" in run.recipe:
                 store_values(whole, values)
             if estimate:
                 print("\n" + text, flush=True)
         COMMITS.update(broadcast_object_list([COMMITS])[0])
         for name, args in bound.items():
-            execute(run, name, args, VERBS)
-            if name in SEARCH and state.is_main_process:
-                print("\n" + SEARCH[name].report(run))
+            execute(run, name, args, STAGES)
+            if STAGES[name].report and state.is_main_process:
+                print("\n" + STAGES[name].report(run))
         if push and state.is_main_process:
             print(push(bound["publish"], run))
 
@@ -235,18 +222,18 @@ def run_stages(
 def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
     """Read the arguments of some stages, on every process; the first one checks them all."""
     with told():
-        bound = {name: bind(run, name, VERBS[name].Args) for name in stages}
+        bound = {name: bind(run, name, STAGES[name].args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     for name, args in bound.items() if PartialState().is_main_process else ():
         with told(f"{name}: "):
-            VERBS[name].check(args, run)
+            STAGES[name].check(args, run)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    texts = {name: summary(module) for name, module in VERBS.items()}
+    texts = {name: stage.summary for name, stage in STAGES.items()}
     texts["run"] = "all stages in order; finished ones are skipped, an interrupted one goes on."
     texts["plan"] = "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone."
     texts["report"] = "write report.html, the run's facts as one page, finished or not, and say where it is."
@@ -270,10 +257,10 @@ def _keys(name: str) -> str:
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in TOP_LEVEL.items()]
     inherited = {field.name: field.metadata for field in dataclasses.fields(TrainingArguments)}  # not all of them
-    for stage in STAGES if name == "run" else [name] if name in VERBS else []:
-        fields = [field for field in dataclasses.fields(VERBS[stage].Args) if inherited.get(field.name) != field.metadata]
+    for stage in STAGES if name == "run" else [name] if name in STAGES else []:
+        fields = [field for field in dataclasses.fields(STAGES[stage].args) if inherited.get(field.name) != field.metadata]
         lines += [f"  {stage + '.' + field.name:24} {field.metadata.get('help', '')}" for field in fields]
-        if issubclass(VERBS[stage].Args, TrainingArguments):
+        if issubclass(STAGES[stage].args, TrainingArguments):
             lines.append(f"  {stage + '.*':24} and every field of transformers.TrainingArguments")
     return "\n".join(lines)
 

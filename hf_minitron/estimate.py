@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_model
 from hf_minitron.recipe import bind
 from hf_minitron.run import RecipeError, Run
+from hf_minitron.stage import Stages
 from hf_minitron.stages import prune
 
 # What a run's time allows, in its folder: another start of the same recipe gets the same.
@@ -48,12 +48,12 @@ NEW_TOKENS = 8
 LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result would say nothing
 
 
-def time_allows(run: Run, stages: Mapping[str, ModuleType], estimate: bool) -> tuple[dict[str, int], str]:
+def time_allows(run: Run, stages: Stages, estimate: bool) -> tuple[dict[str, int], str]:
     """Return the values of the recipe that its `minutes` allow, the same on every process, and what to say about its time.
 
     Args:
         run (`Run`): The run.
-        stages (`Mapping[str, ModuleType]`): Its stages by name.
+        stages (`Stages`): Its stages by name.
         estimate (`bool`): Whether to say how long it takes.
     """
     answer = [({}, "")]
@@ -65,7 +65,7 @@ def time_allows(run: Run, stages: Mapping[str, ModuleType], estimate: bool) -> t
     return answer[0]
 
 
-def _measured(run: Run, values: dict[str, int] | None, stages: Mapping[str, ModuleType]) -> tuple[dict[str, int], str]:
+def _measured(run: Run, values: dict[str, int] | None, stages: Stages) -> tuple[dict[str, int], str]:
     """Return the values of a recipe, those that fit its time where there are none yet, and what to say about its time."""
     try:
         rates = rehearse(run, stages)
@@ -77,7 +77,7 @@ def _measured(run: Run, values: dict[str, int] | None, stages: Mapping[str, Modu
     return values, time_text(run, values, stages, rates)
 
 
-def time_text(run: Run, values: Mapping[str, int], stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> str:
+def time_text(run: Run, values: Mapping[str, int], stages: Stages, rates: Mapping[str, float]) -> str:
     """Say how long a run takes on this machine, stage by stage, and what its time leaves of the recipe."""
     times = seconds_by_stage(with_values(run, values), stages, rates)
     device = best_device()
@@ -94,12 +94,12 @@ def time_text(run: Run, values: Mapping[str, int], stages: Mapping[str, ModuleTy
     return "\n".join(lines)
 
 
-def rehearse(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, float]:
+def rehearse(run: Run, stages: Stages) -> dict[str, float]:
     """Measure the seconds of every unit of work on this machine.
 
     Args:
         run (`Run`): The run.
-        stages (`Mapping[str, ModuleType]`): Its stages by name.
+        stages (`Stages`): Its stages by name.
 
     Returns:
         `dict[str, float]`: `score`, `train`, `read`, `compare`: a token scored, distilled, read by the teacher, and read by a
@@ -217,7 +217,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def seconds_by_stage(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> dict[str, float]:
+def seconds_by_stage(run: Run, stages: Stages, rates: Mapping[str, float]) -> dict[str, float]:
     """Return how long every stage takes: its units of work times the seconds of each."""
     return {
         name: sum(count * rates[unit] for unit, count in stages[name].work(args, run).items())
@@ -225,12 +225,12 @@ def seconds_by_stage(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[
     }
 
 
-def fit(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) -> dict[str, int]:
+def fit(run: Run, stages: Stages, rates: Mapping[str, float]) -> dict[str, int]:
     """Return the values of a recipe that make its run as long as its `minutes` say.
 
     Args:
         run (`Run`): The run, whose recipe has `minutes`.
-        stages (`Mapping[str, ModuleType]`): Its stages by name; `SCALES` of each lists the arguments that shrink.
+        stages (`Stages`): Its stages by name; `scales` of each lists the arguments that shrink.
         rates (`Mapping[str, float]`): The seconds of every unit of work, from `rehearse`.
 
     Returns:
@@ -256,11 +256,11 @@ def fit(run: Run, stages: Mapping[str, ModuleType], rates: Mapping[str, float]) 
     return scaled(run, stages, LEAST + (1 - LEAST) * (limit - least) / (whole - least))  # work is linear in what shrinks
 
 
-def scaled(run: Run, stages: Mapping[str, ModuleType], share: float) -> dict[str, int]:
+def scaled(run: Run, stages: Stages, share: float) -> dict[str, int]:
     """Return a share of the recipe's tokens (in whole blocks), steps and documents, by dotted key."""
     values = {}
     for name, args in _bound(run, stages).items():
-        for key in getattr(stages[name], "SCALES", ()):
+        for key in stages[name].scales:
             size, step = getattr(args, key), args.block_size if key == "tokens" else 1
             least = 0 if key == "warmup_steps" else step
             if size is not None and size >= 1:  # a warm-up may be a share already
@@ -296,5 +296,5 @@ def _digest(run: Run) -> str:
     return hashlib.sha256(json.dumps(dict(run.recipe), sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _bound(run: Run, stages: Mapping[str, ModuleType]) -> dict[str, Any]:
-    return {name: bind(run, name, stage.Args) for name, stage in stages.items()}
+def _bound(run: Run, stages: Stages) -> dict[str, Any]:
+    return {name: bind(run, name, stage.args) for name, stage in stages.items()}

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -173,16 +172,6 @@ def done_digest(folder: Path) -> str | None:
     return _done(folder).get("digest")
 
 
-def needs_of(run: Run, stage: ModuleType) -> tuple[str, ...]:
-    """Return what a stage depends on beside its own section.
-
-    These are the stages whose folders it reads: those it always needs, and those it uses if the recipe has them; and the values
-    of other sections that it reads, named as in `distill.text`.
-    """
-    used = (name for name in getattr(stage, "USES", ()) if name in run.recipe)
-    return (*stage.NEEDS, *used, *getattr(stage, "READS", ()))
-
-
 def stages_in(needs: Sequence[str]) -> list[str]:
     """Return those of what a stage depends on that are stages."""
     return [need for need in needs if "." not in need]
@@ -211,7 +200,7 @@ def begin(run: Run, stage: str, needs: Sequence[str]) -> Path | None:
     Args:
         run (`Run`): The run.
         stage (`str`): The stage's name.
-        needs (`Sequence[str]`): What it depends on, from `needs_of`.
+        needs (`Sequence[str]`): What it depends on, from `Stage.needs_in`.
 
     Returns:
         `Path` or `None`: `<stage>.tmp`, with what an interrupted attempt at the very same work has left, and nothing else.

@@ -11,10 +11,11 @@ import tiny
 from transformers import HfArgumentParser
 
 from hf_minitron import DistillationArguments
-from hf_minitron.__main__ import VERBS, main
+from hf_minitron.__main__ import main
 from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.run import RecipeError
+from hf_minitron.stages.every import STAGES
 
 NUMBERS = {
     field.name: set(typing.get_args(field.type) or (field.type,)) - {NoneType}
@@ -177,9 +178,9 @@ RESERVED = {
 def test_what_a_run_decides_is_refused_in_a_section(project, stage, name):
     for value in RESERVED[name]:
         changes = {f"{stage}.{name}": value} | {f"{stage}.text": "text.jsonl"}
-        run = load_recipe(project["path"], changes, {name: verb.Args for name, verb in VERBS.items()})
+        run = load_recipe(project["path"], changes, {name: stage.args for name, stage in STAGES.items()})
         with pytest.raises(RecipeError, match=f"{stage}: {name}: {value!r}, but "):
-            bind(run, stage, VERBS[stage].Args)
+            bind(run, stage, STAGES[stage].args)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from test_accelerate import launch
 from test_distillation import RAGGED, arguments, gradients
 
 import hf_minitron.distillation.cache as writing
-from hf_minitron.__main__ import VERBS, main
+from hf_minitron.__main__ import main
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher, check_losses, teacher_identity
 from hf_minitron.distillation.losses.chunked import chunked_loss
@@ -29,6 +29,7 @@ from hf_minitron.distillation.trainer import DistillationTrainer, collate
 from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages import distill
+from hf_minitron.stages.every import STAGES
 
 ALL = {"top_k": 10**6}
 
@@ -514,7 +515,7 @@ def test_distill_learns_from_the_cache_without_the_teachers_weights(project, tmp
         assert main([stage, str(live), "--run", str(folder / "live")]) == 0
     for path in (folder / "teacher").glob("*.safetensors*"):
         path.unlink()
-    run = load_recipe(folder / "recipe.yaml", {}, {name: module.Args for name, module in VERBS.items()})
+    run = load_recipe(folder / "recipe.yaml", {}, {name: stage.args for name, stage in STAGES.items()})
     args, out = bind(run, "distill", distill.Args), folder / "run/distill.tmp"
     out.mkdir()
     distill.check(args, run)

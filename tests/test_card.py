@@ -16,7 +16,7 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from test_publish import card, report
 
-from hf_minitron.__main__ import VERBS, main
+from hf_minitron.__main__ import main
 from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
@@ -27,10 +27,11 @@ from hf_minitron.recipe import load_recipe
 from hf_minitron.run import made_by
 from hf_minitron.shape import Shape
 from hf_minitron.stages import publish
+from hf_minitron.stages.every import STAGES
 
 
 def load(path, **overrides):
-    return load_recipe(Path(path), overrides, {name: module.Args for name, module in VERBS.items()})
+    return load_recipe(Path(path), overrides, {name: stage.args for name, stage in STAGES.items()})
 
 
 def test_the_card_says_what_was_done(whole):

@@ -89,7 +89,7 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
         for corrections in (["least_squares"], ["rotation"]):
             more = {"model": str(tied), "run": str(tmp_path / f"first-{corrections[0]}-{len(target)}")}
             path, _ = chain(first={"prune": {"target": target, "corrections": corrections}, **more})
-            run = load_recipe(Path(path), {}, {name: module.Args for name, module in command.VERBS.items()})
+            run = load_recipe(Path(path), {}, {name: stage.args for name, stage in command.STAGES.items()})
             made = outlines(run, run, run.folder.with_suffix(".outline"))
             for stage in ("score", "prune"):
                 assert main([stage, path]) == 0

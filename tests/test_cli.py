@@ -1,5 +1,6 @@
 """The command on a tiny model: every stage, resuming, and errors before any slow work."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron import Statistics
-from hf_minitron.__main__ import STAGES, main
+from hf_minitron.__main__ import main
 from hf_minitron.importance import calibrate
+from hf_minitron.stage import Stage
+from hf_minitron.stages.every import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def run(project, folder, *more, verb="run"):
 
 
 def test_every_stage_leaves_what_it_promises(done):
-    for stage in (name for name, module in STAGES.items() if not getattr(module, "OPTIONAL", False)):
+    for stage in (name for name, stage in STAGES.items() if stage.in_run and not stage.optional):
         assert json.loads((done / stage / "done.json").read_text())["digest"] and not (done / f"{stage}.tmp").exists()
     report = json.loads((done / "evaluate/report.json").read_text())
     assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}
@@ -503,3 +506,34 @@ def test_other_models_are_evaluated_too(project, done, tmp_path):
     dtype = report["settings"].pop("dtype")
     assert report["settings"] == {"limit": None, "few_shot": 1, "chat_template": False}
     assert dtype in ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """The `count:` section."""
+
+    times: int = dataclasses.field(default=1, metadata={"help": "How often to count."})
+
+
+def refuse_negative(args, run):
+    if args.times < 0:
+        raise ValueError(f"times: {args.times} is less than 0")
+
+
+def write_count(args, run, out):
+    scored = len(list(run.path("score").iterdir()))
+    (out / "count.txt").write_text(str(args.times * scored))
+
+
+def test_a_stage_of_ones_own_is_one_value(project, done, tmp_path, monkeypatch, capsys):
+    stage = Stage("count", "count: count what was scored.", Count, refuse_negative, write_count, needs=("score",), in_run=False)
+    monkeypatch.setitem(STAGES, "count", stage)
+    shutil.copytree(done, tmp_path / "run")
+    assert run(project, tmp_path / "run", "--count.times", "-1", verb="count") == 1
+    assert "error: count: times: -1 is less than 0" in capsys.readouterr().err
+    assert run(project, tmp_path / "run", "--count.times", 2, verb="count") == 0
+    scored = len(list((tmp_path / "run" / "score").iterdir()))
+    assert (tmp_path / "run" / "count" / "count.txt").read_text() == str(2 * scored)
+    assert "count: count what was scored." in capsys.readouterr().out
+    assert run(project, tmp_path / "run", "--count.times", 2, verb="count") == 0
+    assert "count: done before, skipped" in capsys.readouterr().out

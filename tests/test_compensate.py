@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from hf_minitron.pruning.reconstruction import least_squares
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +12,7 @@ from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.pruning.reconstruction import least_squares
 from hf_minitron.statistics import Residuals, Statistics
 
 IDS = tiny.blocks(40)["input_ids"][:]

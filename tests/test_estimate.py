@@ -6,15 +6,16 @@ import json
 import pytest
 
 from hf_minitron import estimate
-from hf_minitron.__main__ import VERBS, main, own_stages
+from hf_minitron.__main__ import main, own_stages
 from hf_minitron.recipe import load_recipe
+from hf_minitron.stages.every import STAGES
 
 RATES = {"score": 0.5, "train": 2.0, "step": 3.0, "read": 0.25, "compare": 0.5, "prune": 7.0, "decode": 0.125}
 
 
 def recipe(project, folder, **overrides):
     values = {"run": str(folder), "evaluate.limit": 8} | overrides
-    return load_recipe(project["path"], values, {name: stage.Args for name, stage in VERBS.items()})
+    return load_recipe(project["path"], values, {name: stage.args for name, stage in STAGES.items()})
 
 
 def seconds(run, values=None):

@@ -22,15 +22,16 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, HfArgumentParser
 
-from hf_minitron.__main__ import VERBS, _parser
+from hf_minitron.__main__ import _parser
 from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.recipe import bind, load_recipe, read_overrides
+from hf_minitron.stages.every import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "recipes").rglob("*.md"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-SECTIONS = {name: module.Args for name, module in VERBS.items()}
+SECTIONS = {name: stage.args for name, stage in STAGES.items()}
 
 
 def blocks_of(path, language):
@@ -208,7 +209,7 @@ def check_verb(words, project):
     if words[0] == "<stage>":
         words = ["score", *words[1:]]
     if "--help" in words or len(words) == 1:
-        assert words[0] in {"run", "plan", "report", *VERBS}
+        assert words[0] in {"run", "plan", "report", *STAGES}
         return
     args, rest = _parser().parse_known_args(words)
     overrides = read_overrides(rest)

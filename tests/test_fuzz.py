@@ -11,13 +11,14 @@ import pytest
 import tiny
 import yaml
 
-from hf_minitron.__main__ import VERBS, check_stages, own_stages, plan_text, told
+from hf_minitron.__main__ import check_stages, own_stages, plan_text, told
 from hf_minitron.data import check_first_block
 from hf_minitron.evaluation import tasks
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import RecipeError
+from hf_minitron.stages.every import STAGES
 
-SECTIONS = {name: module.Args for name, module in VERBS.items()}
+SECTIONS = {name: stage.args for name, stage in STAGES.items()}
 JUNK = [
     None, -1, 0, 1, 10**12, 2**70, 1.5, -0.0, float("nan"), float("inf"), True, "", "x", "~nobody/x", "a\0b", "../..", "/",
     "owner/name@", "[", "é" * 300, [], {}, [None], {"a": {"b": [1]}}, [[1]], {"": 1}, {1: 2}, "-1", "1e-4", "no", "auto",

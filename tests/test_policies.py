@@ -33,10 +33,10 @@ distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
 evaluation.significance evaluation.report evaluation.wording evaluation.text_metrics evaluation.text
 evaluation.task_results evaluation.task_data evaluation.tasks evaluation.task_files evaluation.compare evaluation.speed
-hub.card hub.plots hub.page hub.retry hub.publish run
+hub.card hub.plots hub.page hub.retry hub.publish run stage execute
 hub.facts recipe
 stages.resuming stages.validation stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune
-stages.distill stages.cache stages.evaluate stages.search stages.select stages.publish chain estimate execute __main__
+stages.distill stages.cache stages.evaluate stages.search stages.select stages.publish stages.every chain estimate __main__
 """.split()
 
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_minitron import DistillationArguments, DistillationTrainer
-from hf_minitron.__main__ import STAGES, check_stages, own_stages, plan_text
+from hf_minitron.__main__ import check_stages, own_stages, plan_text
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
@@ -39,6 +39,7 @@ from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
 from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe
 from hf_minitron.stages import prune
+from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.training import sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"  # of public models: facts
 ENGINES = {path.stem: path for path in (FOLDER / "accelerate").glob("*.yaml")}
 RECIPES = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
 NAMES = sorted({path.parent.name for path in RECIPES})
-SECTIONS = {name: module.Args for name, module in STAGES.items()}
+SECTIONS = {name: stage.args for name, stage in STAGES.items()}
 # Billions of parameters before and after, as their sources print them: 2408.11796, table 3; 2407.14679, table 10.
 PUBLISHED = {
     "llama-3.1-8b-width-4.5b": ["8.0", "4.5"],
@@ -100,7 +101,7 @@ def test_everything_is_there():
 @pytest.mark.parametrize("path", RECIPES, ids=identity)
 def test_every_section_binds(path):
     found = set(yaml.safe_load(path.read_text()))
-    needed = {name for name, module in STAGES.items() if not getattr(module, "OPTIONAL", False)}
+    needed = {name for name, stage in STAGES.items() if stage.in_run and not stage.optional}
     assert {"model", "run", "seed", *needed} <= found <= {*TOP_LEVEL, *STAGES}
     _, sections = bound(path)
     texts = [args.text for args in sections.values() if isinstance(getattr(args, "text", None), str)]

@@ -5,10 +5,10 @@ import math
 import pytest
 import yaml
 
-from hf_minitron.__main__ import VERBS
 from hf_minitron.hub import facts
 from hf_minitron.recipe import RecipeError, bind, load_recipe
 from hf_minitron.stages import publish
+from hf_minitron.stages.every import STAGES
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 TEXTS = [
@@ -87,7 +87,7 @@ def test_text_is_read_back_as_text_by_either_version(text):
 def recipe_with(tmp_path, project, section):
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_yaml({key: value for key, value in project["recipe"].items() if key != "publish"}) + section)
-    return load_recipe(path, {}, {name: module.Args for name, module in VERBS.items()})
+    return load_recipe(path, {}, {name: stage.args for name, stage in STAGES.items()})
 
 
 def test_languages_and_revisions_of_a_recipe_are_text(project, tmp_path):
@@ -102,7 +102,7 @@ def test_norwegian_reaches_the_card(whole, tmp_path):
     recipe = load_yaml((whole / "recipe.yaml").read_text())
     recipe["publish"]["language"] = ["en", "no"]
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
-    run = load_recipe(tmp_path / "recipe.yaml", {}, {name: module.Args for name, module in VERBS.items()})
+    run = load_recipe(tmp_path / "recipe.yaml", {}, {name: stage.args for name, stage in STAGES.items()})
     publish.write(facts.gather(run), *publish.read(run), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["language"] == ["en", "no"]

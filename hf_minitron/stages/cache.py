@@ -15,14 +15,9 @@ from hf_minitron.distillation.teacher import teacher_folder
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, synthesize
 from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks, make_eval_blocks
-
-ALL_PROCESSES = True
-NEEDS = ()
-USES = ("correct", "synthesize")
-READS = tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs"))
-OPTIONAL = True
 
 
 @dataclass(frozen=True)
@@ -81,3 +76,17 @@ def run(args: Args, run: Run, out: Path) -> None:
     PartialState().print(
         f"{facts['tokens']:,} tokens of {facts['blocks']:,} blocks, {facts['bytes_per_token']:.1f} bytes per token", flush=True
     )
+
+
+STAGE = Stage(
+    "cache",
+    __doc__,
+    Args,
+    check,
+    run,
+    work,
+    uses=("correct", "synthesize"),
+    reads=tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs")),
+    optional=True,
+    distributed=True,
+)

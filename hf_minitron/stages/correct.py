@@ -14,6 +14,7 @@ from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import check_generation
 from hf_minitron.side_files import side_files
+from hf_minitron.stage import Stage
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
     TextArguments,
@@ -26,10 +27,6 @@ from hf_minitron.stages.training import (
 )
 from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
 
-ALL_PROCESSES = True
-OPTIONAL = True
-NEEDS = ()
-# What is about a teacher.
 TEACHERS = ("temperature", "beta", "top_k", "layer_pairs", "state_distance", "balance", "teacher_model_init_kwargs")
 
 
@@ -113,3 +110,6 @@ def run(args: Args, run: Run, out: Path) -> None:
     resumed = fit(trainer)
     save_trained(trainer, source, out / "teacher")
     save_log(trainer, out, resumed=resumed)
+
+
+STAGE = Stage("correct", __doc__, Args, check, run, work, optional=True, distributed=True)

@@ -19,6 +19,7 @@ from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stage import Stage
 from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import save_log, save_trained
 from hf_minitron.stages.training import (
@@ -31,11 +32,6 @@ from hf_minitron.stages.training import (
     tokens_of,
 )
 from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
-
-ALL_PROCESSES = True
-NEEDS = ("prune",)
-USES = ("correct", "synthesize", "cache")
-SCALES = ("max_steps", "warmup_steps")
 
 
 @dataclass
@@ -129,3 +125,17 @@ def _cached_teacher(args: Args, run: Run) -> CachedTeacher:
     teacher.check_teacher(teacher_of(args, run), args.teacher_model_init_kwargs)
     args.teacher_model_init_kwargs = None  # they have named the cache's teacher
     return teacher
+
+
+STAGE = Stage(
+    "distill",
+    __doc__,
+    Args,
+    check,
+    run,
+    work,
+    needs=("prune",),
+    uses=("correct", "synthesize", "cache"),
+    scales=("max_steps", "warmup_steps"),
+    distributed=True,
+)

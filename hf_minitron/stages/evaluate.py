@@ -17,13 +17,10 @@ from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
 from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
+from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
 from hf_minitron.texts import check_text, load_text
 
-ALL_PROCESSES = True
-NEEDS = ("prune", "distill")
-USES = ("correct",)
-SCALES = ("tokens", "limit")
 OURS = ("teacher", "pruned", "distilled")
 
 
@@ -140,3 +137,17 @@ def _speed(args: Args, run: Run) -> SpeedSettings | None:
 def _timed(args: Args) -> list[str]:
     """Return whose speed is measured; the pruned student's is the distilled one's."""
     return ["teacher", "distilled", *args.models]
+
+
+STAGE = Stage(
+    "evaluate",
+    __doc__,
+    Args,
+    check,
+    run,
+    work,
+    needs=("prune", "distill"),
+    uses=("correct",),
+    scales=("tokens", "limit"),
+    distributed=True,
+)

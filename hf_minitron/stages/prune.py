@@ -37,13 +37,13 @@ from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.shape import CUTTABLE, Shape
 from hf_minitron.side_files import side_files
+from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
 from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import CheckpointTensors
 
 logger = logging.getLogger(__name__)
 
-NEEDS = ("score",)
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 
@@ -206,3 +206,6 @@ def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     architecture, before = tensors.architecture, tensors.architecture.shape
     budget = int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"])
     return nonuniform_plan(tensors, statistics, budget)
+
+
+STAGE = Stage("prune", __doc__, Args, check, run, work, needs=("score",))

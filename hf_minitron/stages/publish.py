@@ -19,9 +19,9 @@ from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.side_files import side_files
+from hf_minitron.stage import Stage
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
-NEEDS = ("distill", "evaluate")
 PAGE = "report.html"
 
 
@@ -194,3 +194,6 @@ def _target(args: Args) -> Target:
     if args.repo_id is None:
         raise ValueError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     return Target(args.repo_id, args.private, args.revision, args.create_pr, args.collection, args.overwrite)
+
+
+STAGE = Stage("publish", __doc__, Args, check, run, work, needs=("distill", "evaluate"))

@@ -35,14 +35,11 @@ from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
 from hf_minitron.model_files import revision_of
 from hf_minitron.run import Run
+from hf_minitron.stage import Stage
 from hf_minitron.stages.training import check_positions
 from hf_minitron.tensors import CheckpointTensors
 from hf_minitron.texts import check_text, load_text
 from hf_minitron.vocabulary import check_ids
-
-ALL_PROCESSES = True  # of `accelerate launch`; one does what is not marked so
-NEEDS = ()
-SCALES = ("tokens",)  # what shrinks so that a run fits into its time
 
 # The text that was read, for corrections that look at it again.
 BLOCKS = "blocks.parquet"
@@ -264,3 +261,6 @@ def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether a model's weights, once for every process, take at most four fifths of the device's free memory."""
     numbers = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(folder).specs.values())
     return numbers * dtype.itemsize <= 0.8 * free_memory(device)
+
+
+STAGE = Stage("score", __doc__, Args, check, run, work, scales=("tokens",), distributed=True)

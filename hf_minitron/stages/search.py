@@ -23,13 +23,11 @@ from hf_minitron.pruning.search import Candidate
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape, ShapeError
+from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, evaluate
 from hf_minitron.stages.prune import MULTIPLE_OF
 from hf_minitron.statistics import Statistics
 
-NEEDS = ("score",)
-
-# Candidates live beside the stages' folders: a search that is done again replaces its own folder, never a candidate's run.
 FOLDER = "candidates"
 SHARED = ("correct", "synthesize", "score")  # do not depend on the target
 PROBES = 5  # random models, and the teacher's shape, whose measured speed predicts that of the others
@@ -227,3 +225,6 @@ def _measured(found: Iterable[Candidate], space: _Space, limits: Mapping[str, fl
             f"needs {nearest:.0%} of it. Raise search.tolerance, or measure on a machine that does nothing else"
         )
     return near
+
+
+STAGE = Stage("search", __doc__, Args, check, run, needs=("score",), in_run=False, report=report)

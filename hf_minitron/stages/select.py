@@ -9,15 +9,12 @@ from hf_minitron.evaluation.report import Entry, Report
 from hf_minitron.evaluation.wording import markdown_table, measured, millions
 from hf_minitron.hub.plots import plot_candidates
 from hf_minitron.recipe import bind, read_yaml
-from hf_minitron.run import RecipeError, Run, damaged, done_digest, needs_of
+from hf_minitron.run import RecipeError, Run, damaged, done_digest
+from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, evaluate, prune, score, search
 from hf_minitron.yaml_text import dump_yaml
 
-ALWAYS = True  # done anew each time: it takes seconds, and other candidates may have come in
-NEEDS = ("search",)
-
-# What a candidate must have done with the settings that its recipe has now.
-STAGES = {"score": score, "prune": prune, "distill": distill, "evaluate": evaluate}
+CANDIDATE = (score.STAGE, prune.STAGE, distill.STAGE, evaluate.STAGE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,9 @@ def candidates(run: Run) -> dict[str, Run]:
 def finished(child: Run) -> bool:
     """Return whether a candidate is evaluated, and all of it done as its recipe says."""
     return all(
-        done_digest(child.path(name)) == child.digest(name, needs_of(child, stage)) and damaged(child.path(name)) is None
-        for name, stage in STAGES.items()
+        done_digest(child.path(stage.name)) == child.digest(stage.name, stage.needs_in(child))
+        and damaged(child.path(stage.name)) is None
+        for stage in CANDIDATE
     )
 
 
@@ -103,3 +101,6 @@ def _rows(entries: list[dict]) -> list[list[str]]:
 
 def _commands(run: Run, names: list[str]) -> str:
     return "\n".join(f"  hf-minitron run {run.folder / search.FOLDER / name / 'recipe.yaml'}" for name in names)
+
+
+STAGE = Stage("select", __doc__, Args, check, run, needs=("search",), in_run=False, always=True, report=report)

@@ -17,15 +17,10 @@ from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, 
 from hf_minitron.formats import SYNTHESIZED
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.stage import Stage
 from hf_minitron.stages.correct import teacher_of
 from hf_minitron.texts import check_text, load_text
 
-ALL_PROCESSES = True
-OPTIONAL = True
-NEEDS = ()
-USES = ("correct",)
-
-# What this stage wrote; `distill.text` names it SYNTHESIZED.
 TEXT = "text.jsonl"
 # After so many batches in a row of which nothing is kept, nothing will be.
 HOPELESS = 50
@@ -229,3 +224,6 @@ def _drop_half_written(journal: Path) -> None:
             for line in file:
                 end += len(line) if line.endswith(b"\n") else 0
             file.truncate(end)
+
+
+STAGE = Stage("synthesize", __doc__, Args, check, run, work, uses=("correct",), optional=True, distributed=True)

@@ -1,0 +1,19 @@
+"""The stages, in the order in which `run` does them; then those that look for a target rather than make a model."""
+
+from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        correct.STAGE,
+        synthesize.STAGE,
+        score.STAGE,
+        prune.STAGE,
+        cache.STAGE,
+        distill.STAGE,
+        evaluate.STAGE,
+        publish.STAGE,
+        search.STAGE,
+        select.STAGE,
+    )
+}
