@@ -1,5 +1,6 @@
 """A chain of two rounds on a tiny model: checked ahead, resumable, each round with a truthful card."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from hf_minitron import __main__ as command
 from hf_minitron.chain import outlines
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
-from hf_minitron.stages import score
+from hf_minitron.stages.every import STAGES
 
 main = command.main
 
@@ -45,13 +46,13 @@ def parameters(folder):
 
 
 def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp_path, capsys, monkeypatch):
-    paths, real = chain(), score.run
+    paths, real = chain(), STAGES["score"].run
 
     def killed(args, run, out):
         return real(args, run, out) if run.folder.name == "first" else 1 / 0
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(score, "run", killed)
+        patch.setitem(STAGES, "score", dataclasses.replace(STAGES["score"], run=killed))
         main(["run", *paths])
     first, second = (tmp_path / name / "publish/model" for name in ("first", "second"))
     assert (first / "README.md").is_file() and not (tmp_path / "second/score").exists()
@@ -63,7 +64,7 @@ def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp
     cards = [ModelCard.load(folder / "README.md") for folder in (first, second)]
     assert [card.data.base_model for card in cards] == ["owner/teacher", "owner/teacher"]
     texts = [" ".join(card.text.split()) for card in cards]
-    assert "pruned from [owner/teacher](https://huggingface.co/owner/teacher) (0.0 M) and taught by it with" in texts[0]
+    assert "pruned from [owner/teacher](https://huggingface.co/owner/teacher) (42,760) and taught by it with" in texts[0]
     assert "pruned from first, a student of [owner/teacher]" in texts[1] and "and taught by owner/teacher with" in texts[1]
     assert f"hf-minitron run {paths[0]} {paths[1]}".split("/")[-1] in texts[1]
     # a card written anew is no reason to prune its model again
@@ -78,7 +79,7 @@ def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path
     card = ModelCard.load(tmp_path / "second/publish/model/README.md")
     assert card.data.base_model == "me/first"
     text = " ".join(card.text.split())
-    assert "pruned from [me/first](https://huggingface.co/me/first) (0.0 M) and taught by it with" in text
+    assert "pruned from [me/first](https://huggingface.co/me/first) (20,472) and taught by it with" in text
 
 
 def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):

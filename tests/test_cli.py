@@ -216,7 +216,7 @@ def test_another_tokenizer_a_full_disk_and_a_foreign_folder_are_told(project, tm
     assert "prune: No disk space for the student: 81,888 bytes needed, 10 free" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100_000))
     assert run(project, tmp_path / "c") == 1
-    assert "No disk space for the checkpoints of distill" in capsys.readouterr().err
+    assert "No disk space for the text and the checkpoints of distill" in capsys.readouterr().err
 
 
 def test_a_failed_check_does_not_claim_the_folder(project, tmp_path):

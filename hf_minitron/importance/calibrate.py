@@ -44,21 +44,19 @@ def calibrate(
     Under `accelerate launch` every process calls it with all blocks, reads its share of them, and gets the same scores.
 
     Args:
-        model (`PreTrainedModel`, `str` or `Path`): A causal language model of a known family, in any dtype, on one device or
-            several (`device_map="auto"`); or a folder, whose layers are then read from its shards one at a time.
-        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where blocks are padded. The
-            papers use 1024 samples (2407.14679, section 4); a few dozen already order the indices well.
+        model (`PreTrainedModel`, `str` or `Path`): A causal language model in memory, on one device or several; or a folder,
+            whose layers are read one at a time.
+        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where rows are padded. The papers use
+            1024 samples (2407.14679, section 4); a few dozen order the indices well.
         batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
-        dtype (`torch.dtype`, *optional*): Of a folder's weights; as they are stored when left out.
+        dtype (`torch.dtype`, *optional*): Of a folder's weights; as stored when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where a folder's layers run.
-        state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states that wait between a folder's layers; what is
-            beyond goes to the temporary folder.
-        moments (`bool`, *optional*, defaults to `False`): Whether to measure what corrections after pruning need as well:
-            second moments at the inputs of projections (`ffn` squared numbers a layer), energies at those of norms.
+        state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states between a folder's layers; the rest is spilled.
+        moments (`bool`, *optional*, defaults to `False`): Whether to measure what corrections need as well: second moments of
+            the inputs of projections (`ffn` squared numbers a layer), energies of those of norms.
         metric (`str`, `Metric` or `Mapping`, *optional*, defaults to `"l2_mean"`): How indices are scored, for all width axes
             or by axis: one of `METRICS`, the baselines `magnitude` or `random`, or a class of your own (see `Metric`).
-        save_to (`str` or `Path`, *optional*): A folder for the statistics. A checkpoint's moments are written there layer by
-            layer; they are held in memory when it is left out.
+        save_to (`str` or `Path`, *optional*): A folder for the statistics, moments layer by layer; in memory when left out.
 
     Returns:
         `Statistics`: `ffn`, `heads` and `experts` per layer; `hidden` summed over all norms; `layers` by Block Importance.
@@ -82,8 +80,8 @@ def calibrate(
         check_ids(blocks, config.vocab_size)
         readings = take_moments(_read_model(model, batches, moments, read), store)
     else:
-        wanted = store if moments else None
-        config, dtype, readings = read_layers(resolve(model), batches, dtype, torch.device(device), state_bytes, read, wanted)
+        wanted, device = store if moments else None, torch.device(device)
+        config, dtype, readings = read_layers(resolve(model), batches, dtype, device, state_bytes, read, wanted)
     scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
