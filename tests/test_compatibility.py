@@ -1,5 +1,6 @@
 """Two environments: what is written here loads in transformers 4.57 with equal logits and the same tokens, and in 5."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,14 +22,19 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.modeling import configuration_pruned
+from hf_minitron.modeling.configuration_pruned import STOCK, PrunedConfig
 from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.saving import legacy_rope, minimum_transformers, save_config
 
-FOLDER = Path("~/.cache/hf_minitron/transformers-4.57.1").expanduser()
-PACKAGES = ["transformers==4.57.1", "huggingface_hub<1.0", "tokenizers<0.23"]
+HOME = Path("~/.cache/hf_minitron").expanduser()
+# Other versions of transformers, each with what it needs, in folders of their own; the second is the oldest that we support.
+OTHERS = {
+    "4.57.1": ["transformers==4.57.1", "huggingface_hub<1.0", "tokenizers<0.23"],
+    "5.15.0": ["transformers==5.15.0", "huggingface_hub<2.0", "tokenizers<0.23", "httpx", "httpcore"],
+}
 IDS = tiny.blocks()["input_ids"][:]
 THETA = 5e4
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -55,8 +62,8 @@ import json, sys, torch, transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-assert transformers.__version__ == "4.57.1", transformers.__version__
 asked = json.load(open(sys.argv[1]))
+assert transformers.__version__ == asked["version"], transformers.__version__
 found = {}
 for name, folder in asked["folders"].items():
     try:
@@ -74,16 +81,35 @@ save_file(found, sys.argv[2])
 """
 
 
-@pytest.fixture(scope="session")
-def transformers_4():
-    """A folder with transformers 4.57 and what it needs, made once; skipped where it cannot be had."""
-    if not (FOLDER / "ready").is_file():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(FOLDER), *PACKAGES]
+def environment(version):
+    """Return the environment of a process with another transformers, installed once; skip where it cannot be had."""
+    folder = HOME / f"transformers-{version}"
+    if not (folder / "ready").is_file():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *OTHERS[version]]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"transformers 4.57 cannot be had: {done.stderr.strip().splitlines()[-1]}")
-        (FOLDER / "ready").touch()
-    return {**os.environ, "PYTHONPATH": str(FOLDER), "PYTHONNOUSERSITE": "1"}
+            pytest.skip(f"transformers {version} cannot be had: {done.stderr.strip().splitlines()[-1]}")
+        (folder / "ready").touch()
+    return {**os.environ, "PYTHONPATH": str(folder), "PYTHONNOUSERSITE": "1"}
+
+
+def loaded_in(version, folders, tmp_path):
+    """Load models in another transformers; return the difference of their logits to ours, and what refuses the others."""
+    expected, text = {}, " ".join(tiny.WORDS[:9])
+    for name, folder in folders.items():
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            expected[name] = student(input_ids=IDS, use_cache=False).logits
+    asked = {"folders": {name: str(folder) for name, folder in folders.items()}, "ids": IDS.tolist(), "text": text}
+    asked |= {"tokens": tiny.tokenizer()(text)["input_ids"], "version": version}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-c", LOAD, tmp_path / "asked.json", tmp_path / "logits.safetensors"]
+    env = environment(version) | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "logits.safetensors")
+    refused = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    return {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in found}, refused
 
 
 def cut(config, layers):
@@ -104,9 +130,19 @@ def configs():
             yield f"{model_type}_{number}", model_type, {} if rope is None else {"rope_parameters": rope}
 
 
+def write_nonuniform(folder, model_type="llama", **changes):
+    """Write a model whose layers differ, one without attention and one without an MLP."""
+    lists = {"layer_intermediate_size": [72, 0, 51], "layer_num_attention_heads": [4, 2, 0]}
+    made = AutoModelForCausalLM.from_config(PrunedConfig.from_stock(tiny.config(model_type, **changes), **lists))
+    made.save_pretrained(folder)
+    save_config(made.config, folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_path):
-    folders, expected = {}, {}
+def test_every_students_logits_and_tokens_in_transformers_4(tmp_path):
+    folders = {}
     for name, model_type, changes in configs():
         teacher, folders[name] = tmp_path / "teacher" / name, tmp_path / "student" / name
         changes |= {"original_max_position_embeddings": 8} if name == "phi3_1" else {}
@@ -115,32 +151,51 @@ def test_every_students_logits_and_tokens_in_transformers_4(transformers_4, tmp_
         made.save_pretrained(teacher)
         tiny.tokenizer().save_pretrained(teacher)
         prune_checkpoint(teacher, cut(made.config, 2), folders[name])
-    lists = {"layer_intermediate_size": [72, 30, 51], "layer_num_attention_heads": [4, 2, 4]}
-    nonuniform = AutoModelForCausalLM.from_config(PrunedConfig.from_stock(tiny.config(rope_parameters=LLAMA3), **lists))
-    nonuniform.save_pretrained(tmp_path / "nonuniform")
-    save_config(nonuniform.config, tmp_path / "nonuniform")
-    tiny.tokenizer().save_pretrained(tmp_path / "nonuniform")
+    folders["nonuniform"] = write_nonuniform(tmp_path / "nonuniform", rope_parameters=LLAMA3)
     folders["exported"] = tmp_path / "exported"
-    export(tmp_path / "nonuniform", folders["exported"])
-    for name, folder in folders.items():
-        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        with torch.no_grad():
-            expected[name] = student(input_ids=IDS, use_cache=False).logits
-    text = " ".join(tiny.WORDS[:9])
-    folders["nonuniform"] = tmp_path / "nonuniform"
-    asked = {"folders": {name: str(folder) for name, folder in folders.items()}, "ids": IDS.tolist(), "text": text}
-    asked["tokens"] = tiny.tokenizer()(text)["input_ids"]
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
-    command = [sys.executable, "-c", LOAD, tmp_path / "asked.json", tmp_path / "logits.safetensors"]
-    done = subprocess.run(command, env=transformers_4, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    refused = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert list(refused) == list(NOT_IN_4), done.stdout
-    assert "need transformers >= 5.15" in refused["nonuniform"]
-    found = load_file(tmp_path / "logits.safetensors")
-    differences = {name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in found}
-    assert found.keys() == folders.keys() - NOT_IN_4
+    export(folders["nonuniform"], folders["exported"])
+    differences, refused = loaded_in("4.57.1", folders, tmp_path)
+    assert list(refused) == list(NOT_IN_4), refused
+    wanted = "ImportError Layers of different sizes need transformers >= 5.15 (tested up to 5.24), not 4.57.1: "
+    assert refused["nonuniform"].startswith(wanted)
+    assert differences.keys() == folders.keys() - NOT_IN_4
     assert not {name: value for name, value in differences.items() if value > 1e-6}
+
+
+@pytest.mark.slow
+def test_nonuniform_models_in_the_oldest_transformers(tmp_path):
+    folders = {name: write_nonuniform(tmp_path / name, name) for name in STOCK if name in tiny.MODEL_TYPES}
+    folders |= {"llama3": write_nonuniform(tmp_path / "llama3", rope_parameters=LLAMA3)}
+    folders |= {"sliding": write_nonuniform(tmp_path / "sliding", "mistral", sliding_window=6)}
+    differences, refused = loaded_in("5.15.0", folders, tmp_path)
+    assert not refused
+    assert differences.keys() == folders.keys()
+    assert not {name: value for name, value in differences.items() if value > 1e-6}
+
+
+LACKING = {
+    "capture_outputs": ("transformers.utils.output_capturing.capture_outputs", None, "cannot import name 'capture_outputs'"),
+    "create_causal_mask": ("transformers.masking_utils.create_causal_mask", lambda config: None, "<lambda> takes no "),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_transformers_without_what_nonuniform_models_need_is_named(tmp_path, monkeypatch, name):
+    assert transformers.__version__.startswith(f"{configuration_pruned.NEWEST}."), "say which version is tested"
+    place, instead, reason = LACKING[name]
+    shutil.copytree(
+        Path(configuration_pruned.__file__).parent, tmp_path / "copied", ignore=shutil.ignore_patterns("__init__.py")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(place, instead) if instead else monkeypatch.delattr(place)
+    said = rf"need transformers >= 5.15 \(tested up to 5.24\), not {transformers.__version__}: {reason}"
+    try:
+        with pytest.raises(ImportError, match=said) as raised:
+            importlib.import_module("copied.modeling_pruned")
+        assert "\n" not in str(raised.value)
+    finally:
+        for module in [module for module in sys.modules if module.partition(".")[0] == "copied"]:
+            del sys.modules[module]
 
 
 @pytest.fixture

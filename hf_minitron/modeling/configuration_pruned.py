@@ -10,12 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-
-try:
-    from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
-except ImportError as error:
-    raise ImportError("Layers of different sizes need transformers >= 5.15: pip install -U transformers") from error
+import transformers
 
 from .layer_schemas import (  # noqa: TID252  remote code is imported by its folder
     FFN,
@@ -30,6 +25,21 @@ from .layer_schemas import (  # noqa: TID252  remote code is imported by its fol
     to_layer_lists,
     to_per_layer_config,
 )
+
+OLDEST, NEWEST = "5.15", "5.24"  # the versions of transformers that this code was tested with
+
+
+def unusable(lacks: object) -> ImportError:
+    """Return the error for a version of transformers that lacks what this code builds on."""
+    return ImportError(f"Layers of different sizes need transformers >= {OLDEST} (tested up to {NEWEST}), not "
+                       f"{transformers.__version__}: {lacks}. pip install -U 'transformers=={NEWEST}.*'")  # fmt: skip
+
+
+try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+except ImportError as error:
+    raise unusable(error) from error
 
 # The stock model types that this class can hold, and what their classes do that their configs do not say.
 STOCK: dict[str, dict[str, Any]] = {

@@ -4,31 +4,46 @@ Parameters have Llama's names, so that a stock state dict of the same sizes fits
 nothing of hf_minitron; what layers share with Llama is Llama's, taken from transformers.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
-from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_pruned import FULL, NO_ATTENTION, SLIDING, PrunedConfig  # noqa: TID252  as in configuration_pruned
+from .configuration_pruned import FULL, NO_ATTENTION, SLIDING, PrunedConfig, unusable  # noqa: TID252  as in configuration_pruned
+
+try:
+    from transformers import cache_utils
+    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.generation import GenerationMixin
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+    from transformers.models.llama.modeling_llama import (
+        LlamaMLP,
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+        apply_rotary_pos_emb,
+        eager_attention_forward,
+    )
+    from transformers.utils import can_return_tuple
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import capture_outputs
+except ImportError as error:
+    raise unusable(error) from error
 
 # Transformers renamed `past_key_values` to `cache`; both are accepted, and the one that this version knows is passed on.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+# What these functions must take; they are not documented to stay as they are.
+TAKES = {
+    **dict.fromkeys(MASKS.values(), ("config", "inputs_embeds", "attention_mask", "position_ids", CACHE)),
+    eager_attention_forward: ("module", "query", "key", "value", "attention_mask", "scaling", "dropout"),
+    apply_rotary_pos_emb: ("q", "k", "cos", "sin"),
+}
+for function, parameters in TAKES.items():
+    if lacking := set(parameters) - inspect.signature(function).parameters.keys():
+        raise unusable(f"{function.__name__} takes no {min(lacking)}")
 
 
 class PrunedAttention(nn.Module):
@@ -145,8 +160,7 @@ class PrunedModel(PrunedPreTrainedModel):
     def __init__(self, config: PrunedConfig):
         super().__init__(config)
         if {NO_ATTENTION, FULL, SLIDING} <= set(config.layer_types) and not hasattr(cache_utils, "DummyLayer"):
-            raise ImportError("This version of transformers measures the cache wrongly where some layers slide, some do not "
-                              "and some have no attention; pip install -U transformers")  # fmt: skip
+            raise unusable("the cache is measured wrongly where some layers slide, some do not and some have no attention")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(PrunedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
