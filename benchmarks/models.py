@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hf_minitron import load_text
 from hf_minitron.__main__ import VERBS
 from hf_minitron.hub import plots
-from hf_minitron.hub.card import load_log
+from hf_minitron.inputs import read_json
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.saving import save_config
@@ -179,7 +179,7 @@ def summarize(folder: Path, size: str) -> None:
     """Write the curves of one size; what was measured is kept beside its card (`keep_cards.py`)."""
     curves = {}
     for path in sorted(folder.glob("*/distill/log.json")):
-        log = load_log(path)
+        log = read_json(path)
         steps = [entry for entry in log["history"] if "forward_kl" in entry and "loss" in entry]
         name = "ours" if path.parts[-3] == f"smollm2-135m-{size}" else path.parts[-3]
         if steps and name != "cached":  # whose loss is too high by a number that no student changes

@@ -19,7 +19,7 @@ from hf_minitron import Report
 from hf_minitron.__main__ import STAGES
 from hf_minitron.evaluation.report import TEXT, Comparison
 from hf_minitron.evaluation.wording import markdown_table, measured, millions, quality_rows, sentence, speed_rows
-from hf_minitron.hub.card import load_log
+from hf_minitron.inputs import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
@@ -28,7 +28,7 @@ MODELS, SEARCH = ROOT / "benchmarks/results/models", ROOT / "benchmarks/results/
 
 def demo_block(run: Path, recipe: Path) -> str:
     """Return the demo's table, pictures and times."""
-    report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
+    report, log = Report.load(run / "evaluate/report.json"), read_json(run / "distill/log.json")
     marks = {stage: run / stage / "done.json" for stage in STAGES}
     seconds = {stage: json.loads(mark.read_text())["seconds"] for stage, mark in marks.items() if mark.is_file()}
     times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
@@ -48,7 +48,7 @@ def demo_block(run: Path, recipe: Path) -> str:
 
 def expected_block(run: Path, recipe: Path) -> str:
     """Return the table of the demo's recipe: sizes, tokens, and what to expect of it."""
-    report, log = Report.load(run / "evaluate/report.json"), load_log(run / "distill/log.json")
+    report, log = Report.load(run / "evaluate/report.json"), read_json(run / "distill/log.json")
     whole = yaml.safe_load((recipe / "recipe.yaml").read_text())
     distill = whole["distill"]
     rows = distill["per_device_train_batch_size"] * distill.get("gradient_accumulation_steps", 1)

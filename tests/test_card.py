@@ -45,7 +45,7 @@ def test_the_card_says_what_was_done(whole):
     for fact in (
         "once it was fine-tuned on the training text", "(teacher correction) by LoRA adapters",
         f"The teacher wrote text for training: {wrote['documents']} documents, {wrote['tokens']} tokens",
-        "stored before: `top_k`, 8 for every token", "lower bound of the true divergence",
+        "a precomputed (cached) teacher: `top_k`, 8 for every token", "lower bound of the true divergence",
         "sizes differ from layer to layer", "](kept.png)", "](shapes.png)", "](loss.png)",
         f"Python {sys.version.split()[0]}, torch {torch.__version__}", f"on {machine['hardware']}", "Seed 3",
         f"| cross_entropy | {losses[0]['cross_entropy']:.3f} | {losses[-1]['cross_entropy']:.3f} |", "| sum |",
@@ -250,6 +250,26 @@ def test_a_resumed_training_s_time_is_that_of_its_last_start():
     facts = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
     text = " ".join(str(publish.write_card(report(), {}, log, facts)).split())
     assert "10 tokens in 2 steps in float32, 1.0 minutes since it went on from checkpoint-1; losses: 1.0 forward_kl." in text
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [({"random": 50}, "higher than the true"), ({"top_k": 98}, "a lower bound"), ({"top_k": 99}, None)],
+)
+def test_a_cached_loss_is_called_what_it_is(method, words):
+    text = " ".join(card(cache={"method": method, "bytes_per_token": 7.5}).text.split())
+    assert "The student learned from a precomputed (cached) teacher: `" in text
+    assert "for every token, in 7.5 bytes." in text
+    said = [found for found in ("higher than the true", "a lower bound") if f"The loss is then {found}" in text]
+    assert said == ([words] if words else [])
+
+
+def test_a_recipe_that_was_changed_on_the_way_is_said(whole):
+    assert facts.gather(load(whole / "recipe.yaml"))["changed"] is False
+    assert facts.gather(load(whole / "recipe.yaml", **{"distill.max_steps": 7}))["changed"] is True
+    sentence = "The recipe is the one below: the command line or `minutes` changed values of the file."
+    assert sentence in card(changed=True).text
+    assert sentence not in card(changed=False).text
 
 
 def test_the_cache_of_latent_attention_is_its_row():

@@ -1,7 +1,6 @@
 """What was measured, as values: the report's flat list of entries, and the records of single samples behind them."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from hf_minitron.evaluation.significance import Difference, compare_paired, estimate, interval
+from hf_minitron.evaluation.significance import Difference, compare_paired, estimate
 
 TEXT = "held-out text"  # stands for a task's name in entries and records of the text
 VERSION = 2
@@ -55,10 +54,7 @@ class Entry:
     @classmethod
     def of_samples(cls, model: str, task: str, metric: str, rows: np.ndarray, aggregation: str, **more) -> "Entry":
         """Make an entry of samples, `(samples, 2)` values and weights, with its error and interval."""
-        found = estimate(rows, aggregation)
-        stderr = found["stderr"] if math.isfinite(found["stderr"]) else None
-        span = interval(rows, aggregation)
-        return cls(model, task, metric, found["value"], stderr, span, len(rows), aggregation, **more)
+        return cls(model, task, metric, *estimate(rows, aggregation), len(rows), aggregation, **more)
 
 
 @dataclass(frozen=True)

@@ -138,23 +138,24 @@ def samples_needed(difference: float, deviation: float) -> int | None:
     return max(2, math.ceil(((alpha * under_null + beta * deviation) / difference) ** 2))
 
 
-def estimate(rows: np.ndarray, aggregation: str = "mean") -> dict[str, float]:
-    """Return a metric of one model, `value`, and its `stderr` by the delta method (NaN for a single sample).
+def estimate(
+    rows: np.ndarray, aggregation: str = "mean", seed: int = 0
+) -> tuple[float, float | None, tuple[float, float] | None]:
+    """Return a metric of one model, its standard error by the delta method and the bootstrap's 95 % interval; these two are
+    `None` for a single sample.
 
     Args:
         rows (`np.ndarray` of shape `(samples, 2)`): Values and weights.
         aggregation (`str`, *optional*, defaults to `"mean"`): A key of `AGGREGATIONS`.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
     """
     (values, weights), count = rows.T, len(rows)
-    mean, stderr = values.sum() / weights.sum(), float("nan")
-    if count > 1:
-        stderr = _SLOPES[aggregation](mean) * (values - mean * weights).std(ddof=1) * math.sqrt(count) / weights.sum()
-    return {"value": float(AGGREGATIONS[aggregation](mean)), "stderr": float(stderr)}
-
-
-def interval(rows: np.ndarray, aggregation: str = "mean", seed: int = 0) -> tuple[float, float] | None:
-    """Return the bootstrap's 95 % interval of a metric of one model; `None` for a single sample. Arguments as `estimate`."""
-    return _interval(_resampled([rows], aggregation, seed)[0]) if len(rows) > 1 else None
+    mean = values.sum() / weights.sum()
+    value = float(AGGREGATIONS[aggregation](mean))
+    if count < 2:
+        return value, None, None
+    stderr = _SLOPES[aggregation](mean) * (values - mean * weights).std(ddof=1) * math.sqrt(count) / weights.sum()
+    return value, float(stderr), _interval(_resampled([rows], aggregation, seed)[0])
 
 
 def _metric(rows: np.ndarray, aggregation: str) -> np.ndarray:

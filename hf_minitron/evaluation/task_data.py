@@ -31,12 +31,11 @@ class _Loader:
 
     def __call__(self, path: str, name: str | None = None, **kwargs) -> DatasetDict | Dataset:
         self.asked = f"{path} ({name})" if name else path
-        stream = not (self.whole or datasets.config.HF_HUB_OFFLINE or path in LOCAL)
+        whole = self.whole or datasets.config.HF_HUB_OFFLINE or path in LOCAL or "streaming" in kwargs
         try:
-            found = load_dataset(path, name, **{"streaming": True} if stream else {}, **kwargs)
-            if not stream:
-                return _Splits(found) if isinstance(found, DatasetDict) else found
-            return _Splits({split: _first(rows) for split, rows in found.items()}) if isinstance(found, dict) else _first(found)
+            found = load_dataset(path, name, **kwargs if whole else kwargs | {"streaming": True})
+            rows = (lambda split: split) if whole else _first
+            return _Splits({name: rows(split) for name, split in found.items()}) if isinstance(found, dict) else rows(found)
         except Exception as error:  # of the Hub, the network or a file's format
             said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             advice = "name other files" if path in LOCAL else OFFLINE if datasets.config.HF_HUB_OFFLINE else ONLINE

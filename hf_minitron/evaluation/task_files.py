@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.evaluation.tasks import Tasks, children_of, leaves, task_manager
+from hf_minitron.evaluation.tasks import Tasks, entries_of, leaves
 from hf_minitron.model_files import is_hub_id
 from hf_minitron.texts import hub_commit
 
@@ -64,15 +64,9 @@ def _datasets(tasks: Sequence[str], include_path: str | None) -> dict[str, str |
 
 
 def _of_task(task: str, folder: Path) -> Iterator[Path]:
-    index, waiting, seen = task_manager(folder, [task]).task_index, [task], set()
-    while waiting:
-        entry = index.get(waiting.pop())
-        if entry is None or entry.name in seen:
-            continue
-        seen.add(entry.name)
+    for entry in entries_of(task, [folder]):
         if entry.yaml_path and entry.yaml_path.resolve().is_relative_to(folder.resolve()):
             yield from _of_file(entry.yaml_path, folder)
-        waiting += [child for child in children_of(entry) if isinstance(child, str)]
 
 
 def _of_file(path: Path, folder: Path) -> Iterator[Path]:

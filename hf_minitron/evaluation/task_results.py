@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from hf_minitron.evaluation.report import Entry, samples_of, samples_of_entry
-from hf_minitron.evaluation.significance import AGGREGATIONS, interval
+from hf_minitron.evaluation.significance import AGGREGATIONS, estimate
 
 
 def task_entries(model: str, results: Mapping, records: Sequence[Mapping]) -> list[Entry]:
@@ -59,7 +59,7 @@ def _with_samples(entry: Entry, samples: Mapping[tuple[str, int], tuple[float, f
     fits = [name for name, value in ways.items() if np.isclose(value, entry.value, rtol=1e-6, atol=1e-12)]
     if not fits:
         return entry
-    return replace(entry, aggregation=fits[0], interval=interval(rows, fits[0]))
+    return replace(entry, aggregation=fits[0], interval=estimate(rows, fits[0])[2])
 
 
 def records_of(results: Mapping) -> list[dict]:

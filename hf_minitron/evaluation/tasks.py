@@ -99,16 +99,21 @@ class Tasks:
             check_data(task, lambda task=task: task_manager(self.include_paths, [task]).load([task])["tasks"], key)
 
 
-def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield what lm-eval reads of a task, or of every task of a group or a tag: its YAML file with those that it includes."""
+def entries_of(task: str, folders: Sequence[str | Path]) -> Iterator[Any]:
+    """Yield the entry of lm-eval's index of a task, or of a group or a tag and all that it stands for."""
     index, waiting, seen = task_manager(folders, [task]).task_index, [task], set()
     while waiting:
         entry = index.get(waiting.pop())
-        if entry is None or entry.name in seen:
-            continue
-        seen.add(entry.name)
+        if entry is not None and entry.name not in seen:
+            seen.add(entry.name)
+            waiting += [child for child in children_of(entry) if isinstance(child, str)]
+            yield entry
+
+
+def leaves(task: str, folders: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield what lm-eval reads of a task, or of every task of a group or a tag: its YAML file with those that it includes."""
+    for entry in entries_of(task, folders):
         children = children_of(entry)
-        waiting += [child for child in children if isinstance(child, str)]
         yield from (child for child in children if isinstance(child, Mapping))
         if not children:
             yield entry.cfg or {}

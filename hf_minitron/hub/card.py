@@ -3,14 +3,13 @@
 A number that is not in its inputs is not in the card.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from hf_minitron.evaluation.report import TEXT, Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
     markdown_table,
@@ -57,6 +56,7 @@ def write_card(
         eval_results=_eval_results(report) if report else None,
         **{key: facts[key] for key in wanted if facts.get(key)},
     )
+    compared = report.comparisons if report else ()
     found = report.against("teacher", "distilled") if report else []
     return ModelCard.from_template(
         data,
@@ -71,29 +71,11 @@ def write_card(
         speed=markdown_table(speed_rows(report)) if report and report.speed else "",
         comparisons=markdown_table(comparison_rows(report)) if found else "",
         sentences=[sentence(comparison) for comparison in found],
-        others=_other_sentences(report) if report else [],
-        measured=_measured(report) if report else {},
+        others=[sentence(c) for c in compared if "distilled" in (c.model, c.baseline) and c.baseline != "teacher"],
+        millions=millions,
         machine=(log or {}).get("machine") or {},
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
-
-
-def _measured(report: Report) -> dict[str, Any]:
-    """Return what the card says about how quality was measured."""
-    entries = [entry for entry in report.entries if entry.model == "distilled"]
-    return {
-        "parameters": {name: millions(model["parameters"]) for name, model in report.models.items()},
-        "intervals": any(entry.interval for entry in entries),
-        "agreement": any(entry.metric in ("top1_match", "teacher_kl") for entry in entries if entry.task == TEXT),
-        "tasks": any(entry.task != TEXT for entry in entries),
-        "own_tokens": [name for name, model in report.models.items() if "tokenizer" in model],
-    }
-
-
-def _other_sentences(report: Report) -> list[str]:
-    """List what was found between the distilled student and all but the teacher."""
-    pairs = [({found.model, found.baseline}, found) for found in report.comparisons]
-    return [sentence(found) for pair, found in pairs if "distilled" in pair and "teacher" not in pair]
 
 
 def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -130,13 +112,7 @@ def _training(log: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, A
 def _eval_results(report: Report) -> list[EvalResult]:
     """Return the distilled model's task results in the form of the Hub's model index."""
     return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=entry.task,
-            dataset_name=entry.task,
-            metric_type=entry.metric,
-            metric_value=entry.value,
-        )
+        EvalResult("text-generation", entry.task, entry.task, entry.metric, entry.value)
         for entry in report.of_tasks("distilled")
     ]
 
@@ -162,8 +138,3 @@ def benchmark_files(report: Report, section: Mapping[str, Any]) -> dict[str, str
             text = dump_yaml(eval_result_entries_to_yaml([found]))
             files[f".eval_results/{task}.yaml"] = text
     return files
-
-
-def load_log(path: Path) -> dict:
-    """Read the training log that the distill stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

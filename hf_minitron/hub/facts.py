@@ -24,6 +24,7 @@ from hf_minitron.plan import BY_LAYER, Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
 from hf_minitron.saving import minimum_transformers
+from hf_minitron.yaml_text import load_yaml
 
 STAGES = ("correct", "synthesize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
@@ -44,7 +45,7 @@ def gather(run: Run) -> dict[str, Any]:
         place (`between`) and another `teacher`; the base's commit, `base_revision`; the oldest `transformers` that loads the
         student; the licence and `license_source`, where that stands; the `commits` at which datasets of the Hub were read;
         `cut`, see `cut_of`, and the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did;
-        `command`, `version` and the sections' own words.
+        `command`, whether the recipe is `changed` from its file, `version` and the sections' own words.
     """
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
@@ -67,6 +68,7 @@ def gather(run: Run) -> dict[str, Any]:
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
         "command": f"{launcher} run " + " ".join(shlex.quote(shorten(path)) for path in recipes(run)),
+        "changed": not _as_written(run),
         "seconds": {stage: _done_json(run, stage, "done.json").get("seconds") for stage in STAGES if _is_done(run, stage)},
         "missing": [stage for stage in ("score", "prune", "distill", "evaluate") if not _is_done(run, stage)],
         "version": hf_minitron.__version__,
@@ -165,6 +167,14 @@ def recipes(run: Run) -> list[str]:
     """Return the recipes that make a run's student, in order: those that made its `model` come first."""
     parent = made_by(run.model)
     return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
+
+
+def _as_written(run: Run) -> bool:
+    """Return whether a run's recipe is what its file says, without overrides and with time for all of it."""
+    try:
+        return load_yaml(run.recipe_path.read_text(encoding="utf-8")) == dict(run.recipe)
+    except (OSError, ValueError, yaml.YAMLError):  # it has gone since
+        return False
 
 
 def lineage(run: Run) -> dict[str, str | None]:

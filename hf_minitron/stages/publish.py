@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from hf_minitron.checkpoint import resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
-from hf_minitron.hub.card import benchmark_files, load_log, write_card
+from hf_minitron.hub.card import benchmark_files, write_card
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.publish import Target, check_no_token
+from hf_minitron.inputs import read_json
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.side_files import side_files
@@ -87,7 +88,7 @@ def read(run: Run) -> tuple[Report | None, dict, dict | None]:
     report, log = (run.path(stage) / name for stage, name in (("evaluate", "report.json"), ("distill", "log.json")))
     found = Report.load(report) if report.is_file() else None
     shown = found and dataclasses.replace(found, models=facts.public(found.models))
-    return shown, facts.public(run.recipe), load_log(log) if log.is_file() else None
+    return shown, facts.public(run.recipe), read_json(log) or None
 
 
 def write(found: dict, report: Report | None, recipe: dict, log: dict | None, folder: Path) -> ModelCard:
@@ -157,23 +158,20 @@ def keep(run: Run, folder: Path) -> None:
     """
     if done_digest(run.path("publish")) is None:
         raise ValueError(f"{run.folder} is not published: hf-minitron publish {run.recipe_path}")
-    found = json.loads((run.path("publish") / "card.json").read_text(encoding="utf-8"))
+    found = read_json(run.path("publish") / "card.json")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", "report.json", "recipe.yaml", *found["pictures"].values()):
         shutil.copyfile(run.path("publish") / "model" / name, folder / name)
     shutil.copyfile(run.path("publish") / "card.json", folder / "card.json")
-    log = facts.small_log(load_log(run.path("distill") / "log.json"))
+    log = facts.small_log(read_json(run.path("distill") / "log.json"))
     (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
 def render(folder: Path) -> ModelCard:
     """Render the card of a folder that `keep` has written, from the facts in it."""
     recipe, found = (folder / name for name in ("recipe.yaml", "card.json"))
-    log = load_log(folder / "log.json") if (folder / "log.json").is_file() else None
-    return write_card(
-        Report.load(folder / "report.json"), load_yaml(recipe.read_text(encoding="utf-8")), log,
-        json.loads(found.read_text(encoding="utf-8")),
-    )  # fmt: skip
+    report, log = Report.load(folder / "report.json"), read_json(folder / "log.json") or None
+    return write_card(report, load_yaml(recipe.read_text(encoding="utf-8")), log, read_json(found))
 
 
 def push(args: Args, run: Run) -> str:
