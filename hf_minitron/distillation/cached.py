@@ -24,7 +24,7 @@ from hf_minitron.data import text_hash
 from hf_minitron.distillation.batch import TARGETS, with_targets
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.records import Record, record_of
-from hf_minitron.distillation.signals import SparseSignal, StoredSignal
+from hf_minitron.distillation.signals import Signal
 from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
@@ -103,7 +103,7 @@ class CachedTeacher:
         return {name: table.view(BITS.get(table.dtype, table.dtype))
                 for name, table in zip(self.record.columns, stacked, strict=True)}  # fmt: skip
 
-    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> SparseSignal | StoredSignal:
+    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> Signal:
         """Return what the teacher said at some positions of a batch: from its columns, or looked up where it has none.
 
         Args:
@@ -141,10 +141,6 @@ class CachedTeacher:
             if value is not None and value != theirs[key]:
                 raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
                                  "Cache this teacher: hf-minitron cache, or write_cache")  # fmt: skip
-
-    def check_losses(self, losses: Iterable[str], temperature: float) -> None:
-        """Refuse losses and a temperature that this cache cannot serve, as `check_losses` does."""
-        check_losses(self.record, losses, temperature)
 
     def _what(self) -> str:
         size = self.meta["block_size"] or "differing numbers of"
