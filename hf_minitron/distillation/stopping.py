@@ -73,7 +73,7 @@ def not_finite(step: int, losses: Sequence[str], folder: Path) -> ValueError:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     good = next((path for path in checkpoints if _is_finite(path)), "none")
     what = ", ".join(losses) or "on another process"
-    return ValueError(f"The loss is not a number at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
+    return ValueError(f"NaN or Inf loss at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
                       "learning_rate, or float32 instead of mixed precision, and start again from there")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""distill: train the student to say what the teacher says; continues from its last checkpoint when it was interrupted."""
+"""distill: train the student to match the teacher; resumes from its last checkpoint when it was interrupted."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +46,7 @@ class Args(TextArguments, DistillationArguments):
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse an unusable text, another tokenizer, a model that cannot keep documents apart, and too small a disk."""
+    """Refuse an unusable text, another tokenizer, a model without document-masked attention, and too small a disk."""
     check_blocks(args, run)
     if names := [name for name in args.losses if name in STATE_LOSSES]:
         teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
