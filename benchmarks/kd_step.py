@@ -4,15 +4,15 @@
     python benchmarks/kd_step.py --dtype bfloat16
 
 `full` is distillation with both models' logits of the whole batch, as a script would write it; `chunked` is
-DistillationTrainer, live; `states` adds the paper's losses on states to it; `cached` reads a teacher's answers (random
-sampling) from the disk. Beside them stand `ce`, training without a teacher by the model's own loss, and `teacher_ce`, the
-same after a forward pass of the teacher: what no live distillation can undercut. `full_float32` is `full` in float32,
+DistillationTrainer, live; `states` adds the paper's losses on states to it; `cached` reads a teacher's precomputed outputs
+(random sampling) from the disk. Beside them stand `ce`, training without a teacher by the model's own loss, and `teacher_ce`,
+the same after a forward pass of the teacher: what no live distillation can undercut. `full_float32` is `full` in float32,
 whatever the rest is.
 
-Each variant runs in processes of its own, taking turns, so that none finds memory that another has left behind.
-DistillationTrainer also tells the allocator to keep freed memory (`--keep-memory` gives that to the scripts as well: the rest
-is then the loss alone). A step is forward and backward; the optimizer is the same for all and left out. Memory is the peak
-resident size during a step over that before it (weights loaded).
+Each variant runs in processes of its own, taking turns, so that none finds memory that another has left behind. Beside
+DistillationTrainer the allocator is told to keep freed memory, as the command does (`--keep-memory` gives that to the scripts
+as well: the rest is then the loss alone). A step is forward and backward; the optimizer is the same for all and left out.
+Memory is the peak resident size during a step over that before it (weights loaded).
 """
 
 import argparse
@@ -130,7 +130,7 @@ def measure(args) -> None:
     teacher = teacher.to(dtype).requires_grad_(False)
     ids = torch.randint(0, len(AutoTokenizer.from_pretrained(Path(args.teacher).expanduser())), (args.batch, args.seq))
     batch = collate([{"input_ids": row} for row in ids])
-    if args.keep_memory:
+    if args.keep_memory or args.variant in TRAINERS:
         keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         if args.variant == "cached":

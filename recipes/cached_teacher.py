@@ -1,4 +1,4 @@
-"""Ask a teacher once, keep its answers, and distill from them without it, with the public API: a script to copy and change.
+"""Precompute a teacher's outputs and distill from them without it, with the public API: a script to copy and change.
 
     python recipes/prepare_offline.py     # once: a teacher and text that need no Hub
     accelerate launch recipes/cached_teacher.py --output_dir out --max_steps 100 --per_device_train_batch_size 2
@@ -23,6 +23,7 @@ from hf_minitron import (
     token_blocks,
 )
 from hf_minitron.distillation.cache import write_cache
+from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -41,7 +42,8 @@ class ScriptArguments:
 
 
 def main(script: ScriptArguments, training: DistillationArguments) -> None:
-    """Score, prune, ask the teacher, put it away, train, save."""
+    """Score, prune, precompute the teacher, train, save."""
+    keep_freed_memory()  # of this process, where it trains on a CPU: a fifth faster
     source = str(Path(script.model).expanduser()) if script.model.startswith("~") else script.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -55,13 +57,13 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": script.ffn}))
     student = prune_model(teacher, plan, statistics)
 
-    # 2. Ask the teacher about every block once; started again, this goes on where it was interrupted.
+    # 2. Precompute the teacher's outputs; started again, this goes on where it was interrupted.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, script.tokens, seed=training.seed)
     facts = write_cache(teacher, blocks, cache, {"random": script.draws}, seed=training.seed)
     print(f"{facts['tokens']:,} tokens, {facts['bytes_per_token']:.1f} bytes each")
     del teacher
 
-    # 3. Train from the cache; it knows its answers by the blocks.
+    # 3. Train from the cache; rows are found by their tokens.
     trainer = DistillationTrainer(student, cache, training, train_dataset=blocks, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()  # a stock checkpoint with its tokenizer, in --output_dir

@@ -25,6 +25,7 @@ from hf_minitron import (
     token_blocks,
 )
 from hf_minitron.distillation.cache import write_cache
+from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -49,6 +50,7 @@ class ScriptArguments:
 
 def main(script: ScriptArguments, training: DistillationArguments) -> None:
     """Score, prune, distill with the loss above, save."""
+    keep_freed_memory()  # of this process, where it trains on a CPU: a fifth faster
     source = str(Path(script.model).expanduser()) if script.model.startswith("~") else script.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

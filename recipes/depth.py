@@ -25,6 +25,7 @@ from hf_minitron import (
     token_blocks,
 )
 from hf_minitron.importance.removal import layer_scores, removal_costs
+from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -42,6 +43,7 @@ class ScriptArguments:
 
 def main(script: ScriptArguments, training: DistillationArguments) -> None:
     """Score, drop, distill, save."""
+    keep_freed_memory()  # of this process, where it trains on a CPU: a fifth faster
     source = str(Path(script.model).expanduser()) if script.model.startswith("~") else script.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -26,6 +26,7 @@ from hf_minitron import (
     token_blocks,
 )
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"
 
@@ -63,6 +64,7 @@ def written(script: ScriptArguments, teacher, tokenizer, prompts: Dataset, seed:
 
 def main(script: ScriptArguments, training: DistillationArguments) -> None:
     """Score, prune, write, train on what was written, save."""
+    keep_freed_memory()  # of this process, where it trains on a CPU: a fifth faster
     source = str(Path(script.model).expanduser()) if script.model.startswith("~") else script.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -295,7 +295,7 @@ def test_a_collator_of_one_s_own_learns_from_a_cache(tmp_path):
 
     trainer = DistillationTrainer(student, tmp_path / "cache", args, short, train_dataset=RAGGED)
     trainer.args.dataloader_num_workers = 0
-    with pytest.raises(ValueError, match="A batch holds a block that is not in the cache"):
+    with pytest.raises(ValueError, match="A row of the batch is not in the cache"):
         trainer.train()
     unlabelled = CachedCollator(lambda rows: {"input_ids": torch.tensor([[1, 2, 3]])}, trainer.teacher)
     assert unlabelled([None]).keys() == {"input_ids"}
@@ -319,7 +319,7 @@ def test_documents_kept_apart_are_other_blocks(tmp_path):
     teacher = CachedTeacher(tmp_path / "cache")
     teacher.check_blocks(apart)
     with pytest.raises(
-        ValueError, match="3 of 3 blocks.*the same text, packed in another way.*12 tokens, documents kept apart"
+        ValueError, match="3 of 3 sequences.*the same text, packed in another way.*12 tokens, with document-masked attention"
     ):
         teacher.check_blocks(blocks)
     batch = {key: apart[key][:] for key in ("input_ids", "position_ids")} | {"labels": blocks["input_ids"][:]}
@@ -396,13 +396,13 @@ def test_another_text_packing_or_teacher_is_refused(tmp_path):
     teacher = CachedTeacher(folder)
     teacher.check_blocks(blocks)
     teacher.check_blocks(blocks.select([4, 1]))  # a part of it, in any order
-    with pytest.raises(ValueError, match=r"3 of 8 blocks, the first of 12 tokens.*other text. It holds 6 blocks of 12 tokens"):
+    with pytest.raises(ValueError, match=r"3 of 8 sequences, the first of 12 .*other text. It holds 6 sequences of 12 tokens"):
         text = tiny.blocks(8, seed=0)["input_ids"][:]
         text[2] = 5
         teacher.check_blocks(Dataset.from_dict({"input_ids": text.tolist()}))
-    with pytest.raises(ValueError, match="12 of 12 blocks, the first of 6 tokens.*the same text, packed in another way"):
+    with pytest.raises(ValueError, match="12 of 12 sequences, the first of 6 tokens.*the same text, packed in another way"):
         teacher.check_blocks(Dataset.from_dict({"input_ids": blocks["input_ids"][:].reshape(12, 6).tolist()}))
-    with pytest.raises(ValueError, match="a block that is not in the cache .*: It holds 6 blocks of 12 tokens"):
+    with pytest.raises(ValueError, match="is not in the cache .*: It holds 6 sequences of 12 tokens"):
         teacher(collate([tiny.blocks(1, seed=5)[0]]))
     teacher.check_teacher(tmp_path / "teacher")
     teacher.check_teacher(model.to(torch.bfloat16))  # the same parameters
@@ -452,7 +452,7 @@ def test_what_a_cache_cannot_serve_is_refused():
         ({"method": {}}, "is neither"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of float16, float32"),
         ({"blocks": Dataset.from_dict({"input_ids": [[1, 2], [3]]})}, "the shortest has 1"),
-        ({"blocks": tiny.blocks().to_iterable_dataset()}, "A stream of blocks cannot be cached"),
+        ({"blocks": tiny.blocks().to_iterable_dataset()}, "A streamed dataset cannot be cached"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):
@@ -508,7 +508,7 @@ def test_distill_learns_from_the_cache_without_the_teachers_weights(project, tmp
     for stage in ("score", "prune", "cache"):
         assert command(folder, stage) == 0
     out = capsys.readouterr().out
-    assert "180 tokens of 12 blocks, 397.6 bytes per token" in out  # 99 of 4 bytes, and 24 a block
+    assert "180 tokens of 12 sequences, 397.6 bytes per token" in out  # 99 of 4 bytes, and 24 a block
     live = folder / "live.yaml"
     live.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if key != "cache"}))
     for stage in ("score", "prune", "distill"):
@@ -532,10 +532,10 @@ def test_a_cache_is_made_again_when_the_blocks_change(pruned, capsys):
     assert command(pruned, "distill", "--distill.block_size", 8) == 1
     assert "distill needs cache, which was done with other settings" in capsys.readouterr().err
     assert command(pruned, "cache", "--distill.learning_rate", 0.1) == 0 and "skipped" in capsys.readouterr().out
-    assert command(pruned, "cache", "--distill.block_size", 8) == 0 and "84 tokens of 12 blocks" in capsys.readouterr().out
-    assert command(pruned, "cache", "--cache.tokens", 64) == 0 and "60 tokens of 4 blocks" in capsys.readouterr().out
+    assert command(pruned, "cache", "--distill.block_size", 8) == 0 and "84 tokens of 12 sequences" in capsys.readouterr().out
+    assert command(pruned, "cache", "--cache.tokens", 64) == 0 and "60 tokens of 4 sequences" in capsys.readouterr().out
     assert command(pruned, "distill", "--cache.tokens", 64) == 1
-    assert "8 of 12 blocks, the first of 16 tokens, are not in the cache" in capsys.readouterr().err
+    assert "8 of 12 sequences, the first of 16 tokens, are not in the cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

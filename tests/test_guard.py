@@ -150,7 +150,7 @@ def checkpoints(project, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("kill") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_minitron.stages.distill.save_trained", lambda *args: 1 / 0)
+        patch.setattr("hf_minitron.stages.trained.save_trained", lambda *args: 1 / 0)
         for stage in ("score", "prune"):
             assert main([stage, str(project["path"]), "--run", str(folder)]) == 0
         with pytest.raises(ZeroDivisionError):

@@ -76,7 +76,7 @@ def test_a_cached_teacher_answers_for_padded_rows(tmp_path, side, method):
     loss, expected = gradients(trainer, PLAIN)
     again, found = gradients(trainer, padded(side, 17))
     assert again == pytest.approx(loss, abs=NEAR) and torch.allclose(found, expected, atol=NEAR)
-    with pytest.raises(ValueError, match="attention_mask: the blocks are padded. Leave padding out"):
+    with pytest.raises(ValueError, match="attention_mask: the sequences are padded. Leave padding out"):
         write_cache(tiny.model(), Dataset.from_list(padded(side, 0)), tmp_path / "other", method)
 
 
@@ -131,7 +131,10 @@ IDS = {"input_ids": [1, 2, 3]}
         ([{**IDS, "attention_mask": [1]}], "attention_mask: a row has 1 of them for 3 input_ids"),
         ([{**IDS, "attention_mask": [1, 1, 1]}, IDS], r"a row has the columns \['input_ids'\], another"),
         ([{"labels": [1, 2, 3]}], r"a row has the columns \['labels'\]"),
-        ([{**IDS, "attention_mask": [0, 1, 1], "position_ids": [0, 0, 1]}], "attention_mask: rows with position_ids hold"),
+        (
+            [{**IDS, "attention_mask": [0, 1, 1], "position_ids": [0, 0, 1]}],
+            "attention_mask: with position_ids attention is document-masked",
+        ),
     ],
 )
 def test_rows_that_cannot_be_batched_are_refused(rows, message):

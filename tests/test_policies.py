@@ -25,9 +25,9 @@ pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
 importance.activation importance.layers importance.experts importance.baselines importance.metrics
 importance.routed importance.taps importance.streamed importance.calibrate importance.residuals
-distillation.losses.tokens distillation.losses.chunked distillation.losses.output importance.without importance.removal
+distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.reduction
-distillation.signals distillation.records distillation.teacher distillation.documents
+distillation.signals distillation.losses.output distillation.records distillation.teacher distillation.documents
 distillation.states distillation.config distillation.cached distillation.teachers hub.training_card distillation.trainer
 distillation.cache distillation.adapters distillation.synthesis
 evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl

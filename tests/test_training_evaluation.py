@@ -43,7 +43,7 @@ def unfinished(path, monkeypatch):
     for stage in ("score", "prune"):
         assert main([stage, str(path)]) == 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("hf_minitron.stages.distill.save_trained", lambda *args: 1 / 0)
+        patch.setattr("hf_minitron.stages.trained.save_trained", lambda *args: 1 / 0)
         main(["distill", str(path)])
 
 

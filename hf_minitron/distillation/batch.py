@@ -21,7 +21,7 @@ def collate(rows: Sequence[Mapping], ignored: Sequence[str] = (), vocab_size: in
     """Batch rows of `input_ids` (and `labels`, `attention_mask`, `position_ids`); pad shorter ones at the end.
 
     Padding is told by length and by the rows' own masks, never by a token id: many models use their end token for both. Nothing
-    is learnt there. With `position_ids` a row holds documents that do not see each other, each from position 0 on: its first
+    is learnt there. With `position_ids` attention is document-masked: positions start at 0 in each document, whose first
     token is not predicted from the document before. There is no attention mask then, for Transformers finds documents in its
     absence only; a padding token is a document.
 
@@ -42,8 +42,8 @@ def collate(rows: Sequence[Mapping], ignored: Sequence[str] = (), vocab_size: in
     parts["labels"] = parts["labels"] or ids
     if parts["position_ids"]:
         if not all(mask.all() for mask in parts["attention_mask"]):
-            raise ValueError("attention_mask: rows with position_ids hold documents, and a mask lets these see each other: "
-                             "leave padding out of the rows")  # fmt: skip
+            raise ValueError("attention_mask: with position_ids attention is document-masked, which a mask undoes: leave "
+                             "padding out of the rows")  # fmt: skip
         del parts["attention_mask"]
     elif len({len(row) for row in ids}) > 1 or not all(mask.all() for mask in parts["attention_mask"]):
         parts["attention_mask"] = parts["attention_mask"] or [torch.ones_like(row) for row in ids]

@@ -1,7 +1,7 @@
-"""Writing a cache: the teacher reads every block once, and what it says about the next tokens is kept, bit-packed.
+"""Writing a cache: the teacher's outputs for every packed sequence are computed once and kept, bit-packed.
 
 The files are described in `cached.py`. A shard is written into `<shard>.part` with its index beside it, batch by batch, so that
-an interrupted write goes on at the batch it was in; the draws of a block depend on the seed and the block's number alone.
+an interrupted write resumes at the batch it was in; the draws of a sequence depend on the seed and its number alone.
 """
 
 import json
@@ -39,28 +39,28 @@ def write_cache(
     chunk_size: int = 256,
     init_kwargs: dict | None = None,
 ) -> dict:
-    """Ask a teacher about every block once and keep its answers; started again after an interruption, go on.
+    """Precompute a teacher's outputs for packed sequences; an interrupted write is resumed.
 
-    Under `accelerate launch` every process calls it with all blocks and writes its share of the shards; the bytes are the same.
+    Under `accelerate launch` every process is given all sequences and writes its share of the shards; the bytes are the same.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the device has it).
-        blocks (`Dataset`): `input_ids` per row, and `position_ids` where documents are kept apart. Labels are not needed: all
-            tokens but a block's first are answered for.
+        blocks (`Dataset`): `input_ids` per row, and `position_ids` for document-masked attention. Labels are not needed: every
+            token but a sequence's first is predicted.
         folder (`str` or `Path`): Where to write; new, or of an interrupted write with the same settings.
         method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of
             the rest, or the whole vocabulary if it is no larger. All at temperature 1.
         dtype (`str`, *optional*, defaults to `"float16"`): How log-probabilities are stored (an error of 2**-11 of each), or
             float32. Random sampling keeps none.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
-        batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
+        batch_size (`int`, *optional*, defaults to 4): Sequences per forward pass.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
         init_kwargs (`dict`, *optional*): How a teacher that is named is loaded, as `teacher_model_init_kwargs`.
 
     Returns: what `cache.json` says, with `bytes_per_token`.
 
     Raises:
-        ValueError: for an unknown method, blocks without a token to predict, a folder that holds another cache, a full disk.
+        ValueError: for an unknown method, sequences without a token to predict, a folder that holds another cache, a full disk.
 
     Example:
 
@@ -87,21 +87,23 @@ def write_cache(
 
 
 def _lengths(blocks: Dataset) -> list[int]:
-    """Return the tokens of every block; refuse what cannot be cached."""
+    """Return the length of every sequence; refuse what cannot be cached."""
     if not hasattr(blocks, "__len__"):
-        raise ValueError("A stream of blocks cannot be cached: it has no end. Make a dataset of it, with max_tokens")
+        raise ValueError("A streamed dataset cannot be cached: it has no end. Make a Dataset of it, with max_tokens")
     if "attention_mask" in blocks.column_names and not all(
         np.all(mask) for mask in blocks.with_format("numpy")["attention_mask"]
     ):
-        raise ValueError("attention_mask: the blocks are padded. Leave padding out of them; it is added batch by batch")
+        raise ValueError("attention_mask: the sequences are padded. Leave padding out of them; the collator adds it")
     lengths = [len(ids) for rows in blocks.with_format("numpy").iter(batch_size=64) for ids in rows["input_ids"]]
     if min(lengths, default=0) < 2:
-        raise ValueError(f"Blocks need two tokens at least, one to predict another; the shortest has {min(lengths, default=0)}")
+        raise ValueError(
+            f"Sequences need at least two tokens, one to predict another; the shortest has {min(lengths, default=0)}"
+        )
     return lengths
 
 
 class _Asker:
-    """Asks the teacher about some blocks."""
+    """Computes the records of some sequences."""
 
     def __init__(self, teacher: LiveTeacher, record: Record, seed: int, batch_size: int, chunk_size: int):
         self.teacher, self.record, self.seed = teacher, record, seed
@@ -109,7 +111,7 @@ class _Asker:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Mapping[str, Tensor]], first: int) -> Iterator[tuple[bytes, int, int]]:
-        """Yield the record of every block, the number of its tokens and its key; `first` is the number of the first one."""
+        """Yield the record, the predicted tokens and the key of every sequence; `first` is the number of the first."""
         alike = len({len(row["input_ids"]) for row in rows}) == 1
         for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
@@ -126,7 +128,7 @@ class _Asker:
 
 
 def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
-    """Begin or go on in a folder; return whether there is work to do.
+    """Begin or resume in a folder; return whether there is work to do.
 
     Raises:
         ValueError: when it holds a cache of other settings, or its disk no place for this one.
@@ -154,7 +156,7 @@ def _write_shards(folder: Path, settings: dict, blocks: Dataset, ask: _Asker, st
     size, total = settings["shard_blocks"], len(blocks)
     shards = range(-(-total // size))[state.process_index :: state.num_processes]
     own = sum(min(size, total - number * size) for number in shards)
-    with tqdm(total=own, desc="Caching the teacher", unit=" blocks", disable=None if state.is_main_process else True) as bar:
+    with tqdm(total=own, desc="Caching the teacher", unit=" sequences", disable=None if state.is_main_process else True) as bar:
         for number in shards:
             numbers = range(number * size, min((number + 1) * size, total))
             _write_shard(shard_path(folder, number), blocks, numbers, ask, bar)

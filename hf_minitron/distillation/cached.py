@@ -1,8 +1,8 @@
-"""A cache in place of a teacher: what `write_cache` wrote, mapped into memory and looked up by a batch's tokens.
+"""A precomputed teacher: what `write_cache` wrote, mapped into memory, read by the collator and looked up by a row's tokens.
 
-`cache.json` says what the cache is. Every shard holds the records of some blocks, one after the other, and at its end an
-index of three int64 per block: where its record ends, how many tokens it answers for, and a hash of the block. That hash is how
-an answer is found: a block that the teacher was not asked about, or that was packed in another way, has none.
+`cache.json` describes the cache. Every shard holds the records of some packed sequences, one after the other, and at its end an
+index of three int64 per sequence: where its record ends, how many tokens it predicts, and a hash of the sequence. Rows are
+found by that hash, in any order; another text, or the same packed in another way, has none in the cache.
 """
 
 import hashlib
@@ -24,27 +24,27 @@ from hf_minitron.data import text_hash
 from hf_minitron.distillation.batch import TARGETS, with_targets
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.records import Record, record_of
-from hf_minitron.distillation.signals import SparseSignal, StoredSignal
+from hf_minitron.distillation.signals import Signal
 from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
-ENTRY = 3  # int64 per block in a shard's index: end, rows, key
+ENTRY = 3  # int64 per sequence in a shard's index: end, rows, key
 # The whole numbers as which floats are batched.
 BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
 FLOATS = {bits: dtype for dtype, bits in BITS.items()}
 
 
 class CachedTeacher:
-    """A teacher that was asked before, by `write_cache`; its weights are not needed.
+    """A teacher whose outputs were precomputed by `write_cache`; its weights are not needed.
 
-    Only answers to the blocks of a batch are read. Each process of `accelerate launch` reads those of its own batches.
+    Only the records of a batch are read. Each process of `accelerate launch` reads those of its own batches.
 
     Args:
         folder (`str` or `Path`): A cache.
 
     Attributes:
-        meta (`dict`): What `cache.json` says: method, teacher, text, blocks, tokens, bytes_per_token.
-        record (`Record`): How answers are kept.
+        meta (`dict`): The content of `cache.json`: method, teacher, text, blocks, tokens, bytes_per_token.
+        record (`Record`): How outputs are stored.
         config: `model_type` and `vocab_size` of the teacher.
 
     Raises:
@@ -92,9 +92,9 @@ class CachedTeacher:
         for key, real in zip(keys_of(inputs), _real(inputs), strict=True):
             block = self._find(key)
             if block is None:
-                raise ValueError(f"A batch holds a block that is not in the cache {self.folder}: {self._what()}")
+                raise ValueError(f"A row of the batch is not in the cache {self.folder}: {self._what()}")
             if not real[real.argmax() :][: real.sum()].all():
-                raise ValueError("attention_mask: a row has padding between its tokens, which no cache was asked about")
+                raise ValueError("attention_mask: a row has padding between its tokens, of which there is no cache")
             arrays = [np.ascontiguousarray(array) for array in self._read(block)]
             tables.append([np.zeros((len(real), *array.shape[1:]), array.dtype) for array in arrays])
             for table, array in zip(tables[-1], arrays, strict=True):
@@ -103,8 +103,8 @@ class CachedTeacher:
         return {name: table.view(BITS.get(table.dtype, table.dtype))
                 for name, table in zip(self.record.columns, stacked, strict=True)}  # fmt: skip
 
-    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> SparseSignal | StoredSignal:
-        """Return what the teacher said at some positions of a batch: from its columns, or looked up where it has none.
+    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> Signal:
+        """Return the teacher's signal at some positions of a batch: from its columns, or looked up where it has none.
 
         Args:
             inputs (`Mapping[str, Tensor]`): The batch.
@@ -116,18 +116,18 @@ class CachedTeacher:
         return self.record.signal(*(table.view(FLOATS.get(table.dtype, table.dtype)) for table in chosen))
 
     def check_blocks(self, blocks: Dataset) -> None:
-        """Refuse a dataset with blocks that the teacher was not asked about: other text, tokenizer or packing.
+        """Refuse a dataset with rows that are not in the cache: other text, tokenizer or packing.
 
         Raises:
-            ValueError: saying how many, and what the cache was made of.
+            ValueError: with how many, and what the cache holds.
         """
         missing = sum(self._find(key) is None for key in block_keys(blocks))
         if not missing:
             return
         reason = "the same text, packed in another way" if text_hash(blocks) == self.meta["text"] else "other text"
         raise ValueError(
-            f"{missing:,} of {len(blocks):,} blocks, the first of {len(blocks[0]['input_ids']):,} tokens, are not in the cache "
-            f"{self.folder}: they are {reason}. {self._what()}. Cache these blocks: hf-minitron cache, or write_cache"
+            f"{missing:,} of {len(blocks):,} sequences, the first of {len(blocks[0]['input_ids']):,} tokens, are not in the "
+            f"cache {self.folder}: they are {reason}. {self._what()}. Cache these: hf-minitron cache, or write_cache"
         )
 
     def check_teacher(self, model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> None:
@@ -142,21 +142,17 @@ class CachedTeacher:
                 raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
                                  "Cache this teacher: hf-minitron cache, or write_cache")  # fmt: skip
 
-    def check_losses(self, losses: Iterable[str], temperature: float) -> None:
-        """Refuse losses and a temperature that this cache cannot serve, as `check_losses` does."""
-        check_losses(self.record, losses, temperature)
-
     def _what(self) -> str:
         size = self.meta["block_size"] or "differing numbers of"
-        apart = ", documents kept apart" if self.meta["position_ids"] else ""
-        return f"It holds {self.meta['blocks']:,} blocks of {size} tokens{apart}"
+        apart = ", with document-masked attention" if self.meta["position_ids"] else ""
+        return f"It holds {self.meta['blocks']:,} sequences of {size} tokens{apart}"
 
     def _find(self, key: int) -> int | None:
         place = int(np.searchsorted(self._keys, key))
         return int(self._order[place]) if place < len(self._keys) and self._keys[place] == key else None
 
     def _read(self, block: int) -> list[np.ndarray]:
-        """Return a block's arrays, one row for each token but the first."""
+        """Return a sequence's arrays, one row for each token but the first."""
         number, place = divmod(block, self.meta["shard_blocks"])
         begin = int(self._index[block - 1, 0]) if place else 0
         end, rows = map(int, self._index[block, :2])
@@ -206,7 +202,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
-    """Return a hash, an int64, of all that a teacher is asked about a block: its tokens, and their positions if given."""
+    """Return a hash, an int64, of a teacher's inputs: the tokens of a sequence, and their positions if given."""
     digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes(), digest_size=8)
     if positions is not None:
         digest.update(b"positions" + np.ascontiguousarray(positions, "<i4").tobytes())
@@ -214,7 +210,7 @@ def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
 
 
 def keys_of(inputs: dict[str, Tensor]) -> Iterator[int]:
-    """Yield the keys of a batch's blocks, without their padding."""
+    """Yield the keys of a batch's rows, without their padding."""
     ids, positions = (inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "position_ids"))
     for row, real in enumerate(_real(inputs)):
         yield key_of(ids[row, real], None if positions is None else positions[row, real])
@@ -227,7 +223,7 @@ def _real(inputs: dict[str, Tensor]) -> np.ndarray:
 
 
 def block_keys(blocks: Dataset) -> Iterator[int]:
-    """Yield the keys of a dataset's blocks, without their padding."""
+    """Yield the keys of a dataset's rows, without their padding."""
     for rows in blocks.with_format("numpy").iter(batch_size=64):
         nothing = [None] * len(rows["input_ids"])
         positions, masks = (rows.get(name, nothing) for name in ("position_ids", "attention_mask"))
@@ -236,10 +232,10 @@ def block_keys(blocks: Dataset) -> Iterator[int]:
 
 
 def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:
-    """Refuse losses and a temperature that a way of keeping answers cannot serve.
+    """Refuse losses and a temperature that a way of storing outputs cannot serve.
 
     Args:
-        record (`Record`): How answers are kept.
+        record (`Record`): How outputs are stored.
         losses (`Iterable[str]`): Names, as in `DistillationArguments`.
         temperature (`float`): Of the distillation; only the whole vocabulary can be had at another than 1.
 

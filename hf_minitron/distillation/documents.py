@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of a block apart when it is told where they start."""
+"""Whether a model masks attention between the documents of a packed sequence when `position_ids` start again at each."""
 
 import torch
 from transformers import PreTrainedModel

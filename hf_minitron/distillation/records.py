@@ -1,7 +1,7 @@
-"""What is kept of a teacher's answers to a block of tokens, as bytes and back.
+"""What is kept of a teacher's distributions over a packed sequence, as bytes and back.
 
-It must not know a model, a file or a loss. Ids of a row are kept in ascending order, as the gaps between them in an
-Exp-Golomb code: a prefix of zeros and a one says how many bits follow. All is read without a loop over tokens.
+Ids of a row are kept in ascending order, as the differences between them in an Exp-Golomb code: a prefix of zeros and a one
+says how many bits follow. All is read without a loop over tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,7 +99,7 @@ class RandomSampling:
         return [ids.clamp(max=self.vocab - 1).cpu().numpy()]
 
     def encode(self, arrays: Arrays) -> bytes:
-        """Return the bytes of a block: one bit per draw but the first, set where it differs from the last, then the ids."""
+        """Return the bytes of a sequence: one bit per draw but the first, set where it differs from the last, then the ids."""
         (ids,) = arrays
         new = np.diff(ids, axis=-1, prepend=-1) > 0
         first = np.zeros_like(new)
@@ -121,7 +121,7 @@ class RandomSampling:
         return ids, shares
 
     def signal(self, ids: Tensor, shares: Tensor) -> SparseSignal:
-        """Return what the draws say."""
+        """Return the signal of the draws."""
         return SparseSignal(ids, shares.log(), None, self.vocab)
 
 
@@ -158,7 +158,7 @@ class TopK:
         return ids.cpu().numpy(), _stored(values, self.dtype)
 
     def encode(self, arrays: Arrays) -> bytes:
-        """Return the bytes of a block: the ids, then the log-probabilities."""
+        """Return the bytes of a sequence: the ids, then the log-probabilities."""
         ids, values = arrays
         return pack_ids(ids.ravel(), self._first(len(ids)), self.vocab) + values.tobytes()
 
@@ -169,7 +169,7 @@ class TopK:
         return ids.reshape(rows, self.k), values.reshape(rows, self.k + 1)
 
     def signal(self, ids: Tensor, values: Tensor) -> SparseSignal:
-        """Return what the kept tokens say."""
+        """Return the signal of the kept tokens."""
         return SparseSignal(ids, values[:, :-1], values[:, -1], self.vocab)
 
     def _first(self, rows: int) -> np.ndarray:
@@ -201,7 +201,7 @@ class EveryToken:
         return [_stored(logits.log_softmax(-1), self.dtype)]
 
     def encode(self, arrays: Arrays) -> bytes:
-        """Return the bytes of a block."""
+        """Return the bytes of a sequence."""
         return arrays[0].tobytes()
 
     def decode(self, raw: bytes, rows: int) -> Arrays:
@@ -209,7 +209,7 @@ class EveryToken:
         return [np.frombuffer(raw, DTYPES[self.dtype]).reshape(rows, self.vocab)]
 
     def signal(self, logp: Tensor) -> StoredSignal:
-        """Return what the teacher says."""
+        """Return the signal of all tokens."""
         return StoredSignal(logp)
 
 
@@ -217,7 +217,7 @@ Record = RandomSampling | TopK | EveryToken
 
 
 def record_of(method: Mapping[str, int], vocab: int, dtype: str = "float16") -> Record:
-    """Return how a method keeps answers.
+    """Return how a method stores outputs.
 
     Args:
         method (`Mapping[str, int]`): `{"random": draws}` or `{"top_k": k}`; with k the vocabulary or more all is kept.

@@ -19,11 +19,7 @@ def per_token(total: Tensor, num_items: Tensor | int, processes: int = 1) -> Ten
 
 
 class NamedLosses:
-    """Means of the named losses, made of the sums that the loss is made of: since the last log, and over an evaluation.
-
-    Args:
-        accelerator (`Accelerator`): Reduces them over processes.
-    """
+    """Means of the named losses, made of the sums that the loss is made of: since the last log, and over an evaluation."""
 
     def __init__(self, accelerator: Accelerator):
         self._reduce = accelerator.reduce

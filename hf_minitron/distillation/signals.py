@@ -1,6 +1,6 @@
-"""What a teacher says about a batch, aligned with the student's logits chunk by chunk.
+"""A teacher's distributions over the tokens that follow, aligned with the student's logits chunk by chunk.
 
-It must not know a loss formula: losses get two tables of log-probabilities on one support.
+`align` gives two tables of log-probabilities on one support, of which losses are functions.
 """
 
 import math
@@ -129,3 +129,6 @@ class StoredSignal:
         shared = min(student_logits.shape[-1], self.logp.shape[-1])
         teacher_logp = self.logp[rows, :shared].to(student_logits.dtype)
         return (student_logits / temperature).log_softmax(-1)[:, :shared], (teacher_logp / temperature).log_softmax(-1)
+
+
+Signal = DenseSignal | SparseSignal | StoredSignal

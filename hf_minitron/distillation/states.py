@@ -1,6 +1,6 @@
-"""States inside teacher and student: which are compared, how they are read, and the maps between different widths.
+"""Hidden states of teacher and student: which are compared, how they are read, and the maps between different widths.
 
-States are read behind the norm that reads them, as in 2407.14679 (section 3). It must not know the loss on the output.
+States are read after the pre-attention or pre-MLP norm, as in 2407.14679 (section 3).
 """
 
 import math
@@ -20,7 +20,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
 from hf_minitron.probe import outputs_of
 
-# Every state of this kind, with the paper's symbol, or the two kinds of vectors of a relation (L_att).
+# Hidden states, with the paper's symbol, and the two kinds of vectors of attention-relation distillation (L_att).
 VECTORS = {"embedding": "L_emb", "block": "L_o", "mlp_input": "L_i"}
 RELATIONS = {
     "query_query": ("query", "query"),
@@ -195,7 +195,7 @@ def check_states(
     for config in (teacher, student):
         _places(config, names)
     before = Architecture.of(student).shape["layers"]
-    kept = range(before - student_layers, before)  # plan's are known later; none lies behind these
+    kept = range(before - student_layers, before)  # plan's are known later; none is after these
     layer_pairs(layers, Architecture.of(teacher).shape["layers"], student_layers, kept)
 
 

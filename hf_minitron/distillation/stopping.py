@@ -19,19 +19,6 @@ class StopOnSigterm(TrainerCallback):
 
     Attributes:
         stopped (`bool`): Whether training was stopped.
-
-    Example:
-
-    ```python
-    >>> stop = StopOnSigterm()
-    >>> args = DistillationArguments("out/stopped", max_steps=1, report_to="none", disable_tqdm=True)
-    >>> trainer = DistillationTrainer(student, teacher, args, train_dataset=blocks, callbacks=[stop])
-    >>> with stop:
-    ...     result = trainer.train()
-    {'train_runtime': ...}
-    >>> stop.stopped
-    False
-    ```
     """
 
     def __init__(self):
@@ -82,17 +69,11 @@ class Attempt(TrainerCallback):
 
 
 def not_finite(step: int, losses: Sequence[str], folder: Path) -> ValueError:
-    """Return the error at a NaN or infinite loss, with the newest checkpoint of a folder whose weights are finite.
-
-    Args:
-        step (`int`): The step.
-        losses (`Sequence[str]`): Which losses on this process.
-        folder (`Path`): Where the checkpoints are.
-    """
+    """Return the error at a NaN or infinite loss: which of this process, and the last good checkpoint of a folder."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     good = next((path for path in checkpoints if _is_finite(path)), "none")
     what = ", ".join(losses) or "on another process"
-    return ValueError(f"The loss is not a number at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
+    return ValueError(f"NaN or Inf loss at step {step} ({what}). Last good checkpoint: {good}. Use a smaller "
                       "learning_rate, or float32 instead of mixed precision, and start again from there")  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Text that a model writes itself: batched generation, and what of it is worth training on.
+"""Teacher-generated data: batched generation, and which texts are kept.
 
-It must not know a stage or a file. A batch depends on its number and the seed alone, so any process can make any batch.
+A batch depends on its number and the seed alone, so any process can make any batch.
 """
 
 import hashlib

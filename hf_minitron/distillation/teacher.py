@@ -1,7 +1,4 @@
-"""Teachers: who says what the student should learn.
-
-A live teacher is frozen, in eval mode and in its own dtype; it is never part of the student or of its checkpoints.
-"""
+"""A live teacher: frozen, in eval mode and in its own dtype, never part of the student or of its checkpoints."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +67,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> DenseSignal:
-        """Return what the teacher says at some positions of a batch; its head must be `gathered` to be used.
+        """Return the teacher's signal at some positions of a batch; its head must be `gathered` to be used.
 
         Args:
             inputs (`Mapping[str, Tensor]`): The batch.

@@ -26,7 +26,7 @@ from hf_minitron.distillation.reduction import NamedLosses, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import LiveTeacher, base_of, gathered, no_tokens
-from hf_minitron.distillation.teachers import check_models, teacher_for
+from hf_minitron.distillation.teachers import Given, check_models, teacher_for
 from hf_minitron.head import head_of
 from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.plan import Plan
@@ -71,7 +71,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | None = None,
-        teacher: PreTrainedModel | CachedTeacher | str | Path | None = None,
+        teacher: Given = None,
         args: DistillationArguments | TrainingArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -115,7 +115,7 @@ class DistillationTrainer(Trainer):
         self._attempt = Attempt(self._begin)
         self.add_callback(self._attempt)
 
-    def _prepare_models(self, teacher: PreTrainedModel | CachedTeacher | str | Path | None) -> None:
+    def _prepare_models(self, teacher: Given) -> None:
         """Load the teacher and refuse what the two models, the losses and the text do not allow together."""
         student = base_of(self.model)
         if self._use_cache is not None:  # the Trainer switches it off in the saved config; here every call says it is off

@@ -1,4 +1,4 @@
-"""cache: keep what the teacher says about the training text, bit-packed, so that distill needs no teacher."""
+"""cache: precompute the teacher's outputs for the training text, bit-packed, so that distill needs no teacher."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class Args:
     tokens: int | None = field(
         default=None, metadata={"min": 1, "help": "Tokens of text; those of distill with as many processes when left out."}
     )
-    batch_size: int = field(default=4, metadata={"min": 1, "help": "Blocks per forward pass."})
+    batch_size: int = field(default=4, metadata={"min": 1, "help": "Packed sequences per forward pass."})
 
     @property
     def how(self) -> dict[str, int]:
@@ -49,7 +49,7 @@ def check(args: Args, run: Run) -> None:
     training = bind(run, "distill", distill.Args)
     distill.check_blocks(training, run)
     if training.streaming:
-        raise ValueError("streaming: a stream has no end, and a cache holds every block: leave one of them out")
+        raise ValueError("streaming: a stream has no end, and a cache holds every sequence: leave one of them out")
     if training.teacher and adapter_base(training.teacher):
         raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
                          "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
@@ -74,7 +74,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
                         training.teacher_model_init_kwargs)  # fmt: skip
     PartialState().print(
-        f"{facts['tokens']:,} tokens of {facts['blocks']:,} blocks, {facts['bytes_per_token']:.1f} bytes per token", flush=True
+        f"{facts['tokens']:,} tokens of {facts['blocks']:,} sequences, {facts['bytes_per_token']:.1f} bytes per token",
+        flush=True,
     )
 
 

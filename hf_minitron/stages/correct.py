@@ -3,29 +3,19 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.checkpoint import resolve
 from hf_minitron.data import adds_bos_token
-from hf_minitron.distillation.adapters import add_lora, check_lora
+from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
-from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.run import Run
 from hf_minitron.saving import check_generation
 from hf_minitron.side_files import side_files
 from hf_minitron.stage import Stage
-from hf_minitron.stages.trained import save_log, save_trained
-from hf_minitron.stages.training import (
-    TextArguments,
-    check_space,
-    check_text_for,
-    fit,
-    make_blocks,
-    make_eval_blocks,
-    tokens_of,
-)
-from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
+from hf_minitron.stages.trained import train_model
+from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_of
+from hf_minitron.stages.validation import eval_tokens_of
 
 TEACHERS = ("temperature", "beta", "top_k", "layer_pairs", "state_distance", "balance", "teacher_model_init_kwargs")
 
@@ -90,26 +80,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `teacher/`, a checkpoint like the teacher's, and `log.json`."""
-    source = resolve(run.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
-    blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
-    eval_blocks = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
-    model = load_model(source, torch.float32).train()
-    set_seed(run.seed)  # the additions begin at random
-    tuned = model if args.lora is None else add_lora(model, args.lora)
-    trainer = DistillationTrainer(
-        tuned,
-        None,
-        args,
-        train_dataset=blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        callbacks=callbacks_of(args),
-    )
-    resumed = fit(trainer)
-    save_trained(trainer, source, out / "teacher")
-    save_log(trainer, out, resumed=resumed)
+    train_model(args, run, resolve(run.model), None, out, "teacher")
 
 
 STAGE = Stage("correct", __doc__, Args, check, run, work, optional=True, distributed=True)

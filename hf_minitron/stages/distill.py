@@ -1,37 +1,27 @@
-"""distill: train the student to say what the teacher says; continues from its last checkpoint when it was interrupted."""
+"""distill: train the student to match the teacher; resumes from its last checkpoint when it was interrupted."""
 
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import load_model, resolve
+from hf_minitron.checkpoint import resolve
 from hf_minitron.data import adds_bos_token
-from hf_minitron.distillation.adapters import add_lora, check_lora
+from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
-from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
-from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct, prune, synthesize
-from hf_minitron.stages.trained import save_log, save_trained
-from hf_minitron.stages.training import (
-    TextArguments,
-    check_space,
-    check_text_for,
-    fit,
-    make_blocks,
-    make_eval_blocks,
-    tokens_of,
-)
-from hf_minitron.stages.validation import callbacks_of, eval_tokens_of
+from hf_minitron.stages.trained import train_model
+from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_of
+from hf_minitron.stages.validation import eval_tokens_of
 
 
 @dataclass
@@ -52,7 +42,7 @@ class Args(TextArguments, DistillationArguments):
 
 
 def check(args: Args, run: Run) -> None:
-    """Refuse an unusable text, another tokenizer, a model that cannot keep documents apart, and too small a disk."""
+    """Refuse an unusable text, another tokenizer, a model without document-masked attention, and too small a disk."""
     check_blocks(args, run)
     if names := [name for name in args.losses if name in STATE_LOSSES]:
         teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
@@ -90,32 +80,13 @@ def teacher_of(args: Args, run: Run) -> str | Path:
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `student/` and `log.json`."""
-    source = run.path("prune") / "student"
-    tokenizer, teacher, facts = AutoTokenizer.from_pretrained(source), teacher_of(args, run), {}
+    source, teacher, facts = run.path("prune") / "student", teacher_of(args, run), {}
     if "cache" in run.recipe:
         teacher = _cached_teacher(args, run)
         args.teacher_model_init_kwargs = None  # the teacher is not loaded
         facts["cache"] = teacher.meta
     args.text, args.eval_text = (synthesize.text_of(run, text) for text in (args.text, args.eval_text))
-    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
-    student = load_model(source, torch.float32)
-    blocks = make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)
-    eval_blocks = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
-    set_seed(run.seed)  # LoRA's additions begin at random
-    student = student.train() if args.lora is None else add_lora(student.train(), args.lora)
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        args,
-        train_dataset=blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        callbacks=callbacks_of(args),
-    )
-    facts["resumed"] = fit(trainer)
-    save_trained(trainer, source, out / "student")
-    save_log(trainer, out, **facts)
-    if trainer.is_world_process_zero():
+    if train_model(args, run, source, teacher, out, "student", **facts).is_world_process_zero():
         copy_plan(source, out / "student")
 
 

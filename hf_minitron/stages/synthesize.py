@@ -44,7 +44,7 @@ class Args:
         default=None, metadata={"help": "Begin prompts with the BOS token; as the tokenizer does when left out."}
     )
     max_new_tokens: int = field(default=512, metadata={"min": 1, "help": "Tokens to generate per text, at most."})
-    batch_size: int = field(default=16, metadata={"min": 1, "help": "Texts generated side by side."})
+    batch_size: int = field(default=16, metadata={"min": 1, "help": "Texts generated in one batch."})
     temperature: float = field(
         default=1.0, metadata={"min": 0, "help": "Divides the logits; 0: always the most probable token."}
     )

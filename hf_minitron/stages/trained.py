@@ -4,30 +4,54 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    Trainer,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_minitron.checkpoint import (
-    DTYPES,
-    NAMES,
-    Checkpoint,
-    TensorSpec,
-    stored_dtype,
-    write_tensors,
-)
-from hf_minitron.distillation.adapters import merge_lora
+from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec, load_model, stored_dtype, write_tensors
+from hf_minitron.distillation.adapters import add_lora, merge_lora
 from hf_minitron.distillation.batch import rows_read
+from hf_minitron.distillation.cached import CachedTeacher
+from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.environment import environment
+from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import copy_side_files, save_config
+from hf_minitron.stages.training import TextArguments, fit, make_blocks, make_eval_blocks
+from hf_minitron.stages.validation import callbacks_of
 
 # Size limit of one weights file of a trained model.
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+def train_model(
+    args: TextArguments, run: Run, source: Path, teacher: CachedTeacher | str | Path | None, out: Path, name: str, **facts
+) -> DistillationTrainer:
+    """Train the model of a folder; write it to a folder in `out`, beside `log.json`.
+
+    Args:
+        args (`TextArguments`): The section, which is also `DistillationArguments`.
+        run (`Run`): The run.
+        source (`Path`): The folder of the model.
+        teacher (`CachedTeacher`, `str`, `Path` or `None`): As for `DistillationTrainer`.
+        out (`Path`): The stage's folder.
+        name (`str`): Of the folder of the trained model.
+        **facts: More for the log.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
+    data = {"train_dataset": make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)}
+    data["eval_dataset"] = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
+    model = load_model(source, torch.float32).train()
+    set_seed(run.seed)  # LoRA's additions begin at random
+    model = model if args.lora is None else add_lora(model, args.lora)
+    callbacks = callbacks_of(args)
+    trainer = DistillationTrainer(model, teacher, args, processing_class=tokenizer, callbacks=callbacks, **data)
+    resumed = fit(trainer)
+    save_trained(trainer, source, out / name)
+    save_log(trainer, out, resumed=resumed, **facts)
+    return trainer
 
 
 def save_log(trainer: Trainer, out: Path, **facts) -> None:

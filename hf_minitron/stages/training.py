@@ -44,9 +44,10 @@ class TextArguments:
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
-    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
+    block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per packed sequence."})
     cross_documents: bool = field(
-        default=True, metadata={"help": "Tokens see the documents before theirs in a block; false keeps documents apart."}
+        default=True,
+        metadata={"help": "Attend to earlier documents of a packed sequence; false: document-masked attention."},
     )
     add_bos_token: bool | None = field(
         default=None, metadata={"help": "Begin documents and blocks with the BOS token; as the tokenizer does when left out."}
@@ -133,7 +134,7 @@ def check_text_for(
     configs: Sequence[PreTrainedConfig],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse an unusable text, blocks longer than a model's positions, and models that cannot keep documents apart.
+    """Refuse an unusable text, blocks longer than a model's positions, and models without document-masked attention.
 
     Args:
         args (`TextArguments`): The section.
@@ -152,7 +153,7 @@ def check_text_for(
             streaming = args.streaming and tokens is wanted
             check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
-        if not isinstance(config, PrunedConfig):  # no family's; it keeps them apart
+        if not isinstance(config, PrunedConfig):  # no family's; it masks them
             check_documents_apart(random_model(config, torch.float32))
 
 

@@ -1,35 +1,24 @@
-"""The losses on the output that a training's arguments name, from the teacher's signal and a chunk of the student's logits."""
+"""The losses on the output that the arguments of a training name: from signal and logits to sums over tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
+from hf_minitron.distillation.signals import Signal
 from hf_minitron.head import Head
-
-
-class Signal(Protocol):
-    """What a teacher says about the targets of a batch."""
-
-    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of student and teacher for some rows, on one support."""
 
 
 @dataclass(frozen=True)
 class OutputLosses:
-    """A weighted sum of losses on the output.
+    """A weighted sum of losses on the output; the fields are those of `DistillationArguments`.
 
     Args:
         weights (`Mapping[str, float]`): Weight of every loss by name: of `TOKEN_LOSSES`, an `OwnLoss`, or cross_entropy.
-        temperature (`float`): Divides both models' logits; losses are multiplied by its square.
-        beta (`float`): The teacher's share of the mixture of jsd.
-        label_smoothing (`float`): Of the cross-entropy.
-        chunk_size (`int`): Tokens whose logits exist at the same time.
     """
 
     weights: Mapping[str, float]
@@ -39,14 +28,7 @@ class OutputLosses:
     chunk_size: int
 
     def __call__(self, hidden: Tensor, head: Head, signal: Signal | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum over tokens and each named sum, as `chunked_loss` does.
-
-        Args:
-            hidden (`Tensor` of shape `(tokens, hidden)`): The student's last hidden states.
-            head (`Head`): The student's head.
-            signal (`Signal`, *optional*): The teacher's, of the same tokens; none where cross_entropy is the only loss.
-            targets (`Tensor` of shape `(tokens,)`): The ids that follow.
-        """
+        """Return what `chunked_loss` does for the student's last hidden states, `(tokens, hidden)`, and the ids that follow."""
         return chunked_loss(hidden, head, partial(self._of_chunk, signal, targets), self.weights, self.chunk_size)
 
     def _of_chunk(self, signal: Signal | None, targets: Tensor, logits: Tensor, rows: slice) -> dict[str, Tensor]:
