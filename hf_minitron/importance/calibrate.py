@@ -46,19 +46,17 @@ def calibrate(
     Args:
         model (`PreTrainedModel`, `str` or `Path`): A causal language model of a known family, in any dtype, on one device or
             several (`device_map="auto"`); or a folder, whose layers are then read from its shards one at a time.
-        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where blocks are padded. The
-            papers use 1024 samples (2407.14679, section 4); a few dozen already order the indices well.
+        blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where they are padded. The papers use
+            1024 samples (2407.14679, section 4); a few dozen already order the indices well.
         batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
         dtype (`torch.dtype`, *optional*): Of a folder's weights; as they are stored when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where a folder's layers run.
-        state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states that wait between a folder's layers; what is
-            beyond goes to the temporary folder.
+        state_bytes (`int`, *optional*, defaults to 4 GB): Memory for states between a folder's layers; others go to disk.
         moments (`bool`, *optional*, defaults to `False`): Whether to measure what corrections after pruning need as well:
             second moments at the inputs of projections (`ffn` squared numbers a layer), energies at those of norms.
         metric (`str`, `Metric` or `Mapping`, *optional*, defaults to `"l2_mean"`): How indices are scored, for all width axes
             or by axis: one of `METRICS`, the baselines `magnitude` or `random`, or a class of your own (see `Metric`).
-        save_to (`str` or `Path`, *optional*): A folder for the statistics. A checkpoint's moments are written there layer by
-            layer; they are held in memory when it is left out.
+        save_to (`str` or `Path`, *optional*): A folder for the statistics; a checkpoint's moments are written layer by layer.
 
     Returns:
         `Statistics`: `ffn`, `heads` and `experts` per layer; `hidden` summed over all norms; `layers` by Block Importance.
@@ -69,8 +67,7 @@ def calibrate(
     Example:
 
     ```python
-    >>> statistics = calibrate(teacher, calibration)
-    >>> statistics.scores["ffn"].shape == (shape["layers"], shape["ffn"])
+    >>> calibrate(teacher, calibration).scores["ffn"].shape == (shape["layers"], shape["ffn"])
     True
     ```
     """

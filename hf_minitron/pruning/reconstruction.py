@@ -1,0 +1,82 @@
+"""Least-squares reconstruction: the kept inputs of a projection give what all of them gave, as nearly as they can."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# On SmolLM2-135M, 0.001 to 0.1 are alike on text like the calibration's, but on other text only 0.1 and more help.
+RIDGE = 0.1
+
+
+def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, extra: Tensor | None = None) -> Tensor:
+    """Map the kept inputs of a projection as near as possible to what it gave for all of them.
+
+    Minimises E|W x + y - W' x_kept|² + ridge · mean(E x_kept²) · |W' - W_kept|² in float64: a large ridge gives plain slicing.
+
+    Args:
+        weight (`Tensor` of shape `(out, in)`): The projection.
+        moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of its inputs.
+        kept (`Tensor` of shape `(kept,)`): The inputs that stay.
+        ridge (`float`): As above.
+        extra (`Tensor` of shape `(out, in)`, *optional*): E[y xᵀ] of what shall be given beside; nothing when left out.
+
+    Returns:
+        `Tensor` of shape `(out, kept)`: In the weight's dtype.
+
+    Example:
+
+    ```python
+    >>> x = torch.randn(100, 8)
+    >>> x[:, 1] = x[:, 0]  # the dropped input repeats a kept one
+    >>> least_squares(torch.ones(1, 8), x.T @ x / 100, torch.tensor([0, 2, 3, 4, 5, 6, 7]), 1e-9)[0, 0]
+    tensor(2.)
+    ```
+    """
+    moment = moment.double()
+    solve = ProjectionInput(torch.cat([moment, moment.new_zeros(1, len(moment))])).solver(kept, ridge)
+    return solve(weight.double(), extra).to(weight.dtype)
+
+
+class ProjectionInput:
+    """What projections are given: E[x xᵀ] and E[x], float64, and the factorisations for the inputs that stay.
+
+    Args:
+        stored (`Tensor` of shape `(in + 1, in)`): The moment, with the mean as its last row.
+    """
+
+    def __init__(self, stored: Tensor):
+        self.moment, self.mean = stored[:-1], stored[-1]
+        self._solvers: dict[tuple, Callable] = {}
+
+    def solver(self, kept: Tensor, ridge: float, centred: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return what maps weights, shape `(out, in)`, and E[y xᵀ] of what they shall give beside, to those for kept inputs.
+
+        Args:
+            kept (`Tensor` of shape `(kept,)`): The inputs that stay.
+            ridge (`float`): As for `least_squares`.
+            centred (`bool`, *optional*, defaults to `False`): Whether a bias takes up the means.
+        """
+        key = (ridge, centred, *kept.tolist())
+        if key not in self._solvers:
+            moment = self.moment - torch.outer(self.mean, self.mean) if centred else self.moment
+            kept = kept.to(moment.device)
+            dropped = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
+            dropped[kept] = False
+            inner = moment[kept][:, kept]
+            inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
+            factor, cross = torch.linalg.cholesky(inner), moment[dropped][:, kept]
+
+            def solve(weight: Tensor, extra: Tensor | None = None) -> Tensor:
+                missing = weight[:, dropped] @ cross  # what the dropped inputs gave, as the kept ones see it
+                if extra is not None:
+                    missing = missing + extra[:, kept]
+                return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
+
+            self._solvers[key] = solve
+        return self._solvers[key]
+
+
+def solver_device() -> torch.device:
+    """Return where to compute in float64: an accelerator that can, or the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
