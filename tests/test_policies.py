@@ -18,8 +18,8 @@ modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
 errors yaml_text
 axes shape plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
 architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
-formats inputs statistics texts data vocabulary mixture memory environment head
-side_files model_kinds model_files checkpoint tensors saving
+formats texts data vocabulary mixture memory environment head
+side_files model_kinds model_files inputs statistics checkpoint tensors saving
 pruning.reconstruction pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
