@@ -7,8 +7,7 @@ import torch
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.activation import OVER, Activation, Contribution, Fluctuation
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.importance.layers import BlockImportance
-from hf_minitron.importance.metrics import METRICS, needs_outgoing
+from hf_minitron.importance.metrics import METRICS, BlockImportance, needs_outgoing
 from hf_minitron.probe import probe
 
 REDUCTIONS = {f"{batch}_{sequence}": (batch, sequence) for batch in OVER for sequence in OVER}

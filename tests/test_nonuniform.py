@@ -25,7 +25,7 @@ SIZES = {
 
 def scored(model_type, **changes):
     teacher = tiny.model(model_type, **changes)
-    return teacher, calibrate(teacher, tiny.blocks()), Architecture.of(teacher.config).shape
+    return teacher, calibrate(teacher, tiny.blocks()).scores, Architecture.of(teacher.config).shape
 
 
 @pytest.mark.parametrize("sizes", SIZES)

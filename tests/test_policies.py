@@ -23,7 +23,7 @@ side_files model_kinds model_files inputs statistics checkpoint tensors saving
 pruning.reconstruction pruning.compensate pruning.effects pruning.rotate pruning.prune
 pruning.export
 pruning.allocate pruning.nonuniform pruning.search importance.moments
-importance.activation importance.layers importance.experts importance.baselines importance.metrics
+importance.activation importance.baselines importance.metrics
 importance.routed importance.taps importance.streamed importance.calibrate importance.residuals
 distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
 distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.reduction

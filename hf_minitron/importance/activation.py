@@ -39,14 +39,10 @@ class Activation:
         self.totals: list[Tensor | float] = [0.0, 0.0, 0.0]  # over samples: the sum, the sum of squares, their number
 
     def update(self, activation: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> None:
-        """Add one batch.
+        """Add one batch, as `Metric.update` has it; of a head's dimensions the L2 norm is taken.
 
-        Args:
-            activation (`Tensor` of shape `(batch, seq, size)` or `(batch, seq, size, rest)`): What the tap read, viewed by
-                axis; of what is left over (a head's dimensions) the L2 norm is taken.
-            mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding; all text when left out.
-            lengths (`Tensor` of shape `(batch, 1)`, *optional*): Number of tokens in every sample, where the activation holds
-                only some of them (those that an expert sees) and the others count as zeros.
+        `lengths`, `(batch, 1)`, is the number of tokens in every sample where the activation holds only some of them (those
+        that an expert sees) and the others count as zeros.
         """
         if activation.dim() == 4:
             activation = torch.linalg.vector_norm(activation.float(), dim=-1)

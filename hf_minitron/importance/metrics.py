@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_minitron.importance.activation import OVER, WIDTHS, Activation, Contribution, Fluctuation
 from hf_minitron.importance.baselines import BASELINES
-from hf_minitron.importance.experts import RoutedOutputNorm
-from hf_minitron.importance.layers import BlockImportance
 
 
 class Metric(Protocol):
@@ -36,6 +35,68 @@ class Metric(Protocol):
 
     def finish(self) -> Tensor:
         """Return the score of every index, `(size,)`; of `layers` a scalar."""
+
+
+class RoutedOutputNorm:
+    """The router's weight times the norm of an expert's output, mean over the tokens that it sees (2510.13999, section 4).
+
+    Example:
+
+    ```python
+    >>> metric = RoutedOutputNorm()
+    >>> metric.update(torch.tensor([[[0.0, 0.4], [0.0, 0.2]]]))  # (batch, seq, experts)
+    >>> metric.finish()
+    tensor([0.0000, 0.3000])
+    ```
+    """
+
+    axis = "experts"
+
+    def __init__(self):
+        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens, the number of tokens; both by expert
+
+    def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch, as `Metric.update` has it."""
+        if mask is not None:
+            activation = activation * mask.unsqueeze(-1)
+        self.totals[0] = self.totals[0] + activation.sum((0, 1), dtype=torch.float32)
+        self.totals[1] = self.totals[1] + (activation != 0).sum((0, 1), dtype=torch.float32)
+
+    def finish(self) -> Tensor:
+        """Return the float32 score of every expert, shape `(experts,)`; 0 for one that saw no token."""
+        return self.totals[0] / self.totals[1].clamp(min=1)
+
+
+class BlockImportance:
+    """How much a layer changes what passes: one minus the cosine of its input and output, mean over tokens (2407.14679, 2.2).
+
+    Example:
+
+    ```python
+    >>> metric = BlockImportance()
+    >>> metric.update((torch.randn(2, 16, 40), torch.randn(2, 16, 40)))  # input and output, each (batch, seq, hidden)
+    >>> metric.finish().shape
+    torch.Size([])
+    ```
+    """
+
+    axis = "layers"
+
+    def __init__(self):
+        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of what changes, the number of tokens
+
+    def update(self, activation: tuple[Tensor, Tensor], mask: Tensor | None = None) -> None:
+        """Add one batch, as `Metric.update` has it."""
+        before, after = activation
+        change = 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (batch, seq)
+        counted = torch.ones_like(change) if mask is None else mask.to(change.dtype)
+        # float64 because a sum of many small changes is averaged; a few numbers per batch
+        self.totals[0] = self.totals[0] + (change * counted).sum(dtype=torch.float64)
+        self.totals[1] = self.totals[1] + counted.sum(dtype=torch.float64)
+
+    def finish(self) -> Tensor:
+        """Return the float32 score of the layer, a scalar."""
+        return (self.totals[0] / self.totals[1]).float()
 
 
 # By name; the nine reductions of 2407.14679, table 11, are named batch first.
@@ -70,9 +131,11 @@ def metrics_of(metric: Chosen | Mapping[str, Chosen]) -> dict[str, Chosen]:
     for axis, chosen in by_axis.items():
         if axis not in DEFAULTS:
             raise ValueError(f"metric: {axis!r} is none of {', '.join(DEFAULTS)}")
-        if isinstance(chosen, str):
-            _check_name(axis, chosen)
-        elif axis not in axes_of(chosen):
+        known = [*(name for name in METRICS if axis in axes_of(METRICS[name])), *BASELINES]
+        if isinstance(chosen, str) and chosen not in known:
+            hint = ". Write metric as axis: name lines, such as ffn: contribution" if chosen in METRICS else ""
+            raise ValueError(f"metric: {chosen!r} is none of those for {axis}: {', '.join(known)}{hint}")
+        if not isinstance(chosen, str) and axis not in axes_of(chosen):
             raise ValueError(f"metric: {name_of(chosen)} is for {', '.join(axes_of(chosen))}, not for {axis}")
     return by_axis
 
@@ -91,10 +154,3 @@ def name_of(metric: Chosen) -> str:
 def needs_outgoing(metric: Callable[..., Metric]) -> bool:
     """Return whether a metric is made with the norms of the weights that its axis goes out through."""
     return "outgoing" in inspect.signature(metric).parameters
-
-
-def _check_name(axis: str, name: str) -> None:
-    known = [*(other for other in METRICS if axis in axes_of(METRICS[other])), *BASELINES]
-    if name not in known:
-        hint = ". Write metric as axis: name lines, such as ffn: contribution" if name in METRICS else ""
-        raise ValueError(f"metric: {name!r} is none of those for {axis}: {', '.join(known)}{hint}")

@@ -26,12 +26,7 @@ class SecondMoment:
         self.totals: list[Tensor | float] = [0.0, 0.0, 0.0]  # the sums over tokens of x xᵀ and of x, the number of tokens
 
     def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
-        """Add one batch.
-
-        Args:
-            activation (`Tensor` of shape `(batch, seq, size)`): The projection's input.
-            mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding; all text when left out.
-        """
+        """Add one batch, as `Metric.update` has it."""
         tokens = activation.flatten(0, 1)
         tokens = (tokens if mask is None else tokens[mask.flatten() > 0])[:: self.every].float()
         self.totals[0] = self.totals[0] + tokens.T @ tokens
@@ -61,12 +56,7 @@ class ChannelEnergy:
         self.totals: list[Tensor | float] = [0.0, 0.0]
 
     def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
-        """Add one batch.
-
-        Args:
-            activation (`Tensor` of shape `(batch, seq, hidden)`): The norm's input.
-            mask (`Tensor` of shape `(batch, seq)`, *optional*): 1 for text, 0 for padding; all text when left out.
-        """
+        """Add one batch, as `Metric.update` has it."""
         squares = activation.float().square()
         share = squares / squares.mean(-1, keepdim=True).clamp(min=1e-30)
         counted = torch.ones(share.shape[:2], device=share.device) if mask is None else mask.float()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.head import head_chunks, head_of
 from hf_minitron.importance.calibrate import input_device, own_batches
-from hf_minitron.importance.layers import BlockImportance
+from hf_minitron.importance.metrics import BlockImportance
 from hf_minitron.importance.taps import distributed
 from hf_minitron.importance.without import Removal, WholePass, layer_names, without_layers
 
@@ -64,18 +64,11 @@ def removal_costs(model: PreTrainedModel, blocks: Dataset, metric: str, size: in
 def greedy_removal(
     model: PreTrainedModel, blocks: Dataset, metric: str, count: int, batch_size: int = 4
 ) -> tuple[list[int], Tensor]:
-    """Remove the layer that costs least, measure again without it, and so on; the model stays unchanged.
-
-    Args:
-        model (`PreTrainedModel`): As for `removal_costs`.
-        blocks (`Dataset`): As for `removal_costs`.
-        metric (`str`): As for `removal_costs`.
-        count (`int`): How many layers to remove.
-        batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass.
+    """Remove the layer that costs least, measure again without it, and so on, `count` times; the model stays unchanged.
 
     Returns:
         `tuple[list[int], Tensor]`: The layers in the order of their removal, and every layer's cost of shape `(layers,)` in the
-            last round that it took part in.
+            last round that it took part in, as `removal_costs` measures it.
     """
     layers, removed = len(layer_names(model)), []
     check_removal(layers, metric, count=count)
@@ -91,13 +84,9 @@ def greedy_removal(
 def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedModel], float]) -> Tensor:
     """Measure what removing each contiguous block of layers costs on a task (2408.11796: Winogrande).
 
-    Args:
-        model (`PreTrainedModel`): A causal language model of a known family, in memory.
-        size (`int`): Layers per block.
-        measure (`Callable`): Returns a model's score; higher is better.
-
     Returns:
-        `Tensor` of shape `(layers - size + 1,)`: float32, how far the score falls without the block that starts at each layer.
+        `Tensor` of shape `(layers - size + 1,)`: float32, how far the model's score, from `measure`, falls without the block
+            that starts at each layer.
     """
     layers = len(layer_names(model))
     check_removal(layers, size=size)
@@ -110,10 +99,6 @@ def task_costs(model: PreTrainedModel, size: int, measure: Callable[[PreTrainedM
 
 def layer_scores(costs: Tensor, size: int = 1) -> Tensor:
     """Turn the costs of blocks into scores of layers, so that the `size` lowest are those of the cheapest block.
-
-    Args:
-        costs (`Tensor` of shape `(layers - size + 1,)`): From `removal_costs` or `task_costs`.
-        size (`int`, *optional*, defaults to 1): Layers per block.
 
     Returns:
         `Tensor` of shape `(layers,)`: The least cost of a block that holds the layer. Of blocks that cost the same the first is
@@ -146,13 +131,7 @@ def check_removal(layers: int, metric: str | None = None, size: int = 1, count: 
 
 
 def sublayer_costs(model: PreTrainedModel, blocks: Dataset, metric: str = "loss", batch_size: int = 4) -> dict[str, Tensor]:
-    """Measure what removing the attention, and what removing the MLP, of each layer costs.
-
-    Args:
-        model (`PreTrainedModel`): As for `removal_costs`.
-        blocks (`Dataset`): As for `removal_costs`.
-        metric (`str`, *optional*, defaults to `"loss"`): loss, perplexity or logit_mse.
-        batch_size (`int`, *optional*, defaults to 4): Blocks of text per forward pass.
+    """Measure what removing the attention, and what removing the MLP, of each layer costs, as `removal_costs` does.
 
     Returns:
         `dict[str, Tensor]`: `heads` and `ffn`, each of shape `(layers,)`; 0 for a layer without that sublayer.

@@ -87,7 +87,12 @@ def _in_place(reading: Reading, layer: int) -> Reading:
     """Return a reading of a model of one layer with its place in the whole model."""
     if reading.layer is None:
         return reading
-    return dataclasses.replace(reading, layer=layer, module=re.sub(r"\.0(?=\.|$)", f".{layer}", reading.module, count=1))
+    return dataclasses.replace(reading, layer=layer, module=_name(reading.module, layer))
+
+
+def _name(name: str, layer: int) -> str:
+    """Return the name in the whole model of what a model of one layer names."""
+    return re.sub(r"\.0(?=\.|$)", f".{layer}", name, count=1)
 
 
 class _Loader:
@@ -109,10 +114,10 @@ class _Loader:
         plan = Plan(shape, shape.cut_to({"layers": 1}), {"layers": [layer]})
         pruned = prune_tensors(self.tensors, plan, layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
-        state = {name: check_finite(name, axes.join(spec.shape, pieces)) for name, spec, pieces in pruned} | self.shared
+        own = {name: check_finite(_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
         config = student_config(self.architecture, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
+            None, config=config, state_dict=own | self.shared, dtype=self.dtype, output_loading_info=True
         )
         assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
         return model.to(self.device).eval()
