@@ -168,8 +168,11 @@ def copy_plan(source: Path, target: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan:

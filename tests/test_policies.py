@@ -1,6 +1,8 @@
 """What the code promises about itself: import order, sizes, names, the README's tree."""
 
 import ast
+import graphlib
+import json
 import re
 from pathlib import Path
 
@@ -13,30 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_minitron"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+# Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-modeling.layer_schemas modeling.configuration_pruned modeling.modeling_pruned
-errors yaml_text
-axes shape plan probe architecture.llama architecture.gpt architecture.moe architecture.roles architecture.family
-architecture.config architecture.outline architecture.binding architecture.architecture architecture.student
-formats texts data vocabulary mixture memory environment head
-side_files model_kinds model_files inputs statistics checkpoint tensors saving
-pruning.reconstruction pruning.compensate pruning.effects pruning.rotate pruning.prune
-pruning.export
-pruning.allocate pruning.nonuniform pruning.search importance.moments
-importance.activation importance.baselines importance.metrics
-importance.routed importance.taps importance.streamed importance.calibrate importance.residuals
-distillation.losses.tokens distillation.losses.chunked importance.without importance.removal
-distillation.losses.states distillation.batch distillation.checks distillation.stopping distillation.reduction
-distillation.signals distillation.losses.output distillation.records distillation.teacher distillation.documents
-distillation.states distillation.config distillation.cached distillation.teachers hub.training_card distillation.trainer
-distillation.cache distillation.adapters distillation.synthesis
-evaluation.metrics.top1_match.top1_match evaluation.metrics.teacher_kl.teacher_kl
-evaluation.significance evaluation.report evaluation.wording evaluation.text_metrics evaluation.text
-evaluation.task_results evaluation.task_data evaluation.tasks evaluation.task_files evaluation.compare evaluation.speed
-hub.card hub.plots hub.page hub.retry hub.publish run stage execute
-hub.facts recipe
-stages.resuming stages.validation stages.training stages.trained stages.correct stages.synthesize stages.score stages.prune
-stages.distill stages.cache stages.evaluate stages.search stages.select stages.publish stages.every chain estimate __main__
+modeling errors yaml_text axes shape plan probe architecture formats texts side_files model_kinds model_files inputs statistics
+data vocabulary mixture memory environment head checkpoint tensors saving run stage execute pruning importance distillation
+evaluation hub recipe stages chain estimate __main__
 """.split()
 
 
@@ -52,19 +35,30 @@ def imports(tree):
             yield from ((node.module, alias.name) for alias in node.names)
 
 
+def ours(path):
+    """The modules of the package that a module imports."""
+    for module, name in imports(ast.parse(path.read_text())):
+        if module == "hf_minitron" and name is not None:
+            yield name
+        elif module.startswith("hf_minitron."):
+            yield module.removeprefix("hf_minitron.")
+
+
 def test_the_order_is_complete():
-    assert sorted(ORDER) == sorted(name_of(path) for path in MODULES if path.name != "__init__.py")
+    assert sorted(ORDER) == sorted({name_of(path).split(".")[0] for path in MODULES} - {"__init__"})
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__init__.py"], ids=name_of)
-def test_a_module_imports_only_from_above(path):
-    above = ORDER[: ORDER.index(name_of(path))]
-    for module, name in imports(ast.parse(path.read_text())):
-        if module == "hf_minitron" and name is not None and (name in above or f"{name}" in {m.split(".")[0] for m in above}):
-            continue
-        if module.startswith("hf_minitron."):
-            found = module.removeprefix("hf_minitron.")
-            assert found in above or f"{found}.{name}" in above, f"{name_of(path)} imports {module}, which stands below it"
+def test_a_package_imports_only_what_stands_before_it(path):
+    own = name_of(path).split(".")[0]
+    before = [*ORDER[: ORDER.index(own) + 1], "__version__", *hf_minitron.__all__]
+    wrong = [found for found in ours(path) if found.split(".")[0] not in before]
+    assert not wrong, f"{name_of(path)} imports {wrong}, which stand below it"
+
+
+def test_no_modules_of_a_package_import_each_other_in_a_circle():
+    graph = {name_of(path): set(ours(path)) for path in MODULES if path.name != "__init__.py"}
+    tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
 @pytest.mark.parametrize("name", ["axes", "shape", "plan"])
@@ -116,3 +110,10 @@ def test_the_readme_tree_is_the_real_one():
 
 def test_a_process_of_the_suite_has_one_thread():
     assert torch.get_num_threads() == 1
+
+
+def test_whatever_is_no_python_is_in_the_wheel():
+    patterns = json.loads(re.search(r"^hf_minitron = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    other = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert other <= packed, other - packed

@@ -27,8 +27,8 @@ from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import LiveTeacher, base_of, gathered, no_tokens
 from hf_minitron.distillation.teachers import Given, check_models, teacher_for
+from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
-from hf_minitron.hub.training_card import write_training_card
 from hf_minitron.plan import Plan
 from hf_minitron.probe import last_hidden_states
 from hf_minitron.saving import complete_side_files, repair_generation, save_config

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
@@ -19,7 +20,6 @@ from hf_minitron.evaluation.wording import (
     size_rows,
     speed_rows,
 )
-from hf_minitron.hub.training_card import TAGS
 from hf_minitron.shape import Shape
 from hf_minitron.yaml_text import dump_yaml
 

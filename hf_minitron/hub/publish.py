@@ -16,9 +16,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
+from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.wording import markdown_table
 from hf_minitron.hub.retry import persist, scrub, status_of
-from hf_minitron.hub.training_card import TAGS
 
 REQUIRED = ("README.md", "config.json", "report.json", "plan.json", "recipe.yaml")
 INDEX = "model.safetensors.index.json"

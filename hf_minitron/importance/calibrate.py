@@ -48,7 +48,7 @@ def calibrate(
             whose layers are read one at a time.
         blocks (`Dataset`): `input_ids` of shape `(seq,)` per row, and `attention_mask` where rows are padded. The papers use
             1024 samples (2407.14679, section 4); a few dozen order the indices well.
-        batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
+        batch_size (`int`, *optional*, defaults to 4): Rows per forward pass.
         dtype (`torch.dtype`, *optional*): Of a folder's weights; as stored when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where a folder's layers run.
         state_bytes (`int`, *optional*, defaults to 4 GB): Memory for the states between a folder's layers; the rest is spilled.
@@ -67,8 +67,7 @@ def calibrate(
     Example:
 
     ```python
-    >>> statistics = calibrate(teacher, calibration)
-    >>> statistics.scores["ffn"].shape == (shape["layers"], shape["ffn"])
+    >>> calibrate(teacher, calibration).scores["ffn"].shape == (shape["layers"], shape["ffn"])
     True
     ```
     """

@@ -1,6 +1,6 @@
 """The card of a model that is pushed right from training: how it was trained, and that nobody has measured it yet.
 
-`hub.card` writes the full one; this one stands above the trainer, which needs it.
+`hub.card` writes the full one, of a finished run.
 """
 
 import re
