@@ -73,10 +73,10 @@ for name, folder in asked["folders"].items():
         assert model.dtype == torch.float32, model.dtype
         with torch.no_grad():
             found[name] = model(input_ids=torch.tensor(asked["ids"]), use_cache=False).logits
-        tokens = AutoTokenizer.from_pretrained(folder)(asked["text"])["input_ids"]
+        tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(asked["text"])["input_ids"]
         assert tokens == asked["tokens"], tokens
     except Exception as error:
-        print(name, type(error).__name__, error, flush=True)
+        print(name, type(error).__name__, " ".join(str(error).split()), flush=True)
 save_file(found, sys.argv[2])
 """
 
