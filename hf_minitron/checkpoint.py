@@ -235,12 +235,13 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """Return bfloat16 where the processor multiplies it natively, else float32."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.device(device).type == "cpu" and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
+    elif kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile"))
+    else:  # an older torch
+        native = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
 
 

@@ -1,6 +1,7 @@
 """data and checkpoint."""
 
 import json
+import platform
 import shutil
 from collections import namedtuple
 
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_minitron import checkpoint
-from hf_minitron.checkpoint import Checkpoint, TensorSpec, complete_or_absent, require_space, resolve, write_tensors
+from hf_minitron.checkpoint import Checkpoint, TensorSpec, best_dtype, complete_or_absent, require_space, resolve, write_tensors
 from hf_minitron.data import text_hash, token_blocks
 from hf_minitron.texts import check_text, load_text
 
@@ -127,3 +128,18 @@ def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path, monkeypatch):
 def test_a_model_that_is_nowhere_is_refused(model):
     with pytest.raises(ValueError, match="No model at"):
         resolve(model)
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_tile"])
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+def test_models_run_in_bfloat16_where_the_processor_multiplies_it(monkeypatch, feature, has, old):
+    if old:  # torch without a public way
+        monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+        for name in ("avx512_bf16", "amx_tile"):
+            monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda name=name: has and name == feature)  # it is there
+    else:
+        assert {"avx512_bf16", "amx_tile"} <= torch.cpu.get_capabilities().keys() or platform.machine() != "x86_64"
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {feature: has})
+    assert best_dtype("cpu") == (torch.bfloat16 if has else torch.float32)
+    assert best_dtype("meta") == torch.float32

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import json
 import re
 from pathlib import Path
@@ -112,8 +113,72 @@ def test_a_process_of_the_suite_has_one_thread():
     assert torch.get_num_threads() == 1
 
 
+<<<<<<< HEAD
 def test_whatever_is_no_python_is_in_the_wheel():
     patterns = json.loads(re.search(r"^hf_minitron = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
     packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     other = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert other <= packed, other - packed
+=======
+# Private names of other libraries
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def of_this_file(tree):
+    """Names that a module defines or sets itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def used(tree):
+    """Private names that a module reads or sets on anything, imports, or names in getattr and its like."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("hf_minitron"):
+            yield from (*node.module.split("."), *(alias.name for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            yield from (argument.value for argument in node.args if isinstance(getattr(argument, "value", None), str))
+
+
+def overridden(path):
+    """Private names of other libraries' classes that a class of ours defines anew."""
+    module = importlib.import_module(f"hf_minitron.{name_of(path)}")
+    for kind in vars(module).values():
+        if isinstance(kind, type) and kind.__module__ == module.__name__:
+            bases = [
+                base for base in kind.__mro__[1:] if base.__module__.split(".")[0] not in ("hf_minitron", "builtins", "abc")
+            ]
+            defined = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            defined |= {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+            yield from (name for name in vars(kind) if name in defined and any(name in vars(base) for base in bases))
+
+
+def test_private_names_of_others_are_listed_with_a_test():
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Private names of other libraries")[1].split("\n## ")[0]
+    listed, source = set(), "".join(path.read_text() for path in MODULES)
+    for row in re.findall(r"^\| (`.*)$", section, re.MULTILINE):
+        names, _, tests = row.strip("| ").split(" | ")
+        names = [name.rpartition(".")[2] for name in re.findall("`(.*?)`", names)]
+        listed |= {name for name in names if private(name)}
+        assert [name for name in names if not re.search(rf"\b{name}\b", source)] == [], "listed, but not used"
+        (test,) = re.findall("`(.*?)`", tests)
+        assert (ROOT / "tests" / test).is_file(), test
+    found = set()
+    for path in (path for path in MODULES if path.name not in ("__init__.py", "__main__.py")):
+        tree = ast.parse(path.read_text())
+        names = set(used(tree)) - set(of_this_file(tree)) | set(overridden(path))
+        found |= {name for name in names if private(name)}
+    assert sorted(found - listed) == [], "list them in CONTRIBUTING.md, or use a public way"
+    assert sorted(listed - found) == [], "listed, but no longer used"
+>>>>>>> 07e675e (Policies: every private name of another library is listed in CONTRIBUTING with the test that guards it; bfloat16 is asked for by torch's public function)
