@@ -113,13 +113,13 @@ def test_a_process_of_the_suite_has_one_thread():
     assert torch.get_num_threads() == 1
 
 
-<<<<<<< HEAD
 def test_whatever_is_no_python_is_in_the_wheel():
     patterns = json.loads(re.search(r"^hf_minitron = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
     packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     other = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert other <= packed, other - packed
-=======
+
+
 # Private names of other libraries
 
 
@@ -181,4 +181,3 @@ def test_private_names_of_others_are_listed_with_a_test():
         found |= {name for name in names if private(name)}
     assert sorted(found - listed) == [], "list them in CONTRIBUTING.md, or use a public way"
     assert sorted(listed - found) == [], "listed, but no longer used"
->>>>>>> 07e675e (Policies: every private name of another library is listed in CONTRIBUTING with the test that guards it; bfloat16 is asked for by torch's public function)
