@@ -45,8 +45,8 @@ def odd(project, tmp_path_factory):
         "eval_text": str(project["folder"] / "calibration.jsonl"), "eval_tokens": 64, "eval_strategy": "steps",
         "eval_steps": 12, "save_steps": 12, "save_total_limit": None, "load_best_model_at_end": True, "learning_rate": 0.3,
     }  # fmt: skip
-    recipe["evaluate"] |= {
-        "models": {"peer": str(folder / "peer")}, "limit": 20, "few_shot": 1, "tokens": 256,
+    recipe["evaluate"] = {
+        **recipe["evaluate"], "models": {"peer": str(folder / "peer")}, "limit": 20, "few_shot": 1, "tokens": 256,
         "speed": {"batch_sizes": [3], "prompt": [7], "new_tokens": 2, "rounds": 1},
     }  # fmt: skip
     recipe["publish"] = {}

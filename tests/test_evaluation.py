@@ -326,7 +326,7 @@ def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
 def test_a_report_of_another_version_is_refused_in_one_line(tmp_path):
     path = tmp_path / "report.json"
     Report({}).save(path)
-    assert Report.load(path) == Report({}, entries=(), comparisons=())
+    assert Report.load(path) == Report({}, entries=[], comparisons=[])
     for version in (1, 3):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
         with pytest.raises(ValueError, match=f"report.json is a report of version {version}, and only version 2 is read"):

@@ -386,10 +386,12 @@ def test_model_init_begins_anew(tmp_path):
 @pytest.mark.parametrize("trains", [True, False])
 def test_nothing_that_training_sets_reaches_the_saved_config(way, trains, tmp_path):
     def fresh():
-        return student(attn_implementation="sdpa", use_cache=True)
+        model = student(attn_implementation="sdpa", use_cache=True)
+        model.generation_config.temperature = 0.6  # without sampling: transformers loads that, and does not save it
+        return model
 
     one = fresh()
-    one.save_pretrained(tmp_path / "expected")
+    student(attn_implementation="sdpa", use_cache=True).save_pretrained(tmp_path / "expected")
     given = {"model_init": fresh, "one model_init": lambda: one}
     tuned = get_peft_model(one, LoraConfig(r=2, target_modules="all-linear")) if way == "adapter" else one
     kwargs = {"model_init": given[way]} if way in given else {"model": tuned}

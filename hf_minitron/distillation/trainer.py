@@ -219,6 +219,7 @@ class DistillationTrainer(Trainer):
         """Make a new student as the Trainer does, and read its states."""
         model = super().call_model_init(trial)
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        repair_generation(base_of(model).generation_config)
         if hasattr(self, "_states"):  # not while the trainer is made
             self._watch(model.to(self.args.device))
         return model

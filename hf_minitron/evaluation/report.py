@@ -106,6 +106,10 @@ class Report:
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("entries", "comparisons"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def entry(self, model: str, metric: str, task: str = TEXT) -> Entry | None:
         """Return a model's entry of a metric, of held-out text unless a task is named; `None` where there is none."""
         return next((e for e in self.entries if (e.model, e.task, e.metric) == (model, task, metric)), None)
@@ -144,7 +148,8 @@ class Report:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         version = content.pop("version", 1)
         if version != VERSION:
-            raise ValueError(f"{path} is a report of version {version}, and only version {VERSION} is read: measure again")
+            raise ValueError(f"{path} is a report of version {version}, and only version {VERSION} is read: delete it and "
+                             "measure again")  # fmt: skip
         for key, kind in (("entries", Entry), ("comparisons", Comparison)):
             content[key] = tuple(kind(**_tuples(row)) for row in content[key])
         return cls(**content)

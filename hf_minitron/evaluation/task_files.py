@@ -1,7 +1,4 @@
-"""The files behind lm-eval tasks of one's own: what has to be the same for a task's numbers to be the same.
-
-It reads task files; it must not run a task.
-"""
+"""The files behind lm-eval tasks of one's own: what has to be the same for a task's numbers to be the same."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -75,7 +75,7 @@ class Tasks:
         return found
 
     def check(self, key: str = "tasks") -> None:
-        """Refuse tasks that cannot be run or whose data cannot be had, and settings that none of them heeds.
+        """Refuse tasks that cannot be run or whose data cannot be had, and settings that have no effect on them.
 
         Args:
             key (`str`, *optional*, defaults to `"tasks"`): What errors call them.

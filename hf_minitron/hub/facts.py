@@ -1,6 +1,6 @@
 """What the card says beside the report, the recipe and the training log: gathered from a run's folder, finished or not.
 
-It must not measure anything, and must not let a path of this machine through.
+Paths of this machine are shortened, and access tokens taken out.
 """
 
 import json
