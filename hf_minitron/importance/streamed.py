@@ -8,7 +8,7 @@ memory up to a budget, and beyond it on disk.
 import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def read_layers(
     device: torch.device,
     state_bytes: int,
     metrics: Mapping[str, Chosen],
-    moments: MutableMapping[str, Tensor] | Moments | None,
+    moments: Moments | None,
 ) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
     """Run a checkpoint over all batches, layer by layer, with its taps open.
 
@@ -50,7 +50,7 @@ def read_layers(
         device (`torch.device`): Where a layer runs.
         state_bytes (`int`): Memory for waiting states.
         metrics (`Mapping`): Axis to its metric or its name; the default ones where left out.
-        moments (`MutableMapping`, *optional*): Where to put what corrections need, layer by layer.
+        moments (`Moments`, *optional*): Where to put what corrections need, layer by layer.
 
     Returns:
         `tuple`: The config, the dtype, and the readings of what is scored.

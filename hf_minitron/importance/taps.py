@@ -1,6 +1,6 @@
 """Taps: the places of a model where metrics read, one reading per axis and place."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -171,8 +171,8 @@ def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> No
     )
 
 
-def take_moments(readings: Sequence[Reading], moments: MutableMapping[str, Tensor] | Moments) -> list[Reading]:
-    """Move what corrections need from readings to where moments are kept; return the other readings."""
+def take_moments(readings: Sequence[Reading], moments: Moments) -> list[Reading]:
+    """Move what corrections need from readings to `moments`; return the other readings."""
     for reading in readings:
         if reading.moment is not None:
             moments[reading.module + reading.moment] = reading.finish().contiguous()
