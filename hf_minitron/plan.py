@@ -1,7 +1,7 @@
 """`Plan`: the indices that stay, from scores and a target shape.
 
-It must not know a model or a file of weights. Per layer for `ffn`, `experts` and `heads` (inside their KV group), one global
-order for `hidden`: what the reference code of 2407.14679 does (its text sums all layers into one network-wide score).
+Per layer for `ffn`, `experts` and `heads` (inside their KV group), one global order for `hidden`: what the reference code of
+2407.14679 does (its text sums all layers into one network-wide score).
 """
 
 import hashlib

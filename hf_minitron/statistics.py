@@ -5,9 +5,10 @@ Calibration writes it; plans, corrections and searches read it.
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate import PartialState
@@ -26,7 +27,7 @@ class Statistics:
     Args:
         scores (`Mapping[str, Tensor]`): Axis to the importance of its indices, float32; higher matters more. `layers` and
             `hidden` have shape `(size,)`, the others `(layers, size)`, NaN where a layer lacks the axis.
-        moments (`Mapping[str, Tensor]`, *optional*): What corrections read. Name of a projection, or `<module>.input` and
+        moments (`Moments`, *optional*): What corrections read. Name of a projection, or `<module>.input` and
             `<module>.output`, to E[x xᵀ] with E[x] as its last row, `(size + 1, size)`; name of a norm to the energy of every
             channel of its input, `(hidden,)`.
         sublayer_costs (`Mapping[str, Tensor]`, *optional*): `heads` and `ffn`, each `(layers,)`: what removing the
@@ -45,7 +46,7 @@ class Statistics:
     """
 
     scores: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: "Moments" = field(default_factory=lambda: Moments())
     sublayer_costs: Mapping[str, Tensor] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -56,13 +57,13 @@ class Statistics:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         stored = Moments(folder / MOMENTS)
-        if getattr(self.moments, "folder", None) != stored.folder:
+        if self.moments.folder != stored.folder:
             for name, moment in self.moments.items():
                 stored[name] = moment
         tables = {"scores": self.scores, "sublayer_costs": self.sublayer_costs}
         tensors = {f"{table}.{axis}": values.contiguous() for table, found in tables.items() for axis, values in found.items()}
         save_file(tensors, folder / TABLES)
-        record = {"text": dict(self.text), "provenance": dict(self.provenance), "moments": list(self.moments)}
+        record = {"text": dict(self.text), "provenance": dict(self.provenance), "moments": self.moments.shapes}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
     @classmethod
@@ -85,20 +86,24 @@ class Statistics:
 
 
 class Moments(Mapping[str, Tensor]):
-    """Moments in a folder, a file each: written when they are set (by one process for all), read when they are asked for.
+    """Moments by name, in memory or in a folder: there a file each, which one process writes for all when the moment is set.
 
     Args:
-        folder (`Path`): The folder.
-        names (`Iterable[str]`, *optional*): The moments that lie there.
+        folder (`Path`, *optional*): The folder; memory when it is left out.
+        shapes (`Mapping[str, Sequence[int]]`, *optional*): The moments that lie there.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str] = ()):
+    def __init__(self, folder: Path | None = None, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})):
         self.folder = folder
-        self._names = dict.fromkeys(names)
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._held: dict[str, Tensor] = {}
         self._read = functools.lru_cache(maxsize=8)(self._load)  # the projections of a layer share some
 
     def __setitem__(self, name: str, moment: Tensor) -> None:
-        self._names[name] = None
+        self.shapes[name] = tuple(moment.shape)
+        if self.folder is None:
+            self._held[name] = moment
+            return
         self._read.cache_clear()
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,15 +112,18 @@ class Moments(Mapping[str, Tensor]):
             part.replace(self._path(name))  # the file before it may be mapped
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self.shapes:
             raise KeyError(name)
-        return self._read(name)
+        return self._held[name] if self.folder is None else self._read(name)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.shapes)
 
     def _load(self, name: str) -> Tensor:
         if not self._path(name).is_file():

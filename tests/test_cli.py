@@ -130,6 +130,7 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--prune.target.ffn", "0"), "ffn: 0 is not"),
         (("--prune.target.hidden", "28"), "28 is not a multiple of 8; nearest: 24, 32"),
         (("--prune.target.heads", "3"), "heads: 3 do not divide"),
+        (("--score.halves", "true"), "'halves' in score; did you mean 'sublayers'"),
         (("--distill.learning_rat", "1"), "'learning_rat' in distill; did you mean 'learning_rate'"),
         (("--distil.max_steps", "1"), "'distil' in recipe; did you mean 'distill'"),
         (("--evaluate.tasks", "[tiny_last_wrod]"), "lm-eval knows no 'tiny_last_wrod'"),

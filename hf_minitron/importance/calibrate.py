@@ -73,7 +73,7 @@ def calibrate(
     """
     metrics, batches = metrics_of(metric), own_batches(blocks, batch_size)
     read = {axis: chosen for axis, chosen in metrics.items() if chosen not in BASELINES}
-    store = {} if save_to is None else Moments(Path(save_to) / MOMENTS)
+    store = Moments(None if save_to is None else Path(save_to) / MOMENTS)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
         check_ids(blocks, config.vocab_size)

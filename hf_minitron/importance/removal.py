@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -176,7 +177,7 @@ def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     return [*sums, 0, run.real.sum()]
 
 
-def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
+def _logit_sums(each_of: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
     head = replace(head_of(run.model), module=run.model.get_output_embeddings())
     following = torch.nn.functional.pad(run.labels[:, 1:], (0, 1), value=-100)
@@ -190,16 +191,8 @@ def _logit_sums(token_sum: Callable, reference: Callable, run: WholePass, remova
     for rows, whole in head_chunks(head.logits, run.last, CHUNK):
         each = (head.logits(state[rows]) for state in states)  # one after the other
         for i, logits in enumerate(itertools.chain(each, [reference(whole)])):
-            sums[i] = sums[i] + token_sum(logits, whole, targets[rows].to(logits.device))
+            sums[i] = sums[i] + each_of(logits, whole, targets[rows].to(logits.device)).sum(dtype=torch.float64)
     return [*sums, (targets != -100).sum()]
-
-
-def _loss_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64)
-
-
-def _square_sum(logits: Tensor, whole: Tensor, targets: Tensor) -> Tensor:
-    return (logits - whole).square().sum(dtype=torch.float64)
 
 
 def _finite(costs: Tensor, metric: str, removals: Sequence[Removal], model: PreTrainedModel) -> Tensor:
@@ -215,11 +208,12 @@ def _finite(costs: Tensor, metric: str, removals: Sequence[Removal], model: PreT
 
 
 # metric: what is summed over a batch for every block, the whole model and its tokens; the costs made of these sums
-_LOSSES = partial(_logit_sums, _loss_sum, lambda whole: whole)
+_LOSSES = partial(_logit_sums, lambda logits, _, targets: cross_entropy(logits, targets, reduction="none"), lambda whole: whole)
+_ERRORS = partial(_logit_sums, lambda logits, whole, _: (logits - whole).square(), torch.zeros_like)
 METRICS: dict[str, tuple[Callable, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "block_importance": (_state_sums, lambda without, whole, tokens: without / tokens),
     "loss": (_LOSSES, lambda without, whole, tokens: (without - whole) / tokens),
     "perplexity": (_LOSSES, lambda without, whole, tokens: (without / tokens).exp() - (whole / tokens).exp()),
     # beside logits of zeros, whose squared error is the square of the whole model's logits
-    "logit_mse": (partial(_logit_sums, _square_sum, torch.zeros_like), lambda without, whole, tokens: without / whole),
+    "logit_mse": (_ERRORS, lambda without, whole, tokens: without / whole),
 }

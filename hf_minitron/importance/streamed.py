@@ -5,11 +5,11 @@ positions are the model's own. All batches go through a layer before the next on
 memory up to a budget, and beyond it on disk.
 """
 
-import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,18 +39,9 @@ def read_layers(
     device: torch.device,
     state_bytes: int,
     metrics: Mapping[str, Chosen],
-    moments: MutableMapping[str, Tensor] | Moments | None,
+    moments: Moments | None,
 ) -> tuple[PreTrainedConfig, torch.dtype, list[Reading]]:
-    """Run a checkpoint over all batches, layer by layer, with its taps open.
-
-    Args:
-        folder (`Path`): A model folder.
-        batches (`Sequence`): `input_ids` of shape `(batch, seq)`, and `attention_mask` where they are padded.
-        dtype (`torch.dtype`, *optional*): Of the weights; as they are stored when left out.
-        device (`torch.device`): Where a layer runs.
-        state_bytes (`int`): Memory for waiting states.
-        metrics (`Mapping`): Axis to its metric or its name; the default ones where left out.
-        moments (`MutableMapping`, *optional*): Where to put what corrections need, layer by layer.
+    """Run a checkpoint over all batches, layer by layer, with its taps open; put moments, where asked for, into `moments`.
 
     Returns:
         `tuple`: The config, the dtype, and the readings of what is scored.
@@ -78,16 +69,10 @@ def read_layers(
                     run_batch(model, batch, device)
                     check_activations(model, readings)
                     bar.update()
-            found = [_in_place(reading, layer) for reading in readings if reading.layer is not None or layer == layers - 1]
-            scores += take_moments(found, moments)
+            outside = [reading for reading in readings if reading.layer is None]
+            own = [replace(r, layer=layer, module=_name(r.module, layer)) for r in readings if r.layer is not None]
+            scores += take_moments(own + outside if layer == layers - 1 else own, moments)
     return config, dtype, scores
-
-
-def _in_place(reading: Reading, layer: int) -> Reading:
-    """Return a reading of a model of one layer with its place in the whole model."""
-    if reading.layer is None:
-        return reading
-    return dataclasses.replace(reading, layer=layer, module=_name(reading.module, layer))
 
 
 def _name(name: str, layer: int) -> str:

@@ -1,6 +1,6 @@
 """Taps: the places of a model where metrics read, one reading per axis and place."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,27 +27,16 @@ BOTH = ".both"
 
 @dataclass(frozen=True)
 class Reading:
-    """What one tap reads, and the metric that it is for; of routed experts' `ffn` one metric per expert.
-
-    Args:
-        axis (`str`): The axis.
-        layer (`int`, *optional*): The model's layer; `None` outside of the layers.
-        module (`str`): Full name of the module.
-        side (`str`): `INPUT`, `OUTPUT` or `BOTH`.
-        metrics (`list`): Its metrics.
-        sizes (`Mapping[str, int]`): The size of every axis.
-        dim (`Dim`, *optional*): The pattern of the last dimension of what is read, to view it by axis.
-        moment (`str`, *optional*): For a moment, what its name has after the module's.
-    """
+    """What one tap reads, and the metric that it is for; of routed experts' `ffn` one metric per expert."""
 
     axis: str
-    layer: int | None
+    layer: int | None  # `None` outside of the layers
     module: str
-    side: str
+    side: str  # INPUT, OUTPUT or BOTH
     metrics: list[Metric]
     sizes: Mapping[str, int]
-    dim: axes.Dim | None = None
-    moment: str | None = None
+    dim: axes.Dim | None = None  # of the last dimension of what is read, to view it by axis
+    moment: str | None = None  # of a moment, what its name has after the module's
 
     @property
     def routed(self) -> bool:
@@ -95,10 +84,7 @@ def open_taps(
 ) -> Iterator[list[Reading]]:
     """Feed metrics from a model's forward passes until the context ends; yield their readings.
 
-    Args:
-        model (`PreTrainedModel`): With or without its output head.
-        moments (`bool`, *optional*, defaults to `False`): Whether to read what corrections need as well.
-        metrics (`Mapping`, *optional*): Axis to its metric or its name; the default ones where left out.
+    `metrics` has an axis's metric or its name, where that is not the default one; `moments` are what corrections need as well.
     """
     architecture = Architecture.of(model.config)
     readings = [*_scores(model, architecture, metrics), *(_moments(architecture) if moments else ())]
@@ -171,8 +157,8 @@ def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> No
     )
 
 
-def take_moments(readings: Sequence[Reading], moments: MutableMapping[str, Tensor] | Moments) -> list[Reading]:
-    """Move what corrections need from readings to where moments are kept; return the other readings."""
+def take_moments(readings: Sequence[Reading], moments: Moments) -> list[Reading]:
+    """Move what corrections need from readings to `moments`; return the other readings."""
     for reading in readings:
         if reading.moment is not None:
             moments[reading.module + reading.moment] = reading.finish().contiguous()

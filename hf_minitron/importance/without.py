@@ -25,12 +25,7 @@ def layer_names(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def without_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[None]:
-    """Let some layers of a model be the identity until the context ends. Its other layers keep their numbers.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model of a known family, or its base model.
-        layers (`Iterable[int]`): The layers to leave out.
-    """
+    """Let some layers of a model be the identity until the context ends. Its other layers keep their numbers."""
     names = layer_names(model)
     with probe(model, instead={names[layer]: partial(_identity, layer) for layer in layers}):
         yield
@@ -46,35 +41,22 @@ def _identity(layer: int, visit: Visit) -> Tensor:
 
 
 class Removal(NamedTuple):
-    """What a model is run without.
+    """What a model is run without: contiguous layers, or a layer's attention or MLP."""
 
-    Args:
-        block (`range`): Contiguous layers; an empty one says where `zeroed` begins to matter.
-        zeroed (`tuple[str, ...]`): Projections behind it whose output is zeroed: a layer's attention or its MLP is gone then.
-    """
-
-    block: range
-    zeroed: tuple[str, ...] = ()
+    block: range  # an empty one says where `zeroed` begins to matter
+    zeroed: tuple[str, ...] = ()  # projections behind it whose output is zeroed
 
 
 @dataclass(frozen=True)
 class WholePass:
-    """One batch through the whole model, with the states that it leaves between the layers.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        inputs (`Mapping`): What its base model is called with.
-        real (`Tensor` of shape `(batch, seq)`): Where there is text and no padding.
-        states (`list[Tensor]`): The input of every layer and the output of the last, each `(batch, seq, hidden)`.
-        last (`Tensor` of shape `(tokens, hidden)`): The last hidden states of the text.
-    """
+    """One batch through the whole model, with the states that it leaves between the layers."""
 
     model: PreTrainedModel
-    inputs: Mapping
-    real: Tensor
-    states: list[Tensor]
-    last: Tensor
-    labels: Tensor
+    inputs: Mapping  # what its base model is called with
+    real: Tensor  # (batch, seq): where there is text and no padding
+    states: list[Tensor]  # the input of every layer and the output of the last, each (batch, seq, hidden)
+    last: Tensor  # (tokens, hidden): the last hidden states of the text
+    labels: Tensor  # (batch, seq)
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> "WholePass":

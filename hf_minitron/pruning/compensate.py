@@ -15,7 +15,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
-from hf_minitron.statistics import Residuals
+from hf_minitron.statistics import Moments, Residuals
 
 # What a query head's output dimension is made of.
 HEADS: axes.Dim = (("heads", "head_dim"),)
@@ -39,7 +39,7 @@ class Corrections:
     A moment is read, and factorised, once for all that read the same input (q, k, v and their biases), and then forgotten.
 
     Args:
-        moments (`Mapping[str, Tensor]`): `statistics.moments`.
+        moments (`Moments`): `statistics.moments`.
         names (`Sequence[str]`): Which of `CORRECTIONS`.
         architecture (`Architecture`): The teacher's.
         plan (`Plan`): What is kept.
@@ -49,7 +49,7 @@ class Corrections:
             mean energy of an input.
     """
 
-    moments: Mapping[str, Tensor]
+    moments: Moments
     names: Sequence[str]
     architecture: Architecture
     plan: Plan
@@ -194,7 +194,7 @@ class Corrections:
 def corrections_for(
     architecture: Architecture,
     plan: Plan,
-    moments: Mapping[str, Tensor],
+    moments: Moments,
     names: Sequence[str] = DEFAULT_CORRECTIONS,
     rotation: "Rotation | None" = None,  # noqa: F821
     residuals: Residuals | None = None,
@@ -206,12 +206,12 @@ def corrections_for(
     return Corrections(moments, names, architecture, plan, rotation, residuals)
 
 
-def _check_moments(moments: Mapping[str, Tensor], plan: Plan, architecture: Architecture) -> None:
+def _check_moments(moments: Moments, plan: Plan, architecture: Architecture) -> None:
     """Refuse moments that lack something, or are those of another model."""
     hidden = plan.before["hidden"]
     wanted = {norm: 1 for _, norm in architecture.taps("hidden")} | {read.moment: 2 for read in architecture.reads.values()}
     for name, dims in wanted.items():
-        shape = tuple(moments[name].shape) if name in moments else None
+        shape = moments.shapes.get(name)
         if shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != hidden:
             what = "none" if shape is None else f"those of shape {shape}"
             raise ValueError(f"Corrections need the moments of {name!r}, and statistics has {what}: score this model again")

@@ -5,19 +5,17 @@ It must not know moments or weights; a model's config and the axes that are cut 
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
-
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names
-from hf_minitron.statistics import Residuals
+from hf_minitron.statistics import Moments, Residuals
 
 
 def chosen_corrections(
     architecture: Architecture,
     plan: Plan,
-    moments: Mapping[str, Tensor] | None,
+    moments: Moments | None,
     corrections: Sequence[str] | None,
     residuals: Residuals | None,
 ) -> Sequence[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_minitron.architecture.architecture import HIDDEN, OUTPUT, Architecture, Parameter
 from hf_minitron.checkpoint import TensorSpec
 from hf_minitron.plan import Plan
+from hf_minitron.statistics import Moments
 from hf_minitron.tensors import Tensors
 
 
@@ -92,12 +93,12 @@ class RotatedTensors:
         return self.rotation(self.architecture.stored[name], self._tensors.read(self._source[name]))
 
 
-def rotated(tensors: Tensors, moments: Mapping[str, Tensor] | None, basis: Tensor | None = None) -> RotatedTensors:
+def rotated(tensors: Tensors, moments: Moments | None, basis: Tensor | None = None) -> RotatedTensors:
     """Rotate the stream onto the principal components of its normalised states, summed over all norms.
 
     Args:
         tensors (`Tensors`): The teacher's.
-        moments (`Mapping[str, Tensor]`, *optional*): `statistics.moments`; not needed with a basis.
+        moments (`Moments`, *optional*): `statistics.moments`; not needed with a basis.
         basis (`Tensor` of shape `(hidden, hidden)`, *optional*): Of a rotated plan, in place of one that is computed.
 
     Raises:
