@@ -256,3 +256,17 @@ def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_typ
     narrow = {name for name in linear if name.endswith(("q_b_proj", "kv_b_proj"))}  # read no hidden channels
     headless = {"lm_head"} if model_type == "opt" and changes else set()  # no norm outside of the layers: only sliced
     assert linear - corrected.keys() - narrow == headless
+
+
+def test_a_target_is_enough_where_statistics_choose():
+    teacher = tiny.model(dtype=torch.float32)
+    statistics, shape = calibrate(teacher, tiny.blocks(), moments=True), Architecture.of(teacher.config).shape
+    chosen = make_plan(statistics.scores, shape, shape.cut_to({"ffn": 32, "hidden": 24}))
+    expected = prune_model(teacher, chosen, statistics).state_dict()
+    found = prune_model(teacher, {"ffn": 32, "hidden": 24}, statistics).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"plan: the sizes \{'ffn': 32\} need statistics to choose by"):
+        prune_model(teacher, {"ffn": 32})
+    with pytest.raises(ValueError, match="intermediate: not an axis of this model"):
+        prune_model(teacher, {"intermediate": 32}, statistics)
