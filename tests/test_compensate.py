@@ -1,11 +1,14 @@
 """Corrections after pruning, against least squares on the data itself."""
 
+from collections import Counter
+
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
@@ -270,3 +273,22 @@ def test_a_target_is_enough_where_statistics_choose():
         prune_model(teacher, {"ffn": 32})
     with pytest.raises(ValueError, match="intermediate: not an axis of this model"):
         prune_model(teacher, {"intermediate": 32}, statistics)
+
+
+def test_a_name_is_matched_once_and_a_moment_factorised_once(tmp_path, monkeypatch):
+    """Three layers of Qwen2: what attention, the output, the MLP and down_proj read in each, less the uncut heads; the head."""
+    teacher = tiny.model("qwen2", dtype=torch.float32, rms_norm_eps=1.5e-6)  # no other test's: architectures are kept
+    teacher.save_pretrained(tmp_path / "teacher")
+    counts = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: counts.update([name]) or original(*args, **kwargs))
+
+    counted(axes, "match")
+    statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    counted(torch.linalg, "cholesky")
+    prune_checkpoint(tmp_path / "teacher", {"hidden": 24, "ffn": 32}, tmp_path / "student", statistics=statistics)
+    assert counts["cholesky"] == 3 * 3 + 1
+    prune_model(teacher, {"hidden": 24, "ffn": 32}, statistics)
+    assert counts["match"] == len(Architecture.of(teacher.config).parameters) == 39
