@@ -1,6 +1,6 @@
 """`Plan`: the indices that stay, from scores and a target shape.
 
-Per layer for `ffn`, `experts` and `heads` (inside their KV group), one global order for `hidden`: what the reference code of
+Per layer for `ffn`, `experts` and `heads` (inside their KV group), one order for `hidden`: what the reference code of
 2407.14679 does (its text sums all layers into one network-wide score).
 """
 
@@ -168,11 +168,7 @@ def copy_plan(source: Path, target: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan:

@@ -15,12 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
-    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
     load_text,
-    make_plan,
     prune_model,
     token_blocks,
 )
@@ -60,9 +58,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     cache = Path(training.output_dir) / "cache"
     statistics = calibrate(teacher, calibration, moments=True)
-    shape = Architecture.of(teacher.config).shape
-    plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": script.ffn}))
-    student = prune_model(teacher, plan, statistics)
+    student = prune_model(teacher, {"ffn": script.ffn}, statistics)
 
     # 2. The teacher itself, or its likeliest tokens with the mass of the rest.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, script.tokens, seed=training.seed)

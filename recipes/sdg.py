@@ -16,12 +16,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
-    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
     load_text,
-    make_plan,
     prune_model,
     token_blocks,
 )
@@ -73,9 +71,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     # 1. A student, as in width.py.
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     statistics = calibrate(teacher, calibration, moments=True)
-    shape = Architecture.of(teacher.config).shape
-    plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": script.ffn}))
-    student = prune_model(teacher, plan, statistics)
+    student = prune_model(teacher, {"ffn": script.ffn}, statistics)
 
     # 2. The teacher goes on from the beginnings of documents.
     texts = written(script, teacher, tokenizer, documents["train"], training.seed)

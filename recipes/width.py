@@ -16,12 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_minitron import (
-    Architecture,
     DistillationArguments,
     DistillationTrainer,
     calibrate,
     load_text,
-    make_plan,
     prune_model,
     token_blocks,
 )
@@ -55,9 +53,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     statistics = calibrate(teacher, calibration, moments=True)
 
     # 2. Keep the best-scored channels; what stays takes over what it can from what goes.
-    shape = Architecture.of(teacher.config).shape
-    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": script.hidden, "ffn": script.ffn}))
-    student = prune_model(teacher, plan, statistics)
+    student = prune_model(teacher, {"hidden": script.hidden, "ffn": script.ffn}, statistics)
 
     # 3. Let the student learn from the teacher.
     blocks = token_blocks(documents["train"], tokenizer, script.block_size, seed=training.seed)

@@ -1,11 +1,14 @@
 """Corrections after pruning, against least squares on the data itself."""
 
+from collections import Counter
+
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
@@ -256,3 +259,36 @@ def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_typ
     narrow = {name for name in linear if name.endswith(("q_b_proj", "kv_b_proj"))}  # read no hidden channels
     headless = {"lm_head"} if model_type == "opt" and changes else set()  # no norm outside of the layers: only sliced
     assert linear - corrected.keys() - narrow == headless
+
+
+def test_a_target_is_enough_where_statistics_choose():
+    teacher = tiny.model(dtype=torch.float32)
+    statistics, shape = calibrate(teacher, tiny.blocks(), moments=True), Architecture.of(teacher.config).shape
+    chosen = make_plan(statistics.scores, shape, shape.cut_to({"ffn": 32, "hidden": 24}))
+    expected = prune_model(teacher, chosen, statistics).state_dict()
+    found = prune_model(teacher, {"ffn": 32, "hidden": 24}, statistics).state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"plan: the sizes \{'ffn': 32\} need statistics to choose by"):
+        prune_model(teacher, {"ffn": 32})
+    with pytest.raises(ValueError, match="intermediate: not an axis of this model"):
+        prune_model(teacher, {"intermediate": 32}, statistics)
+
+
+def test_a_name_is_matched_once_and_a_moment_factorised_once(tmp_path, monkeypatch):
+    """Three layers of Qwen2: what attention, the output, the MLP and down_proj read in each, less the uncut heads; the head."""
+    teacher = tiny.model("qwen2", dtype=torch.float32, rms_norm_eps=1.5e-6)  # no other test's: architectures are kept
+    teacher.save_pretrained(tmp_path / "teacher")
+    counts = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: counts.update([name]) or original(*args, **kwargs))
+
+    counted(axes, "match")
+    statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    counted(torch.linalg, "cholesky")
+    prune_checkpoint(tmp_path / "teacher", {"hidden": 24, "ffn": 32}, tmp_path / "student", statistics=statistics)
+    assert counts["cholesky"] == 3 * 3 + 1
+    prune_model(teacher, {"hidden": 24, "ffn": 32}, statistics)
+    assert counts["match"] == len(Architecture.of(teacher.config).parameters) == 39

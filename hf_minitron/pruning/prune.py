@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.student import student_config
+from hf_minitron.architecture.student import check_target, student_config
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
-from hf_minitron.plan import Plan
+from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
 from hf_minitron.pruning.rotate import rotated
@@ -23,7 +23,7 @@ from hf_minitron.tensors import CheckpointTensors, ModelTensors, Tensors
 
 def prune_model(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: Plan | Mapping[str, int],
     statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
     residuals: Residuals | None = None,
@@ -32,7 +32,8 @@ def prune_model(
 
     Args:
         model (`PreTrainedModel`): The teacher.
-        plan (`Plan`): What is kept, from `make_plan`.
+        plan (`Plan` or `Mapping[str, int]`): What is kept, from `make_plan`; or the new size of some axes, of which what the
+            statistics score best is kept.
         statistics (`Statistics`, *optional*): Of `calibrate(..., moments=True)`; no corrections without it.
         corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with
             statistics, those of the three that cost no parameter which apply, by default.
@@ -49,8 +50,7 @@ def prune_model(
     Example:
 
     ```python
-    >>> shape = Architecture.of(teacher.config).shape
-    >>> student = prune_model(teacher, make_plan(statistics.scores, shape, shape.cut_to({"ffn": 1152})))
+    >>> student = prune_model(teacher, {"ffn": 1152}, statistics)
     >>> student.config.intermediate_size
     1152
     ```
@@ -70,9 +70,9 @@ def prune_model(
 
 
 def prune_checkpoint(
-    source: Path,
-    plan: Plan,
-    target: Path,
+    source: str | Path,
+    plan: Plan | Mapping[str, int],
+    target: str | Path,
     max_shard_bytes: int = 5_000_000_000,
     statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
@@ -81,11 +81,10 @@ def prune_checkpoint(
     """Prune a model folder into a new folder, tensor by tensor.
 
     Args:
-        source (`Path`): The teacher's folder.
-        plan (`Plan`): What is kept.
-        target (`Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`, which,
-            loaded and applied with the same statistics and corrections, gives the same student. It has its name only once it
-            is complete.
+        source (`str` or `Path`): The teacher's folder.
+        plan (`Plan` or `Mapping[str, int]`): As for `prune_model`.
+        target (`str` or `Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`,
+            which, applied with the same statistics and corrections, gives the same student. It has its name once complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
         statistics (`Statistics`, *optional*): As for `prune_model`.
         corrections (`Sequence[str]`, *optional*): As for `prune_model`.
@@ -98,17 +97,17 @@ def prune_checkpoint(
     student = student_config(tensors.architecture, edit)
     pruned = list(prune_tensors(tensors, edit, corrections))
     specs = {name: spec for name, spec, _ in pruned}
-    with complete_or_absent(target) as folder:
+    with complete_or_absent(Path(target)) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, ((name, pieces) for name, _, pieces in pruned), max_shard_bytes)
         save_config(student, folder, dtype=stored_dtype(specs.values()))
-        copy_side_files(source, folder)
+        copy_side_files(Path(source), folder)
         edit.save(folder / "plan.json")
 
 
 def _edited(
     tensors: Tensors,
-    plan: Plan,
+    plan: Plan | Mapping[str, int],
     statistics: Statistics | None,
     corrections: Sequence[str] | None,
     residuals: Residuals | None,
@@ -119,6 +118,12 @@ def _edited(
         ValueError: as `prune_model`.
     """
     shape = tensors.architecture.shape
+    if not isinstance(plan, Plan):
+        if statistics is None:
+            raise ValueError(f"plan: the sizes {dict(plan)} need statistics to choose by: calibrate(model, ...) measures them")
+        after = shape.cut_to(plan)
+        check_target(tensors.architecture, after)
+        plan = make_plan(statistics.scores, shape, after)
     if plan.before != shape:
         raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
     if not isinstance(statistics, Statistics | None):
