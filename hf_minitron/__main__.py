@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
-from hf_minitron.chain import check_chain, outlines, stand_in
+from hf_minitron.chain import check_chain, placeholder_models, with_placeholders
 from hf_minitron.checkpoint import resolve
 from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
@@ -143,7 +143,7 @@ def plan_text(run: Run) -> str:
     if args.nonuniform is not None:
         share = f"{args.nonuniform:.0%} of the layers' parameters stay"
         inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact
-    if prune.rotates(args):
+    if prune.uses_rotation(args):
         inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
     return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
 
@@ -155,13 +155,13 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
     with TemporaryDirectory() as scratch:
         made: dict[Path, Path] = {}
         for number, run in enumerate(runs):
-            ahead = stand_in(run, made)
+            ahead = with_placeholders(run, made)
             try:
                 run.check_owner()
                 run.check_free()
                 check_stages(ahead, list(own_stages(run)), push)
                 if run is not runs[-1]:
-                    made |= outlines(run, ahead, Path(scratch) / str(number))
+                    made |= placeholder_models(run, ahead, Path(scratch) / str(number))
                 print(f"{run.recipe_path}: {time_allows(ahead, own_stages(ahead), estimate=True)[1]}\n", flush=True)
             except ValueError as error:
                 raise RecipeError(f"{run.recipe_path}: {error}") from error

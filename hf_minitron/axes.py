@@ -1,6 +1,6 @@
 """The grammar of the axis map: patterns such as `"(heads head_dim) hidden"`, matching parameter names, taking indices.
 
-It must not know any model, file or score. A pattern has one token per tensor dimension, C-ordered as in einops.
+A pattern has one token per tensor dimension, C-ordered as in einops.
 """
 
 import math
@@ -200,14 +200,14 @@ def match(name: str, rows: Sequence[str] | Mapping[str, str]) -> tuple[str, dict
     return None
 
 
-def kind_of(placeholder: str) -> str:
+def axis_of_placeholder(placeholder: str) -> str:
     """Return the axis that a placeholder counts along: `{dense_layers}` and `{moe_layers}` are layers too."""
     return "layers" if placeholder.endswith("layers") else placeholder
 
 
-def layer_in(indices: Mapping[str, int]) -> int | None:
+def layer_index(indices: Mapping[str, int]) -> int | None:
     """Return the layer among the indices of a matched name; `None` outside of the layers."""
-    return next((index for placeholder, index in indices.items() if kind_of(placeholder) == "layers"), None)
+    return next((index for placeholder, index in indices.items() if axis_of_placeholder(placeholder) == "layers"), None)
 
 
 def placeholders(row: str) -> tuple[str, ...]:

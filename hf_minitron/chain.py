@@ -27,7 +27,7 @@ def check_chain(runs: Sequence[Run], overrides: Mapping[str, Any]) -> None:
             raise RecipeError(f"{run.recipe_path}: another recipe of the chain has the folder {run.folder} too; set `run:`")
 
 
-def stand_in(run: Run, made: Mapping[Path, Path]) -> Run:
+def with_placeholders(run: Run, made: Mapping[Path, Path]) -> Run:
     """Return a run whose recipe names stand-ins in place of what earlier runs will make."""
 
     def replaced(value: Any) -> Any:
@@ -40,7 +40,7 @@ def stand_in(run: Run, made: Mapping[Path, Path]) -> Run:
     return dataclasses.replace(run, model=replaced(run.model), recipe=replaced(dict(run.recipe)))
 
 
-def outlines(run: Run, ahead: Run, folder: Path) -> dict[Path, Path]:
+def placeholder_models(run: Run, ahead: Run, folder: Path) -> dict[Path, Path]:
     """Return what stands in for the models that a run will make: its student's outline, and its teacher for the corrected one.
 
     Args:

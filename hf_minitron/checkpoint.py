@@ -1,7 +1,4 @@
-"""Checkpoints on disk: safetensors shards read lazily and written as a stream, folders complete or absent.
-
-It must not know an axis or a stage.
-"""
+"""Checkpoints on disk: safetensors shards read lazily and written as a stream, folders complete or absent."""
 
 import errno
 import json
@@ -192,7 +189,7 @@ def _header(shard: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_outline(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+def write_sparse_checkpoint(folder: Path, specs: Mapping[str, TensorSpec]) -> None:
     """Write `model.safetensors` with a hole in place of its data: names and shapes are real, and it takes next to no disk."""
     with (folder / "model.safetensors").open("wb") as file:
         file.write(_header(specs))

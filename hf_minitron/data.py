@@ -1,6 +1,6 @@
 """Text to token blocks: the one form in which calibration, distillation and perplexity read text.
 
-It must not know a model. Documents are packed one after another with the end token between them and cut into blocks of equal
+Documents are packed one after another with the end token between them and cut into blocks of equal
 length, so that no block is padded. Where the tokenizer begins a text with a BOS token, so does every document and every block:
 some models (Gemma) read nothing well that does not begin with it. Blocks are made at once, or, of a stream, as they are
 asked for.

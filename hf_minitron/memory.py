@@ -1,4 +1,4 @@
-"""The process's allocator, and how much memory is free. It must not know what is allocated."""
+"""The process's allocator, and how much memory is free."""
 
 import ctypes
 import os

@@ -103,8 +103,8 @@ class Plan:
                 return None
             if "ffn" in kept:
                 kept["ffn"] = kept["ffn"][self.position("experts", expert, layer)]
-        lost = bool(self.by_layer)  # an empty list is a half that goes, not one that this layer never had
-        return {axis: torch.tensor(indices, dtype=torch.long) for axis, indices in kept.items() if indices or lost} | hidden
+        removed = bool(self.by_layer)  # an empty list is a removed sublayer, not one that this layer never had
+        return {axis: torch.tensor(indices, dtype=torch.long) for axis, indices in kept.items() if indices or removed} | hidden
 
     @cached_property
     def _hidden(self) -> Tensor:

@@ -1,6 +1,6 @@
 """`Shape`: the size of every axis of one model; which cuts are legal, and what a shape costs.
 
-It must not know a model type or a score: families hand it their rows. Costs are counted from the rows' patterns alone.
+Costs are counted from the patterns of a family's rows alone.
 """
 
 import difflib
@@ -102,13 +102,13 @@ class Shape:
         problems = [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
-        after = Shape(self._followed({**self.sizes, **target}, target))
+        after = Shape(self._with_dependent_sizes({**self.sizes, **target}, target))
         problems = [*self._head_problems(after), *after._expert_problems()]
         if problems:
             raise ShapeError("; ".join(problems))
         return after
 
-    def _followed(self, after: dict[str, int], target: Mapping[str, int]) -> dict[str, int]:
+    def _with_dependent_sizes(self, after: dict[str, int], target: Mapping[str, int]) -> dict[str, int]:
         """Let the sizes that depend on others follow them, unless the target names them."""
         if "kv_heads" in self.sizes:
             group = self["heads"] // self["kv_heads"]

@@ -1,7 +1,4 @@
-"""The small files of a model's folder: which go with what is made of it, and whether config.json can be that of a model.
-
-It must not know an axis, a weight or a stage.
-"""
+"""The small files of a model's folder: which go with what is made of it, and whether config.json can be that of a model."""
 
 import json
 import logging

@@ -1,7 +1,4 @@
-"""Documents from files or from a dataset on the Hub: one per row, in a column `text`.
-
-It must not know a tokenizer.
-"""
+"""Documents from files or from a dataset on the Hub: one per row, in a column `text`."""
 
 import copy
 import dataclasses

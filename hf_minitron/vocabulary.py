@@ -1,7 +1,4 @@
-"""Whether two tokenizers are the same for the ids that models have, and whether a text keeps to these ids.
-
-It must not know a model.
-"""
+"""Whether two tokenizers are the same for the ids that models have, and whether a text keeps to these ids."""
 
 import json
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_minitron import __main__ as command
-from hf_minitron.chain import outlines
+from hf_minitron.chain import placeholder_models
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
@@ -91,7 +91,7 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
             more = {"model": str(tied), "run": str(tmp_path / f"first-{corrections[0]}-{len(target)}")}
             path, _ = chain(first={"prune": {"target": target, "corrections": corrections}, **more})
             run = load_recipe(Path(path), {}, {name: stage.args for name, stage in command.STAGES.items()})
-            made = outlines(run, run, run.folder.with_suffix(".outline"))
+            made = placeholder_models(run, run, run.folder.with_suffix(".outline"))
             for stage in ("score", "prune"):
                 assert main([stage, path]) == 0
             real, outline = run.path("prune") / "student", made[(run.path("publish") / "model").resolve()]

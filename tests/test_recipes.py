@@ -30,7 +30,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
 from hf_minitron.chain import outlines, stand_in
-from hf_minitron.checkpoint import TensorSpec, write_outline
+from hf_minitron.checkpoint import TensorSpec, write_sparse_checkpoint
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.formats import text_files
@@ -172,7 +172,7 @@ def write_holes(folder):
     shapes, files = outline(AutoConfig.from_pretrained(folder)).parameters, {}
     for number, start in enumerate(range(0, len(shapes), 40)):
         names = [*shapes][start : start + 40]
-        write_outline(folder, {name: TensorSpec("BF16", shapes[name]) for name in names})
+        write_sparse_checkpoint(folder, {name: TensorSpec("BF16", shapes[name]) for name in names})
         files |= dict.fromkeys(names, f"model-{number}.safetensors")
         (folder / "model.safetensors").rename(folder / files[names[0]])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))

@@ -141,7 +141,7 @@ def test_speed_is_predicted_from_a_few_shapes():
     before, rows, _ = space()
     legal = search.legal_shapes(before, GRID, {})
     truth = lambda shape: 1 / (2e-4 + 3e-4 * shape["layers"] + 1e-8 * shape.flops_per_token(rows))  # noqa: E731
-    probes = search.ladder(legal, lambda shape: shape["hidden"] != 24, rows, 5)
+    probes = search.size_probes(legal, lambda shape: shape["hidden"] != 24, rows, 5)
     assert len(probes) == 5 and all(shape["hidden"] != 24 for shape in probes)
     speed = search.fit_speed(probes, [truth(shape) for shape in probes], rows)
     for _, shape in legal:

@@ -179,7 +179,7 @@ class Architecture:
     @cached_property
     def _layers(self) -> list[str]:
         """The modules of the layers."""
-        row = next(row for row in self.rows if "layers" in map(axes.kind_of, axes.placeholders(row)))
+        row = next(row for row in self.rows if "layers" in map(axes.axis_of_placeholder, axes.placeholders(row)))
         stem = row[: row.index("{")]
         return [f"{stem}{layer}" for layer in range(self.shape["layers"])]
 

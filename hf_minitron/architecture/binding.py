@@ -47,7 +47,7 @@ class Parameter:
     @property
     def layer(self) -> int | None:
         """The layer; `None` outside of the layers."""
-        return axes.layer_in(self.indices)
+        return axes.layer_index(self.indices)
 
     @property
     def expert(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What a config says that cannot be pruned. It must not know a family's table."""
+"""Configs that cannot be pruned, and why."""
 
 import inspect
 from collections.abc import Container

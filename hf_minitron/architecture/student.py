@@ -45,9 +45,9 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     """
     if plan.by_layer:
         return _nonuniform(architecture.config, plan)
-    student, reason = _hold(architecture, plan.after, plan.kept_layers)
+    student, reason = _try_config(architecture, plan.after, plan.kept_layers)
     if student is None and architecture.family.fallback_config:
-        student, _ = _hold(architecture, plan.after, plan.kept_layers, architecture.family.fallback_config)
+        student, _ = _try_config(architecture, plan.after, plan.kept_layers, architecture.family.fallback_config)
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
     return student
@@ -73,7 +73,7 @@ def _nonuniform(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     return student
 
 
-def _hold(
+def _try_config(
     architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
 ) -> tuple[PreTrainedConfig | None, str]:
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
@@ -110,8 +110,13 @@ def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -
     expected = {}
     for parameter in architecture.parameters.values():
         indices = parameter.indices
-        places = {axis: layers.index(i) if axes.kind_of(axis) == "layers" and i in layers else i for axis, i in indices.items()}
-        dropped = any(i not in layers if axes.kind_of(axis) == "layers" else i >= after[axis] for axis, i in indices.items())
+        places = {
+            axis: layers.index(i) if axes.axis_of_placeholder(axis) == "layers" and i in layers else i
+            for axis, i in indices.items()
+        }
+        dropped = any(
+            i not in layers if axes.axis_of_placeholder(axis) == "layers" else i >= after[axis] for axis, i in indices.items()
+        )
         if not dropped:
             expected[parameter.row.format_map(places)] = axes.tensor_shape(parameter.pattern, after.sizes)
     return expected
@@ -133,7 +138,7 @@ def _advice(architecture: Architecture, after: Shape, reason: str) -> str:
         same = (n, h) == (before["hidden"], before["heads"])
         if same or len(legal) == 2 or any(target[axis] > before[axis] or target[axis] < 1 for axis in target):
             continue
-        if _hold(architecture, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
+        if _try_config(architecture, Shape({**after.sizes, **target, "layers": 1}), [0])[0] is not None:
             kv = f" and kv_heads={h // group}" if target.get("kv_heads", after.kv_groups) != after.kv_groups else ""
             legal.append(f"hidden={n} with heads={h}{kv}")
     advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"

@@ -1,7 +1,6 @@
 """What a model loses with a layer or a contiguous block of layers: measured by running it without them.
 
-Removing each of L layers costs L + L (L - 1) / 2 layer forwards, about half of L passes. It must not know where a text comes
-from, nor what a plan makes of the scores.
+Removing each of L layers costs L + L (L - 1) / 2 layer forwards, about half of L passes.
 """
 
 import itertools

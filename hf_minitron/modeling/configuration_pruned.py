@@ -1,4 +1,4 @@
-"""`PrunedConfig`: a Llama-style model whose layers differ in heads, KV heads and inner width, or lack a half.
+"""`PrunedConfig`: a Llama-style model whose layers differ in heads, KV heads and inner width, or lack a sublayer.
 
 Copied beside saved models, so it imports nothing of hf_minitron.
 """
@@ -61,8 +61,8 @@ class PrunedConfig(PreTrainedConfig):
     """Configuration of a nonuniform Llama-style model.
 
     `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the largest of all layers, for tools that read
-    them; the lists beside them say what each layer has. 0 means that a layer lacks this half, its norm included. What is not
-    given follows: lists from the largest sizes, these from the lists.
+    them; the lists beside them say what each layer has. 0 means that a layer lacks this sublayer, its norm included. What is
+    not given follows: lists from the largest sizes, these from the lists.
 
     Args:
         layer_num_attention_heads (`list[int]`, *optional*): Query heads per layer; 0 for a layer without attention.
@@ -165,7 +165,9 @@ class PrunedConfig(PreTrainedConfig):
             if len(sizes) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(sizes)} entries; it needs one for each of {self.num_hidden_layers} layers")
             if any(type(size) is not int or size < 0 for size in sizes) or not any(sizes):
-                raise ValueError(f"{name} must hold integers, 0 where a layer lacks this half, and not in every layer: {sizes}")
+                raise ValueError(
+                    f"{name} must hold integers, 0 where a layer lacks this sublayer, and not in every layer: {sizes}"
+                )
             if largest not in (None, max(sizes)):
                 raise ValueError(f"{key} is {largest}, but the largest of {name} is {max(sizes)}; leave {key} out")
         pairs = zip(self.layer_num_attention_heads, self.layer_num_key_value_heads, strict=True)

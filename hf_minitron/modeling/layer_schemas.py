@@ -1,7 +1,7 @@
 """Per-layer sizes in other projects' words: transformers' `per_layer_config`, NVIDIA's `block_configs`, plain layer lists.
 
-Every function reads or makes `sizes`: the three per-layer lists of `PrunedConfig` by name, where 0 means that this half of a
-layer is absent. Copied beside saved models, so it imports nothing of hf_minitron.
+Every function reads or makes `sizes`: the three per-layer lists of `PrunedConfig` by name, where 0 means that this sublayer
+of a layer is absent. Copied beside saved models, so it imports nothing of hf_minitron.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def to_per_layer_config(sizes: Sizes) -> dict[int, dict]:
     found = {}
     for layer in range(len(sizes[HEADS])):
         own = {key: sizes[name][layer] for key, name in LIST_OF.items()}
-        skip = [half for half, keys in SKIPPED.items() if not own[keys[0]]]
+        skip = [part for part, keys in SKIPPED.items() if not own[keys[0]]]
         changes = {key: size for key, size in own.items() if size and size != largest[key]}
         if changes or skip:
             found[layer] = changes | ({"skip": skip} if skip else {})
@@ -41,13 +41,13 @@ def from_per_layer_config(per_layer: Mapping[int | str, Mapping], largest: Mappi
     per_layer = {int(layer): dict(changes) for layer, changes in per_layer.items()}
     strange = [layer for layer in per_layer if not 0 <= layer < layers]
     unknown = {key for changes in per_layer.values() for key in changes} - {*LIST_OF, "skip"}
-    unknown |= {half for changes in per_layer.values() for half in changes.get("skip", ())} - SKIPPED.keys()
+    unknown |= {part for changes in per_layer.values() for part in changes.get("skip", ())} - SKIPPED.keys()
     if strange or unknown:
         raise ValueError(f"per_layer_config may hold layers 0 to {layers - 1} with {', '.join(LIST_OF)}, and skip with "
                          f"{', '.join(SKIPPED)}; it holds {strange or sorted(unknown)}")  # fmt: skip
     sizes = {name: [largest[key]] * layers for key, name in LIST_OF.items()}
     for layer, changes in per_layer.items():
-        own = dict.fromkeys((key for half in changes.pop("skip", ()) for key in SKIPPED[half]), 0)
+        own = dict.fromkeys((key for part in changes.pop("skip", ()) for key in SKIPPED[part]), 0)
         for key, size in (changes | own).items():
             sizes[LIST_OF[key]][layer] = size
     return sizes

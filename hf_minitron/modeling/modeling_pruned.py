@@ -103,7 +103,7 @@ class PrunedAttention(nn.Module):
 
 
 class PrunedDecoderLayer(GradientCheckpointingLayer):
-    """One layer; a half that its config gives no size is not there, and neither is its norm."""
+    """One layer; a sublayer that its config gives no size is absent, and so is its norm."""
 
     def __init__(self, config: PrunedConfig, layer_idx: int):
         super().__init__()

@@ -1,6 +1,6 @@
 """Nonuniform allocation: one choice in every group, the least total error that the budget can pay.
 
-It must not know what a group or a choice is: a layer's MLP and its widths, say, with the error of each width measured before.
+Groups and choices may be anything: a layer's MLP and its widths, say, with the error of each width measured before.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Corrections: what the kept weights can take over from the dropped ones, from statistics of forward passes only.
+"""Corrections: least-squares reconstruction and its like, which change the kept weights by statistics of forward passes.
 
-A correction keeps the student's shape: the result is still a stock checkpoint. It must not know how the plan was made.
+A correction keeps the student's shape: the result is still a stock checkpoint.
 """
 
 from collections import Counter

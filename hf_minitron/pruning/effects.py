@@ -1,6 +1,6 @@
 """Which corrections have an effect on a cut: one that was asked for and has none is refused by name, before any weight is read.
 
-It must not know moments or weights; a model's config and the axes that are cut are all it looks at.
+It decides from a model's config and the axes that are cut alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence

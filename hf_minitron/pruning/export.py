@@ -1,6 +1,6 @@
 """Export: a nonuniform model padded with zeros to a uniform stock checkpoint with equal logits, which every engine loads.
 
-It costs the memory and the speed of the largest layer. It must not know why the layers differ.
+It costs the memory and the speed of the largest layer.
 """
 
 import dataclasses
@@ -95,9 +95,9 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     padding, checkpoint = _padding_of(config), Checkpoint(source)
     dtype = checkpoint.specs["model.embed_tokens.weight"].dtype
     shapes, present = outline(padding.config).parameters, outline(config).parameters
-    lost = [name for name in present if name not in checkpoint.specs]
-    if lost:
-        raise ValueError(f"The checkpoint {source} lacks the parameter {lost[0]!r}")
+    absent = [name for name in present if name not in checkpoint.specs]
+    if absent:
+        raise ValueError(f"The checkpoint {source} lacks the parameter {absent[0]!r}")
     specs = {
         name: TensorSpec(checkpoint.specs[name].dtype if name in present else dtype, shape) for name, shape in shapes.items()
     }
@@ -115,7 +115,7 @@ def _padded_tensors(
     for name, spec in specs.items():
         row, indices = axes.match(name, _ROWS)
         if name in present:
-            yield name, [padding.pad(checkpoint.read(name), row, axes.layer_in(indices))]
+            yield name, [padding.pad(checkpoint.read(name), row, axes.layer_index(indices))]
         else:
             fill = torch.ones if "norm" in row else torch.zeros
             yield name, [fill(spec.shape, dtype=DTYPES[spec.dtype])]
@@ -142,7 +142,7 @@ def _padding_of(config: PrunedConfig) -> _Padding:
     for changes in [{}, fallback] if fallback else [{}]:
         try:
             stock = _stock_config(config, after, changes)
-            wrong = _unlike(stock, config)
+            wrong = _config_mismatch(stock, config)
         except Exception as error:  # config classes and modules raise their own kinds
             wrong = " ".join(str(error).split())
         if not wrong:
@@ -170,7 +170,7 @@ def _stock_config(config: PrunedConfig, after: Mapping[str, int], changes: Mappi
     return stock
 
 
-def _unlike(stock: PreTrainedConfig, config: PrunedConfig) -> str:
+def _config_mismatch(stock: PreTrainedConfig, config: PrunedConfig) -> str:
     """Return what a stock config cannot say of a nonuniform one, sizes apart; empty when its model gives equal logits."""
     outline(stock)  # its class may refuse the shape only now
     back = PrunedConfig.from_stock(stock)

@@ -1,6 +1,6 @@
 """Sizes that differ from layer to layer: what every size of a layer's MLP and attention would cost, and the best for a budget.
 
-An error curve says how much of a projection's output is lost at several sizes after least squares; removing the whole
+An error curve says the relative error of a projection's output at several sizes after least squares; removing the whole
 sublayer tells what that output is worth.
 """
 
@@ -28,7 +28,7 @@ class Choice:
 
     Args:
         sizes (`Mapping[str, int]`): `ffn`, or `heads` and `kv_heads`; 0 for none.
-        relative_error (`float`): Share of the projection's output energy that is lost, from 0 to 1.
+        relative_error (`float`): Share of the projection's output energy that is missing, from 0 to 1.
     """
 
     sizes: Mapping[str, int]
@@ -56,7 +56,8 @@ def error_curves(
     before, scores, moments = architecture.shape, statistics.scores, statistics.moments
     curves: dict[tuple[str, int], list[Choice]] = {}
     plans = {
-        axis: [(sizes, _alike(scores, before, sizes)) for sizes in _sizes(before, axis, steps)] for axis in ("heads", "ffn")
+        axis: [(sizes, _uniform_plan(scores, before, sizes)) for sizes in _sizes(before, axis, steps)]
+        for axis in ("heads", "ffn")
     }
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
@@ -114,7 +115,7 @@ def allocate_layers(
     Returns:
         `dict[str, list[int]]`: `heads`, `kv_heads` and `ffn`, for `make_nonuniform_plan`.
     """
-    # what a removal seems to gain is noise, but a little is always lost
+    # what a removal seems to gain is noise, but it always costs a little
     worth = {(axis, layer): max(float(sublayer_costs[axis][layer]), 1e-6) for axis, layer in curves}
     options = {
         place: [(sublayer_parameters(architecture, choice.sizes), choice.relative_error * worth[place]) for choice in choices]
@@ -139,7 +140,7 @@ def nonuniform_plan(
     return make_nonuniform_plan(statistics.scores, architecture.shape, sizes)
 
 
-def _alike(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, int]) -> Plan:
+def _uniform_plan(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, int]) -> Plan:
     """Return the plan that gives every layer the same sizes."""
     return make_nonuniform_plan(scores, before, {axis: [size] * before["layers"] for axis, size in sizes.items()})
 

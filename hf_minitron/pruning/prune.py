@@ -184,7 +184,7 @@ def _destination(
         return None, None
     places = {}
     for placeholder, index in parameter.indices.items():
-        axis = axes.kind_of(placeholder)
+        axis = axes.axis_of_placeholder(placeholder)
         if axis in keep and index not in keep[axis]:
             return None, None
         places[placeholder] = plan.position(axis, index, layer)

@@ -1,7 +1,7 @@
 """One rotation of the whole residual stream onto its principal components, folded into the weights (SliceGPT, 2401.15024).
 
 The rotated teacher computes the same and is a stock checkpoint: every norm's weight is folded into the projections that read
-it, and the head is no longer tied. A cut of `hidden` then drops the directions that hold least. It must not know about files.
+it, and the head is no longer tied. A cut of `hidden` then drops the directions that hold least.
 """
 
 from collections.abc import Iterable, Mapping

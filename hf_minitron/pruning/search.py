@@ -189,7 +189,7 @@ def candidates(
     """
     many = Shape({axis: np.array([shape[axis] for _, shape in legal]) for axis in legal[0][1].sizes})
     counted = {name: np.broadcast_to(costs[name](many), len(legal)) for name in limits}
-    used = use_of(counted, limits)
+    used = budget_fraction(counted, limits)
     (near,) = np.nonzero(np.abs(used - 1) <= tolerance)
     if not len(near):
         i = int(np.abs(used - 1).argmin())
@@ -202,7 +202,7 @@ def candidates(
     return [Candidate(*legal[i], {name: values[i].item() for name, values in counted.items()}) for i in near]
 
 
-def use_of(costs: Mapping[str, object], limits: Mapping[str, float]):
+def budget_fraction(costs: Mapping[str, object], limits: Mapping[str, float]):
     """Return the share of the tightest budget that costs use up; of a speed, what is wanted over what is reached."""
     shares = [limits[name] / costs[name] if name in SPEEDS else costs[name] / limits[name] for name in limits]
     return np.maximum.reduce(shares)
@@ -250,7 +250,9 @@ def kept_share(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, 
     return sum((values.gather(-1, kept).sum() / values.sum()).item() for values, kept in pairs) / len(pairs)
 
 
-def ladder(legal: Sequence[tuple[Mapping, Shape]], holds: Callable[[Shape], bool], rows: Mapping, count: int) -> list[Shape]:
+def size_probes(
+    legal: Sequence[tuple[Mapping, Shape]], holds: Callable[[Shape], bool], rows: Mapping, count: int
+) -> list[Shape]:
     """Return a few shapes from the smallest to the largest, near even steps, of those that can be built (`holds`)."""
     many = Shape({axis: np.array([shape[axis] for _, shape in legal]) for axis in legal[0][1].sizes})
     shapes = [legal[i][1] for i in np.argsort(many.num_parameters(rows), kind="stable")]

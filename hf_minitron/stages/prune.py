@@ -23,7 +23,7 @@ from hf_minitron.checkpoint import (
     require_space,
     resolve,
     stored_dtype,
-    write_outline,
+    write_sparse_checkpoint,
 )
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.modeling.configuration_pruned import STOCK
@@ -90,7 +90,7 @@ def _teacher(model: str) -> Architecture:
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
     architecture = _teacher(model)
-    return (untied(architecture) if rotates(args) else architecture).rows
+    return (untied(architecture) if uses_rotation(args) else architecture).rows
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
@@ -104,20 +104,22 @@ def outline(args: Args, model: str, folder: Path) -> None:
         raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
     before, after, _ = shapes(args, model)
     architecture = _teacher(model)
-    architecture = untied(architecture) if rotates(args) else architecture
+    architecture = untied(architecture) if uses_rotation(args) else architecture
     config = student_config(architecture, Plan(before, after, {"layers": list(range(after["layers"]))}))
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
-    write_outline(folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()})
+    write_sparse_checkpoint(
+        folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()}
+    )
     copy_side_files(resolve(model), folder)
 
 
-def rotates(args: Args) -> bool:
+def uses_rotation(args: Args) -> bool:
     """Return whether the student's stream is rotated."""
     return "rotation" in args.corrections and "hidden" in args.target
 
 
-def merges(args: Args) -> bool:
+def uses_layer_merge(args: Args) -> bool:
     """Return whether to read what dropped layers added, with another pass over the text."""
     return "layer_merge" in args.corrections and "layers" in args.target
 
@@ -142,7 +144,7 @@ def check(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     check_generation(folder)
     side_files(folder)
-    if merges(args) and not fits(folder, best_dtype(device), device):
+    if uses_layer_merge(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     tensors = CheckpointTensors(folder)
     stored = [tensors.spec(name) for name in tensors.names()]
@@ -190,11 +192,11 @@ def run(args: Args, run: Run, out: Path) -> None:
     else:
         plan = make_plan(statistics.scores, before, after)
     names = args.corrections
-    if merges(args) and plan.gaps:
+    if uses_layer_merge(args) and plan.gaps:
         device = best_device()
         blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
         residuals = read_residuals(load_model(source, best_dtype(device), device), blocks, plan)
-    elif merges(args):
+    elif uses_layer_merge(args):
         logger.warning("corrections: layer_merge merges nothing: no kept layer stands before a dropped one")
         names = [name for name in names if name != "layer_merge"]
     prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, statistics if names else None, names, residuals)

@@ -207,7 +207,7 @@ def _space(args: Args, run: Run) -> _Space:
 
 def _predicted(space: _Space, teacher: Mapping[str, float]) -> dict[str, Callable[[Shape], float]]:
     """Return what predicts the speeds, from measuring a few shapes between the smallest and the teacher's."""
-    probes = search.ladder(space.legal, space.holds, space.rows, PROBES)
+    probes = search.size_probes(space.legal, space.holds, space.rows, PROBES)
     measured = [teacher, *map(space.speeds, probes)]
     shapes = [space.before, *probes]
     return {name: search.fit_speed(shapes, [speed[name] for speed in measured], space.rows) for name in search.SPEEDS}
@@ -216,7 +216,7 @@ def _predicted(space: _Space, teacher: Mapping[str, float]) -> dict[str, Callabl
 def _measured(found: Iterable[Candidate], space: _Space, limits: Mapping[str, float], args: Args) -> list[Candidate]:
     """Measure the best candidates, twice as many as are wanted, and keep those that meet the budget in truth."""
     looked_at = [replace(c, costs={**c.costs, **space.speeds(c.shape)}) for c in itertools.islice(found, 2 * args.top)]
-    used = [float(search.use_of(c.costs, limits)) for c in looked_at]
+    used = [float(search.budget_fraction(c.costs, limits)) for c in looked_at]
     near = [c for c, use in zip(looked_at, used, strict=True) if abs(use - 1) <= args.tolerance]
     if looked_at and not near:
         nearest = min(used, key=lambda use: abs(use - 1))
