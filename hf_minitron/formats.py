@@ -4,7 +4,9 @@ It must not read a document.
 """
 
 import glob
+import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from datasets import config
@@ -19,6 +21,7 @@ FORMATS = {
     ".txt": ("text", {}),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+MOST_OTHERS = 10_000  # files of other kinds in a folder of texts: more are those of a whole disk
 # How a recipe names what its own teacher writes: neither a file nor of the Hub.
 SYNTHESIZED = "synthesized"
 
@@ -97,6 +100,9 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder that `datasets` would read in part or not at all."""
     if glob.has_magic(str(folder)):
         raise ValueError(f"{folder}: a folder's name cannot hold *, ? or [, which datasets takes for a pattern: rename it")
+    others = (name for _, _, names in os.walk(folder) for name in names if format_of(Path(name)) is None)
+    if next(islice(others, MOST_OTHERS, None), None):
+        raise ValueError(f"{folder} holds more than {MOST_OTHERS:,} files that are no texts: name the folder of the texts")
     files = [file for file in matching(f"{folder}/**") if format_of(file) and file.name not in FILES_TO_IGNORE]
     if not files:
         raise ValueError(f"{folder} is a folder without texts: want {WANTED}")

@@ -189,7 +189,7 @@ def test_a_loss_does_not_count_bos(tmp_path):
 
 
 def test_a_cache_is_made_again_when_bos_changes():
-    assert "add_bos_token" in training.BLOCK_SETTINGS and "distill.add_bos_token" in cache.READS
+    assert "add_bos_token" in training.BLOCK_SETTINGS and "distill.add_bos_token" in cache.STAGE.reads
 
 
 @pytest.fixture

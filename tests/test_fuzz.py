@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ import yaml
 from hf_minitron.__main__ import check_stages, own_stages, plan_text, told
 from hf_minitron.data import check_first_block
 from hf_minitron.evaluation import tasks
-from hf_minitron.recipe import load_recipe
+from hf_minitron.recipe import YES_NO, bind, load_recipe
 from hf_minitron.run import RecipeError
 from hf_minitron.stages.every import STAGES
 
@@ -114,15 +115,106 @@ def quick(monkeypatch):
     monkeypatch.setattr("hf_minitron.evaluation.tasks.Tasks.check", lambda *args: None)
 
 
+def same(first, second):
+    """Whether two values of a recipe mean the same: nothing, a number, a truth value, a choice by its name."""
+    first, second = (YES_NO.get(value, value) if isinstance(value, str) else value for value in (first, second))
+    first, second = (getattr(value, "value", value) for value in (first, second))
+    return first == second or (first in EMPTY and second in EMPTY)
+
+
+def given(section, setting):
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return section.get(setting.name, default)
+
+
+def without_effect(sections, args):
+    """Yield the settings that a section changes to another value, with none of it in the stage's arguments."""
+    for setting in fields(type(args[0])):
+        (first, second), (old, new) = (
+            [given(section, setting) for section in sections],
+            [getattr(a, setting.name) for a in args],
+        )
+        if old == new and setting.name not in OF_THE_MACHINE and not same(first, second) and second not in EMPTY:
+            yield f"{setting.name}: {first!r} -> {second!r}"
+
+
+def arguments(path):
+    """Return a recipe's run, and the arguments and digest of every stage."""
+    run = load_recipe(path, {}, SECTIONS)
+    return run, {
+        name: (bind(run, name, stage.args), run.digest(name, stage.needs_in(run))) for name, stage in own_stages(run).items()
+    }
+
+
+EMPTY = (None, "", {}, [])  # what a key without a value is read as
+OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory")  # without an accelerator there is no choice
+
+
 @pytest.mark.parametrize("count", counts(20, 500))
 def test_mutated_recipes(project, tmp_path, quick, count):
-    rng, refused, path = random.Random(13), [], tmp_path / "recipe.yaml"
+    rng, refused, path = random.Random(13), 0, tmp_path / "recipe.yaml"
     recipe = project["recipe"] | {"run": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(recipe))
+    first, before = arguments(path)
     for _ in range(count):
-        path.write_text(yaml.safe_dump(mutated(recipe, rng), allow_unicode=True))
-        refused.append(refusal(lambda: check(path)))
-    assert 0.4 < sum(line is not None for line in refused) / count, "most mutations are mistakes"
+        tree = mutated(recipe, rng)
+        path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+        if refusal(lambda: check(path)) is not None:
+            refused += 1
+            continue
+        run, after = arguments(path)
+        for name in before:
+            assert not list(without_effect([first.section(name), run.section(name)], [before[name][0], after[name][0]])), (
+                name,
+                tree,
+            )
+        for key, name in {"run": "folder", "model": "model", "seed": "seed"}.items():
+            unlike = not same(run.recipe.get(key), recipe.get(key)) and run.recipe.get(key) not in EMPTY
+            assert not unlike or getattr(run, name) != getattr(first, name), (key, tree)
+    assert 0.4 < refused / count, "most mutations are mistakes"
     assert not (tmp_path / "run").exists()
+
+
+# Every setting of every stage; what a section needs beside it.
+SETTINGS = [(name, setting) for name, stage in STAGES.items() for setting in fields(stage.args) if setting.init]
+NEEDED = {
+    "synthesize": {"documents": 6, "max_new_tokens": 24, "min_tokens": 2},
+    "cache": {"method": "top_k"},
+    "search": {"budget": {"parameters": "80%"}},
+    "select": {},
+}
+
+
+@pytest.mark.parametrize("count", counts(150, 5000))
+def test_an_accepted_value_changes_arguments_and_digest(project, tmp_path, quick, count):
+    rng, path, accepted = random.Random(13), tmp_path / "recipe.yaml", 0
+    needed = NEEDED | {"correct": project["recipe"]["distill"] | {"warmup_steps": 0}}
+    for _ in range(count):
+        (name, setting), value = rng.choice(SETTINGS), rng.choice(JUNK)
+        stage, section = STAGES[name], dict(project["recipe"].get(name) or needed[name])
+        recipe = project["recipe"] | {"run": str(tmp_path / "run")}
+        recipe[name] = dict(section)
+
+        def look(name=name, stage=stage, recipe=recipe):
+            path.write_text(yaml.safe_dump(recipe, allow_unicode=True))
+            run = load_recipe(path, {}, SECTIONS)
+            args = bind(run, name, stage.args)
+            if name not in ("search", "select"):  # which look at what a run has made
+                stage.check(args, run)
+            return args, run.digest(name, stage.needs_in(run))
+
+        before = look()
+        recipe[name][setting.name] = value
+        with within(10):
+            if refusal(look) is not None:
+                continue
+        after, accepted = look(), accepted + 1
+        told_of = f"{name}.{setting.name}: {value!r}"
+        assert not list(without_effect([section, recipe[name]], [before[0], after[0]])), told_of
+        quiet = not setting.metadata.get("bits", True) or setting.name in getattr(stage.args, "NO_BITS", ())
+        changes = getattr(before[0], setting.name) != getattr(after[0], setting.name)
+        assert quiet or not changes or before[1] != after[1], told_of
+    assert accepted > count / 20
 
 
 @pytest.mark.parametrize("count", counts(10, 100))

@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, integration_utils
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -45,6 +46,8 @@ BOUNDS = (
 )  # fmt: skip
 # Settings that name a file, unless they hold what would be in it.
 FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+TOKENS_SEEN = ("all", "non_padding", "no")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Schedules without a warm-up, and without arguments: the Trainer ignores what they do not have.
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 NO_KWARGS = ("constant", "constant_with_warmup")
@@ -96,6 +99,17 @@ def check_refused(args: TrainingArguments) -> None:
          "the Trainer would write it into every checkpoint; use `hf auth login` or HF_TOKEN instead"),
         ("label_names", args.label_names not in (None, ["labels"]), "losses read `labels`; rename the column"),
         ("parallelism_config", max(sizes.values()) > 1, f"{sizes}: no tensor, context or sequence parallel training; use FSDP"),
+        ("parallelism_config", not isinstance(args.parallelism_config, ParallelismConfig | None),
+         f"{args.parallelism_config!r} is no accelerate.ParallelismConfig; leave it out"),
+        ("include_num_input_tokens_seen", args.include_num_input_tokens_seen not in TOKENS_SEEN,
+         f"{args.include_num_input_tokens_seen!r} is none of {', '.join(TOKENS_SEEN)}"),
+        ("trackio_static_space_id", not isinstance(args.trackio_static_space_id, str | bool | None),
+         f"{args.trackio_static_space_id!r} is neither text nor false"),
+        ("torch_compile_mode", args.torch_compile_mode not in (None, *COMPILE_MODES),
+         f"{args.torch_compile_mode!r} is none of {', '.join(COMPILE_MODES)}"),
+        ("torch_compile_backend", args.torch_compile_backend not in (None, "inductor")
+         and args.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()),
+         f"{args.torch_compile_backend!r} is none of torch.compiler.list_backends(), such as inductor"),
         ("liger_kernel_config", any(kwargs.get(key) for key in ("cross_entropy", "fused_linear_cross_entropy")),
          "the chunked loss takes the place of liger's cross-entropies; set these to false"),
         ("use_liger_kernel", args.use_liger_kernel and not is_liger_kernel_available(), "pip install liger-kernel first"),

@@ -80,6 +80,9 @@ class TextArguments:
             if reason and setting.name != "hub_token" and getattr(self, setting.name) != setting.default:
                 raise ValueError(f"{setting.name}: {getattr(self, setting.name)!r}, but {reason}")
         super().__post_init__()
+        for name, tracker in OF_TRACKERS.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and tracker not in self.report_to:
+                raise ValueError(f"{name}: {getattr(self, name)!r} has no effect without report_to: {tracker}; leave it out")
         sources_of(self)
         if self.streaming and self.max_steps <= 0:
             raise ValueError(f"streaming: a stream has no end, so max_steps says when training stops; it is {self.max_steps}")
@@ -90,6 +93,8 @@ class TextArguments:
         check_evaluation(self)
 
 
+# Settings that one tracker reads.
+OF_TRACKERS = dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "trackio")
 # What `TrainingArguments` has and a section cannot set, and why; `hub_` stands for all that begin with it.
 RESERVED = {
     "output_dir": "a run's folder is said once: set `run` at the top of the recipe",

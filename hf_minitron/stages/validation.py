@@ -1,9 +1,18 @@
 """Evaluation while a stage trains: its text, which student is the best one, and when to stop early."""
 
+from dataclasses import MISSING, fields
+
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.mixture import Source, read_sources
+
+# Settings of evaluation while a stage trains.
+OF_EVALUATION = (
+    "eval_steps", "eval_delay", "eval_accumulation_steps", "eval_tokens", "per_device_eval_batch_size", "prediction_loss_only",
+    "metric_for_best_model", "greater_is_better", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
+    "include_for_metrics",
+)  # fmt: skip
 
 
 def check_evaluation(args: DistillationArguments) -> None:
@@ -24,6 +33,11 @@ def check_evaluation(args: DistillationArguments) -> None:
         raise ValueError(f"{chosen} needs an evaluation: set eval_strategy and eval_text")
     if choosing["early_stopping_patience"] and not args.load_best_model_at_end:
         raise ValueError(f"early_stopping_patience: {args.early_stopping_patience} needs load_best_model_at_end: true")
+    for setting in fields(args) if not evaluates else ():
+        default = setting.default if setting.default is not MISSING else setting.default_factory()
+        if setting.name in OF_EVALUATION and getattr(args, setting.name) != default:
+            raise ValueError(f"{setting.name}: {getattr(args, setting.name)!r} has no effect without evaluation: set "
+                             "eval_strategy and eval_text, or leave it out")  # fmt: skip
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in ("loss", *args.losses):
         raise ValueError(f"metric_for_best_model: {metric!r} is none of loss, {', '.join(args.losses)}")
