@@ -378,7 +378,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
     model, blocks = tiny.model(dtype=torch.float32), tiny.blocks(70)  # 14 shards of five blocks, in batches of two
     write = partial(write_cache, model, blocks, tmp_path / "b", method, batch_size=2)
     write_cache(model, blocks, tmp_path / "a", method, batch_size=2)
-    ask, asked = writing._Asker.__call__, []
+    ask, asked = writing._Recorder.__call__, []
 
     def die(self, rows, first):
         for number, entry in enumerate(ask(self, rows, first)):
@@ -387,7 +387,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
                 raise Killed
             yield entry
 
-    monkeypatch.setattr(writing._Asker, "__call__", die)
+    monkeypatch.setattr(writing._Recorder, "__call__", die)
     for kill in range(4):
         with pytest.raises(Killed):
             write()
@@ -397,7 +397,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
         if kill == 1:  # cut in the middle of a write
             for path in (tmp_path / "b").glob("*.part"):
                 path.write_bytes(path.read_bytes()[:-3])
-    monkeypatch.setattr(writing._Asker, "__call__", ask)
+    monkeypatch.setattr(writing._Recorder, "__call__", ask)
     write()
     assert asked == [8, 9, 33, 69] and files(tmp_path / "b") == files(tmp_path / "a")
 
