@@ -89,7 +89,7 @@ def test_numbers_out_of_bounds_are_refused(name, tmp_path):
         ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs: {'a': 1} has no effect"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps: 3 has no effect with constant"),
         ({"lr_scheduler_kwargs": {"min_lr_rate": "low"}}, "lr_scheduler_kwargs: {'min_lr_rate': 'low'} do not fit"),
-        ({"lr_scheduler_kwargs": {"min_lr_rate": math.nan}}, "make a learning rate that is no number"),
+        ({"lr_scheduler_kwargs": {"min_lr_rate": math.nan}}, "make a learning rate that is NaN, infinite or negative"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "do not fit warmup_stable_decay: .*num_decay_steps"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau requires an eval strategy"),
         ({"lr_scheduler_kwargs": [1]}, r"lr_scheduler_kwargs: \[1\] is not a table"),
@@ -119,6 +119,12 @@ def test_arguments_that_cannot_work_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         DistillationArguments(str(tmp_path), **changes)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_refused_deepspeed_settings_leave_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="training arguments") as kept:
+        DistillationArguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 3}})
+    assert tiny.model().num_parameters(), kept  # made while the error is still there
 
 
 def test_a_config_file_that_is_no_json_is_named(tmp_path):

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from test_accelerate import launch
 from test_distillation import RAGGED, arguments, gradients
+from transformers import DataCollatorWithFlattening
 
 import hf_minitron.distillation.cache as writing
 from hf_minitron.__main__ import main
@@ -301,6 +302,47 @@ def test_a_collator_of_one_s_own_learns_from_a_cache(tmp_path):
     assert unlabelled([None]).keys() == {"input_ids"}
 
 
+class OwnLoader(DistillationTrainer):
+    """With a DataLoader that knows no cache."""
+
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(torch.utils.data.DataLoader(self.train_dataset, batch_size=2, collate_fn=collate))
+
+
+class OwnDataset(torch.utils.data.Dataset):
+    """Rows from anywhere."""
+
+    def __len__(self):
+        return len(RAGGED)
+
+    def __getitem__(self, number):
+        return {"input_ids": RAGGED[number]["input_ids"]}
+
+
+@pytest.mark.parametrize("data", [RAGGED, RAGGED.to_iterable_dataset(), OwnDataset()], ids=["dataset", "stream", "torch"])
+@pytest.mark.parametrize("kind", [DistillationTrainer, OwnLoader])
+def test_data_and_loaders_of_one_s_own_learn_from_a_cache(tmp_path, kind, data):
+    teacher = sure_teacher()
+    write_cache(teacher, RAGGED, tmp_path / "cache", ALL, dtype="float32", batch_size=1)
+    losses = []
+    for given in (teacher, tmp_path / "cache"):
+        args = arguments(tmp_path / "out", max_steps=2, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+        trainer = kind(tiny.model(seed=1, hidden_size=24, dtype=torch.float32), given, args, train_dataset=data)
+        trainer.train()
+        losses.append([entry["forward_kl"] for entry in trainer.state.log_history if "forward_kl" in entry])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_collator_that_joins_rows_is_refused_with_a_cache(tmp_path):
+    write_cache(sure_teacher(), RAGGED, tmp_path / "cache", {"top_k": 9}, batch_size=1)
+    args = arguments(tmp_path / "out", max_steps=1)
+    student = tiny.model(seed=1, dtype=torch.float32)
+    trainer = DistillationTrainer(student, tmp_path / "cache", args, DataCollatorWithFlattening(), train_dataset=RAGGED)
+    with pytest.raises(ValueError, match="A row of the batch is not in the cache .* data_collator that leaves rows whole"):
+        trainer.train()
+
+
 def test_a_cache_goes_to_worker_processes(tmp_path):
     write_cache(sure_teacher(), RAGGED, tmp_path, {"top_k": 9}, batch_size=1)
     teacher = CachedTeacher(tmp_path)
@@ -336,7 +378,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
     model, blocks = tiny.model(dtype=torch.float32), tiny.blocks(70)  # 14 shards of five blocks, in batches of two
     write = partial(write_cache, model, blocks, tmp_path / "b", method, batch_size=2)
     write_cache(model, blocks, tmp_path / "a", method, batch_size=2)
-    ask, asked = writing._Asker.__call__, []
+    ask, asked = writing._Recorder.__call__, []
 
     def die(self, rows, first):
         for number, entry in enumerate(ask(self, rows, first)):
@@ -345,7 +387,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
                 raise Killed
             yield entry
 
-    monkeypatch.setattr(writing._Asker, "__call__", die)
+    monkeypatch.setattr(writing._Recorder, "__call__", die)
     for kill in range(4):
         with pytest.raises(Killed):
             write()
@@ -355,7 +397,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
         if kill == 1:  # cut in the middle of a write
             for path in (tmp_path / "b").glob("*.part"):
                 path.write_bytes(path.read_bytes()[:-3])
-    monkeypatch.setattr(writing._Asker, "__call__", ask)
+    monkeypatch.setattr(writing._Recorder, "__call__", ask)
     write()
     assert asked == [8, 9, 33, 69] and files(tmp_path / "b") == files(tmp_path / "a")
 

@@ -78,8 +78,8 @@ def write_cache(
     settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        ask = _Asker(LiveTeacher(model, state.device, init_kwargs), record, seed, batch_size, chunk_size)
-        _write_shards(folder, settings, blocks, ask, state)
+        recorder = _Recorder(LiveTeacher(model, state.device, init_kwargs), record, seed, batch_size, chunk_size)
+        _write_shards(folder, settings, blocks, recorder, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
     _wait(folder / META)  # a collective call would give up after some minutes
@@ -102,7 +102,7 @@ def _lengths(blocks: Dataset) -> list[int]:
     return lengths
 
 
-class _Asker:
+class _Recorder:
     """Computes the records of some sequences."""
 
     def __init__(self, teacher: LiveTeacher, record: Record, seed: int, batch_size: int, chunk_size: int):
@@ -117,7 +117,9 @@ class _Asker:
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
             inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
             per_block = inputs["input_ids"].shape[1] - 1
-            signal = self.teacher(inputs, (torch.arange(per_block + 1) < per_block).expand_as(inputs["input_ids"]))
+            predicts = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            predicts[:, -1] = False
+            signal = self.teacher(inputs, predicts)
             for row, key in enumerate(keys_of(inputs)):
                 rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
                 parts = head_chunks(signal.head.logits, hidden, self.chunk_size)
@@ -151,7 +153,7 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
     return found is unfinished
 
 
-def _write_shards(folder: Path, settings: dict, blocks: Dataset, ask: _Asker, state: PartialState) -> None:
+def _write_shards(folder: Path, settings: dict, blocks: Dataset, recorder: _Recorder, state: PartialState) -> None:
     """Write this process's shards: every so many-th, whatever number of processes began the cache."""
     size, total = settings["shard_blocks"], len(blocks)
     shards = range(-(-total // size))[state.process_index :: state.num_processes]
@@ -159,10 +161,10 @@ def _write_shards(folder: Path, settings: dict, blocks: Dataset, ask: _Asker, st
     with tqdm(total=own, desc="Caching the teacher", unit=" sequences", disable=None if state.is_main_process else True) as bar:
         for number in shards:
             numbers = range(number * size, min((number + 1) * size, total))
-            _write_shard(shard_path(folder, number), blocks, numbers, ask, bar)
+            _write_shard(shard_path(folder, number), blocks, numbers, recorder, bar)
 
 
-def _write_shard(path: Path, blocks: Dataset, numbers: range, ask: _Asker, bar: tqdm) -> None:
+def _write_shard(path: Path, blocks: Dataset, numbers: range, recorder: _Recorder, bar: tqdm) -> None:
     part, index_part = path.with_suffix(".bin.part"), path.with_suffix(".index.part")
     if path.is_file():
         index_part.unlink(missing_ok=True)  # killed between two names
@@ -173,15 +175,15 @@ def _write_shard(path: Path, blocks: Dataset, numbers: range, ask: _Asker, bar: 
         entries = entries[: len(entries) // ENTRY * ENTRY].reshape(-1, ENTRY)
         done = int((entries[:, 0] <= part.stat().st_size).sum())
         if done < len(numbers):
-            done -= done % ask.batch_size  # whole batches: a model's numbers may depend on what it reads together
+            done -= done % recorder.batch_size  # whole batches: a model's numbers may depend on what it reads together
         end = int(entries[done - 1, 0]) if done else 0
         data.truncate(end)
         index.truncate(done * ENTRY * 8)
         bar.update(done)
-        for start in range(done, len(numbers), ask.batch_size):
-            some = numbers[start : start + ask.batch_size]
+        for start in range(done, len(numbers), recorder.batch_size):
+            some = numbers[start : start + recorder.batch_size]
             new = []
-            for raw, rows, key in ask([blocks[number] for number in some], some[0]):
+            for raw, rows, key in recorder([blocks[number] for number in some], some[0]):
                 data.write(raw)
                 end += len(raw)
                 new.append((end, rows, key))

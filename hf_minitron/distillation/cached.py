@@ -92,7 +92,8 @@ class CachedTeacher:
         for key, real in zip(keys_of(inputs), _real(inputs), strict=True):
             block = self._find(key)
             if block is None:
-                raise ValueError(f"A row of the batch is not in the cache {self.folder}: {self._what()}")
+                raise ValueError(f"A row of the batch is not in the cache {self.folder}: {self._what()}. Cache what is "
+                                 "trained on, with a data_collator that leaves rows whole")  # fmt: skip
             if not real[real.argmax() :][: real.sum()].all():
                 raise ValueError("attention_mask: a row has padding between its tokens, of which there is no cache")
             arrays = [np.ascontiguousarray(array) for array in self._read(block)]

@@ -195,7 +195,7 @@ def check_schedule(args: TrainingArguments) -> None:
     except Exception as error:  # a schedule does not look at its arguments before it computes with them
         raise ValueError(f"lr_scheduler_kwargs: {kwargs} do not fit {name}: {one_line(error)}") from error
     if not usable or not all(math.isfinite(value) for value in kwargs.values() if isinstance(value, float)):
-        raise ValueError(f"lr_scheduler_kwargs: {kwargs} make a learning rate that is no number, or below zero, with {name}")
+        raise ValueError(f"lr_scheduler_kwargs: {kwargs} make a learning rate that is NaN, infinite or negative with {name}")
 
 
 def check_engine(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_minitron.checkpoint import best_dtype
 from hf_minitron.distillation.checks import (
@@ -106,6 +107,8 @@ class DistillationArguments(TrainingArguments):
         try:
             super().__post_init__()
         except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            if self.deepspeed:
+                unset_hf_deepspeed_config()  # half made, it would be asked by every model that this process makes
             raise ValueError(f"training arguments: {one_line(error)}") from error
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in MIN_LR_SCHEDULES:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}

@@ -18,44 +18,39 @@ def per_token(total: Tensor, num_items: Tensor | int, processes: int = 1) -> Ten
     return total * processes / torch.as_tensor(num_items).clamp(min=1)
 
 
-class NamedLosses:
-    """Means of the named losses, made of the sums that the loss is made of: since the last log, and over an evaluation."""
+class NamedMeans:
+    """Means of named losses over steps or over tokens, the same on all processes.
+
+    Args:
+        accelerator (`Accelerator`): Reduces them over processes.
+
+    Attributes:
+        count (`int`): Steps or tokens so far.
+    """
 
     def __init__(self, accelerator: Accelerator):
-        self._reduce = accelerator.reduce
-        self.begin_training()
-        self.begin_evaluation()
+        self._accelerator = accelerator
+        self.begin()
 
-    def begin_training(self) -> None:
-        """Forget what training has added."""
-        self._trained: dict[str, Tensor] = {}
-        self.steps = 0
+    def begin(self) -> None:
+        """Forget what was added."""
+        self._totals: dict[str, Tensor] = {}
+        self.count = 0
 
-    def begin_evaluation(self) -> None:
-        """Forget what an evaluation has added."""
-        self._evaluated: dict[str, Tensor] = {}
-
-    def add_training(self, sums: Mapping[str, Tensor], num_items: Tensor | int, processes: int) -> None:
-        """Add the sums of a micro-batch; the other arguments as for `per_token`."""
-        for name, total in sums.items():
-            self._trained[name] = self._trained.get(name, 0) + per_token(total, num_items, processes)
-
-    def add_evaluation(self, sums: Mapping[str, Tensor], count: int) -> None:
-        """Add the sums of a batch of so many tokens."""
-        for name, total in sums.items():
-            self._evaluated[name] = self._evaluated.get(name, 0) + torch.stack([total, total.new_tensor(count)])
+    def add(self, values: Mapping[str, Tensor], count: int = 0) -> None:
+        """Add a part of a step, or the sums over so many tokens."""
+        for name, value in values.items():
+            self._totals[name] = self._totals.get(name, 0) + value
+        self.count += count
 
     def not_finite(self) -> list[str]:
-        """Return the names of those that training has made NaN or infinite."""
-        return [name for name, total in self._trained.items() if not total.isfinite()]
+        """Return the names of those that are NaN or infinite."""
+        return [name for name, total in self._totals.items() if not total.isfinite()]
 
-    def training_means(self) -> dict[str, float]:
-        """Return the mean over the steps since the last call, the same on all processes."""
-        means = {name: self._reduce(total, "mean").item() / self.steps for name, total in self._trained.items()}
-        self.begin_training()
-        return means
-
-    def evaluation_means(self) -> dict[str, float]:
-        """Return the mean over the tokens of an evaluation, the same on all processes."""
-        sums = {name: self._reduce(total, "sum").tolist() for name, total in self._evaluated.items()}
-        return {name: total / count for name, (total, count) in sums.items()}
+    def take(self) -> dict[str, float]:
+        """Return the means, and begin again."""
+        names, totals = list(self._totals), list(self._totals.values())
+        if totals:
+            totals = self._accelerator.reduce(torch.stack([*totals, totals[0].new_tensor(self.count)]), "sum").tolist()
+        self.begin()
+        return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}

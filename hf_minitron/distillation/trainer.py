@@ -22,7 +22,7 @@ from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.losses.output import OutputLosses
-from hf_minitron.distillation.reduction import NamedLosses, per_token
+from hf_minitron.distillation.reduction import NamedMeans, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import LiveTeacher, base_of, gathered, no_tokens
@@ -111,7 +111,7 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch,
         self.model_accepts_loss_kwargs = True  # which is counted for every class of models
         self._loss_only = False
-        self._named = NamedLosses(self.accelerator)
+        self._trained, self._evaluated = NamedMeans(self.accelerator), NamedMeans(self.accelerator)
         self._attempt = Attempt(self._begin)
         self.add_callback(self._attempt)
 
@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _begin(self) -> None:
-        self._named.begin_training()  # drop what too large a batch, or an earlier `train`, has added
+        self._trained.begin()  # drop what too large a batch, or an earlier `train`, has added
         if self._states and self._resumed_from:
             self._states.load(Path(self._resumed_from) / PROJECTIONS)
 
@@ -190,9 +190,9 @@ class DistillationTrainer(Trainer):
         count = (num_items_in_batch if num_items_in_batch is not None else len(targets),
                  self.accelerator.num_processes if of_all else 1)  # fmt: skip
         if self.model.training:
-            self._named.add_training(sums, *count)
+            self._trained.add({name: per_token(part, *count) for name, part in sums.items()})
         else:
-            self._named.add_evaluation(sums, len(targets))
+            self._evaluated.add(sums, len(targets))
         loss = per_token(total, *count)
         return (loss, outputs) if return_outputs else loss
 
@@ -205,8 +205,8 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return loss
-        self._named.steps += 1
-        bad = self._named.not_finite()
+        self._trained.count += 1
+        bad = self._trained.not_finite()
         if self.accelerator.reduce(torch.tensor(len(bad), device=loss.device), "sum"):  # all processes stop at the same step
             raise not_finite(self.state.global_step + 1, bad, Path(self.args.output_dir))
         if self._states:
@@ -244,16 +244,16 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as the Trainer does; add the mean over tokens of every named loss."""
-        self._named.begin_evaluation()
+        self._evaluated.begin()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        for name, mean in self._named.evaluation_means().items():
+        for name, mean in self._evaluated.take().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every named loss since the last log."""
-        if "loss" in logs and self._named.steps:
-            logs |= self._named.training_means()
+        if "loss" in logs and self._trained.count:
+            logs |= self._trained.take()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
