@@ -57,7 +57,7 @@ class Plan:
         return self.keep.get("layers", list(range(self.before["layers"])))
 
     @property
-    def gaps(self) -> dict[int, list[int]]:
+    def dropped_after(self) -> dict[int, list[int]]:
         """Every kept layer right behind which layers are dropped, to these."""
         ends = [*self.kept_layers[1:], self.before["layers"]]
         dropped = {layer: list(range(layer + 1, end)) for layer, end in zip(self.kept_layers, ends, strict=True)}

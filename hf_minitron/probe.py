@@ -83,7 +83,7 @@ def probe(
 
     def begin(module: Module, args: tuple, kwargs: dict) -> None:
         given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        run["batch"] = next(tuple(value.shape[:2]) for value in given if value is not None)
+        run["batch"] = next((tuple(value.shape[:2]) for value in given if value is not None), (0, 0))
         run["mask"] = kwargs.get("attention_mask")
 
     def enter(name: str, observer: Observer, module: Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -106,6 +106,7 @@ class Moments(Mapping[str, Tensor]):
             return
         self._read.cache_clear()
         if PartialState().is_main_process:
+            (self.folder.parent / RECORD).unlink(missing_ok=True)  # until all is written, the folder holds no statistics
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self._path(name).with_suffix(".part")
             save_file({name: moment.contiguous()}, part)

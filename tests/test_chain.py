@@ -65,7 +65,10 @@ def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp
     assert [card.data.base_model for card in cards] == ["owner/teacher", "owner/teacher"]
     texts = [" ".join(card.text.split()) for card in cards]
     assert "pruned from [owner/teacher](https://huggingface.co/owner/teacher) (42,760) and taught by it with" in texts[0]
-    assert "pruned from first (20,472), a student of [owner/teacher]" in texts[1] and "and taught by owner/teacher with" in texts[1]
+    assert (
+        "pruned from first (20,472), a student of [owner/teacher]" in texts[1]
+        and "and taught by owner/teacher with" in texts[1]
+    )
     assert f"hf-minitron run {paths[0]} {paths[1]}".split("/")[-1] in texts[1]
     # a card written anew is no reason to prune its model again
     assert main(["run", *paths, "--publish.notes", "careful"]) == 0

@@ -57,6 +57,14 @@ def test_a_folder_is_complete_or_holds_no_statistics(saved, tmp_path, monkeypatc
     measured, folder = saved
     with pytest.raises(ValueError, match="holds no statistics: statistics.json is missing. Score the model again"):
         Statistics.load(tmp_path)
+    model = tiny.model(dtype=torch.float32)
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds NaN"):
+        calibrate(tmp_path / "model", tiny.blocks(), moments=True, save_to=folder)
+    with pytest.raises(ValueError, match="holds no statistics"):
+        Statistics.load(folder)
+    measured.save(folder)
     monkeypatch.setattr(statistics, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         measured.save(folder)

@@ -39,16 +39,16 @@ def read_residuals(model: PreTrainedModel, blocks: Dataset, plan: Plan, batch_si
     if not architecture.supports("layer_merge"):
         raise ValueError(f"corrections: layer_merge is not for {model.config.model_type}; leave it out")
     layers, projections = dict(architecture.taps("layers")), dict(architecture.taps("ffn"))
-    seen = {layer: _Sums() for layer in plan.gaps}
+    seen = {layer: _Sums() for layer in plan.dropped_after}
     before = [(projections[layer], sums.enter) for layer, sums in seen.items()]
-    after = [(layers[other], seen[layer].add) for layer, dropped in plan.gaps.items() for other in dropped]
+    after = [(layers[other], seen[layer].add) for layer, dropped in plan.dropped_after.items() for other in dropped]
     last = [(architecture.prefix, sums.update) for sums in seen.values()]
     with probe(model, [*after, *last], before):
         for batch in tqdm(list(blocks.with_format("torch").iter(batch_size)), desc="Reading dropped layers", unit="batch"):
             run_batch(model, batch, input_device(model))
     inputs = {projections[layer]: _mean(*sums.totals[2:]) for layer, sums in seen.items()}
     added = {projections[layer]: _mean(*sums.totals[:2], sums.totals[4]) for layer, sums in seen.items()}
-    return Residuals(plan.gaps, inputs, added)
+    return Residuals(plan.dropped_after, inputs, added)
 
 
 def _mean(table: Tensor, row: Tensor, count: int) -> Tensor:

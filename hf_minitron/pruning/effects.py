@@ -75,12 +75,12 @@ def check_residuals(plan: Plan, names: Sequence[str], residuals: Residuals | Non
         return
     if residuals is None:
         raise ValueError("corrections: layer_merge needs residuals, what read_residuals(model, blocks, plan) measures")
-    if not plan.gaps:
+    if not plan.dropped_after:
         raise ValueError(
             "corrections: layer_merge has no effect: no kept layer stands before a dropped one. Leave layer_merge out"
         )
-    if residuals.dropped != plan.gaps:
-        dropped = [layer for layers in plan.gaps.values() for layer in layers]
+    if residuals.dropped != plan.dropped_after:
+        dropped = [layer for layers in plan.dropped_after.values() for layer in layers]
         raise ValueError(f"residuals: not those of the layers {dropped} that this plan drops: call read_residuals with it")
 
 

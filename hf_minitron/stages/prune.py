@@ -192,7 +192,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     else:
         plan = make_plan(statistics.scores, before, after)
     names = args.corrections
-    if uses_layer_merge(args) and plan.gaps:
+    if uses_layer_merge(args) and plan.dropped_after:
         device = best_device()
         blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
         residuals = read_residuals(load_model(source, best_dtype(device), device), blocks, plan)
