@@ -20,12 +20,12 @@ from matplotlib import pyplot as plt
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_minitron import load_text
-from hf_minitron.__main__ import VERBS
 from hf_minitron.hub import plots
 from hf_minitron.inputs import read_json
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.saving import save_config
+from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.search import start
 
 # Sizes of the body: by width as the paper's recipe cuts it, by depth, and the share of the layers' parameters that stays.
@@ -159,7 +159,7 @@ def make(path: Path, first: Path, name: str) -> None:
 
 def read(path: Path) -> Run:
     """Read a recipe."""
-    return load_recipe(path, {}, {name: stage.Args for name, stage in VERBS.items()})
+    return load_recipe(path, {}, {name: stage.args for name, stage in STAGES.items()})
 
 
 def draw_anew(folder: Path) -> None:

@@ -1,16 +1,49 @@
 """hf_minitron: prune and distill causal language models the Minitron way."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 import hf_minitron.modeling  # noqa: F401  transformers' Auto classes know nonuniform models from here on
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from hf_minitron.architecture.architecture import Architecture
+    from hf_minitron.architecture.family import register_family
+    from hf_minitron.data import token_blocks
+    from hf_minitron.distillation.config import DistillationArguments
+    from hf_minitron.distillation.trainer import DistillationTrainer
+    from hf_minitron.evaluation.compare import compare
+    from hf_minitron.evaluation.report import Report
+    from hf_minitron.importance.calibrate import calibrate
+    from hf_minitron.plan import Plan, make_plan
+    from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+    from hf_minitron.shape import Shape
+    from hf_minitron.statistics import Statistics
+    from hf_minitron.texts import load_text
 
-# Loaded at first use, so that importing one part does not import all.
+__version__ = "0.1.0"
+__all__ = [
+    "Architecture",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "Plan",
+    "Report",
+    "Shape",
+    "Statistics",
+    "calibrate",
+    "compare",
+    "load_text",
+    "make_plan",
+    "prune_checkpoint",
+    "prune_model",
+    "register_family",
+    "token_blocks",
+]
+
+# Where each name lives; it is loaded at its first use, so that importing one part does not import all.
 _HOME = {
+    "Architecture": "architecture.architecture",
     "DistillationArguments": "distillation.config",
     "DistillationTrainer": "distillation.trainer",
-    "Architecture": "architecture.architecture",
     "Plan": "plan",
     "Report": "evaluation.report",
     "Shape": "shape",
@@ -24,8 +57,6 @@ _HOME = {
     "register_family": "architecture.family",
     "token_blocks": "data",
 }
-
-__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

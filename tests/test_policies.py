@@ -97,6 +97,15 @@ def test_public_names_are_few_and_explained():
         assert getattr(hf_minitron, name).__doc__ and name in README, name
 
 
+def test_type_checkers_see_every_public_name():
+    """As they read the package: names imported for them alone, and a list of strings."""
+    (block,) = (node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {name: module.removeprefix("hf_minitron.") for module, name in imports(block)}
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    assert seen == hf_minitron._HOME
+    assert sorted(seen) == sorted(hf_minitron.__all__)
+
+
 def test_the_readme_tree_is_the_real_one():
     (tree,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     listed = []

@@ -29,7 +29,7 @@ from hf_minitron.__main__ import check_stages, own_stages, plan_text
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
-from hf_minitron.chain import outlines, stand_in
+from hf_minitron.chain import placeholder_models
 from hf_minitron.checkpoint import TensorSpec, write_sparse_checkpoint
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.evaluation.tasks import task_manager
@@ -190,14 +190,14 @@ def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
             made = {Path(run.model).resolve(): shutil.copytree(CONFIGS / Path(run.model).name, teacher)}
             tiny.tokenizer().save_pretrained(teacher)
             write_holes(teacher)
-        ahead = stand_in(run, made)
+        ahead = with_placeholders(run, made)
         assert ahead.model != run.model
         assert own_stages(run).keys() == run.recipe.keys() & STAGES.keys()
         check_stages(ahead, list(own_stages(run)), None)
         moments = run.section("score").get("moments", True)
         assert run.section("prune").get("corrections") == (None if moments else [])  # nothing is measured in vain
         if len(list(path.parent.glob("*.yaml"))) > 1:
-            made |= outlines(run, ahead, tmp_path / path.stem)
+            made |= placeholder_models(run, ahead, tmp_path / path.stem)
             (tmp_path / path.stem / "model.safetensors").unlink()
             write_holes(tmp_path / path.stem)
 
