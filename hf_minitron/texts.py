@@ -93,8 +93,7 @@ def _hub_builder(source: str) -> DatasetBuilder:
     builder = load_dataset_builder(name, configuration, revision=COMMITS.get(source, revision))
     wanted = COMMITS.get(source)
     if wanted is None and revision and builder.config.data_files is None:  # of the cache: the newest there, whatever was asked
-        card = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
-        wanted = Path(card).parent.name if isinstance(card, str) else revision
+        wanted = _cached_commit(name, revision) or revision
     if wanted not in (None, builder.hash):
         raise ValueError(f"the Hub cannot be asked, and the cache holds commit {builder.hash}, not {wanted}. Connect to the "
                          "Hub, or name the commit that is there")  # fmt: skip
@@ -113,14 +112,20 @@ def commit_of(source: str) -> str | None:
 
 
 def hub_commit(dataset: str, revision: str | None = None) -> str | None:
-    """Return the commit that a dataset's revision is of on the Hub, asked once; `None` where it cannot be asked."""
+    """Return the commit that a dataset's revision is of on the Hub, asked once; of the cache where it cannot be asked."""
     key = f"{dataset}@{revision or 'main'}"
     if key not in COMMITS:
         try:
             COMMITS[key] = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
         except Exception:  # offline, without a connection, or without the dataset: whoever reads it says what is wrong
-            return None
+            return _cached_commit(dataset, revision)
     return COMMITS[key]
+
+
+def _cached_commit(dataset: str, revision: str | None) -> str | None:
+    """Return the commit that a dataset's revision was of when its card was last fetched; `None` where it never was."""
+    card = try_to_load_from_cache(dataset, "README.md", repo_type="dataset", revision=revision)
+    return Path(card).parent.name if isinstance(card, str) else None
 
 
 def _check_column(source: str, documents: Dataset | IterableDataset, column: str, first: Mapping) -> str:

@@ -336,6 +336,16 @@ def test_a_changed_shard_makes_a_stage_run_again(shards, text):
     assert digest() != before
 
 
+@pytest.mark.parametrize("source", ["/", "files"])
+def test_a_folder_of_a_whole_disk_is_no_folder_of_texts(shards, monkeypatch, source):
+    monkeypatch.setattr("hf_minitron.formats.MOST_OTHERS", 2)
+    (shards / "files").mkdir()
+    for number in range(3):
+        (shards / f"files/{number}.py").write_text("")
+    with pytest.raises(ValueError, match=f"^{source} holds more than 2 files that are no texts: name the folder of the texts$"):
+        check_text(source)
+
+
 def test_a_folder_may_be_called_text(shards):
     (shards / "text").mkdir()
     write_rows([{"text": "w5"}], shards / "text/a.jsonl")

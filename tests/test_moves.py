@@ -15,7 +15,7 @@ from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.inputs import model_files, teacher_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stages import distill, evaluate, score
-from hf_minitron.texts import COMMITS, load_text
+from hf_minitron.texts import COMMITS, hub_commit, load_text
 
 DATA = "datasets/me/data"
 CARD = {"configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("plain", "other")]}
@@ -237,4 +237,15 @@ def test_the_data_of_a_task_is_watched(moving, project, tmp_path, monkeypatch, h
     assert look() == [second, moving.first]
     assert task_files([str(tmp_path / "moves.yaml")], {})["me/data"] == second
     no_hub(how, monkeypatch)
-    assert look() == [None, None]
+    assert look() == [None, None], "nothing of it is in the cache"
+
+
+@pytest.mark.parametrize("how", NO_HUB)
+def test_without_the_hub_the_commits_are_those_of_the_cache(moving, monkeypatch, how):
+    load_text("me/data@v1:plain")
+    second = move(moving)
+    COMMITS.clear()
+    load_text("me/data:plain")
+    no_hub(how, monkeypatch)
+    assert [hub_commit("me/data"), hub_commit("me/data", "v1"), hub_commit("me/none")] == [second, moving.first, None]
+    assert text_files("me/data:plain", {}) == {"me/data:plain": second}

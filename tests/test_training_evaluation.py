@@ -1,6 +1,7 @@
 """A recipe that evaluates while it trains: the best student is the saved one, and an interrupted run ends as another."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -118,3 +119,26 @@ def test_a_correction_is_evaluated_as_well(project, recipe):
     assert main(["correct", str(path)]) == 0
     log = json.loads((path.with_suffix("") / "correct/log.json").read_text())
     assert sum("eval_loss" in entry for entry in log["history"]) >= 2 and log["best"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eval_delay", 2, "eval_delay: 2.0 has no effect without evaluation: set eval_strategy and eval_text, or leave it out"),
+        ("per_device_eval_batch_size", 3, "per_device_eval_batch_size: 3 has no effect without evaluation"),
+        ("include_for_metrics", ["loss"], r"include_for_metrics: \['loss'\] has no effect without evaluation"),
+        ("trackio_bucket_id", "b", "trackio_bucket_id: 'b' has no effect without report_to: trackio"),
+        ("project", "p", "project: 'p' has no effect without report_to: trackio"),
+        ("trackio_static_space_id", 1.5, "trackio_static_space_id: 1.5 is neither text nor false"),
+        ("parallelism_config", "/", "parallelism_config: '/' is no accelerate.ParallelismConfig"),
+        ("include_num_input_tokens_seen", "some", "include_num_input_tokens_seen: 'some' is none of all, non_padding, no"),
+        ("torch_compile_mode", "fast", "torch_compile_mode: 'fast' is none of default, "),
+        ("torch_compile_backend", "x", "torch_compile_backend: 'x' is none of torch.compiler.list_backends"),
+    ],
+)
+def test_settings_of_a_recipe_without_effect_are_refused(project, tmp_path, capsys, name, value, message):
+    recipe = {**project["recipe"], "run": str(tmp_path / "run")}
+    recipe["distill"] = {**recipe["distill"], name: value}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == 1
+    assert re.search(f"error: distill: {message}", capsys.readouterr().err.strip().splitlines()[-1])
