@@ -122,8 +122,10 @@ class _Recorder:
             signal = self.teacher(inputs, predicts)
             for row, key in enumerate(keys_of(inputs)):
                 rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
-                parts = head_chunks(signal.head.logits, hidden, self.chunk_size)
-                chunks = [self.record.keep(logits, rng) for _, logits in parts]
+                chunks = []
+                for _, logits in head_chunks(signal.head.logits, hidden, self.chunk_size):
+                    chunks.append(self.record.keep(logits, rng))
+                    del logits  # before the next chunk's are made
                 arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
                 yield self.record.encode(arrays), per_block, key
                 first += 1
