@@ -29,7 +29,7 @@ from hf_minitron.__main__ import check_stages, own_stages, plan_text
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
-from hf_minitron.chain import placeholder_models
+from hf_minitron.chain import placeholder_models, with_placeholders
 from hf_minitron.checkpoint import TensorSpec, write_sparse_checkpoint
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.evaluation.tasks import task_manager
