@@ -51,7 +51,8 @@ def outline(config: PreTrainedConfig) -> Outline:
     Raises:
         AxisError: for a config that does not make a causal language model.
     """
-    return _outline(type(config), config.to_json_string(use_diff=False))
+    content = json.loads(config.to_json_string(use_diff=False))
+    return _outline(type(config), json.dumps({key: value for key, value in content.items() if key != "_name_or_path"}))
 
 
 @lru_cache(maxsize=64)
