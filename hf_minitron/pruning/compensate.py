@@ -21,10 +21,10 @@ from hf_minitron.statistics import Moments, Residuals
 HEADS: axes.Dim = (("heads", "head_dim"),)
 
 CORRECTIONS = {
-    "least_squares": "projections map the inputs that are kept as near as they can to what they gave for all",
-    "bias": "projections that have a bias give what they gave on average",
-    "norm_ratio": "the weights of norms allow for the energy of the hidden channels that are gone",
-    "layer_merge": "the MLP before dropped layers adds what it can of what they added (another pass over the text)",
+    "least_squares": "least-squares reconstruction of every projection whose inputs are cut",
+    "bias": "biases keep the mean output of projections",
+    "norm_ratio": "the weights of norms are scaled by the share of energy that the kept hidden channels have",
+    "layer_merge": "the MLP before dropped layers is fitted to give their residuals, too (another pass over the text)",
     "head_residual": "query heads that stay lean away from those that go (2407.14679, section 2.3)",
     "rotation": "hidden channels are principal components of the stream before they are cut (unties the head, a matrix more)",
 }

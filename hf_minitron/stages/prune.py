@@ -66,7 +66,7 @@ class Args:
     corrections: list = field(
         default_factory=lambda: list(DEFAULT_CORRECTIONS),
         metadata={
-            "help": f"What kept weights take over from dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
+            "help": f"How kept weights are corrected for dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
         },
     )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
