@@ -177,6 +177,9 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
         raise RecipeError(f"{name}: {value!r} is not {wanted}{quotes}")
     if least is not None and value is not None and value < least:
         raise RecipeError(f"{name}: {value} must be at least {least}")
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, list | dict):
+            raise RecipeError(f"{name}: {item!r} is no item of its list, which takes names and numbers; write [a, b]")
     return value
 
 

@@ -8,6 +8,7 @@ from types import NoneType
 
 import pytest
 import tiny
+import yaml
 from transformers import HfArgumentParser
 
 from hf_minitron import DistillationArguments
@@ -264,3 +265,10 @@ def test_a_parser_of_the_command_line_changes_no_check():
     """HfArgumentParser writes other types into the fields of a dataclass."""
     HfArgumentParser(DistillationArguments)
     assert DistillationArguments("out", report_to="none").include_num_input_tokens_seen == "no"
+
+
+@pytest.mark.parametrize("key", ["prune.corrections", "evaluate.tasks", "publish.datasets", "distill.report_to"])
+@pytest.mark.parametrize("item", ["[1]", "{a: 1}"])
+def test_a_list_within_a_list_is_refused(project, key, item, capsys):
+    assert main(["run", str(project["path"]), f"--{key}", f"[x, {item}]"]) == 1
+    assert f"error: {key}: {yaml.safe_load(item)!r} is no item of its list" in capsys.readouterr().err
