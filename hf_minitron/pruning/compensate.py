@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
 from hf_minitron.plan import Plan
-from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
+from hf_minitron.pruning.reconstruction import RIDGE, factorised, solver_device
 from hf_minitron.statistics import Moments, Residuals
 
 # What a query head's output dimension is made of.
@@ -57,7 +57,8 @@ class Corrections:
     residuals: Residuals | None = None
     ridge: float = RIDGE
     _threads: int = field(default_factory=torch.get_num_threads)  # a thread that makes tensors to be written has but one
-    _inputs: dict[str, ProjectionInput] = field(default_factory=dict)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)  # moments with their means, float64
+    _solvers: dict[tuple[str, bool], Callable] = field(default_factory=dict)  # by moment, and whether a bias takes up the means
     _fits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(
@@ -81,6 +82,8 @@ class Corrections:
                 self._consumers[source.moment] -= 1
                 if not self._consumers[source.moment]:
                     self._inputs.pop(source.moment, None)
+                    for centred in (False, True):
+                        self._solvers.pop((source.moment, centred), None)
 
     def _corrected(
         self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
@@ -92,15 +95,18 @@ class Corrections:
         if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._merges(source)):
             return tensor, keep, sizes
         weight = self.architecture.weights[parameter.module]
+        shifts = self._shifts(weight)
+        if not shifts and (parameter.kind == "bias" or not self._fits_weights(source)):
+            return tensor, keep, sizes
         if weight.module in self._fits:
             fitted, gain = self._fits.pop(weight.module)
         else:
             values = tensor if parameter.kind == "weight" else self._with_head_residual(weight, read(weight.name), keep)
             fitted, gain = self._fit(weight, source, values, keep)
-            if self._shifts(weight):
+            if shifts:
                 self._fits[weight.module] = fitted, gain  # for the bias, or for the weight after it
         if parameter.kind == "bias":
-            return (tensor + gain.to(tensor) if self._shifts(weight) else tensor), keep, sizes
+            return tensor + gain.to(tensor), keep, sizes
         position, _ = weight.dim_of(source.axis)
         left = {axis: index for axis, index in keep.items() if axis != source.axis}
         size = len(keep[source.axis]) if source.axis in keep else sizes[source.axis]
@@ -110,36 +116,47 @@ class Corrections:
         """Return whether a projection has a bias that takes up a part of the correction."""
         return "bias" in self.names and f"{weight.module}.bias" in self.architecture.parameters
 
-    def _fit(self, weight: Parameter, source: Read, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _fits_weights(self, source: Read) -> bool:
+        """Return whether the weights for kept inputs are fitted, not only sliced."""
+        return "least_squares" in self.names or self._merges(source)
+
+    def _fit(self, weight: Parameter, source: Read, tensor: Tensor, keep: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return a projection's weights for the kept inputs, shape `(out, kept)`, and what its bias gains, shape `(out,)`."""
         position, dim = weight.dim_of(source.axis)
-        tensor = tensor.movedim(position, -1)
+        tensor, shifts = tensor.movedim(position, -1), self._shifts(weight)
         every = {source.axis: torch.arange(self.plan.before[source.axis])}
         kept = axes.dim_index(dim, keep if source.axis in keep else every, self.plan.before.sizes)
-        merges, centred = self._merges(source), self._shifts(weight)
-        stored = self._input(source)
-        mean, wide = stored.mean, tensor.to(stored.mean)
-        extra, shift = wide.new_zeros(wide.shape[:-1]).unsqueeze(-1).expand(wide.shape), wide.new_zeros(wide.shape[:-1])
-        if merges:
+        mean = self._input(source)[-1]
+        wide, extra, shift = tensor.to(mean), None, 0
+        if self._merges(source):
             added = self.residuals.added[source.moment].to(mean)
             added = added if self.rotation is None else added @ self.rotation.basis.to(mean)
             extra, shift = added[:-1].T, added[-1]
-        if centred:
-            extra = extra - torch.outer(shift, mean)
-        fitted = tensor[:, kept.to(tensor.device)]
-        if "least_squares" in self.names or merges:
-            fitted = stored.solver(kept, self.ridge, centred)(wide, extra).to(tensor)
-        gain = wide @ mean + shift - fitted.to(mean) @ mean[kept]
+            extra = extra - torch.outer(shift, mean) if shifts else extra
+        if self._fits_weights(source):
+            fitted = self._solver(source, kept, shifts)(wide, extra).to(tensor)
+        else:
+            fitted = tensor[:, kept.to(tensor.device)]
+        gain = wide @ mean + shift - fitted.to(mean) @ mean[kept] if shifts else None
         return fitted, gain
 
-    def _input(self, source: Read) -> ProjectionInput:
-        """Return E[x xᵀ] and E[x] of what a projection is given."""
+    def _solver(self, source: Read, kept: Tensor, centred: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return what fits weights to an input, factorised once; `centred` where a bias takes up the means."""
+        key = source.moment, centred
+        if key not in self._solvers:
+            moment, mean = self._input(source)[:-1], self._input(source)[-1]
+            moment = moment - torch.outer(mean, mean) if centred else moment
+            self._solvers[key] = factorised(moment, kept, self.ridge)
+        return self._solvers[key]
+
+    def _input(self, source: Read) -> Tensor:
+        """Return E[x xᵀ] and, as the last row, E[x] of what a projection is given, float64."""
         if source.moment not in self._inputs:
             norm, dot, side = source.moment.rpartition(".")
             found = (self.residuals.inputs if self._merges(source) else self.moments)[source.moment]
             if self.rotation is not None and dot + side == OUTPUT:
                 found = self.rotation.moment(norm, found)
-            self._inputs[source.moment] = ProjectionInput(found.to(solver_device(), torch.float64))
+            self._inputs[source.moment] = found.to(solver_device(), torch.float64)
         return self._inputs[source.moment]
 
     def _sources(self, parameter: Parameter) -> list[Read]:
@@ -167,7 +184,7 @@ class Corrections:
             energy = self.moments[parameter.module]
         else:
             (source,) = self._sources(parameter)
-            energy = self._input(source).moment.diagonal()
+            energy = self._input(source)[:-1].diagonal()
         ratio, offset = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
         return (tensor + offset) * ratio - offset
 
@@ -176,7 +193,7 @@ class Corrections:
         if "head_residual" not in self.names or "heads" not in keep or parameter.dims[0] != HEADS:
             return tensor
         before, kept = self.plan.before, keep["heads"]
-        energy = self._input(self._sources(parameter)[0]).moment.diagonal().view(before["heads"], -1).sum(1)
+        energy = self._input(self._sources(parameter)[0])[:-1].diagonal().view(before["heads"], -1).sum(1)
         heads, group = tensor.unflatten(0, (before["heads"], -1)).clone(), before["heads"] // before.kv_groups
         for first in range(0, before["heads"], group):
             order = sorted(range(first, first + group), key=lambda head: float(energy[head]))

@@ -25,6 +25,7 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_tensors,
 )
+from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
 from hf_minitron.modeling.layer_schemas import LIST_OF
 from hf_minitron.saving import copy_side_files, save_config
@@ -144,7 +145,7 @@ def _padding_of(config: PrunedConfig) -> _Padding:
             stock = _stock_config(config, after, changes)
             wrong = _config_mismatch(stock, config)
         except Exception as error:  # config classes and modules raise their own kinds
-            wrong = " ".join(str(error).split())
+            wrong = one_line(error)
         if not wrong:
             return _Padding(stock, before, after)
         reasons.append(wrong)

@@ -16,7 +16,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.plan import BY_LAYER, Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
-from hf_minitron.pruning.reconstruction import RIDGE, ProjectionInput, solver_device
+from hf_minitron.pruning.reconstruction import RIDGE, least_squares, solver_device
 from hf_minitron.shape import Shape
 from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import Tensors
@@ -62,14 +62,14 @@ def error_curves(
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
         position, dim = architecture.weights[name].dim_of(axis)
-        given = ProjectionInput(moments[name].to(solver_device(), torch.float64))
-        weight, moment = tensors.read(f"{name}.weight").to(given.moment).movedim(position, -1), given.moment
+        moment = moments[name][:-1].to(solver_device(), torch.float64)
+        weight = tensors.read(f"{name}.weight").to(moment).movedim(position, -1)
         whole = ((weight @ moment) * weight).sum()
         found = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
         for sizes, plan in plans[axis]:
             index = axes.dim_index(dim, {axis: torch.tensor(plan.keep[axis][layer])}, before.sizes)
             rest = weight.clone()
-            rest[:, index] -= given.solver(index, ridge)(weight)
+            rest[:, index] -= least_squares(weight, moment, index, ridge)
             found.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
         curves[axis, layer] = found
     return curves

@@ -33,48 +33,31 @@ def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, ex
     tensor(2.)
     ```
     """
-    moment = moment.double()
-    solve = ProjectionInput(torch.cat([moment, moment.new_zeros(1, len(moment))])).solver(kept, ridge)
-    return solve(weight.double(), extra).to(weight.dtype)
+    return factorised(moment.double(), kept, ridge)(weight.double(), extra).to(weight.dtype)
 
 
-class ProjectionInput:
-    """What projections are given: E[x xᵀ] and E[x], float64, and the factorisations for the inputs that stay.
+def factorised(moment: Tensor, kept: Tensor, ridge: float) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return what maps float64 weights and `extra` as `least_squares` does, for all projections that read one input.
 
     Args:
-        stored (`Tensor` of shape `(in + 1, in)`): The moment, with the mean as its last row.
+        moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of the input, float64.
+        kept (`Tensor` of shape `(kept,)`): The inputs that stay.
+        ridge (`float`): As for `least_squares`.
     """
+    kept = kept.to(moment.device)
+    dropped = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
+    dropped[kept] = False
+    inner = moment[kept][:, kept]
+    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
+    factor, cross = torch.linalg.cholesky(inner), moment[dropped][:, kept]
 
-    def __init__(self, stored: Tensor):
-        self.moment, self.mean = stored[:-1], stored[-1]
-        self._solvers: dict[tuple, Callable] = {}
+    def solve(weight: Tensor, extra: Tensor | None = None) -> Tensor:
+        missing = weight[:, dropped] @ cross  # what the dropped inputs gave, as the kept ones see it
+        if extra is not None:
+            missing = missing + extra[:, kept]
+        return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
 
-    def solver(self, kept: Tensor, ridge: float, centred: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """Return what maps weights, shape `(out, in)`, and E[y xᵀ] of what they shall give beside, to those for kept inputs.
-
-        Args:
-            kept (`Tensor` of shape `(kept,)`): The inputs that stay.
-            ridge (`float`): As for `least_squares`.
-            centred (`bool`, *optional*, defaults to `False`): Whether a bias takes up the means.
-        """
-        key = (ridge, centred, *kept.tolist())
-        if key not in self._solvers:
-            moment = self.moment - torch.outer(self.mean, self.mean) if centred else self.moment
-            kept = kept.to(moment.device)
-            dropped = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
-            dropped[kept] = False
-            inner = moment[kept][:, kept]
-            inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
-            factor, cross = torch.linalg.cholesky(inner), moment[dropped][:, kept]
-
-            def solve(weight: Tensor, extra: Tensor | None = None) -> Tensor:
-                missing = weight[:, dropped] @ cross  # what the dropped inputs gave, as the kept ones see it
-                if extra is not None:
-                    missing = missing + extra[:, kept]
-                return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
-
-            self._solvers[key] = solve
-        return self._solvers[key]
+    return solve
 
 
 def solver_device() -> torch.device:
