@@ -94,32 +94,6 @@ def dim_index(dim: Dim, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) ->
     return torch.cat(indices)
 
 
-def take(tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
-    """Return the part of a tensor that is left when only the kept indices of every axis stay.
-
-    Args:
-        tensor (`Tensor`): A parameter whose shape is `tensor_shape(pattern, sizes)`.
-        pattern (`str`): One token per dimension.
-        keep (`Mapping[str, Tensor]`): Kept indices of every axis that is cut, each of shape `(kept,)`; `(experts, kept)` of
-            an axis of which every kept expert keeps its own.
-        sizes (`Mapping[str, int]`): Sizes of the axes before the cut.
-
-    Returns:
-        `Tensor`: The cut tensor; the input itself when no axis of the pattern is cut.
-
-    Example:
-
-    ```python
-    >>> weight = torch.arange(12.0).view(4, 3)  # (ffn, hidden)
-    >>> take(weight, "ffn hidden", {"ffn": torch.tensor([1, 3])}, {"ffn": 4, "hidden": 3}).shape
-    torch.Size([2, 3])
-    ```
-    """
-    counts = {axis: index.shape[-1] for axis, index in keep.items()}
-    shape = tensor_shape(pattern, {**sizes, **counts})
-    return tensor if shape == tuple(tensor.shape) else join(shape, pieces(tensor, pattern, keep, sizes))
-
-
 def join(shape: tuple[int, ...], parts: Iterable[Tensor]) -> Tensor:
     """Return a new tensor of a shape from consecutive pieces of its data."""
     result, filled = None, 0
@@ -134,17 +108,29 @@ def join(shape: tuple[int, ...], parts: Iterable[Tensor]) -> Tensor:
 def pieces(
     tensor: Tensor, pattern: str, keep: Mapping[str, Tensor], sizes: Mapping[str, int], piece_bytes: int = 4 * 2**20
 ) -> Iterator[Tensor]:
-    """Yield what `take` returns in consecutive pieces, so that a tensor larger than memory can be cut.
+    """Yield what is left of a tensor when only the kept indices of every axis stay, in pieces; `join` makes it whole.
+
+    So a tensor larger than memory can be cut.
 
     Args:
-        tensor (`Tensor`): As for `take`; may be mapped from a file.
-        pattern (`str`): As for `take`.
-        keep (`Mapping[str, Tensor]`): As for `take`.
-        sizes (`Mapping[str, int]`): As for `take`.
+        tensor (`Tensor`): A parameter whose shape is `tensor_shape(pattern, sizes)`; may be mapped from a file.
+        pattern (`str`): One token per dimension.
+        keep (`Mapping[str, Tensor]`): Kept indices of every axis that is cut, each of shape `(kept,)`; `(experts, kept)` of
+            an axis of which every kept expert keeps its own.
+        sizes (`Mapping[str, int]`): Sizes of the axes before the cut.
         piece_bytes (`int`, *optional*, defaults to 4 MB): About how much of the tensor is looked at for a piece.
 
     Raises:
         AxisError: when the tensor has another shape than its pattern.
+
+    Example:
+
+    ```python
+    >>> weight = torch.arange(12.0).view(4, 3)  # (ffn, hidden)
+    >>> parts = pieces(weight, "ffn hidden", {"ffn": torch.tensor([1, 3])}, {"ffn": 4, "hidden": 3})
+    >>> join((2, 3), parts).tolist()
+    [[3.0, 4.0, 5.0], [9.0, 10.0, 11.0]]
+    ```
     """
     expected = tensor_shape(pattern, sizes)
     if tuple(tensor.shape) != expected:
@@ -213,11 +199,6 @@ def layer_index(indices: Mapping[str, int]) -> int | None:
 def placeholders(row: str) -> tuple[str, ...]:
     """Return the axes that a row carries in its name, such as `("layers",)`."""
     return tuple(re.findall(r"{(\w+)}", row))
-
-
-def dim_of(pattern: str, axis: str) -> Dim:
-    """Return the dimension of a pattern that holds an axis."""
-    return next(dim for dim in parse(pattern) if axis in dim_names(dim))
 
 
 def by_axis(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
