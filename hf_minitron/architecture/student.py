@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
+from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
@@ -94,7 +95,7 @@ def _try_config(
         student = kind.from_dict({**copy.deepcopy(config.to_dict()), **changes})
         made = outline(student)
     except Exception as error:  # config classes and modules raise their own kinds
-        return None, " ".join(str(error).split())
+        return None, one_line(error)
     student.name_or_path = ""  # not the folder that the teacher was loaded from
     if more:
         student.architectures = [made.class_name]

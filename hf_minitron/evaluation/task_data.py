@@ -6,6 +6,8 @@ from unittest.mock import patch
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
+from hf_minitron.errors import one_line
+
 FIRST_ROWS = 16
 LOCAL = ("json", "csv", "parquet", "text")  # builders of files on this machine
 OFFLINE = "HF_HUB_OFFLINE is set, and it is not in the cache: load it once without"
@@ -37,7 +39,7 @@ class _Loader:
             rows = (lambda split: split) if whole else _first
             return _Splits({name: rows(split) for name, split in found.items()}) if isinstance(found, dict) else rows(found)
         except Exception as error:  # of the Hub, the network or a file's format
-            said = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            said = one_line(error.__cause__ or error).rstrip(".")
             advice = "name other files" if path in LOCAL else OFFLINE if datasets.config.HF_HUB_OFFLINE else ONLINE
             raise _NoData(f"{said}; {advice}") from error
 
@@ -64,8 +66,7 @@ def check_data(name: str, load: Callable[[], Mapping], key: str = "tasks") -> No
                 return _first_questions(load())
         except Exception as error:  # of lm-eval, of the data, or of the task's own functions
             if whole or isinstance(error, _NoData):
-                said = error if isinstance(error, _NoData) else error.__cause__ or error
-                said = " ".join(str(said).split()) or type(said).__name__
+                said = one_line(error if isinstance(error, _NoData) else error.__cause__ or error)
                 raise ValueError(f"{key}: {name} cannot be run: data set {loader.asked}: {said}") from error
 
 
