@@ -67,6 +67,15 @@ def scores(project, tmp_path, text, *more):
     return main(["score", str(tmp_path / "recipe.yaml"), *more])
 
 
+def both_commits_cached(moving):
+    """Read a dataset before and after it has moved, as two commands do; return the second commit."""
+    load_text("me/data@v1:plain")
+    second = move(moving)
+    COMMITS.clear()
+    load_text("me/data:plain")
+    return second
+
+
 @pytest.mark.parametrize("how", NO_HUB)
 def test_a_dataset_that_moves_makes_its_stage_run_again(moving, project, tmp_path, capsys, monkeypatch, how):
     assert scores(project, tmp_path, "me/data:plain") == 0, capsys.readouterr().err
@@ -104,10 +113,7 @@ def test_a_pinned_dataset_stays_where_it_is(moving, tmp_path):
 
 @pytest.mark.parametrize("how", NO_HUB)
 def test_another_commit_of_the_cache_does_not_take_a_pins_place(moving, monkeypatch, how):
-    load_text("me/data@v1:plain")
-    second = move(moving)
-    COMMITS.clear()
-    load_text("me/data:plain")
+    second = both_commits_cached(moving)
     no_hub(how, monkeypatch)
     for pin in ("v1", moving.first):
         message = f"me/data@{pin}:plain cannot be read: .* the cache holds commit {second}, not {moving.first}"
@@ -242,10 +248,7 @@ def test_the_data_of_a_task_is_watched(moving, project, tmp_path, monkeypatch, h
 
 @pytest.mark.parametrize("how", NO_HUB)
 def test_without_the_hub_the_commits_are_those_of_the_cache(moving, monkeypatch, how):
-    load_text("me/data@v1:plain")
-    second = move(moving)
-    COMMITS.clear()
-    load_text("me/data:plain")
+    second = both_commits_cached(moving)
     no_hub(how, monkeypatch)
     assert [hub_commit("me/data"), hub_commit("me/data", "v1"), hub_commit("me/none")] == [second, moving.first, None]
     assert text_files("me/data:plain", {}) == {"me/data:plain": second}
