@@ -21,7 +21,7 @@ from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import tensors_of
 
-PLAIN = [model_type for model_type in tiny.MODEL_TYPES if FAMILIES[model_type].pre_norm_residual]
+PLAIN = [model_type for model_type in tiny.TYPES if FAMILIES[model_type].pre_norm_residual]
 MERGING = (*DEFAULT_CORRECTIONS, "layer_merge")
 IDS = tiny.blocks(40)["input_ids"][:]
 

@@ -13,6 +13,7 @@ SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_
 WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1}
 ROUTER = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2}
 QWEN_MOE = ROUTER | {"moe_intermediate_size": 48, "mlp_only_layers": [1]}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
@@ -27,8 +28,10 @@ CHANGES = {
     "gpt2": {"n_inner": 72, "head_dim": None},
     "gpt_neox": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}, "head_dim": None},
     "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": ROPE},
-    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "granite": GRANITE,
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
+    "helium": {"head_dim": 10},
+    "hyperclovax": GRANITE,
     "mixtral": ROUTER,
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
     "phi": {"head_dim": 8},
@@ -43,22 +46,23 @@ MODEL_TYPES = (
     "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
-# Model types without a table that fit Llama's, and settings that move a norm or a reader: everything that is accepted.
-FALLBACK_TYPES = (
-    "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "internlm3", "iquestcoder", "jais2",
-    "ministral3", "nanochat", "seed_oss",
+# The others, which only the tests of all that is accepted run on.
+MORE_TYPES = (
+    "apertus", "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "helium", "hunyuan_v1_dense",
+    "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nanochat", "olmo3", "seed_oss",
 )  # fmt: skip
+# Settings that move a norm or a reader.
 VARIANTS = (
     ("opt", {"do_layer_norm_before": False}),
     ("opt", {"do_layer_norm_before": False, "_remove_final_layer_norm": True}),
     ("opt", {"_remove_final_layer_norm": True}),
     ("stablelm", {"use_parallel_residual": True}),
     ("gpt_neox", {"use_parallel_residual": False}),
-    ("helium", {"head_dim": 10}),
     ("gpt2", {"tie_word_embeddings": True}),
     ("gemma2", {"tie_word_embeddings": True}),
 )
-ACCEPTED = (*((model_type, {}) for model_type in (*MODEL_TYPES, *FALLBACK_TYPES)), *VARIANTS)
+TYPES = (*MODEL_TYPES, *MORE_TYPES)
+ACCEPTED = (*((model_type, {}) for model_type in TYPES), *VARIANTS)
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
 
 

@@ -59,6 +59,7 @@ LLAMA = Family(llama.LLAMA_ROWS, llama.NORMS, llama.CONFIG_KEYS)
 PRE_NORM = replace(LLAMA, pre_norm_residual=True)
 MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS, stored=moe.STORED)
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
+FULL_NORM = {"inexact": dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)}
 SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
 GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}}
 
@@ -69,11 +70,8 @@ FAMILIES: dict[str, Family] = {
     "llama": replace(PRE_NORM, fallback_config={"model_type": "mistral", "sliding_window": None}),
     "gemma": replace(PRE_NORM, **GEMMA),
     **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, **GEMMA)),
-    "olmo2": replace(
-        LLAMA,
-        rows=llama.OLMO2_ROWS,
-        inexact=dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM),
-    ),
+    **dict.fromkeys(llama.FULL_NORM_MODEL_TYPES, replace(LLAMA, rows=llama.FULL_NORM_ROWS, **FULL_NORM)),
+    "cohere": replace(LLAMA, rows=llama.COHERE_ROWS),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
     "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_NORMS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT),
     "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_NORMS, gpt.GPT_NEOX_KEYS, stored=gpt.GPT_NEOX_STORED),

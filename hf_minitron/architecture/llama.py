@@ -37,6 +37,9 @@ ATTENTION_ROWS = {
     "model.layers.{layers}.self_attn.q_layernorm.bias": "head_dim",
     "model.layers.{layers}.self_attn.k_layernorm.weight": "head_dim",
     "model.layers.{layers}.self_attn.k_layernorm.bias": "head_dim",
+    # hunyuan
+    "model.layers.{layers}.self_attn.query_layernorm.weight": "head_dim",
+    "model.layers.{layers}.self_attn.key_layernorm.weight": "head_dim",
     # stablelm: a norm of its own for every head
     "model.layers.{layers}.self_attn.q_layernorm.norms.{heads}.weight": "head_dim",
     "model.layers.{layers}.self_attn.k_layernorm.norms.{kv_heads}.weight": "head_dim",
@@ -63,9 +66,15 @@ MLP_ROWS = {
     "model.layers.{layers}.mlp.fc1.bias": "ffn",
     "model.layers.{layers}.mlp.fc2.weight": "hidden ffn",
     "model.layers.{layers}.mlp.fc2.bias": "hidden",
+    # apertus: the numbers of its activation
+    "model.layers.{layers}.mlp.act_fn.alpha_p": "one",
+    "model.layers.{layers}.mlp.act_fn.alpha_n": "one",
+    "model.layers.{layers}.mlp.act_fn.beta": "",
+    "model.layers.{layers}.mlp.act_fn.eps": "",
 }
 
-# The norms that see the whole width; olmo's have no weights, cohere2 has one a layer, gemma2, gemma3 and glm4 four.
+# The norms that see the whole width; olmo's and nanochat's have no weights, cohere's layers have one, those of gemma2, gemma3
+# and glm4 four; apertus and hyperclovax have names of their own.
 NORMS = (
     "model.layers.{layers}.input_layernorm",
     "model.layers.{layers}.post_attention_layernorm",
@@ -73,6 +82,10 @@ NORMS = (
     "model.layers.{layers}.post_feedforward_layernorm",
     "model.layers.{layers}.post_self_attn_layernorm",
     "model.layers.{layers}.post_mlp_layernorm",
+    "model.layers.{layers}.attention_layernorm",
+    "model.layers.{layers}.feedforward_layernorm",
+    "model.layers.{layers}.post_norm1",
+    "model.layers.{layers}.post_norm2",
     "model.norm",
     "model.final_layernorm",
 )
@@ -83,16 +96,30 @@ HEAD_ROWS = {"lm_head.weight": "vocab hidden", "lm_head.bias": "vocab"}
 
 LLAMA_ROWS = EMBEDDING_ROWS | ATTENTION_ROWS | MLP_ROWS | NORM_ROWS | HEAD_ROWS
 
-# olmo2 normalises queries and keys over all their heads together.
-OLMO2_ROWS = LLAMA_ROWS | {
+# olmo2 and olmo3 normalise queries and keys over all their heads together.
+FULL_NORM_ROWS = LLAMA_ROWS | {
     "model.layers.{layers}.self_attn.q_norm.weight": "(heads head_dim)",
     "model.layers.{layers}.self_attn.k_norm.weight": "(kv_heads head_dim)",
 }
+# cohere gives every head a norm of its own.
+COHERE_ROWS = LLAMA_ROWS | {
+    "model.layers.{layers}.self_attn.q_norm.weight": "heads head_dim",
+    "model.layers.{layers}.self_attn.k_norm.weight": "kv_heads head_dim",
+}
 
-LLAMA_MODEL_TYPES = ("cohere2", "glm4", "granite", "nemotron", "olmo", "phi", "starcoder2")
+LLAMA_MODEL_TYPES = (
+    "cohere2", "exaone4", "glm4", "granite", "granite_swa", "hyperclovax", "jais2", "nanochat", "nemotron", "olmo", "phi",
+    "starcoder2",
+)  # fmt: skip
 
 # RMS norms that stand before attention and MLP, both of which are added to the stream as they are.
-PRE_NORM_MODEL_TYPES = ("arcee", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+PRE_NORM_MODEL_TYPES = (
+    "apertus", "arcee", "cwm", "ernie4_5", "exaone", "glm", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "llama",
+    "ministral", "ministral3", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+)  # fmt: skip
+
+# Queries and keys are normalised over all heads, so that cutting heads changes that norm.
+FULL_NORM_MODEL_TYPES = ("olmo2", "olmo3")
 
 # Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
 GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")
