@@ -21,7 +21,7 @@ from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import markdown_table, quality_rows, sentence, speed_rows
-from hf_minitron.execute import execute, read_inputs
+from hf_minitron.execute import execute, named, read_inputs
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
@@ -104,7 +104,7 @@ def told(where: str = "") -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        raise RecipeError(f"{where}{error}") from error
+        raise RecipeError(one_line(error)) from error
     except (ValueError, OSError) as error:
         raise RecipeError(f"{where}{one_line(error)}") from error
     except Exception as error:
@@ -216,7 +216,8 @@ def run_stages(
             if STAGES[name].report and state.is_main_process:
                 print("\n" + STAGES[name].report(run))
         if push and state.is_main_process:
-            print(push(bound["publish"], run))
+            with named("publish"):
+                print(push(bound["publish"], run))
 
 
 def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
@@ -226,7 +227,7 @@ def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, 
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
     for name, args in bound.items() if PartialState().is_main_process else ():
-        with told(f"{name}: "):
+        with told(f"{name}: "), named(name):
             STAGES[name].check(args, run)
 
 

@@ -29,6 +29,10 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class DiskFullError(ValueError):
+    """The disk cannot hold what is to be written."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name of the dtype in safetensors' words, and the shape, of one stored tensor."""
@@ -121,7 +125,8 @@ def write_tensors(
         max_shard_bytes (`int`): A new file is begun before this many bytes of data are exceeded.
 
     Raises:
-        ValueError: for NaN or infinity; when the disk becomes full, with the bytes that are still needed.
+        ValueError: for NaN or infinity.
+        DiskFullError: when the disk becomes full, with the bytes that are still needed.
     """
     shards: list[dict[str, TensorSpec]] = [{}]
     for name, spec in specs.items():
@@ -161,8 +166,8 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], 
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise ValueError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are needed. "
-                             "Free some and start again, or put the run elsewhere with --run") from error  # fmt: skip
+            raise DiskFullError(f"The disk became full while {folder / file_name} was written: {left:,} bytes more are "
+                                "needed. Free some and start again") from error  # fmt: skip
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -220,14 +225,14 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
         folder (`Path`): Where it will be written; need not exist yet.
         num_bytes (`int`): How much.
         what (`str`): Its name in the message.
+
+    Raises:
+        DiskFullError: with the bytes that are needed and those that are free.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
-        raise ValueError(
-            f"No disk space for {what}: {num_bytes:,} bytes needed, {free:,} free at {existing}. "
-            "Free some, or put the run elsewhere with --run"
-        )
+        raise DiskFullError(f"No disk space for {what}: {num_bytes:,} bytes needed, {free:,} free at {existing}. Free some")
 
 
 def best_dtype(device: torch.device | str = "cpu") -> torch.dtype:

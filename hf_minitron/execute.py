@@ -4,11 +4,13 @@ The caller hands it the table of stages.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from hf_minitron.checkpoint import DiskFullError
 from hf_minitron.run import RecipeError, Run, again, begin, done_digest, finish, stages_in
 from hf_minitron.stage import Stages
 
@@ -19,6 +21,21 @@ def read_inputs(run: Run, names: Sequence[str], stages: Stages) -> None:
         needs = stages[name].needs_in(run)
         run.inputs(name, needs)
         read_inputs(run, stages_in(needs), stages)
+
+
+@contextmanager
+def named(stage: str) -> Iterator[None]:
+    """Name the stage in whatever a library below it states of a user's mistake.
+
+    Raises:
+        RecipeError: with the stage, the fact, and the option of the command that mends it, where there is one.
+    """
+    try:
+        yield
+    except DiskFullError as error:
+        raise RecipeError(f"{stage}: {error}, or put the run elsewhere with --run") from error
+    except ValueError as error:
+        raise RecipeError(f"{stage}: {error}") from error
 
 
 def execute(run: Run, name: str, args: object, stages: Stages) -> None:
@@ -39,7 +56,8 @@ def execute(run: Run, name: str, args: object, stages: Stages) -> None:
         return
     state.print(f"\n{name}: {stage.summary}", flush=True)
     if state.is_main_process or stage.distributed:
-        stage.run(args, run, folder[0])
+        with named(name):
+            stage.run(args, run, folder[0])
     state.wait_for_everyone()
     if state.is_main_process:
         finish(run, name, needs)

@@ -145,7 +145,7 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--evaluate.block_size", "129"), "block_size: 129 is more than the 128 positions"),
         (("--evaluate.chat_template", "true"), "has none; leave chat_template out"),
         (("--evaluate.few_shot", "-1"), "evaluate.few_shot: -1 must be at least 0"),
-        (("--evaluate.tensor_parallel", "true"), "tensor_parallel: true splits models over processes, and there is one"),
+        (("--evaluate.tensor_parallel", "true"), "tensor_parallel splits models over processes, and there is one"),
         (
             ("--evaluate.speed", "{prompt: 120}"),
             "speed: prompt 120 and 24 new_tokens are more than the 128 positions of teacher",
@@ -214,7 +214,9 @@ def test_another_tokenizer_a_full_disk_and_a_foreign_folder_are_told(project, tm
     assert "belongs to another run" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10))
     assert run(project, tmp_path / "c") == 1
-    assert "prune: No disk space for the student: 81,888 bytes needed, 10 free" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "prune: No disk space for the student: 81,888 bytes needed, 10 free" in err
+    assert "Free some, or put the run elsewhere with --run" in err, "the command adds its option"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100_000))
     assert run(project, tmp_path / "c") == 1
     assert "No disk space for the text and the checkpoints of distill" in capsys.readouterr().err
@@ -277,7 +279,7 @@ def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, un
     process.wait(120)
     assert not (folder / "distill").exists() and (folder / "prune/done.json").is_file()
     if how == signal.SIGTERM:  # it has saved where it was
-        step = re.search(r"error: Stopped by SIGTERM after step (\d+); its checkpoint is written", said)[1]
+        step = re.search(r"error: distill: Stopped by SIGTERM after step (\d+); its checkpoint is written", said)[1]
         assert process.returncode == 1 and (checkpoints / f"checkpoint-{step}/trainer_state.json").is_file()
     broken = folder / "distill.tmp/checkpoints/checkpoint-999"  # as if the kill had hit a checkpoint being written
     broken.mkdir()

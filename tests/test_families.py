@@ -251,7 +251,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(monkeypatch):
     config = tiny.config("llama", rms_norm_eps=1.25e-6)  # no other test's: results are kept
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x if x.sum() > 0 else -x)
     with pytest.raises(
-        ValueError, match="Cannot see which norms .* of model type 'llama' read: .*Score it with moments: false"
+        ValueError, match="Cannot see which norms .* of model type 'llama' read: .*Score it without moments"
     ) as e:
         assert Architecture.of(config).hidden_reads
     assert "\n" not in str(e.value)

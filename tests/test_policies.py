@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hf_minitron
+from hf_minitron.stages.every import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_minitron"
@@ -84,6 +85,21 @@ def test_sizes_and_docstrings(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+COMMAND = "stages recipe run execute chain estimate __main__".split()
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path).split(".")[0] not in COMMAND], ids=name_of)
+def test_a_library_does_not_tell_python_users_to_edit_a_recipe(path):
+    """Keys of a recipe, options of the command and its verbs are named by the command; of a call, arguments are."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(getattr(node, "value", None), str) and id(node) not in docstrings]
+    told = rf"\b({'|'.join(STAGES)})\.[a-z]\w+|(?<![\w-])--[a-z]|\bhf-minitron \w"
+    allowed = r"(cache|report|recipe)\.(json|yaml|html)|evaluate\.load|hf auth login --force"
+    wrong = [text.value for text in texts if re.search(told, re.sub(allowed, "", text.value))]
+    assert not wrong, f"{name_of(path)} names what only the command has"
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "probe.py"], ids=name_of)

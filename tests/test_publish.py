@@ -156,7 +156,7 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, folder, tmp_path):
 def test_who_may_not_write_may_offer_a_pull_request(hub, folder, monkeypatch):
     hub.add_repo(private=False)
     monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
-    with pytest.raises(ValueError, match=r"may not write to me/small.*publish.create_pr"):
+    with pytest.raises(ValueError, match=r"may not write to me/small.*create_pr"):
         push(folder, Target("me/small"))
     assert push(folder, Target("me/small", create_pr=True)).endswith("/discussions/1")
     assert published(hub) == {} and published(hub, revision="refs/pr/1") == contents(folder)
@@ -258,7 +258,7 @@ def test_a_model_of_other_provenance_is_not_replaced_unless_told(hub, folder, he
     hub.add_repo(**held)
     if message:
         for target in (Target("me/small"), Target("me/small", revision="v2"), Target("me/small", create_pr=True)):
-            with pytest.raises(ValueError, match=f"{message}.*publish.overwrite: true"):
+            with pytest.raises(ValueError, match=f"{message}.*overwrite it"):
                 push(folder, target)
         assert published(hub) == held and list(hub.repos["me/small"]["refs"]) == ["main"] and not hub.asked("PUT")
     push(folder, Target("me/small", overwrite=message is not None))

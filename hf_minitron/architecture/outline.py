@@ -121,7 +121,7 @@ def trace(config: PreTrainedConfig) -> Trace:
     except Exception as error:  # models raise their own kinds
         raise ValueError(
             f"Cannot see which norms the projections of model type {config.model_type!r} read: {one_line(error)}. "
-            "Score it with moments: false and prune with corrections: []"
+            "Score it without moments and prune it without corrections"
         ) from error
     once = {name for name, count in calls.counts.items() if count == 1}
     givers: dict[tuple, list[str]] = {}

@@ -128,7 +128,7 @@ class CachedTeacher:
         reason = "the same text, packed in another way" if text_hash(blocks) == self.meta["text"] else "other text"
         raise ValueError(
             f"{missing:,} of {len(blocks):,} sequences, the first of {len(blocks[0]['input_ids']):,} tokens, are not in the "
-            f"cache {self.folder}: they are {reason}. {self._what()}. Cache these: hf-minitron cache, or write_cache"
+            f"cache {self.folder}: they are {reason}. {self._what()}. Precompute them in another cache"
         )
 
     def check_teacher(self, model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> None:
@@ -141,7 +141,7 @@ class CachedTeacher:
         for key, value in ours.items():
             if value is not None and value != theirs[key]:
                 raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
-                                 "Cache this teacher: hf-minitron cache, or write_cache")  # fmt: skip
+                                 "Precompute this one in another cache")  # fmt: skip
 
     def _what(self) -> str:
         size = self.meta["block_size"] or "differing numbers of"

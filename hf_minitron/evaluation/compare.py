@@ -247,7 +247,7 @@ def check_tensor_parallel(config: PreTrainedConfig, processes: int) -> None:
         ValueError: for a single process, a model type without a plan, or sizes that do not divide.
     """
     if processes < 2:
-        raise ValueError("tensor_parallel: true splits models over processes, and there is one: start it with "
+        raise ValueError("tensor_parallel splits models over processes, and there is one: start it with "
                          "accelerate launch (one process per GPU), or leave tensor_parallel out")  # fmt: skip
     if isinstance(config, PrunedConfig) or not getattr(config, "base_model_tp_plan", None):
         raise ValueError(f"tensor_parallel: Transformers has no tensor-parallel plan for model type {config.model_type!r}; "

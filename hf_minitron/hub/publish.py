@@ -118,7 +118,7 @@ def check_no_token(files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         if path.suffix not in BINARY and TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
             raise ValueError(f"{name} holds an access token (hf_... or another's), which everybody could read: take it out of "
-                             "the file, or of the recipe, renew it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
+                             "it and of what it was made from, renew it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
 
 
 def preview(folder: Path, target: Target) -> str:
@@ -211,8 +211,7 @@ def _check_provenance(held: ModelInfo, card, repo_id: str) -> None:
     if TAGS[0] in tags and theirs == ours:
         return
     found = f"made from {theirs}, and this one is made from {ours}" if TAGS[0] in tags else "that hf_minitron did not make"
-    raise ValueError(f"{repo_id} holds a model {found}. Push to another repo_id or revision, or set publish.overwrite: true to "
-                     "replace it")  # fmt: skip
+    raise ValueError(f"{repo_id} holds a model {found}. Push to another repo_id or revision, or overwrite it")
 
 
 def _collect(api: HfApi, target: Target) -> None:

@@ -23,11 +23,11 @@ REFUSALS = {
     402: "The Hub wants to be paid before {repo_id} takes more: see the storage and the plan of its owner "
          "(https://huggingface.co/settings/billing), or publish a public model",
     403: "The token may not write to {repo_id}. Use a token with write access (https://huggingface.co/settings/tokens) of a "
-         "member of its owner, or offer the model with publish.create_pr: true",
+         "member of its owner, or offer the model with create_pr",
     404: "The Hub has no {repo_id} that this token may see. If you can see it, use a token that can; if you cannot, its name "
          "is taken, so choose another repo_id",
     409: "{repo_id} is in use: something else writes to it now. Push again in a while",
-    413: "The Hub takes no request as large as this one for {repo_id}: use smaller shards (prune.max_shard_bytes)",
+    413: "The Hub takes no request as large as this one for {repo_id}: save the weights in smaller shards",
     412: "{repo_id} was changed during the push. Push again",
     507: "The storage of the owner of {repo_id} is full: delete or buy some (https://huggingface.co/settings/billing)",
     429: "The Hub counts too many requests{wait}. Push again later: what has arrived is not sent again",

@@ -201,7 +201,7 @@ def _finite(costs: Tensor, metric: str, removals: Sequence[Removal], model: PreT
             what = f"a sublayer of layer {block.start}" if zeroed else f"the layers {list(block)}"
             raise ValueError(
                 f"{metric} without {what} is {float(cost)}: weights hold NaN or infinity, the text has no "
-                f"token to predict, or {model.dtype} is too narrow for this model (dtype: float32)"
+                f"token to predict, or {model.dtype} is too narrow for this model, which float32 is not"
             )
     return costs
 

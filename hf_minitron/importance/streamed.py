@@ -48,8 +48,7 @@ def read_layers(
     """
     config = AutoConfig.from_pretrained(folder)
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
-    if reason := architecture.inexact.get("layers"):
-        raise ValueError(f"This model cannot be scored layer by layer: {reason}. Set layer_by_layer to false")
+    check_streamable(architecture)
     loader, scores = _Loader(folder, architecture, dtype, device), []
     layers = architecture.shape["layers"]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
@@ -73,6 +72,12 @@ def read_layers(
             own = [replace(r, layer=layer, module=_name(r.module, layer)) for r in readings if r.layer is not None]
             scores += take_moments(own + outside if layer == layers - 1 else own, moments)
     return config, dtype, scores
+
+
+def check_streamable(architecture: Architecture) -> None:
+    """Refuse a model whose layers do not compute the same wherever they stand."""
+    if reason := architecture.inexact.get("layers"):
+        raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
 
 
 def _name(name: str, layer: int) -> str:

@@ -153,7 +153,7 @@ def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> No
     first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
     raise ValueError(
         f"NaN or infinity in the activations at {first.module!r} ({first.axis}), while all weights are finite: "
-        f"{model.dtype} is too narrow for this model. Score it with dtype: float32"
+        f"{model.dtype} is too narrow for this model. Score it in float32"
     )
 
 
@@ -171,7 +171,10 @@ def _outgoing(model: PreTrainedModel, architecture: Architecture, name: str, axi
     parameter = architecture.weights[name]
     weight = getattr(submodule(model, name), parameter.kind)
     if weight.device.type == "meta":
-        raise ValueError(f"{name!r} is offloaded, and the metric of {axis} reads its weights: use layer_by_layer, or l2_mean")
+        raise ValueError(
+            f"{name!r} is offloaded, and the metric of {axis} reads its weights: score the "
+            "folder layer by layer, or by the metric l2_mean"
+        )
     position, dim = parameter.dim_of(axis)
     routed = parameter.dims[0] == (("experts",),)
     others = [at for at in range(weight.dim()) if at != position and not (routed and at == 0)]

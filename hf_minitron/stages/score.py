@@ -31,6 +31,7 @@ from hf_minitron.importance.removal import (
     sublayer_costs,
     task_costs,
 )
+from hf_minitron.importance.streamed import check_streamable
 from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
 from hf_minitron.model_files import revision_of
@@ -114,6 +115,8 @@ def check(args: Args, run: Run) -> None:
     if args.add_bos_token:
         adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     config = AutoConfig.from_pretrained(folder)
+    if args.layer_by_layer:
+        check_streamable(Architecture.of(config))
     check_positions(config, args.block_size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
