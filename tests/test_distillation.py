@@ -249,7 +249,7 @@ def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<image>"])
     texts = [" ".join(tiny.WORDS[:20])] * 9
-    given = {"model": tiny.model(seed=1), "teacher": tiny.model(), "args": arguments(tmp_path), "processing_class": tokenizer}
+    given = {"model": tiny.model(seed=1), "teacher_model": tiny.model(), "args": arguments(tmp_path), "processing_class": tokenizer}
     blocks = token_blocks(Dataset.from_dict({"text": texts}), tokenizer, 16)
     DistillationTrainer(**given, train_dataset=blocks)
     blocks = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}), tokenizer, 16)
@@ -257,7 +257,7 @@ def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path)
     with pytest.raises(ValueError, match=message):
         DistillationTrainer(**given, train_dataset=blocks)
     with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
-        calibrate(given["teacher"], blocks)
+        calibrate(given["teacher_model"], blocks)
     stream = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}).to_iterable_dataset(), tokenizer, 16)
     given["args"] = arguments(tmp_path, max_steps=8)
     with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
@@ -271,7 +271,7 @@ def test_rows_with_ids_that_the_model_lacks_are_refused(tmp_path, column, wrong,
     rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]} for _ in range(8)]
     rows[5] |= {column: [3, 4, wrong, 6]}
     rows = Dataset.from_list(rows)
-    changes = {"teacher": tiny.model()} if teacher else {}
+    changes = {"teacher_model": tiny.model()} if teacher else {}
     args = arguments(tmp_path, max_steps=8, **({} if teacher else {"losses": {"cross_entropy": 1.0}}))
     trainer = DistillationTrainer(
         tiny.model(seed=1), args=args, train_dataset=rows.to_iterable_dataset() if streaming else rows, **changes

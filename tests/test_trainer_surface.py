@@ -115,7 +115,7 @@ PARAMETERS = {
     "as in Trainer": {
         "model", "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init", "compute_metrics",
         "callbacks", "optimizers", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics"},
-    "ours": {"args", "teacher"},
+    "ours": {"args", "teacher_model"},
     "refused": {"compute_loss_func"},
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_every_field_and_parameter_is_in_the_table():
     assert fields - listed == set(), "transformers has fields that nobody has looked at"
     assert listed - fields == set(), "fields that transformers does not have"
     parameters = inspect.signature(Trainer.__init__).parameters.keys() - {"self"}
-    assert parameters | {"teacher"} == set().union(*PARAMETERS.values())
+    assert parameters | {"teacher_model"} == set().union(*PARAMETERS.values())
     for where in AS_THERE.values():
         assert where in CASES or where in globals() or where.startswith("tests/"), where
 
@@ -278,7 +278,7 @@ def test_a_loss_function_is_refused_before_the_teacher_is_looked_for(tmp_path):
 
 def test_from_pretrained_s_arguments_want_a_name(tmp_path):
     args = DistillationArguments(str(tmp_path), bf16=False, teacher_model_init_kwargs={"dtype": "float32"})
-    with pytest.raises(ValueError, match="teacher_model_init_kwargs: the teacher is loaded already"):
+    with pytest.raises(ValueError, match="teacher_model_init_kwargs: teacher_model is loaded already"):
         DistillationTrainer(student(), student(), args)
 
 

@@ -23,13 +23,13 @@ def teacher_for(
     """Return the teacher of a training, `None` where no loss needs one; refuse one that cannot serve its losses and data."""
     needed = args.losses.keys() - {CROSS_ENTROPY}
     if given is None and needed:
-        raise ValueError(f"losses: {sorted(needed)[0]} needs a teacher, and none is given; cross_entropy alone does not")
+        raise ValueError(f"losses: {sorted(needed)[0]} needs a teacher: give teacher_model; cross_entropy alone needs none")
     if not needed:
         return None
     if isinstance(given, str | Path) and (Path(given) / META).is_file():
         given = CachedTeacher(given)
     if args.teacher_model_init_kwargs and not isinstance(given, str | Path):
-        raise ValueError("teacher_model_init_kwargs: the teacher is loaded already; leave them out, or name the teacher")
+        raise ValueError("teacher_model_init_kwargs: teacher_model is loaded already; leave them out, or give its name")
     if not isinstance(given, CachedTeacher):
         return LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k)
     check_losses(given.record, args.losses, args.temperature)

@@ -42,8 +42,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel` or `PeftModel`, *optional*): The student, in float32 for mixed precision; or give `model_init`.
-        teacher (`PreTrainedModel`, `PeftModel`, `CachedTeacher`, `str`, `Path` or `None`): A model with the same tokenizer, or
-            its precomputed outputs (`write_cache`), or where to load either from; `None` when the only loss is cross_entropy.
+        teacher_model (`PreTrainedModel`, `PeftModel`, `CachedTeacher`, `str`, `Path` or `None`): A model with the same
+            tokenizer, or its precomputed outputs (`write_cache`), or where to load either from; `None` when the only loss is
+            cross_entropy.
         args (`DistillationArguments`, *optional*): Settings; plain `TrainingArguments` get the defaults of distillation.
         data_collator (`Callable`, *optional*): Makes a batch with `labels` of rows; `collate` when left out.
         train_dataset (`Dataset` or `IterableDataset`, *optional*): Rows of `input_ids`, and optionally `labels` (not shifted,
@@ -71,7 +72,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | None = None,
-        teacher: Given = None,
+        teacher_model: Given = None,
         args: DistillationArguments | TrainingArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -105,7 +106,7 @@ class DistillationTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         check_engine(self)
-        self._prepare_models(teacher)
+        self._prepare_models(teacher_model)
         weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
         self._losses = OutputLosses(weights, args.temperature, args.beta, args.label_smoothing_factor, args.chunk_size)
         self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch,
@@ -115,7 +116,7 @@ class DistillationTrainer(Trainer):
         self._attempt = Attempt(self._begin)
         self.add_callback(self._attempt)
 
-    def _prepare_models(self, teacher: Given) -> None:
+    def _prepare_models(self, teacher_model: Given) -> None:
         """Load the teacher and refuse what the two models, the losses and the text do not allow together."""
         student = base_of(self.model)
         if self._use_cache is not None:  # the Trainer switches it off in the saved config; here every call says it is off
@@ -123,7 +124,7 @@ class DistillationTrainer(Trainer):
         repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        self.teacher = teacher_for(self.args, teacher, self.accelerator.device, [self.train_dataset, *evaluated])
+        self.teacher = teacher_for(self.args, teacher_model, self.accelerator.device, [self.train_dataset, *evaluated])
         least = check_models(student, self.teacher, self.processing_class, self.train_dataset)
         if self.data_collator is collate:
             self.data_collator = partial(collate, ignored=[self.args.length_column_name], vocab_size=least)
