@@ -137,7 +137,7 @@ def write_tensors(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    pieces = ((name, piece) for name, parts in tensors for piece in parts if piece.numel())
+    pieces = ((name, check_finite(name, piece).contiguous()) for name, parts in tensors for piece in parts if piece.numel())
     with closing(_ahead(pieces)) as stream:
         _write_shards(folder, dict(zip(names, shards, strict=True)), stream)
     if len(shards) > 1:
@@ -160,7 +160,7 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], 
                         name, piece = next(stream, (None, torch.empty(0)))
                         found = (name, piece.dtype)
                         assert found == (expected, DTYPES[spec.dtype]), f"{found} came instead of {expected} {spec}"
-                        written += file.write(check_finite(name, piece).contiguous().flatten().view(torch.uint8).numpy())
+                        written += file.write(piece.flatten().view(torch.uint8).numpy())
                     assert written == spec.num_bytes, f"{written} bytes of {expected} came instead of {spec.num_bytes}"
                     left -= written
         except OSError as error:
@@ -171,17 +171,24 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]], 
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items; the next is made while the caller is busy with the last."""
+    """Yield items; the next is made while the caller is busy with the last, in a thread that computes by itself.
+
+    Threads that helped it would wait for work by spinning, on the cores that are reading and writing.
+    """
     nothing, threads = object(), torch.get_num_threads()
-    torch.set_num_threads(1)  # others would wait for work by spinning, on the cores that are reading and writing
-    try:
-        with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_one_thread) as pool:
+        pool.submit(int).result()
+        torch.set_num_threads(threads)  # the worker has its own number, but threads that begin later would take it over
+        coming = pool.submit(next, items, nothing)
+        while (item := coming.result()) is not nothing:
             coming = pool.submit(next, items, nothing)
-            while (item := coming.result()) is not nothing:
-                coming = pool.submit(next, items, nothing)
-                yield item
-    finally:
-        torch.set_num_threads(threads)
+            yield item
+
+
+def _one_thread() -> None:
+    """Let the thread that calls compute without others; later calls of it would take over the process's number otherwise."""
+    torch.get_num_threads()  # takes it over now
+    torch.set_num_threads(1)
 
 
 def _header(shard: Mapping[str, TensorSpec]) -> bytes:

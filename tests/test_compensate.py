@@ -1,6 +1,7 @@
 """Corrections after pruning, against least squares on the data itself."""
 
 from collections import Counter
+from threading import Thread
 
 import pytest
 import tiny
@@ -10,12 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.checkpoint import _header, write_tensors
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
-from hf_minitron.pruning.reconstruction import least_squares
+from hf_minitron.pruning.reconstruction import factorised, least_squares
 from hf_minitron.statistics import Residuals, Statistics
 
 IDS = tiny.blocks(40)["input_ids"][:]
@@ -292,3 +294,38 @@ def test_a_name_is_matched_once_and_a_moment_factorised_once(tmp_path, monkeypat
     assert counts["cholesky"] == 3 * 3 + 1
     prune_model(teacher, {"hidden": 24, "ffn": 32}, statistics)
     assert counts["match"] == len(Architecture.of(teacher.config).parameters) == 39
+
+
+def test_writing_uses_one_thread_corrections_all_and_the_process_keeps_its_number(tmp_path, monkeypatch):
+    tiny.model(dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    statistics = calibrate(tmp_path / "teacher", tiny.blocks(), moments=True)
+    seen = {"solver": set(), "pieces": set(), "a new thread": set(), "the caller": set()}
+
+    def watched(function, name):
+        def call(*args):
+            seen[name].add(torch.get_num_threads())
+            return function(*args)
+
+        return call
+
+    def write(folder, specs, tensors, max_shard_bytes):
+        def read():
+            for name, pieces in tensors:
+                seen["pieces"].add(torch.get_num_threads())
+                thread = Thread(target=lambda: seen["a new thread"].add(torch.get_num_threads()))
+                thread.start()
+                thread.join()
+                yield name, pieces
+
+        write_tensors(folder, specs, read(), max_shard_bytes)
+
+    monkeypatch.setattr("hf_minitron.pruning.compensate.factorised", watched(factorised, "solver"))
+    monkeypatch.setattr("hf_minitron.pruning.prune.write_tensors", write)
+    monkeypatch.setattr("hf_minitron.checkpoint._header", watched(_header, "the caller"))
+    torch.set_num_threads(3)
+    try:
+        prune_checkpoint(tmp_path / "teacher", {"ffn": 32}, tmp_path / "student", statistics=statistics)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {"solver": {3}, "pieces": {1}, "a new thread": {3}, "the caller": {3}}

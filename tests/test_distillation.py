@@ -249,7 +249,12 @@ def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<image>"])
     texts = [" ".join(tiny.WORDS[:20])] * 9
-    given = {"model": tiny.model(seed=1), "teacher_model": tiny.model(), "args": arguments(tmp_path), "processing_class": tokenizer}
+    given = {
+        "model": tiny.model(seed=1),
+        "teacher_model": tiny.model(),
+        "args": arguments(tmp_path),
+        "processing_class": tokenizer,
+    }
     blocks = token_blocks(Dataset.from_dict({"text": texts}), tokenizer, 16)
     DistillationTrainer(**given, train_dataset=blocks)
     blocks = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}), tokenizer, 16)

@@ -5,6 +5,7 @@ A correction keeps the student's shape: the result is still a stock checkpoint.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -72,12 +73,12 @@ class Corrections:
             keep (`dict[str, Tensor]`): What is kept of every axis where it stands.
             read (`Callable`): Returns another parameter of the teacher by its name.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
         try:
-            return self._corrected(parameter, tensor, keep, read)
+            if torch.get_num_threads() == self._threads:
+                return self._corrected(parameter, tensor, keep, read)
+            with ThreadPoolExecutor(1) as pool:  # called by a thread that writes and computes by itself; a new one has them all
+                return pool.submit(self._corrected, parameter, tensor, keep, read).result()
         finally:
-            torch.set_num_threads(threads)
             for source in self._sources(parameter):
                 self._consumers[source.moment] -= 1
                 if not self._consumers[source.moment]:
