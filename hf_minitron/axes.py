@@ -1,6 +1,6 @@
 """The grammar of the axis map: patterns such as `"(heads head_dim) hidden"`, matching parameter names, taking indices.
 
-A pattern has one token per tensor dimension, C-ordered as in einops.
+A pattern has one token per tensor dimension, C-ordered as in einops. A token that is a number is a size that no cut changes.
 """
 
 import math
@@ -41,13 +41,18 @@ def parse(pattern: str) -> tuple[Dim, ...]:
 
 
 def dim_names(dim: Dim) -> set[str]:
-    """Return the axes of one tensor dimension."""
-    return {axis for term in dim for axis in term}
+    """Return the axes of one tensor dimension; a number is none."""
+    return {axis for term in dim for axis in term if not axis.isdigit()}
+
+
+def is_cut(pattern: str) -> bool:
+    """Return whether a pattern has an axis, or only numbers."""
+    return any(dim_names(dim) for dim in parse(pattern))
 
 
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
     """Return the number of entries of one tensor dimension, given the size of every axis."""
-    return sum(math.prod(sizes[axis] for axis in term) for term in dim)
+    return sum(math.prod(int(axis) if axis.isdigit() else sizes[axis] for axis in term) for term in dim)
 
 
 def tensor_shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -65,7 +70,7 @@ def unknown_size(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[str, in
     ('rope', 4)
     ```
     """
-    unknown = [(term, axis) for term in dim for axis in term if axis not in sizes]
+    unknown = [(term, axis) for term in dim for axis in term if axis not in sizes and not axis.isdigit()]
     if len(unknown) != 1:
         return None
     (term, axis), others = unknown[0], [t for t in dim if t is not unknown[0][0]]
@@ -136,6 +141,9 @@ def pieces(
     if tuple(tensor.shape) != expected:
         raise AxisError(f"shape {tuple(tensor.shape)} is not that of the pattern {pattern!r}, {expected}")
     dims = parse(pattern)
+    if not dims:  # a scalar
+        yield tensor
+        return
     keep = {axis: index for axis, index in keep.items() if any(axis in dim_names(dim) for dim in dims)}
     if not dims:  # one number
         yield tensor

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from hf_minitron.architecture.config import auto_class
 from hf_minitron.model_files import resolve, split_kwargs, weights_of
 
 T = TypeVar("T")
@@ -273,7 +274,8 @@ def load_model(model: str | Path, dtype: torch.dtype | str, device: torch.device
     folder = resolve(model, variant=how.get("variant"), **which)
     Checkpoint(folder, how.get("variant"))  # a missing or truncated shard is named before any weight is loaded
     how = {"dtype": dtype, **({"device_map": "auto"} if str(device) == "auto" else {}), **how}
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    loaded, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ValueError(f"The checkpoint {folder} lacks {sorted(info['missing_keys'])[0]!r} "
                          f"({len(info['missing_keys'])} tensors in all)")  # fmt: skip

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.errors import one_line
 from hf_minitron.side_files import check_config_file
 
@@ -52,6 +53,9 @@ def check_config(folder: Path, model: str) -> None:
         config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
     except Exception as error:  # config classes raise their own kinds
         raise ValueError(f"{folder / CONFIG_NAME} is no config of a {kind}: {one_line(error)}") from error
+    if kind in TOWERS:
+        _check_compressed(content.get("quantization_config") or content.get("compression_config"), model)
+        return
     if "vision_config" in content or "audio_config" in content or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{model} is a multimodal model ({kind}). {_text_part(config, model)}")
     if content.get("is_encoder_decoder"):

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 BASIS = "plan/basis.safetensors"
 LARGE_BASIS = 64 * 2**20  # hidden 2,896
 
+# Axes that are cut alike in all of the model; `projector` is the inner width of a vision model's, which follows hidden.
+EVERYWHERE = ("hidden", "projector")
 # Axes whose size may differ from layer to layer.
 BY_LAYER = ("heads", "kv_heads", "ffn")
 
@@ -91,24 +93,25 @@ class Plan:
             layer (`int`, *optional*): The teacher's layer; `None` for what lies outside the layers, such as embeddings.
             expert (`int`, *optional*): The teacher's expert, where every expert has its own tensors.
         """
-        hidden = {"hidden": self._hidden} if "hidden" in self.keep else {}
         if layer is None:
-            return hidden
+            return self._everywhere
         if layer not in self.kept_layers:
             return None
         position = self.kept_layers.index(layer)
-        kept = {axis: lists[position] for axis, lists in self.keep.items() if axis not in ("layers", "hidden")}
+        kept = {axis: lists[position] for axis, lists in self.keep.items() if axis not in ("layers", *EVERYWHERE)}
         if expert is not None:
             if "experts" in kept and expert not in kept["experts"]:
                 return None
             if "ffn" in kept:
                 kept["ffn"] = kept["ffn"][self.position("experts", expert, layer)]
         removed = bool(self.by_layer)  # an empty list is a removed sublayer, not one that this layer never had
-        return {axis: torch.tensor(indices, dtype=torch.long) for axis, indices in kept.items() if indices or removed} | hidden
+        return {axis: torch.tensor(indices, dtype=torch.long) for axis, indices in kept.items() if indices or removed} | (
+            self._everywhere
+        )
 
     @cached_property
-    def _hidden(self) -> Tensor:
-        return torch.tensor(self.keep["hidden"])
+    def _everywhere(self) -> dict[str, Tensor]:
+        return {axis: torch.tensor(self.keep[axis]) for axis in EVERYWHERE if axis in self.keep}
 
     def position(self, axis: str, index: int, layer: int | None) -> int:
         """Return where a kept index of the teacher stands in the student, such as a layer's new number."""

@@ -55,14 +55,16 @@ class Shape:
         the context and are left out.
         """
         dims = {row: [axes.dim_names(dim) for dim in axes.parse(pattern)] for row, pattern in rows.items()}
-        heads = [row for row in rows if "vocab" in dims[row][0] and len(dims[row]) == 2]
+        # what has a size that no cut changes, or a projector's, belongs to a vision model: no token of text meets it
+        dims = {row: names for row, names in dims.items() if names and all(names) and {"projector"} not in names}
+        heads = [row for row in dims if "vocab" in dims[row][0] and len(dims[row]) == 2]
         flops = 0
-        for row, pattern in rows.items():
+        for row in dims:
             routed = dims[row][0] == {"experts"} and any("ffn" in names for names in dims[row])
             looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
             if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
                 continue
-            weights = self._copies(row) * math.prod(axes.tensor_shape(pattern, self.sizes))
+            weights = self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes))
             flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
         return flops
 
@@ -120,6 +122,8 @@ class Shape:
             "shared_experts" in self.sizes and "ffn" in self.sizes
         ):  # DeepSeek's shared experts are one MLP of so many times an expert's width
             after["shared_ffn"] = after["shared_experts"] * after["ffn"]
+        if "projector" in self.sizes:
+            after["projector"] = after["hidden"]
         if "dense_layers" in self.sizes:  # an estimate until a plan says which layers stay
             after["dense_layers"] = min(self["dense_layers"], after["layers"])
             after["moe_layers"] = after["layers"] - after["dense_layers"]

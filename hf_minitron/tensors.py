@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import check_not_quantized
+from hf_minitron.architecture.config import auto_class, check_not_quantized
 from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
 from hf_minitron.model_files import resolve
 
@@ -48,7 +48,7 @@ class ModelTensors:
         found = dict(model.named_parameters()) | dict(model.named_buffers())
         if head is None or self.architecture.parameters.keys() - found.keys():
             raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
-                             "AutoModelForCausalLM")  # fmt: skip
+                             f"{auto_class(model.config).__name__}")  # fmt: skip
         if model.config.tie_word_embeddings and head.weight is not embedding.weight:
             raise ValueError(UNTIED)
         self._tensors = {name: tensor.detach() for name, tensor in found.items() if name in self.architecture.parameters}
@@ -86,10 +86,11 @@ class CheckpointTensors:
         self.architecture = architecture or Architecture.of(AutoConfig.from_pretrained(folder))
         check_not_quantized(self.architecture.config, folder)
         self.checkpoint = Checkpoint(folder)
-        known = self.architecture.stored
-        self._stored_as = {known[name].name: name for name in self.checkpoint.specs if name in known}
+        known, in_memory = self.architecture.stored, self.architecture.outline.in_memory
+        found = {name: name if name in known else in_memory(name) for name in self.checkpoint.specs}
+        self._stored_as = {known[name].name: stored for stored, name in found.items() if name in known}
         for name, stored in self._stored_as.items():
-            if not DTYPES[self.spec(name).dtype].is_floating_point:
+            if known[name].role != "passthrough" and not DTYPES[self.spec(name).dtype].is_floating_point:
                 raise ValueError(f"{stored!r} in {folder} is stored as {self.spec(name).dtype}; save the model as bfloat16, "
                                  "float16 or float32 first")  # fmt: skip
         self._check_tied()

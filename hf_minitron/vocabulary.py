@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_minitron.architecture.config import text_config
+
 # What tokenizers with the same tokens may split in different ways: case, accents, spaces, digits, scripts, signs.
 PROBE = (
     "The Quick brown fox's 12,345.678 jumps  over\tthe lazy dog!\n\n    def f(x_1): return x**2 # ok\r\n"
@@ -95,7 +97,7 @@ def check_vocabularies(models: Mapping[str, Any], tokenizer: object, blocks: obj
     Returns:
         `int`: The size of the smallest vocabulary.
     """
-    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    sizes = {name: text_config(model.config).vocab_size for name, model in models.items()}
     least = min(sizes.values())
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) <= least:
         return least

@@ -109,7 +109,7 @@ def masked(model, plan):
     if "hidden" in plan.keep:
         mask = vector(sizes["hidden"], plan.keep["hidden"])
         for module in modules.values():
-            if isinstance(module, torch.nn.Embedding):
+            if isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]:
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask))
     yield
     for hook in hooks:

@@ -103,6 +103,12 @@ def target(shape, *axes):
 def model(model_type="llama", dtype=torch.float64, seed=0, **changes):
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config(model_type, **changes)).to(dtype).eval()
+    shake(made)
+    return made
+
+
+def shake(made):
+    """Give weights other values than those they are made with."""
     with torch.no_grad():
         for name, parameter in made.named_parameters():  # norms of ones and biases of zeros would hide mistakes
             if parameter.dim() == 1 or "bias" in name:
@@ -114,7 +120,6 @@ def model(model_type="llama", dtype=torch.float64, seed=0, **changes):
         for name, buffer in made.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0, 0.2)
-    return made
 
 
 def blocks(rows=6, length=12, seed=0):

@@ -7,11 +7,12 @@ from functools import cached_property, lru_cache
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows, misfits, shape_of
-from hf_minitron.architecture.config import not_a_language_model
+from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows, misfits, shape_of, within
+from hf_minitron.architecture.config import not_a_language_model, text_config
 from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
 from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outline, trace
 from hf_minitron.architecture.roles import ATTENTION, MLP
+from hf_minitron.architecture.vision import TOWERS, Tower
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.shape import Shape
 
@@ -66,7 +67,9 @@ class Architecture:
         """
         if problem := not_a_language_model(config, FAMILIES):
             raise axes.AxisError(problem)
-        return _bind(FAMILIES.get(config.model_type, LLAMA), outline(config))
+        tower = TOWERS.get(config.model_type)
+        text = (tower and tower.text) or text_config(config).model_type
+        return _bind(FAMILIES.get(text, LLAMA), tower, outline(config))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -151,10 +154,14 @@ class Architecture:
     @cached_property
     def inexact(self) -> dict[str, str]:
         """The axes whose cut changes more than masking would, with the reasons."""
-        family = self.family
-        return dict(family.inexact) | {
-            a: why for a, (key, why) in family.inexact_if.items() if getattr(self.config, key, False)
-        }
+        images = self.family.tower.inexact if self.family.tower else {}
+        return {**images, **self.inexact_for_text}
+
+    @cached_property
+    def inexact_for_text(self) -> dict[str, str]:
+        """The axes whose cut changes more than masking would of text, too."""
+        family, config = self.family, text_config(self.config)
+        return dict(family.inexact) | {a: why for a, (key, why) in family.inexact_if.items() if getattr(config, key, False)}
 
     def taps(self, axis: str) -> list[Place]:
         """Return where the activations of an axis are read.
@@ -286,5 +293,5 @@ class Architecture:
 
 
 @lru_cache(maxsize=64)
-def _bind(family: Family, model: Outline) -> Architecture:
-    return Architecture(family, model)
+def _bind(family: Family, tower: Tower | None, model: Outline) -> Architecture:
+    return Architecture(within(family, tower, model) if tower else family, model)

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
+from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.family import FAMILIES, Family
 from hf_minitron.architecture.outline import Outline
+from hf_minitron.architecture.vision import Tower
 from hf_minitron.shape import AXES, Shape
 
 # Name of a parameter to its row, and what the placeholders of the row stand for.
@@ -71,6 +73,35 @@ class Read:
     moment: str
 
 
+def within(family: Family, tower: Tower, model: Outline) -> Family:
+    """Return the family of a vision-language model: that of its text model, under its prefix, and a row for all else."""
+    prefix = f"{tower.prefix}."
+
+    def moved(row: str) -> str:
+        return re.sub(r"^model\.", prefix, row)
+
+    rows = {moved(row): pattern for row, pattern in family.rows.items()}
+    outside = {
+        name: _filled(axes.match(name, tower.rows), tower.rows, shape)
+        for name, shape in model.parameters.items()
+        if not name.startswith(prefix) and not axes.match(name, rows)
+    }
+    return replace(
+        family,
+        rows=rows | outside,
+        norms=tuple(map(moved, family.norms)),
+        stored={moved(row): {moved(part): p for part, p in parts.items()} for row, parts in family.stored.items()},
+        tower=tower,
+        outside=outside,
+    )
+
+
+def _filled(match: tuple[str, dict] | None, rows: Mapping[str, str], shape: tuple[int, ...]) -> str:
+    """Return a pattern with the sizes of the dimensions that stay as they are."""
+    tokens = rows[match[0]].split() if match else ["_"] * len(shape)
+    return " ".join(str(size) if token == "_" else token for token, size in zip(tokens, shape, strict=True))
+
+
 def match_rows(family: Family, model: Outline) -> Matches:
     """Return the row of every parameter that has one."""
     found = {name: axes.match(name, family.rows) for name in model.parameters}
@@ -79,7 +110,7 @@ def match_rows(family: Family, model: Outline) -> Matches:
 
 def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
-    found = {axis: _read(model.config, key) for axis, key in family.config_keys.items()}
+    found = {axis: _read(text_config(model.config), key) for axis, key in family.config_keys.items()}
     sizes = {axis: size for axis, size in found.items() if type(size) is int}
     used, indices = [], {}
     for name, (row, places) in matches.items():

@@ -1,12 +1,48 @@
 """Configs that cannot be pruned, and why."""
 
+import copy
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from hf_minitron.architecture.vision import TOWERS
+
+TEXT_CONFIG = "text_config"
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of a vision-language model's text model; any other config itself."""
+    return config.get_text_config(decoder=True)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Return the Auto class that loads a model of a config."""
+    return AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
+
+
+def with_text(config: PreTrainedConfig, changes: Mapping[str, Any], elsewhere: Mapping[str, Any] = MappingProxyType({})):
+    """Return a config with changes, in the text model's where it has one of its own.
+
+    Args:
+        config (`PreTrainedConfig`): The config; it stays unchanged.
+        changes (`Mapping[str, Any]`): Keys of the text model's config to values.
+        elsewhere (`Mapping[str, Any]`, *optional*): Keys of the whole config to values, with dots between levels.
+    """
+    content = copy.deepcopy(config.to_dict())
+    text = content[TEXT_CONFIG] if text_config(config) is not config else content
+    text |= changes
+    for key, value in elsewhere.items():
+        *levels, last = key.split(".")
+        reduce(dict.__getitem__, levels, content)[last] = value
+    other = text is content and "model_type" in changes
+    return (CONFIG_MAPPING[changes["model_type"]] if other else type(config)).from_dict(content)
 
 
 def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) -> str | None:
@@ -19,14 +55,17 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
     kind, text = config.model_type, config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return f"Model type {kind!r} does not make a causal language model, but an encoder and a decoder; choose another one"
+    if kind in TOWERS:
+        return None
     if text is config:
         made = kind not in CONFIG_MAPPING or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
     parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
-    advice = f"and its text model, {text.model_type!r}, is not supported either"
+    advice = f"nor is its text model, {text.model_type!r}; of such models there are {', '.join(TOWERS)}"
     if text.model_type in supported:
         advice = f"save its text model, {text.model_type!r}, as a checkpoint of its own first (docs/families.md shows how)"
-    return f"Model type {kind!r} does not make a causal language model of text alone, but of {parts}; {advice}"
+    return (f"Model type {kind!r} makes a model of {parts}, and no table says where its text model stands in it "
+            f"(architecture/vision.py); {advice}")  # fmt: skip
 
 
 def check_not_quantized(config: PreTrainedConfig, folder: str | Path) -> None:

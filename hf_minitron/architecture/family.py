@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from hf_minitron import axes
 from hf_minitron.architecture import gpt, llama, moe
 from hf_minitron.architecture.roles import ROLES
+from hf_minitron.architecture.vision import Tower
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a model is bound to a family once
@@ -25,6 +26,8 @@ class Family:
         fallback_config (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
         pre_norm_residual (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added
             to the residual stream as they are; rotating it and merging layers take that for granted.
+        tower (`Tower`, *optional*): Where the text model stands, in the family of a vision-language model.
+        outside (`Mapping[str, str]`, *optional*): Then, the rows of what lies outside of the text model.
     """
 
     rows: Mapping[str, str]
@@ -37,6 +40,8 @@ class Family:
     inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     fallback_config: Mapping[str, object] = field(default_factory=dict)
     pre_norm_residual: bool = False
+    tower: Tower | None = None
+    outside: Mapping[str, str] = field(default_factory=dict)
 
     def role(self, row: str) -> str:
         """Return the role of the parameters of a row.
@@ -45,6 +50,8 @@ class Family:
             AxisError: for a row whose role no table gives.
         """
         module = row.removesuffix(".weight").removesuffix(".bias").removesuffix("_bias")
+        if row in self.outside:
+            return "projector" if axes.is_cut(self.outside[row]) else "passthrough"
         if module in self.norms:
             return "norm"
         roles, parts = {**ROLES, **self.roles}, module.split(".")

@@ -12,11 +12,14 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
+from hf_minitron.architecture.config import auto_class
 from hf_minitron.errors import one_line
 from hf_minitron.probe import Visit, probe
 
@@ -35,6 +38,7 @@ class Outline:
         modules (`frozenset[str]`): The names of the modules.
         class_name (`str`): The class of the causal language model.
         prefix (`str`): The name of the model without its head inside the model: `model`, `transformer`.
+        renamings (`tuple[WeightRenaming, ...]`): From the names that checkpoints on disk have, or had, to those in memory.
     """
 
     config: PreTrainedConfig
@@ -43,6 +47,12 @@ class Outline:
     modules: frozenset[str]
     class_name: str
     prefix: str
+    renamings: tuple[WeightRenaming, ...] = ()
+
+    def in_memory(self, name: str) -> str:
+        """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""
+        prefix = self.prefix if self.prefix else None
+        return rename_source_key(name, list(self.renamings), [], prefix, self.parameters)[0]
 
 
 def outline(config: PreTrainedConfig) -> Outline:
@@ -68,7 +78,9 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     shapes, stored = {name: tuple(parameter.shape) for parameter, name in first.items()}, model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
     modules = frozenset(name for name, _ in model.named_modules())
-    return Outline(_config(kind, content), shapes, tied, modules, type(model).__name__, model.base_model_prefix)
+    renamings = tuple(t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming))
+    config, class_name = _config(kind, content), type(model).__name__
+    return Outline(config, shapes, tied, modules, class_name, model.base_model_prefix, renamings)
 
 
 def _config(kind: type[PreTrainedConfig], content: str) -> PreTrainedConfig:
@@ -77,7 +89,8 @@ def _config(kind: type[PreTrainedConfig], content: str) -> PreTrainedConfig:
 
 def _build(kind: type[PreTrainedConfig], content: str, **kwargs) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_config(kind, content), **kwargs)
+        config = _config(kind, content)
+        return auto_class(config).from_config(config, **kwargs)
 
 
 def _float(content: dict) -> object:

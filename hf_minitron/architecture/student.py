@@ -3,14 +3,15 @@
 A shape is held when the class makes exactly the parameters that pruning will give; nothing else is known about classes.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config, with_text
 from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.vision import Tower
 from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
@@ -78,7 +79,7 @@ def _try_config(
     architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
 ) -> tuple[PreTrainedConfig | None, str]:
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
-    config, family = architecture.config, architecture.family
+    family, config = architecture.family, text_config(architecture.config)
     changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
     changes |= {key: after[axis] for key, axis in family.follows.items()}
     changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
@@ -91,8 +92,13 @@ def _try_config(
     changes |= more or {}
     kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
+    tower = family.tower or Tower("", {})
+    elsewhere = {key: after[axis] for key, axis in tower.follows.items()}
+    for axis, why in tower.fixed.items():
+        if after[axis] != architecture.shape[axis]:
+            return None, f"{axis} stays {architecture.shape[axis]}, for {why}"
     try:
-        student = kind.from_dict({**copy.deepcopy(config.to_dict()), **changes})
+        student = with_text(architecture.config, changes, elsewhere)
         made = outline(student)
     except Exception as error:  # config classes and modules raise their own kinds
         return None, one_line(error)
@@ -126,7 +132,7 @@ def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -
 def _advice(architecture: Architecture, after: Shape, reason: str) -> str:
     """Say why a shape is refused and which near ones are not."""
     hidden, heads, step = after["hidden"], after["heads"], after.sizes.get("head_dim", 1)
-    before, name = architecture.shape, type(architecture.config).__name__
+    before, name = architecture.shape, type(text_config(architecture.config)).__name__
     group = heads // after.kv_groups
     if all(after[axis] == before[axis] for axis in ("hidden", "heads")):
         return f"{name} refuses {after.axes}: {reason}"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_minitron.architecture.config import auto_class
 from hf_minitron.checkpoint import load_model
 from hf_minitron.distillation.checks import check_number
 from hf_minitron.errors import one_line
@@ -34,7 +35,7 @@ def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
         if hints[key] is bool and not isinstance(value, bool):
             raise ValueError(f"lora: {key}: {value!r} is neither true nor false")
     with torch.device("meta"):  # no weights
-        tuned = add_lora(AutoModelForCausalLM.from_config(config), settings)
+        tuned = add_lora(auto_class(config).from_config(config), settings)
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ValueError(f"lora: {dict(settings)} adds to no layer, so nothing would be trained; name other target_modules")
 

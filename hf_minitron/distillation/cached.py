@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.batch import TARGETS, with_targets
@@ -69,7 +70,7 @@ class CachedTeacher:
             raise ValueError(f"No cache of a teacher at {self.folder}: it {what}")
         self.meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
         self.config = SimpleNamespace(**{key: self.meta["teacher"][key] for key in ("model_type", "vocab_size")})
-        self.record = record_of(self.meta["method"], self.config.vocab_size, self.meta["dtype"])
+        self.record = record_of(self.meta["method"], text_config(self.config).vocab_size, self.meta["dtype"])
         numbers = range(-(-self.meta["blocks"] // self.meta["shard_blocks"]))
         self._index = np.concatenate([self._read_index(number) for number in numbers])
         self._order = np.argsort(self._index[:, 2], kind="stable")
@@ -281,4 +282,4 @@ def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | No
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)][:16].to("cpu", torch.bfloat16)
         digest.update(f"{name} {list(tensor.shape)} ".encode() + some.view(torch.int16).numpy().tobytes())
     weights = None if tensors is None else digest.hexdigest()
-    return {"model_type": config.model_type, "vocab_size": config.vocab_size, "weights": weights}
+    return {"model_type": config.model_type, "vocab_size": text_config(config).vocab_size, "weights": weights}

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.data import text_hash
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
@@ -127,7 +128,7 @@ class _Subject:
 
     def take_text(self, blocks: Dataset, teacher: "_Subject", add_bos_token: bool | None) -> None:
         """Read the held-out text in this model's tokens."""
-        size = min(self.config.vocab_size, teacher.config.vocab_size)
+        size = min(text_config(config).vocab_size for config in (self.config, teacher.config))
         self.other = bool(difference(self.tokenizer, teacher.tokenizer, size))
         if self.other:
             self.blocks, self.labels = in_tokens_of(self.tokenizer, blocks, teacher.tokenizer, add_bos_token)
@@ -270,7 +271,7 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
     if not is_hub_id(source):  # of the Hub there are small files only
         Checkpoint(local)
     config = AutoConfig.from_pretrained(local)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_config(config), "max_position_embeddings", None)
     if positions is not None and block_size > positions:
         raise ValueError(f"block_size: {block_size} is more than the {positions} positions of {source}; set it to that or less")
     if chat_template and not AutoTokenizer.from_pretrained(local).chat_template:

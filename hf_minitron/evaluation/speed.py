@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import auto_class, text_config, with_text
 from hf_minitron.architecture.student import student_config
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
@@ -93,7 +94,7 @@ def measure_speed(models: Mapping[str, PreTrainedModel], settings: SpeedSettings
         a run adds at its peak (on an accelerator what is allocated, on Linux anonymous memory, `None` elsewhere).
     """
     generator = torch.Generator().manual_seed(0)
-    vocab = min(model.config.vocab_size for model in models.values())
+    vocab = min(text_config(model.config).vocab_size for model in models.values())
     cases = list(itertools.product(settings.batch_sizes, settings.prompt))
     prompts = {case: torch.randint(0, vocab, case, generator=generator) for case in cases}
     times: dict[tuple, dict[str, list[float]]] = {}
@@ -136,7 +137,7 @@ def shape_tokens_per_second(
     architecture = Architecture.of(config)
     config = student_config(architecture, Plan(architecture.shape, shape, {"layers": list(range(shape["layers"]))}))
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = auto_class(config).from_config(config, dtype=dtype).eval()
     (found,) = measure_speed({"": model}, SpeedSettings(batch_sizes=(1,), prompt=(512,)))[""]
     return {kind: found[kind]["value"] for kind in ("prefill", "decode")}
 
@@ -158,8 +159,8 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     kept = list(range(shape["layers"] - layers, shape["layers"]))
     config = student_config(architecture, Plan(shape, shape.cut_to(target), {"layers": kept}))
     if vocab is not None:
-        config.vocab_size, config.pad_token_id = vocab, None
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        config = with_text(config, {"vocab_size": vocab, "pad_token_id": None})
+    return auto_class(config).from_config(config, dtype=dtype).eval()
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:

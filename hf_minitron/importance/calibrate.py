@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_minitron
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import text_hash
 from hf_minitron.importance.baselines import BASELINES
@@ -76,7 +77,7 @@ def calibrate(
     store = Moments(None if save_to is None else Path(save_to) / MOMENTS)
     if isinstance(model, PreTrainedModel):
         config, dtype = model.config, model.dtype
-        check_ids(blocks, config.vocab_size)
+        check_ids(blocks, text_config(config).vocab_size)
         readings = take_moments(_read_model(model, batches, moments, read), store)
     else:
         wanted, device = store if moments else None, torch.device(device)

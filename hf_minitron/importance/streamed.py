@@ -54,7 +54,7 @@ def read_layers(
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(bar)
-        states = stack.enter_context(_waiting_states(batches, config.hidden_size * dtype.itemsize, state_bytes))
+        states = stack.enter_context(_waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
         for layer in range(layers):
             give_back_freed_memory()  # the layer's before: loading it has used several threads
             model = loader.model_of(layer)
@@ -76,7 +76,7 @@ def read_layers(
 
 def check_streamable(architecture: Architecture) -> None:
     """Refuse a model whose layers do not compute the same wherever they stand."""
-    if reason := architecture.inexact.get("layers"):
+    if reason := architecture.inexact_for_text.get("layers"):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
 
 

@@ -3,8 +3,10 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
@@ -128,6 +130,7 @@ def _edited(
         raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
     if not isinstance(statistics, Statistics | None):
         raise ValueError(f"statistics: {statistics!r} is no Statistics: give what calibrate returns, or load the folder")
+    plan = with_projector(tensors, plan)
     moments = None if statistics is None else statistics.moments
     names, rotation = chosen_corrections(tensors.architecture, plan, moments, corrections, residuals), None
     if "rotation" in names or plan.rotated:
@@ -136,6 +139,20 @@ def _edited(
         plan = rotation.plan(plan)
     made = corrections_for(tensors.architecture, plan, moments, names, rotation, residuals) if moments else None
     return tensors, plan, made
+
+
+def with_projector(tensors: Tensors, plan: Plan) -> Plan:
+    """Return a plan that says which inner channels of a vision model's projector stay: those with the largest weights.
+
+    No text passes it, so the norms of a channel's weights, what it reads by times what it gives by, stand for what it does.
+    """
+    size = plan.after.sizes.get("projector")
+    if size == plan.before.sizes.get("projector") or "projector" in plan.keep:
+        return plan
+    weights = [p for p in tensors.architecture.parameters.values() if (("projector",),) in p.dims and len(p.dims) == 2]
+    norms = [torch.linalg.vector_norm(tensors.read(p.name).float(), dim=1 - p.dim_of("projector")[0]).cpu() for p in weights]
+    kept = torch.stack(norms).prod(0).topk(size).indices.sort().values.tolist()
+    return replace(plan, keep={**plan.keep, "projector": kept})
 
 
 def prune_tensors(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_minitron.architecture.architecture import HIDDEN, OUTPUT, Architecture, Parameter
+from hf_minitron.architecture.config import with_text
 from hf_minitron.checkpoint import TensorSpec
 from hf_minitron.plan import Plan
 from hf_minitron.statistics import Moments
@@ -130,7 +131,8 @@ def untied(architecture: Architecture) -> Architecture:
             f"corrections: rotation is not for {config.model_type}: it needs RMS norms that stand before attention and MLP, "
             "and both added to the stream as they are. Leave rotation out"
         )
-    return Architecture.of(type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}))
+    tied = {"tie_word_embeddings": False}
+    return Architecture.of(with_text(config, tied, tied))
 
 
 def _unscaled(weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import resolve
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import check_losses
@@ -54,7 +55,7 @@ def check(args: Args, run: Run) -> None:
         raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
                          "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
     config = AutoConfig.from_pretrained(teacher_folder(training.teacher or run.model, training.teacher_model_init_kwargs))
-    check_losses(record_of(args.how, config.vocab_size, args.dtype), training.losses, training.temperature)
+    check_losses(record_of(args.how, text_config(config).vocab_size, args.dtype), training.losses, training.temperature)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

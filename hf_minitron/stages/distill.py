@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import adds_bos_token
 from hf_minitron.distillation.adapters import check_lora
@@ -59,7 +60,7 @@ def check_blocks(args: Args, run: Run) -> None:
     if args.teacher or args.teacher_model_init_kwargs:
         if args.teacher or "correct" not in run.recipe:
             models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
-        sizes = [AutoConfig.from_pretrained(model).vocab_size for model in models]
+        sizes = [text_config(AutoConfig.from_pretrained(model)).vocab_size for model in models]
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
     tokenizer, configs = AutoTokenizer.from_pretrained(folder), [AutoConfig.from_pretrained(model) for model in models]
     if args.add_bos_token:

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.environment import environment
@@ -78,7 +79,7 @@ def check(args: Args, run: Run) -> None:
         if args.add_bos_token:
             adds_bos_token(AutoTokenizer.from_pretrained(source), True)
         if speed and name in _timed(args):
-            speed.check(getattr(config, "max_position_embeddings", None), name)
+            speed.check(getattr(text_config(config), "max_position_embeddings", None), name)
         if args.tensor_parallel:
             check_tensor_parallel(config, processes)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
@@ -131,7 +132,7 @@ def _speed(args: Args, run: Run) -> SpeedSettings | None:
     speed = SpeedSettings.read(args.speed)
     if args.speed is not True:
         return speed
-    return speed.within(getattr(AutoConfig.from_pretrained(resolve(run.model)), "max_position_embeddings", None))
+    return speed.within(getattr(text_config(AutoConfig.from_pretrained(resolve(run.model))), "max_position_embeddings", None))
 
 
 def _timed(args: Args) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import check_folder, task_files
@@ -191,7 +192,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
-    check_ids(blocks, AutoConfig.from_pretrained(folder).vocab_size, tokenizer)
+    check_ids(blocks, text_config(AutoConfig.from_pretrained(folder)).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed = args.layer_by_layer

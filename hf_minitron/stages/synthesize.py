@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
@@ -98,7 +99,7 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("temperature: 0 without prompts writes one and the same text; raise it, or name prompts")
     if args.chat_template and not AutoTokenizer.from_pretrained(folder).chat_template:
         raise ValueError(f"chat_template: the tokenizer in {folder} has none")
-    longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    longest = getattr(text_config(AutoConfig.from_pretrained(folder)), "max_position_embeddings", None)
     wanted = args.max_new_tokens + (1 if args.prompts is None else args.prompt_tokens)
     if longest and wanted > longest:
         raise ValueError(f"prompt_tokens and max_new_tokens: {wanted} together, more than the {longest} positions of the model")

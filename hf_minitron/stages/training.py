@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import (
     complete_or_absent,
     require_space,
@@ -168,7 +169,7 @@ def check_positions(config: PreTrainedConfig, block_size: int) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and block_size > longest:
         raise ValueError(f"block_size: {block_size} is more than the {longest} positions of the model; set it to that or less")
 

@@ -1,0 +1,78 @@
+"""Vision-language models: where the text model stands in them, and what outside of it gives or reads its hidden channels.
+
+A table only. The text model is bound by its own family; whatever else the model has is passed through as it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+LANGUAGE_MODEL, TEXT_MODEL = "model.language_model", "model.text_model"
+WIDTH_INSIDE = "with images: the projector's inner width is that of hidden in its class, so that it loses channels as well"
+FIRST_LAYERS = "with images: their features are added after the first layers, which are others once one of them is cut"
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """Where the text model stands in a vision-language model.
+
+    Args:
+        prefix (`str`): The module of the text model, whose layers are in `<prefix>.layers`.
+        rows (`Mapping[str, str]`): The parameters outside of it that have hidden channels, or those of the inner width of a
+            projector (`projector`), which follows hidden; `_` is a dimension that stays as it is.
+        follows (`Mapping[str, str]`): Keys of `config.json` outside of its `text_config`, to the axis whose size they repeat.
+        inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes what the model makes of images more than
+            masking it would.
+        fixed (`Mapping[str, str]`): Axis to the reason why it cannot be cut.
+        text (`str`, *optional*): The model type of a causal language model that computes the same of text, where the text
+            model's own type has none.
+    """
+
+    prefix: str
+    rows: Mapping[str, str]
+    follows: Mapping[str, str] = field(default_factory=dict)
+    inexact: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    text: str | None = None
+
+
+TWO_LAYERS = Tower(
+    LANGUAGE_MODEL,
+    {
+        "model.multi_modal_projector.linear_1.weight": "projector _",
+        "model.multi_modal_projector.linear_1.bias": "projector",
+        "model.multi_modal_projector.linear_2.weight": "hidden projector",
+        "model.multi_modal_projector.linear_2.bias": "hidden",
+    },
+    inexact={"hidden": WIDTH_INSIDE},
+)
+ONE_MATRIX = Tower(TEXT_MODEL, {"model.connector.modality_projection.proj.weight": "hidden _"})
+MERGER = {"model.visual.merger.mlp.2.weight": "hidden _", "model.visual.merger.mlp.2.bias": "hidden"}
+
+TOWERS: dict[str, Tower] = {
+    "gemma3": Tower(LANGUAGE_MODEL, {"model.multi_modal_projector.mm_input_projection_weight": "_ hidden"}),
+    "glm4v": Tower(
+        LANGUAGE_MODEL,
+        {},
+        fixed={"hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width"},
+        text="glm4",
+    ),
+    "idefics3": ONE_MATRIX,
+    "internvl": TWO_LAYERS,
+    "llava": TWO_LAYERS,
+    "mistral3": TWO_LAYERS,
+    "qwen2_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.hidden_size": "hidden"}, text="qwen2"),
+    "qwen2_5_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.out_hidden_size": "hidden"}, text="qwen2"),
+    "qwen3_vl": Tower(
+        LANGUAGE_MODEL,
+        {
+            "model.visual.merger.linear_fc2.weight": "hidden _",
+            "model.visual.merger.linear_fc2.bias": "hidden",
+            "model.visual.deepstack_merger_list.{mergers}.linear_fc2.weight": "hidden _",
+            "model.visual.deepstack_merger_list.{mergers}.linear_fc2.bias": "hidden",
+        },
+        follows={"vision_config.out_hidden_size": "hidden"},
+        inexact={"layers": FIRST_LAYERS},
+        text="qwen3",
+    ),
+    "smolvlm": ONE_MATRIX,
+}
