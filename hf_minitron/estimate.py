@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
@@ -113,7 +112,7 @@ def rehearse(run: Run, stages: Stages) -> dict[str, float]:
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # without the stages' progress bars
         teacher = random_model(config, best_dtype(device), depth, vocab=None).to(device)
         block = min(bound["distill"].block_size, TOKENS)
-        ids = torch.randint(text_config(teacher.config).vocab_size, (max(1, TOKENS // block), block), device=device)
+        ids = torch.randint(before["vocab"], (max(1, TOKENS // block), block), device=device)
         student, times = _rehearse_pruning(teacher, ids, bound["prune"])
         times |= _rehearse_reading(teacher, student, ids)
         times |= _rehearse_training(teacher, student.float(), ids, bound["distill"])

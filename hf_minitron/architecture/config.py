@@ -61,11 +61,11 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
         made = kind not in CONFIG_MAPPING or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
     parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
-    advice = f"nor is its text model, {text.model_type!r}; of such models there are {', '.join(TOWERS)}"
+    advice = f"choose one of {', '.join(TOWERS)}"
     if text.model_type in supported:
         advice = f"save its text model, {text.model_type!r}, as a checkpoint of its own first (docs/families.md shows how)"
-    return (f"Model type {kind!r} makes a model of {parts}, and no table says where its text model stands in it "
-            f"(architecture/vision.py); {advice}")  # fmt: skip
+    return (f"Model type {kind!r} does not make a causal language model of text alone, but of {parts}, and no table says where "
+            f"its text model stands in it; {advice}")  # fmt: skip
 
 
 def check_not_quantized(config: PreTrainedConfig, folder: str | Path) -> None:
