@@ -21,7 +21,7 @@ from hf_minitron.errors import one_line
 from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import markdown_table, quality_rows, sentence, speed_rows
-from hf_minitron.execute import execute, named, read_inputs
+from hf_minitron.execute import execute, is_done, named, read_inputs
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.recipe import TOP_LEVEL, bind, check_no_token, load_recipe, read_overrides
@@ -159,7 +159,7 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
             try:
                 run.check_owner()
                 run.check_free()
-                check_stages(ahead, list(own_stages(run)), push)
+                check_stages(ahead, list(own_stages(run)), push, finished(run, list(own_stages(run))))
                 if run is not runs[-1]:
                     made |= placeholder_models(run, ahead, Path(scratch) / str(number))
                 print(f"{run.recipe_path}: {time_allows(ahead, own_stages(ahead), estimate=True)[1]}\n", flush=True)
@@ -197,7 +197,7 @@ def run_stages(
     if state.is_main_process:
         run.check_owner()
         run.check_free()
-    check_stages(run, stages, push)
+    check_stages(run, stages, push, finished(run, stages))
     with told():
         values, text = time_allows(run, own_stages(run), estimate)
     whole, run = run, with_values(run, values)
@@ -220,13 +220,31 @@ def run_stages(
                 print(push(bound["publish"], run))
 
 
-def check_stages(run: Run, stages: Sequence[str], push: Callable[[publish.Args, Run], str] | None) -> None:
-    """Read the arguments of some stages, on every process; the first one checks them all."""
+def finished(run: Run, stages: Sequence[str]) -> list[str]:
+    """Return those of some stages that are done as the recipe has them, so that they need neither checks nor the Hub."""
+    if not PartialState().is_main_process:
+        return []
+    with told():
+        run = with_values(run, stored_values(run) or {})
+        return [name for name in stages if is_done(run, name, STAGES)]
+
+
+def check_stages(
+    run: Run,
+    stages: Sequence[str],
+    push: Callable[[publish.Args, Run], str] | None,
+    done: Sequence[str] = (),
+) -> None:
+    """Read the arguments of some stages, on every process; the first one checks those that are not done."""
     with told():
         bound = {name: bind(run, name, STAGES[name].args) for name in stages}
     if push and bound["publish"].repo_id is None:
         raise RecipeError("--push needs a repository: set publish.repo_id, or --publish.repo_id owner/name")
-    for name, args in bound.items() if PartialState().is_main_process else ():
+    if not PartialState().is_main_process:
+        return
+    for name, args in bound.items():
+        if name in done and not (push and name == "publish"):
+            continue
         with told(f"{name}: "), named(name):
             STAGES[name].check(args, run)
 

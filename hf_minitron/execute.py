@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_minitron.checkpoint import DiskFullError
-from hf_minitron.run import RecipeError, Run, again, begin, done_digest, finish, stages_in
+from hf_minitron.run import RecipeError, Run, again, begin, damaged, done_digest, finish, stages_in
 from hf_minitron.stage import Stages
 
 
@@ -21,6 +21,14 @@ def read_inputs(run: Run, names: Sequence[str], stages: Stages) -> None:
         needs = stages[name].needs_in(run)
         run.inputs(name, needs)
         read_inputs(run, stages_in(needs), stages)
+
+
+def is_done(run: Run, name: str, stages: Stages) -> bool:
+    """Return whether a stage is done with the recipe's settings, and its files are undamaged."""
+    folder, needs = run.path(name), stages[name].needs_in(run)
+    if stages[name].always or done_digest(folder) is None:
+        return False
+    return done_digest(folder) == run.digest(name, needs) and damaged(folder) is None
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_every_stage_leaves_what_it_promises(done):
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
-def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, done, tmp_path, capsys):
+def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, done, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(done, folder)
     (folder / "run.json").write_text(
@@ -71,6 +71,12 @@ def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, don
     )
     assert run(project, folder) == 0
     assert capsys.readouterr().out.count("done before, skipped") == 5
+    with monkeypatch.context() as patch:  # as without a connection, of texts that were only streamed
+        patch.setattr("hf_minitron.texts._builder", lambda source, files: 1 / 0)
+        assert run(project, folder) == 0
+        assert capsys.readouterr().out.count("done before, skipped") == 5, "what is done reads no text"
+        assert run(project, folder, "--evaluate.tokens", 128) == 1
+        assert "evaluate: " in capsys.readouterr().err, "what is not done is checked"
     quiet = [
         "--distill.logging_steps",
         3,
