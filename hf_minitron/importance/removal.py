@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor
@@ -20,7 +21,6 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.head import head_chunks, head_of
 from hf_minitron.importance.calibrate import input_device, own_batches
 from hf_minitron.importance.metrics import BlockImportance
-from hf_minitron.importance.taps import distributed
 from hf_minitron.importance.without import Removal, WholePass, layer_names, without_layers
 
 CHUNK = 256  # tokens whose logits exist at the same time
@@ -158,7 +158,7 @@ def _measure(model: PreTrainedModel, blocks: Dataset, metric: str, batch_size: i
         for batch in batches:
             sums = sums_of(WholePass.of(model, batch, device), removals, bar)
             totals += torch.tensor([float(number) for number in sums], dtype=torch.float64)
-    if distributed():
+    if PartialState().num_processes > 1:
         totals = reduce(totals.to(device), "sum").cpu()
     *without, whole, tokens = totals
     return _finite(finish(torch.stack(without), whole, tokens).float(), metric, removals, model)

@@ -8,6 +8,7 @@ from itertools import chain
 from types import MappingProxyType
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -66,16 +67,11 @@ class Reading:
 
     def finish(self) -> Tensor:
         """Return the score over all processes: `(size,)`, `(experts, size)` of a routed axis, or a scalar of a layer."""
-        if distributed():
+        if PartialState().num_processes > 1:
             for metric in self.metrics:
                 metric.totals = [reduce(total, "sum") for total in metric.totals]
         scores = [metric.finish().cpu() for metric in self.metrics]
         return torch.stack(scores) if self.routed and self.axis == "ffn" else scores[0]
-
-
-def distributed() -> bool:
-    """Return whether several processes share the text (`accelerate launch`)."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager
@@ -89,7 +85,7 @@ def open_taps(
     architecture = Architecture.of(model.config)
     readings = [*_scores(model, architecture, metrics), *(_moments(architecture) if moments else ())]
     lacking = [type(reading.metrics[0]).__name__ for reading in readings if not hasattr(reading.metrics[0], "totals")]
-    if lacking and distributed():
+    if lacking and PartialState().num_processes > 1:
         raise ValueError(f"metric: {lacking[0]} has no totals for processes to add up: keep its sums in that list, or use one "
                          "process")  # fmt: skip
     after, experts = [], {}

@@ -113,13 +113,12 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("device_map spreads a whole model, layer_by_layer holds one layer: set one of them")
     check_text(args.text, args.block_size)
     folder = resolve(run.model)
-    if args.add_bos_token:
-        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     if args.layer_by_layer:
         check_streamable(Architecture.of(config))
     check_positions(config, args.block_size)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    adds_bos_token(tokenizer, args.add_bos_token)
     check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
     check_layers(args, config)
     target = run.section("prune").get("target")
