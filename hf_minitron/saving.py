@@ -102,9 +102,11 @@ def minimum_transformers(config: PreTrainedConfig) -> str | None:
     return "5.0" if (own_heads or legacy_rope(config) is None) and config.model_type != "minitron_pruned" else since
 
 
-def _plain(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(rope: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return parameters without the older name of their type, which transformers 5 keeps."""
-    return {key: _plain(value) if isinstance(value, Mapping) else value for key, value in rope.items() if key != "type"}
+    return rope and {
+        key: _plain(value) if isinstance(value, Mapping) else value for key, value in rope.items() if key != "type"
+    }
 
 
 def _without_code(content: dict[str, Any], folder: Path) -> dict[str, Any]:

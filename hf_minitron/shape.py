@@ -118,9 +118,8 @@ class Shape:
                 after["heads"] = after["kv_heads"] * group
             elif group == 1 and "kv_heads" not in target:
                 after["kv_heads"] = after["heads"]
-        if (
-            "shared_experts" in self.sizes and "ffn" in self.sizes
-        ):  # DeepSeek's shared experts are one MLP of so many times an expert's width
+        # shared experts are one MLP of so many times an expert's width
+        if {"shared_experts", "shared_ffn", "ffn"} <= self.sizes.keys():
             after["shared_ffn"] = after["shared_experts"] * after["ffn"]
         if "projector" in self.sizes:
             after["projector"] = after["hidden"]

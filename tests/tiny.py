@@ -12,16 +12,36 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_dim": 6, "vocab": 99}
 WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1}
 ROUTER = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2}
+NARROW = ROUTER | {"moe_intermediate_size": 48}
+SPARSE = {"mlp_layer_types": ["sparse", "dense", "sparse"]}
+GLM_MOE = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+MLA = GLM_MOE | {
+    "q_lora_rank": 14, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 7,
+    "num_key_value_heads": 4, "head_dim": None,
+}  # fmt: skip
 QWEN_MOE = ROUTER | {"moe_intermediate_size": 48, "mlp_only_layers": [1]}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
-    "deepseek_v3": {
-        "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48, "n_shared_experts": 2, "q_lora_rank": 14, "kv_lora_rank": 10, "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 8, "v_head_dim": 7, "num_key_value_heads": 4, "head_dim": None,
+    "axk1": {**MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": MLA,
+    "deepseek_v32": {
+        **MLA, "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 5, "index_head_dim": 5, "index_n_heads": 3,
     },
+    "glm4_moe_lite": {**MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "minicpm3": {**MLA, "scale_emb": 3, "scale_depth": 1.2, "dim_model_base": 16},
+    "sarvam_mla": {**MLA, "q_lora_rank": None, "first_k_dense_replace": 2},
+    "youtu": MLA,
     "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
     "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
     "glm4": {"head_dim": 8},
@@ -33,6 +53,36 @@ CHANGES = {
     "helium": {"head_dim": 10},
     "hyperclovax": GRANITE,
     "mixtral": ROUTER,
+    "afmoe": {
+        **NARROW, "num_dense_layers": 1, "num_shared_experts": 2, "sliding_window": 5, "global_attn_every_n_layers": 2,
+        "mup_enabled": False,
+    },
+    "aria_text": {"moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "beam": {**NARROW, **SPARSE, "num_experts": 8, "n_group": 2, "topk_group": 1, "sliding_window": 5},
+    "cohere2_moe": {**ROUTER, **SPARSE, "num_shared_experts": 2, "prefix_dense_intermediate_size": 88, "sliding_window": 5},
+    "dots1": GLM_MOE,
+    "ernie4_5_moe": {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 2},
+    "exaone_moe": {
+        **NARROW, "mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts": 8, "n_group": 2, "topk_group": 1,
+        "num_shared_experts": 2, "sliding_window": 5,
+    },
+    "flex_olmo": ROUTER,
+    "flint": {**QWEN_MOE, "shared_expert_intermediate_size": 28, "sliding_window": 5},
+    "glm4_moe": GLM_MOE | {"use_qk_norm": True, "head_dim": 8},
+    "granitemoe": GRANITE | ROUTER,
+    "granitemoe_swa": {**GRANITE, **ROUTER, "shared_intermediate_size": 28, "sliding_window": 5},
+    "granitemoeshared": {**GRANITE, **ROUTER, "shared_intermediate_size": 28},
+    "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
+    "hy_v3": {**NARROW, **SPARSE, "num_shared_experts": 2},
+    "kolibri1": {**NARROW, "shared_expert_intermediate_size": 28, "sliding_window": 5},
+    "llama4_text": {
+        **ROUTER, "intermediate_size_mlp": 88, "moe_layers": [1], "no_rope_layers": [1, 0, 1], "attention_chunk_size": 5,
+    },
+    "mellum": {**NARROW, **SPARSE},
+    "minimax_m2": ROUTER,
+    "olmoe": ROUTER | {"head_dim": None},
+    "phimoe": ROUTER,
+    "solar_open": GLM_MOE,
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
     "phi": {"head_dim": 8},
     "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 28},
@@ -48,6 +98,10 @@ MODEL_TYPES = (
 )  # fmt: skip
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
+    "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",
+    "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
+    "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "llama4_text", "mellum",
+    "minimax_m2", "olmoe", "phimoe", "solar_open",
     "apertus", "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "helium", "hunyuan_v1_dense",
     "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nanochat", "olmo3", "seed_oss",
 )  # fmt: skip

@@ -110,7 +110,8 @@ def match_rows(family: Family, model: Outline) -> Matches:
 
 def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
-    found = {axis: _read(text_config(model.config), key) for axis, key in family.config_keys.items()}
+    config = text_config(model.config)
+    found = {axis: _read(config, key) if isinstance(key, str) else key for axis, key in family.config_keys.items()}
     sizes = {axis: size for axis, size in found.items() if type(size) is int}
     used, indices = [], {}
     for name, (row, places) in matches.items():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import gpt, llama, moe
+from hf_minitron.architecture import gpt, llama, mla, moe
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -17,7 +17,7 @@ class Family:
         rows (`Mapping[str, str]`): Full parameter name (placeholders such as `{layers}` for axes in the name) to pattern. May
             list more than one model has. An axis that no config key gives is fixed: its size is read off the parameters.
         norms (`tuple[str, ...]`): The modules that normalise the hidden channels, in the order of a layer.
-        config_keys (`Mapping[str, str]`): Axis to its key in `config.json`.
+        config_keys (`Mapping[str, str | int]`): Axis to its key in `config.json`, or to its size where it is always the same.
         roles (`Mapping[str, str]`, *optional*): Ends of module names to roles, beside those of `architecture/roles.py`.
         stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
@@ -32,7 +32,7 @@ class Family:
 
     rows: Mapping[str, str]
     norms: tuple[str, ...]
-    config_keys: Mapping[str, str]
+    config_keys: Mapping[str, str | int]
     roles: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
@@ -65,10 +65,8 @@ class Family:
 LLAMA = Family(llama.LLAMA_ROWS, llama.NORMS, llama.CONFIG_KEYS)
 PRE_NORM = replace(LLAMA, pre_norm_residual=True)
 MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS, stored=moe.STORED)
-FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
-FULL_NORM = {"inexact": dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)}
-SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"
-GEMMA = {"inexact": {"hidden": SCALED_EMBEDDING}}
+MLA = Family(mla.MOE_ROWS, llama.NORMS, mla.MOE_KEYS, stored=moe.STORED, follows=mla.FOLLOWS)
+GEMMA = {"inexact": {"hidden": llama.SCALED_EMBEDDING}}
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),
@@ -77,23 +75,14 @@ FAMILIES: dict[str, Family] = {
     "llama": replace(PRE_NORM, fallback_config={"model_type": "mistral", "sliding_window": None}),
     "gemma": replace(PRE_NORM, **GEMMA),
     **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, **GEMMA)),
-    **dict.fromkeys(llama.FULL_NORM_MODEL_TYPES, replace(LLAMA, rows=llama.FULL_NORM_ROWS, **FULL_NORM)),
+    **dict.fromkeys(llama.FULL_NORM_MODEL_TYPES, replace(LLAMA, rows=llama.FULL_NORM_ROWS, **llama.FULL_NORM)),
     "cohere": replace(LLAMA, rows=llama.COHERE_ROWS),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
     "gpt2": Family(gpt.GPT2_ROWS, gpt.GPT2_NORMS, gpt.GPT2_KEYS, inexact_if=gpt.GPT2_INEXACT),
     "gpt_neox": Family(gpt.GPT_NEOX_ROWS, gpt.GPT_NEOX_NORMS, gpt.GPT_NEOX_KEYS, stored=gpt.GPT_NEOX_STORED),
     "opt": Family(gpt.OPT_ROWS, gpt.OPT_NORMS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
-    "mixtral": replace(MOE, config_keys=moe.MIXTRAL_KEYS, stored=moe.MIXTRAL_STORED),
-    "qwen2_moe": MOE,
-    "qwen3_moe": MOE,
-    "gpt_oss": replace(MOE, rows=moe.GPT_OSS_ROWS, config_keys=moe.MIXTRAL_KEYS, stored={}),
-    "deepseek_v3": Family(
-        moe.DEEPSEEK_ROWS,
-        llama.NORMS,
-        moe.DEEPSEEK_KEYS,
-        stored=moe.STORED,
-        follows=moe.DEEPSEEK_FOLLOWS,
-    ),
+    **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
+    **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
 }
 
 

@@ -45,6 +45,9 @@ ATTENTION_ROWS = {
     "model.layers.{layers}.self_attn.k_layernorm.norms.{kv_heads}.weight": "head_dim",
     # gpt_oss: a logit that a head can give its attention to instead of a token
     "model.layers.{layers}.self_attn.sinks": "heads",
+    # afmoe, beam: a gate for every number that attention gives
+    "model.layers.{layers}.self_attn.gate_proj.weight": "(heads head_dim) hidden",
+    "model.layers.{layers}.self_attn.gate_bias": "heads",
 }
 
 MLP_ROWS = {
@@ -84,6 +87,7 @@ NORMS = (
     "model.layers.{layers}.post_mlp_layernorm",
     "model.layers.{layers}.attention_layernorm",
     "model.layers.{layers}.feedforward_layernorm",
+    "model.layers.{layers}.pre_mlp_layernorm",
     "model.layers.{layers}.post_norm1",
     "model.layers.{layers}.post_norm2",
     "model.norm",
@@ -97,10 +101,11 @@ HEAD_ROWS = {"lm_head.weight": "vocab hidden", "lm_head.bias": "vocab"}
 LLAMA_ROWS = EMBEDDING_ROWS | ATTENTION_ROWS | MLP_ROWS | NORM_ROWS | HEAD_ROWS
 
 # olmo2 and olmo3 normalise queries and keys over all their heads together.
-FULL_NORM_ROWS = LLAMA_ROWS | {
+FULL_NORM_ATTENTION_ROWS = {
     "model.layers.{layers}.self_attn.q_norm.weight": "(heads head_dim)",
     "model.layers.{layers}.self_attn.k_norm.weight": "(kv_heads head_dim)",
 }
+FULL_NORM_ROWS = LLAMA_ROWS | FULL_NORM_ATTENTION_ROWS
 # cohere gives every head a norm of its own.
 COHERE_ROWS = LLAMA_ROWS | {
     "model.layers.{layers}.self_attn.q_norm.weight": "heads head_dim",
@@ -123,3 +128,7 @@ FULL_NORM_MODEL_TYPES = ("olmo2", "olmo3")
 
 # Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
 GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")
+
+FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
+FULL_NORM = {"inexact": dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)}
+SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"

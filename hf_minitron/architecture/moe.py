@@ -9,59 +9,66 @@ from hf_minitron.architecture.llama import (
     ATTENTION_ROWS,
     CONFIG_KEYS,
     EMBEDDING_ROWS,
+    FULL_NORM,
+    FULL_NORM_ATTENTION_ROWS,
     HEAD_ROWS,
     NORM_ROWS,
+    SCALED_EMBEDDING,
 )
 
 BLOCK = "model.layers.{moe_layers}.mlp"
 
-EXPERT_ROWS = {
+ROUTER_ROWS = {
     f"{BLOCK}.gate.weight": "experts hidden",
-    f"{BLOCK}.gate.e_score_correction_bias": "experts",  # deepseek_v3
+    f"{BLOCK}.router.weight": "experts hidden",  # aria, phimoe
+    f"{BLOCK}.router.bias": "experts",  # gpt_oss
+    f"{BLOCK}.router.gate.weight": "experts hidden",  # afmoe
+    f"{BLOCK}.gate.wg.weight": "experts hidden",  # hunyuan
+    # what is added to the scores that experts are chosen by
+    f"{BLOCK}.gate.e_score_correction_bias": "experts",
+    f"{BLOCK}.gate.moe_statics.e_score_correction_bias": "one experts",  # ernie4_5
+    f"{BLOCK}.e_score_correction_bias": "experts",  # hy_v3, minimax_m2
+    f"{BLOCK}.expert_bias": "experts",  # afmoe
+}
+EXPERT_ROWS = {
     f"{BLOCK}.experts.gate_up_proj": "experts ffn+ffn hidden",
     f"{BLOCK}.experts.down_proj": "experts hidden ffn",
-    # qwen2_moe
-    f"{BLOCK}.shared_expert.gate_proj.weight": "shared_ffn hidden",
-    f"{BLOCK}.shared_expert.up_proj.weight": "shared_ffn hidden",
-    f"{BLOCK}.shared_expert.down_proj.weight": "hidden shared_ffn",
-    f"{BLOCK}.shared_expert_gate.weight": "one hidden",
-    # deepseek_v3
-    f"{BLOCK}.shared_experts.gate_proj.weight": "shared_ffn hidden",
-    f"{BLOCK}.shared_experts.up_proj.weight": "shared_ffn hidden",
-    f"{BLOCK}.shared_experts.down_proj.weight": "hidden shared_ffn",
+}
+# llama4 has one, too, aria several; deepseek's are one MLP as wide as several experts
+SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
+SHARED_ROWS = {f"{BLOCK}.shared_expert_gate.weight": "one hidden"} | {
+    f"{BLOCK}.{name}.{projection}.weight": "hidden shared_ffn" if projection == "down_proj" else "shared_ffn hidden"
+    for name in SHARED_NAMES
+    for projection in ("gate_proj", "up_proj", "down_proj")
 }
 DENSE_LAYER_ROWS = {
     "model.layers.{dense_layers}.mlp.gate_proj.weight": "dense_ffn hidden",
     "model.layers.{dense_layers}.mlp.up_proj.weight": "dense_ffn hidden",
     "model.layers.{dense_layers}.mlp.down_proj.weight": "hidden dense_ffn",
 }
-# gpt_oss: biases, input first, gate and up interleaved
+# input first: llama4, aria
+TRANSPOSED_ROWS = {
+    f"{BLOCK}.experts.gate_up_proj": "experts hidden ffn+ffn",
+    f"{BLOCK}.experts.down_proj": "experts ffn hidden",
+}
+# input first, with biases, gate and up interleaved
 GPT_OSS_ROWS = {
-    f"{BLOCK}.router.weight": "experts hidden",
-    f"{BLOCK}.router.bias": "experts",
     f"{BLOCK}.experts.gate_up_proj": "experts hidden (ffn gate_up)",
     f"{BLOCK}.experts.gate_up_proj_bias": "experts (ffn gate_up)",
     f"{BLOCK}.experts.down_proj": "experts ffn hidden",
     f"{BLOCK}.experts.down_proj_bias": "experts hidden",
 }
-# deepseek_v3: queries, keys and values pass through a narrow row, whose ranks stay as they are
-MLA_ROWS = {
-    "model.layers.{layers}.self_attn.q_proj.weight": "(heads qk_dim) hidden",
-    "model.layers.{layers}.self_attn.q_a_proj.weight": "q_rank hidden",
-    "model.layers.{layers}.self_attn.q_a_proj.bias": "q_rank",
-    "model.layers.{layers}.self_attn.q_a_layernorm.weight": "q_rank",
-    "model.layers.{layers}.self_attn.q_b_proj.weight": "(heads qk_dim) q_rank",
-    "model.layers.{layers}.self_attn.kv_a_layernorm.weight": "kv_rank",
-    "model.layers.{layers}.self_attn.kv_a_proj_with_mqa.weight": "kv_rank+rope hidden",
-    "model.layers.{layers}.self_attn.kv_a_proj_with_mqa.bias": "kv_rank+rope",
-    "model.layers.{layers}.self_attn.kv_b_proj.weight": "(heads k_and_v_dim) kv_rank",
-    "model.layers.{layers}.self_attn.o_proj.weight": "hidden (heads v_dim)",
-    "model.layers.{layers}.self_attn.o_proj.bias": "hidden",
+WITHOUT_ATTENTION = EMBEDDING_ROWS | ROUTER_ROWS | EXPERT_ROWS | SHARED_ROWS | DENSE_LAYER_ROWS | NORM_ROWS | HEAD_ROWS
+MOE_ROWS = ATTENTION_ROWS | WITHOUT_ATTENTION
+FULL_NORM_ROWS = MOE_ROWS | FULL_NORM_ATTENTION_ROWS
+TRANSPOSED_ROWS = MOE_ROWS | TRANSPOSED_ROWS
+GPT_OSS_ROWS = MOE_ROWS | GPT_OSS_ROWS
+# granite and llama4 have other names for the block of experts, and granite one matrix for gate and up of its shared expert
+GRANITE_ROWS = {row.replace(".mlp.", ".block_sparse_moe."): pattern for row, pattern in MOE_ROWS.items()} | {
+    "model.layers.{moe_layers}.shared_mlp.input_linear.weight": "shared_ffn+shared_ffn hidden",
+    "model.layers.{moe_layers}.shared_mlp.output_linear.weight": "hidden shared_ffn",
 }
-
-MOE_ROWS = EMBEDDING_ROWS | ATTENTION_ROWS | EXPERT_ROWS | DENSE_LAYER_ROWS | NORM_ROWS | HEAD_ROWS
-GPT_OSS_ROWS = EMBEDDING_ROWS | ATTENTION_ROWS | GPT_OSS_ROWS | NORM_ROWS | HEAD_ROWS
-DEEPSEEK_ROWS = EMBEDDING_ROWS | MLA_ROWS | EXPERT_ROWS | DENSE_LAYER_ROWS | NORM_ROWS | HEAD_ROWS
+LLAMA4_ROWS = {row.replace(".mlp.", ".feed_forward."): pattern for row, pattern in TRANSPOSED_ROWS.items()}
 
 EXPERT = f"{BLOCK}.experts.{{experts}}"
 STORED = {
@@ -71,29 +78,97 @@ STORED = {
 MIXTRAL_EXPERT = EXPERT.replace(".mlp.", ".block_sparse_moe.")
 MIXTRAL_STORED = {
     f"{BLOCK}.gate.weight": {"model.layers.{moe_layers}.block_sparse_moe.gate.weight": "experts hidden"},
+    f"{BLOCK}.router.weight": {"model.layers.{moe_layers}.block_sparse_moe.gate.weight": "experts hidden"},
+    f"{BLOCK}.e_score_correction_bias": {"model.layers.{moe_layers}.block_sparse_moe.e_score_correction_bias": "experts"},
     f"{BLOCK}.experts.gate_up_proj": {f"{MIXTRAL_EXPERT}.w1.weight": "ffn hidden", f"{MIXTRAL_EXPERT}.w3.weight": "ffn hidden"},
     f"{BLOCK}.experts.down_proj": {f"{MIXTRAL_EXPERT}.w2.weight": "hidden ffn"},
 }
+GRANITE_BLOCK = "model.layers.{moe_layers}.block_sparse_moe"
+GRANITE_STORED = {
+    f"{GRANITE_BLOCK}.router.weight": {f"{GRANITE_BLOCK}.router.layer.weight": "experts hidden"},
+    f"{GRANITE_BLOCK}.experts.gate_up_proj": {f"{GRANITE_BLOCK}.input_linear.weight": "experts ffn+ffn hidden"},
+    f"{GRANITE_BLOCK}.experts.down_proj": {f"{GRANITE_BLOCK}.output_linear.weight": "experts hidden ffn"},
+}
+ARIA_STORED = {
+    f"{BLOCK}.experts.gate_up_proj": {f"{BLOCK}.experts.fc1.weight": "experts hidden ffn+ffn"},
+    f"{BLOCK}.experts.down_proj": {f"{BLOCK}.experts.fc2.weight": "experts ffn hidden"},
+}
+FLINT_STORED = STORED | {
+    "model.layers.{layers}.self_attn.sinks": {"model.layers.{layers}.self_attn.softmax_offset": "heads"},
+}
+ERNIE_STORED = STORED | {
+    f"{BLOCK}.gate.moe_statics.e_score_correction_bias": {f"{BLOCK}.moe_statics.e_score_correction_bias": "one experts"},
+}
+EXAONE_STORED = STORED | {f"{BLOCK}.gate.e_score_correction_bias": {f"{BLOCK}.e_score_correction_bias": "experts"}}
+HY_STORED = (
+    STORED
+    | {
+        f"{BLOCK}.gate.weight": {f"{BLOCK}.router.gate.weight": "experts hidden"},
+        f"{BLOCK}.e_score_correction_bias": {f"{BLOCK}.expert_bias": "experts"},
+    }
+    | {
+        row: {row.replace(".shared_experts.", ".shared_mlp."): pattern}
+        for row, pattern in SHARED_ROWS.items()
+        if ".shared_experts." in row
+    }
+)
+KOLIBRI_STORED = STORED | {
+    f"{BLOCK}.gate.e_score_correction_bias": {"model.layers.{moe_layers}.moe.router.expert_bias": "experts"},
+    "model.layers.{layers}.post_self_attn_layernorm.weight": {"model.layers.{layers}.post_attn_norm.weight": "hidden"},
+    "model.layers.{layers}.post_mlp_layernorm.weight": {"model.layers.{layers}.post_ffn_norm.weight": "hidden"},
+}
 
 ROUTER_KEYS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+GROUP_KEYS = {"expert_groups": "n_group", "groups_per_token": "topk_group"}
+# experts as wide as a dense model's MLP, or of a width of their own
 MIXTRAL_KEYS = CONFIG_KEYS | ROUTER_KEYS
-QWEN_MOE_KEYS = CONFIG_KEYS | ROUTER_KEYS | {
-    "ffn": "moe_intermediate_size",
-    "dense_ffn": "intermediate_size",
-    "shared_ffn": "shared_expert_intermediate_size",
-    "experts": "num_experts",
+NARROW_KEYS = MIXTRAL_KEYS | {"ffn": "moe_intermediate_size", "dense_ffn": "intermediate_size"}
+
+WIDE_KEYS = MIXTRAL_KEYS | {"experts": "num_experts"}
+GRANITE_KEYS = MIXTRAL_KEYS | {"shared_ffn": "shared_intermediate_size"}
+ARIA_KEYS = MIXTRAL_KEYS | {
+    "experts": "moe_num_experts", "experts_per_token": "moe_topk", "shared_experts": "moe_num_shared_experts",
 }  # fmt: skip
-DEEPSEEK_KEYS = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "ffn": "moe_intermediate_size",
-    "dense_ffn": "intermediate_size",
-    "heads": "num_attention_heads",
-    "vocab": "vocab_size",
-    "experts": "n_routed_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_groups": "n_group",
-    "groups_per_token": "topk_group",
-    "shared_experts": "n_shared_experts",
+COHERE_KEYS = WIDE_KEYS | {"dense_ffn": "prefix_dense_intermediate_size", "shared_experts": "num_shared_experts"}
+HUNYUAN_KEYS = WIDE_KEYS | {"experts_per_token": "moe_topk", "shared_experts": 1}
+LLAMA4_KEYS = MIXTRAL_KEYS | {"dense_ffn": "intermediate_size_mlp", "shared_experts": 1}
+
+KOLIBRI_KEYS = NARROW_KEYS | {"shared_ffn": "shared_expert_intermediate_size"}
+QWEN_MOE_KEYS = KOLIBRI_KEYS | {"experts": "num_experts"}
+GLM_KEYS = NARROW_KEYS | GROUP_KEYS | {"experts": "n_routed_experts", "shared_experts": "n_shared_experts"}
+EXAONE_KEYS = GLM_KEYS | {"experts": "num_experts", "shared_experts": "num_shared_experts"}
+ERNIE_KEYS = NARROW_KEYS | {
+    "experts": "moe_num_experts", "experts_per_token": "moe_k", "shared_experts": "moe_num_shared_experts",
+}  # fmt: skip
+
+COUNTED_LAYERS = "what a layer adds is divided by a number that grows with the layers before it"
+
+# Model type to what its family has of its own, beside MOE_ROWS, QWEN_MOE_KEYS and STORED.
+TABLES = {
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "flint": {"stored": FLINT_STORED},
+    "mixtral": {"config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED},
+    "phimoe": {"config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED},
+    "minimax_m2": {"rows": FULL_NORM_ROWS, "config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED, **FULL_NORM},
+    "gpt_oss": {"rows": GPT_OSS_ROWS, "config_keys": MIXTRAL_KEYS, "stored": {}},
+    "granitemoe": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": GRANITE_STORED},
+    "granitemoeshared": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": GRANITE_STORED},
+    "granitemoe_swa": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": {}},
+    "olmoe": {"rows": FULL_NORM_ROWS, "config_keys": WIDE_KEYS, **FULL_NORM},
+    "flex_olmo": {"rows": FULL_NORM_ROWS, "config_keys": WIDE_KEYS, **FULL_NORM},
+    "aria_text": {"rows": TRANSPOSED_ROWS, "config_keys": ARIA_KEYS, "stored": ARIA_STORED},
+    "cohere2_moe": {"config_keys": COHERE_KEYS},
+    "mellum": {"config_keys": NARROW_KEYS},
+    "kolibri1": {"config_keys": KOLIBRI_KEYS, "stored": KOLIBRI_STORED},
+    "ernie4_5_moe": {"config_keys": ERNIE_KEYS, "stored": ERNIE_STORED},
+    "exaone_moe": {"config_keys": EXAONE_KEYS, "stored": EXAONE_STORED},
+    "hy_v3": {"config_keys": EXAONE_KEYS, "stored": HY_STORED},
+    "afmoe": {"config_keys": EXAONE_KEYS, "inexact_if": {"hidden": ("mup_enabled", SCALED_EMBEDDING)}},
+    "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
+    "glm4_moe": {"config_keys": GLM_KEYS},
+    "solar_open": {"config_keys": GLM_KEYS},
+    "dots1": {"config_keys": GLM_KEYS},
+    "hunyuan_v1_moe": {"config_keys": HUNYUAN_KEYS},
+    "llama4_text": {"rows": LLAMA4_ROWS, "config_keys": LLAMA4_KEYS, "stored": {}},
 }
-DEEPSEEK_FOLLOWS = {"num_key_value_heads": "heads"}

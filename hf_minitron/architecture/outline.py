@@ -208,9 +208,14 @@ def _shapes_only_attention(module: nn.Module, query: Tensor, key: Tensor, value:
     return query.new_empty(batch, seq, heads, value.shape[-1]), None
 
 
+def _shapes_only_mask(batch_size: int, q_length: int, kv_length: int, *, device: torch.device, **kwargs) -> Tensor:
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+
+
 def _shapes_only_experts(module: nn.Module, hidden_states: Tensor, *args) -> Tensor:
     return torch.empty_like(hidden_states)
 
 
 AttentionInterface.register(SHAPES_ONLY, _shapes_only_attention)
+AttentionMaskInterface.register(SHAPES_ONLY, _shapes_only_mask)
 ALL_EXPERTS_FUNCTIONS.register(SHAPES_ONLY, _shapes_only_experts)

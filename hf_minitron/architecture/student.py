@@ -18,9 +18,11 @@ from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
 
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
-LAYER_LISTS = ("layer_types", "no_rope_layers")
-# Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones.
-DENSE_LIST, DENSE_COUNT, DENSE_STEP = "mlp_only_layers", "first_k_dense_replace", "decoder_sparse_step"
+LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layer_rope_theta")
+# Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones; and
+# which are not.
+DENSE_LIST, DENSE_STEP, MOE_LIST = "mlp_only_layers", "decoder_sparse_step", "moe_layers"
+DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
 
 def check_target(architecture: Architecture, after: Shape) -> None:
@@ -80,15 +82,16 @@ def _try_config(
 ) -> tuple[PreTrainedConfig | None, str]:
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
     family, config = architecture.family, text_config(architecture.config)
-    changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes}
+    changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes and isinstance(key, str)}
     changes |= {key: after[axis] for key, axis in family.follows.items()}
     changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
     places = [parameter.indices for parameter in architecture.parameters.values()]
     dense = [new for new, old in enumerate(layers) if {"dense_layers": old} in places]
     if hasattr(config, DENSE_LIST):
         changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
-    if hasattr(config, DENSE_COUNT):
-        changes[DENSE_COUNT] = len(dense)
+    changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
+    if hasattr(config, MOE_LIST):
+        changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
     changes |= more or {}
     kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}

@@ -20,7 +20,24 @@ def run_experts(readings: Mapping, visit: Visit) -> Tensor:
         visit (`Visit`): A call of the module that holds the experts.
     """
     with align_module_device(visit.module):  # offloaded weights are fetched
-        return _one_by_one(readings, visit, *visit.args, **visit.kwargs)
+        run = _weighted_before if len(visit.args) + len(visit.kwargs) == 1 else _one_by_one
+        return run(readings, visit, *visit.args, **visit.kwargs)
+
+
+def _weighted_before(readings: Mapping, visit: Visit, hidden_states: Tensor) -> Tensor:
+    """Run Llama 4's experts: each is given all tokens times their weights, zeros for those that go to another."""
+    experts, norms, result = visit.module, [], torch.zeros_like(hidden_states)
+    given = hidden_states.view(experts.num_experts, -1, hidden_states.shape[-1])
+    for expert, states in enumerate(given):
+        (tokens,) = torch.where(states.any(-1))
+        gate, up = (states[tokens] @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner = up * experts.act_fn(gate)
+        output = inner @ experts.down_proj[expert]
+        result.view_as(given)[expert, tokens] = output.to(result.dtype)
+        _update(readings["ffn"].metrics[expert], inner, tokens, visit)
+        norms.append(_norms(output, tokens, len(states)))
+    readings["experts"].update(torch.stack(norms, -1), visit)
+    return result
 
 
 def _one_by_one(readings: Mapping, visit: Visit, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -33,10 +50,14 @@ def _one_by_one(readings: Mapping, visit: Visit, hidden_states: Tensor, top_k_in
         output = _projected(experts, inner, "down_proj", expert) * top_k_weights[tokens, slots, None]
         result.index_add_(0, tokens, output.to(result.dtype))
         _update(readings["ffn"].metrics[expert], inner, tokens, visit)
-        norm = torch.zeros(len(hidden_states), device=output.device)
-        norms.append(norm.index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1)))
+        norms.append(_norms(output, tokens, len(hidden_states)))
     readings["experts"].update(torch.stack(norms, -1), visit)
     return result
+
+
+def _norms(output: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Return how much an expert adds to each of so many tokens."""
+    return output.new_zeros(count, dtype=torch.float32).index_copy_(0, tokens, torch.linalg.vector_norm(output.float(), dim=-1))
 
 
 def _update(metric, inner: Tensor, tokens: Tensor, visit: Visit) -> None:

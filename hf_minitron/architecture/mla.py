@@ -1,0 +1,59 @@
+"""Multi-head latent attention: keys and values of all heads come from one narrow row. Tables only, no functions."""
+
+from hf_minitron.architecture import llama, moe
+
+# Queries, keys and values pass through a narrow row, whose ranks stay as they are
+MLA_ROWS = {
+    "model.layers.{layers}.self_attn.q_proj.weight": "(heads qk_dim) hidden",
+    "model.layers.{layers}.self_attn.q_a_proj.weight": "q_rank hidden",
+    "model.layers.{layers}.self_attn.q_a_proj.bias": "q_rank",
+    "model.layers.{layers}.self_attn.q_a_layernorm.weight": "q_rank",
+    "model.layers.{layers}.self_attn.q_b_proj.weight": "(heads qk_dim) q_rank",
+    "model.layers.{layers}.self_attn.kv_a_layernorm.weight": "kv_rank",
+    "model.layers.{layers}.self_attn.kv_a_proj_with_mqa.weight": "kv_rank+rope hidden",
+    "model.layers.{layers}.self_attn.kv_a_proj_with_mqa.bias": "kv_rank+rope",
+    "model.layers.{layers}.self_attn.kv_b_proj.weight": "(heads k_and_v_dim) kv_rank",
+    "model.layers.{layers}.self_attn.o_proj.weight": "hidden (heads v_dim)",
+    "model.layers.{layers}.self_attn.o_proj.bias": "hidden",
+    # deepseek_v32 chooses the tokens that a query looks at by a smaller attention of its own, which stays as it is
+    "model.layers.{layers}.self_attn.indexer.wq_b.weight": "(index_heads index_dim) q_rank",
+    "model.layers.{layers}.self_attn.indexer.wk.weight": "index_dim hidden",
+    "model.layers.{layers}.self_attn.indexer.k_norm.weight": "index_dim",
+    "model.layers.{layers}.self_attn.indexer.k_norm.bias": "index_dim",
+    "model.layers.{layers}.self_attn.indexer.weights_proj.weight": "index_heads hidden",
+}
+MOE_ROWS = moe.WITHOUT_ATTENTION | MLA_ROWS
+DENSE_ROWS = llama.EMBEDDING_ROWS | MLA_ROWS | llama.MLP_ROWS | llama.NORM_ROWS | llama.HEAD_ROWS
+# axk1 has a norm after its experts
+AXK_ROWS = MOE_ROWS | {"model.layers.{moe_layers}.mlp.post_mlp_layernorm.weight": "hidden"}
+AXK_NORMS = (*llama.NORMS, "model.layers.{moe_layers}.mlp.post_mlp_layernorm")
+AXK_STORED = moe.STORED | {
+    "model.layers.{moe_layers}.mlp.post_mlp_layernorm.weight": {
+        "model.layers.{moe_layers}.post_mlp_layernorm.weight": "hidden"
+    },
+}
+
+# The ranks, and the sizes of a head's parts, are read off the parameters.
+MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")}
+DENSE_KEYS = {axis: key for axis, key in llama.CONFIG_KEYS.items() if axis not in ("kv_heads", "head_dim")}
+
+SCALED_LAYERS = "what a layer adds is divided by the square root of the number of layers, which becomes smaller with the cut"
+SCALED_LOGITS = "what the head reads is divided by a number that grows with hidden, which becomes smaller with the cut"
+
+# Model type to what its family has of its own, beside MOE_ROWS, MOE_KEYS and moe.STORED.
+TABLES = {
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "deepseek_v32": {},
+    "glm4_moe_lite": {},
+    "sarvam_mla": {},
+    "axk1": {"rows": AXK_ROWS, "norms": AXK_NORMS, "stored": AXK_STORED},
+    "youtu": {"rows": DENSE_ROWS, "config_keys": DENSE_KEYS, "stored": {}},
+    "minicpm3": {
+        "rows": DENSE_ROWS,
+        "config_keys": DENSE_KEYS,
+        "stored": {},
+        "inexact": {"layers": SCALED_LAYERS, "hidden": SCALED_LOGITS},
+    },
+}
+FOLLOWS = {"num_key_value_heads": "heads"}
