@@ -150,11 +150,10 @@ def advice(model_type: str, problems: Sequence[str]) -> str:
     if len(problems) > 3:
         shown += f" and {len(problems) - 3} more (Architecture.bind(config).misfits lists them)"
     known = model_type in FAMILIES
-    supported = f"Supported model types: {', '.join(sorted(FAMILIES))}; for another one"
+    choose = "Choose another checkpoint of it" if known else "Choose a model type that docs/families.md lists"
     return (
-        f"The axis map does not cover {'this variant of ' if known else ''}model type {model_type!r}: {shown}. "
-        f"{'Choose another checkpoint of it, or' if known else supported + ','} write a family and register_family it "
-        "(docs/families.md)"
+        f"The axis map does not cover {'this variant of ' if known else ''}model type {model_type!r}: {shown}. {choose}, or "
+        "write a family and register_family it (docs/families.md)"
     )
 
 
