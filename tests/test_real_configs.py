@@ -127,7 +127,14 @@ CUT = {
     "dtype",
     *LAYER_LISTS,
 }
-CUT |= {"num_experts", "num_local_experts", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"}
+CUT |= {
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+}
 
 
 def folder(repository):
