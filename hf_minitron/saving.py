@@ -14,8 +14,15 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.side_files import side_files
 
 logger = logging.getLogger(__name__)
@@ -34,7 +41,9 @@ ROPE_SCALING = {
 }
 # The first version of transformers that has a model type, where that is not long ago.
 SINCE = {
-    "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3_text": "4.50", "glm4": "4.52",
+    "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
+    "glm4": "4.52", "glm4v": "4.53", "idefics3": "4.46", "internvl": "4.52", "mistral3": "4.50", "qwen2_vl": "4.45",
+    "qwen2_5_vl": "4.49", "qwen3_vl": "4.57", "smolvlm": "4.50",
     "gpt_oss": "4.55", "granite": "4.45", "ministral": "4.57", "minitron_pruned": "5.15", "nemotron": "4.44", "olmo2": "4.47",
     "qwen3": "4.51", "qwen3_moe": "4.51", "smollm3": "4.53", "vaultgemma": "4.57",
 }  # fmt: skip
@@ -56,6 +65,8 @@ def save_config(config: PreTrainedConfig, folder: str | Path, **changes: Any) ->
     path = Path(folder) / CONFIG_NAME
     content = json.loads(path.read_text(encoding="utf-8"))
     content |= legacy_rope(config) or {}
+    for part in config.sub_configs:
+        content[part] |= legacy_rope(getattr(config, part)) or {}
     content |= {older: content[name] for older, name in OLDER_NAMES.get(config.model_type, {}).items()}
     if content.get("dtype") is not None:
         content["torch_dtype"] = content["dtype"]
@@ -75,7 +86,7 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
     keys = {name: main[name] for name in ("rope_theta", "partial_rotary_factor") if main.get(name) is not None}
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if scaling.get("rope_type", "default") == "default":
-        scaling = None
+        scaling = scaling if "mrope_section" in scaling else None
     elif config.model_type in ROPE_SCALING:
         scaling["type"] = scaling.pop("rope_type")
         if "original_max_position_embeddings" in scaling and hasattr(config, "original_max_position_embeddings"):
@@ -97,8 +108,8 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 def minimum_transformers(config: PreTrainedConfig) -> str | None:
     """Return the first version of transformers that computes what a config says; `None` for model types of long ago."""
+    since, config = SINCE.get(config.model_type), text_config(config)
     own_heads = config.model_type in HEADS_ARE_HIDDEN and config.head_dim * config.num_attention_heads != config.hidden_size
-    since = SINCE.get(config.model_type)
     return "5.0" if (own_heads or legacy_rope(config) is None) and config.model_type != "minitron_pruned" else since
 
 
@@ -129,7 +140,11 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def complete_side_files(folder: Path) -> None:
     """Write small files of a saved model again in words that transformers 4 and 5 both know; what both know stays as it is."""
-    for name, change in ((TOKENIZER_CONFIG_FILE, _tokenizer_config), (GENERATION_CONFIG_NAME, _generation_config)):
+    for name, change in (
+        (TOKENIZER_CONFIG_FILE, _tokenizer_config),
+        (GENERATION_CONFIG_NAME, _generation_config),
+        *((name, _as_it_is) for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)),
+    ):
         path = folder / name
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -145,6 +160,10 @@ def _tokenizer_config(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(content.get("extra_special_tokens"), list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    return content
+
+
+def _as_it_is(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content
 
 

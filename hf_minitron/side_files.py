@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 # What a user of the model needs beside weights and config.
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+    "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 # Far above any model's numbers; what is beyond would fill the memory before anybody could say what is wrong.
 MOST_BYTES, MOST_LAYERS, MOST = 50_000_000, 10_000, 2**31

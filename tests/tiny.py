@@ -195,8 +195,8 @@ def text(documents, seed):
     return [" ".join(WORDS[i] for i in row) for row in ids]
 
 
-def make_project(folder: Path) -> dict:
-    made = model(dtype=torch.float32)
+def make_project(folder: Path, made=None) -> dict:
+    made = made or model(dtype=torch.float32)
     made.save_pretrained(folder / "teacher", max_shard_size="40KB")
     tokenizer().save_pretrained(folder / "teacher")
     for seed, part in enumerate(("train", "calibration", "held_out")):

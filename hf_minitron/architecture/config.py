@@ -27,6 +27,11 @@ def auto_class(config: PreTrainedConfig) -> type:
     return AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
 
 
+def pipeline_tag(config: PreTrainedConfig) -> str:
+    """Return the task of a model of a config, by the Hub's name."""
+    return "image-text-to-text" if config.model_type in TOWERS else "text-generation"
+
+
 def with_text(config: PreTrainedConfig, changes: Mapping[str, Any], elsewhere: Mapping[str, Any] = MappingProxyType({})):
     """Return a config with changes, in the text model's where it has one of its own.
 

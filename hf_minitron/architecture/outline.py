@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -51,8 +51,12 @@ class Outline:
 
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""
-        prefix = self.prefix if self.prefix else None
-        return rename_source_key(name, list(self.renamings), [], prefix, self.parameters)[0]
+        return rename_source_key(name, list(self.renamings), [], self.prefix, self.parameters)[0]
+
+    def on_disk(self, name: str) -> str:
+        """Return the name that `save_pretrained` gives a tensor, by its name in memory."""
+        lasting = [renaming for renaming in self.renamings if not isinstance(renaming, PrefixChange)]
+        return apply_renamings(name, [renaming.reverse_transform() for renaming in reversed(lasting)])
 
 
 def outline(config: PreTrainedConfig) -> Outline:
@@ -78,7 +82,8 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     shapes, stored = {name: tuple(parameter.shape) for parameter, name in first.items()}, model.state_dict().keys()
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
     modules = frozenset(name for name, _ in model.named_modules())
-    renamings = tuple(t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming))
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = tuple(renaming for renaming in known if isinstance(renaming, WeightRenaming))
     config, class_name = _config(kind, content), type(model).__name__
     return Outline(config, shapes, tied, modules, class_name, model.base_model_prefix, renamings)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import load_model
 from hf_minitron.distillation.checks import check_number
 from hf_minitron.errors import one_line
@@ -52,13 +54,19 @@ def add_lora(model: PreTrainedModel, settings: Mapping) -> PeftModel:
             would not see.
     """
     try:
-        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**LORA, **settings}))
+        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**LORA, **_text_only(model.config), **settings}))
     except Exception as error:  # peft does not look at most settings before it uses them
         raise ValueError(f"lora: {one_line(error)}") from error
     for layer, kind in ((model.get_input_embeddings(), torch.nn.Embedding), (model.get_output_embeddings(), torch.nn.Linear)):
         if not isinstance(layer, kind):
             raise ValueError(f"lora: {settings} changes the embedding or the output head; name other target_modules")
     return tuned
+
+
+def _text_only(config: PreTrainedConfig) -> dict[str, str]:
+    """Return settings that leave out all but the text model of a vision-language model: no text passes it."""
+    tower = TOWERS.get(config.model_type)
+    return {"exclude_modules": rf"(?!{re.escape(tower.prefix)}\.).*"} if tower else {}
 
 
 def merge_lora(source: str | Path, adapter: str | Path) -> PreTrainedModel:

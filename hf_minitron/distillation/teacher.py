@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.batch import TARGETS, model_inputs, with_targets
 from hf_minitron.distillation.signals import DenseSignal
@@ -88,6 +89,14 @@ def no_tokens(like: Tensor) -> Tensor:
 def base_of(model: nn.Module) -> PreTrainedModel:
     """Return the Transformers model inside of a PEFT model, its adapters in place; any other model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Let only the text model and the head of a vision-language model be trained: no text passes the rest."""
+    tower, head = TOWERS.get(model.config.model_type), model.get_output_embeddings()
+    for name, parameter in model.named_parameters() if tower else ():
+        if not name.startswith(f"{tower.prefix}.") and parameter is not head.weight:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

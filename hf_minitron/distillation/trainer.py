@@ -25,7 +25,7 @@ from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.reduction import NamedMeans, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
-from hf_minitron.distillation.teacher import LiveTeacher, base_of, gathered, no_tokens
+from hf_minitron.distillation.teacher import LiveTeacher, base_of, freeze_vision, gathered, no_tokens
 from hf_minitron.distillation.teachers import Given, check_models, teacher_for
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
@@ -279,6 +279,7 @@ class DistillationTrainer(Trainer):
 
     def _watch(self, model: PreTrainedModel) -> None:
         """Read a student's states from now on: that of this trainer, or the next that `model_init` makes."""
+        freeze_vision(base_of(model))
         self._states = self._state_losses(base_of(model))
 
     def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:

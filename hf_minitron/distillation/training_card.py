@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 
 import hf_minitron
+from hf_minitron.architecture.config import pipeline_tag
 from hf_minitron.distillation.batch import rows_read
+from hf_minitron.distillation.teacher import base_of
 
 TAGS = ["hf_minitron", "minitron", "pruning", "structured-pruning", "knowledge-distillation"]
 MAX_ROWS = 12  # of the log
@@ -48,7 +50,7 @@ def write_training_card(
         base_model=finetuned_from or hub_id,
         base_model_relation="finetune" if finetuned_from or hub_id else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag(base_of(trainer.model).config),
         model_name=name,
         tags=[*TAGS, *([tags] if isinstance(tags, str) else tags or [])],
         license=metadata.get("license"),

@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.architecture.config import text_config
 from hf_minitron.data import adds_bos_token
 from hf_minitron.evaluation.report import Entry
 from hf_minitron.evaluation.task_data import check_data
@@ -158,7 +159,8 @@ def run_tasks(
     if batch_size == "auto" and model.device.type == "cpu":
         batch_size = 8  # lm-eval would try 64 sequences: a CPU gains nothing and does not refuse them
     tokenizer = _with_bos(tokenizer) if tasks.add_bos_token else tokenizer
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=tasks.add_bos_token)
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)  # lm-eval looks for it in the whole config
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=tasks.add_bos_token, max_length=longest)
     state = PartialState()
     if split and state.num_processes > 1:  # lm-eval leaves this to us for a model that is loaded already
         lm.accelerator, lm._rank, lm._world_size = Accelerator(), state.process_index, state.num_processes

@@ -50,7 +50,7 @@ def write_card(
     data = ModelCardData(
         base_model_relation="finetune" if facts.get("base_model") else None,  # the nearest that the Hub documents
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=facts.get("pipeline_tag", "text-generation"),
         model_name=facts["name"],
         tags=TAGS,
         eval_results=_eval_results(report) if report else None,

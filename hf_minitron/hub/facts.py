@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 import hf_minitron
+from hf_minitron.architecture.config import pipeline_tag
 from hf_minitron.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.publish import TOKEN
@@ -64,7 +65,7 @@ def gather(run: Run) -> dict[str, Any]:
         "cut": plan and cut_of(plan),
         "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
         "remote_code": bool(plan) and "auto_map" in _done_json(run, "prune", "student/config.json"),
-        "transformers": _minimum_transformers(run) if plan else None,
+        **(_of_config(AutoConfig.from_pretrained(run.path("prune") / "student")) if plan else {}),
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
         "command": f"{launcher} run " + " ".join(shlex.quote(shorten(path)) for path in recipes(run)),
@@ -211,8 +212,8 @@ def _pin(run: Run) -> str:
     return f"@{revision}" if revision else ""
 
 
-def _minimum_transformers(run: Run) -> str | None:
-    return minimum_transformers(AutoConfig.from_pretrained(run.path("prune") / "student"))
+def _of_config(config: PreTrainedConfig) -> dict[str, str | None]:
+    return {"transformers": minimum_transformers(config), "pipeline_tag": pipeline_tag(config)}
 
 
 def _base_model(run: Run) -> str:

@@ -98,6 +98,8 @@ def prune_checkpoint(
     tensors, edit, corrections = _edited(CheckpointTensors(source), plan, statistics, corrections, residuals)
     student = student_config(tensors.architecture, edit)
     pruned = list(prune_tensors(tensors, edit, corrections))
+    if tensors.architecture.family.tower:  # in words that older tools read, too
+        pruned = [(tensors.architecture.outline.on_disk(name), spec, pieces) for name, spec, pieces in pruned]
     specs = {name: spec for name, spec, _ in pruned}
     with complete_or_absent(Path(target)) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")

@@ -1,0 +1,53 @@
+"""A vision-language model through all stages: the student is one too, its images mean what they meant, and it is published."""
+
+import json
+
+import pytest
+import tiny
+import tiny_vision
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText
+
+from hf_minitron.__main__ import main
+
+PROCESSOR = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 8, "width": 8}}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    made = tiny.make_project(tmp_path_factory.mktemp("vision"), tiny_vision.model("gemma3", torch.float32))
+    (made["folder"] / "teacher" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return made
+
+
+def written(project, path, **sections):
+    recipe = project["recipe"] | {key: project["recipe"].get(key, {}) | value for key, value in sections.items()}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"run": str(path / "run")}))
+    return str(path / "recipe.yaml")
+
+
+def test_a_vision_language_model_goes_through_a_whole_run(project, tmp_path, capsys):
+    recipe = written(project, tmp_path, prune={"target": {"hidden": 24, "ffn": 48, "layers": 2, "heads": 2}})
+    assert main(["run", recipe]) == 0, capsys.readouterr().err
+    folder = tmp_path / "run" / "publish" / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert 'pipeline("image-text-to-text"' in card.content
+    assert "transformers >= 4.50" in card.content
+    assert json.loads((folder / "preprocessor_config.json").read_text()) == PROCESSOR
+    student, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    teacher = AutoModelForImageTextToText.from_pretrained(project["folder"] / "teacher")
+    assert type(student) is type(teacher)
+    assert student.config.text_config.hidden_size == 24 and student.config.text_config.num_hidden_layers == 2
+    theirs, ours = dict(teacher.model.vision_tower.named_parameters()), dict(student.model.vision_tower.named_parameters())
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    inputs = tiny_vision.images("gemma3", torch.float32)
+    with torch.no_grad():
+        seen = student(**inputs).logits
+        other = student(**inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}).logits
+    assert seen.isfinite().all() and (seen - other).abs().max() > 1e-3
+    report = json.loads((tmp_path / "run" / "evaluate" / "report.json").read_text())
+    assert {entry["model"] for entry in report["entries"]} == {"teacher", "pruned", "distilled"}
