@@ -6,11 +6,18 @@ import pytest
 import tiny
 import tiny_vision
 import torch
+from test_distillation import arguments
 from test_families import logits, masked, plan_for, relative, vector
 from transformers import AutoModelForImageTextToText
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.student import check_target
+from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.distillation.adapters import add_lora
+from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model, with_projector
+from hf_minitron.pruning.rotate import rotated
 from hf_minitron.tensors import ModelTensors
 
 TYPES = tuple(tiny_vision.SETTINGS)
@@ -112,3 +119,73 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
     assert_same(again, loaded)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_scores_and_moments_layer_by_layer_are_those_of_the_whole_model(model_type, tmp_path):
+    teacher = tiny_vision.model(model_type, dtype=torch.float32)
+    teacher.save_pretrained(tmp_path)
+    whole = calibrate(teacher, tiny.blocks(), moments=True)
+    found = calibrate(str(tmp_path), tiny.blocks(), moments=True, dtype=torch.float32)
+    assert found.scores.keys() == whole.scores.keys()
+    assert all(torch.allclose(found.scores[axis], whole.scores[axis], rtol=1e-5) for axis in whole.scores)
+    assert found.moments.shapes == whole.moments.shapes
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_rotated_model_answers_as_before(model_type):
+    """What images give is turned with the stream that it is added to."""
+    teacher = tiny_vision.model(model_type, tie_word_embeddings=True)
+    turned = rotated(ModelTensors(teacher), calibrate(teacher, tiny.blocks(), moments=True).moments)
+    state = {name: turned.read(name) for name in turned.names()}
+    config = turned.architecture.config
+    made = type(teacher).from_pretrained(None, config=config, state_dict=state, dtype=torch.float64)
+    assert not torch.equal(made.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+    assert relative(answer(made, model_type), answer(teacher, model_type)) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_student_learns_from_its_teacher_by_text(model_type, tmp_path):
+    teacher = tiny_vision.model(model_type, dtype=torch.float32)
+    statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    student = prune_model(teacher, target(model_type), statistics)
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    losses = {"forward_kl": 1.0, "block": 0.5, "query_key": 0.5}
+    args = arguments(
+        tmp_path, losses=losses, layer_pairs="uniform", max_steps=1, learning_rate=0.01, lr_scheduler_type="constant"
+    )
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=tiny.blocks())
+    trainer.train()
+    changed = {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+    roles = {name: Architecture.of(student.config).parameters[name].role for name in before}
+    assert {name for name in changed if roles[name] in ("passthrough", "projector")} == set()
+    assert {"query", "embedding", "norm", "down"} - {"gate_up"} <= {roles[name] for name in changed}
+    assert trainer.state.log_history[0]["block"] > 0
+    assert trainer.state.log_history[0]["forward_kl"] > 0
+
+
+def test_lora_adds_to_the_text_model_only():
+    teacher = tiny_vision.model("gemma3", dtype=torch.float32)
+    names = [name for name, parameter in add_lora(teacher, {"r": 2}).named_parameters() if parameter.requires_grad]
+    assert names and all(".language_model." in name for name in names)
+
+
+def test_what_cannot_be_cut_is_refused_in_one_line():
+    teacher = tiny_vision.model("glm4v")
+    with pytest.raises(ValueError, match="hidden stays 40, for the merger of its vision model") as caught:
+        check_target(Architecture.of(teacher.config), Architecture.of(teacher.config).shape.cut_to({"hidden": 20}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_before_which_image_features_are_added_is_named():
+    config = tiny_vision.config("qwen3_vl")
+    assert "with images" in Architecture.of(config).inexact["layers"]
+    assert "layers" not in Architecture.of(config).inexact_for_text
+
+
+def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
+    teacher = tiny_vision.model("qwen2_5_vl", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    prune_checkpoint(tmp_path / "teacher", plan_for(teacher, ffn=32), tmp_path / "student")
+    ours, theirs = (Checkpoint(tmp_path / name).specs.keys() for name in ("student", "teacher"))
+    assert ours == theirs and "model.layers.0.mlp.up_proj.weight" in ours and "visual.merger.mlp.0.weight" in ours

@@ -105,9 +105,10 @@ class _Loader:
         pruned = prune_tensors(self.tensors, plan, layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
         own = {name: check_finite(_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
+        state = {name.removeprefix(f"{self.architecture.prefix}."): tensor for name, tensor in (own | self.shared).items()}
         config = student_config(self.architecture, plan)
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=own | self.shared, dtype=self.dtype, output_loading_info=True
+            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )
         assert not info["missing_keys"], f"layer {layer} lacks {info['missing_keys']}"
         return model.to(self.device).eval()
