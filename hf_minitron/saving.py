@@ -131,10 +131,14 @@ def _flat(value: Any) -> list[str]:
     return [place for place in (value if isinstance(value, list | tuple) else [value]) if isinstance(place, str)]
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence files, so that transformers 4 and 5 load them alike."""
+def copy_side_files(source: Path, target: Path, processors: bool = True) -> None:
+    """Copy tokenizer, generation config, chat template and licence files, so that transformers 4 and 5 load them alike.
+
+    Those of the `processors` of images go along with a model that reads images.
+    """
     for path in side_files(source):
-        shutil.copyfile(path, target / path.name)
+        if processors or not path.name.endswith(PROCESSOR_NAME):
+            shutil.copyfile(path, target / path.name)
     complete_side_files(target)
 
 

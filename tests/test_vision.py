@@ -8,7 +8,7 @@ import tiny_vision
 import torch
 from test_distillation import arguments
 from test_families import logits, masked, plan_for, relative, vector
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
@@ -189,3 +189,24 @@ def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
     prune_checkpoint(tmp_path / "teacher", plan_for(teacher, ffn=32), tmp_path / "student")
     ours, theirs = (Checkpoint(tmp_path / name).specs.keys() for name in ("student", "teacher"))
     assert ours == theirs and "model.layers.0.mlp.up_proj.weight" in ours and "visual.merger.mlp.0.weight" in ours
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_text_model_alone_says_the_same_of_text(model_type, tmp_path):
+    teacher = tiny_vision.model(model_type, torch.float32, tie_word_embeddings=model_type in ("gemma3", "qwen3_vl"))
+    plan = plan_for(teacher, **target(model_type))
+    whole, text = prune_model(teacher, plan), prune_model(teacher, plan, text_only=True)
+    assert relative(logits(text), logits(whole)) < 1e-5
+    teacher.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "preprocessor_config.json").write_text("{}")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", text_only=True)
+    assert not (tmp_path / "student" / "preprocessor_config.json").exists()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded) is type(text) and loaded.config.architectures == [type(text).__name__]
+    assert torch.equal(logits(loaded), logits(text))
+
+
+def test_a_model_of_text_has_no_text_model_inside():
+    with pytest.raises(ValueError, match="text_only: true, but model type 'llama' is a language model of text alone already"):
+        prune_model(tiny.model(), plan_for(tiny.model(), ffn=32), text_only=True)

@@ -8,7 +8,7 @@ import tiny_vision
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3ForCausalLM
 
 from hf_minitron.__main__ import main
 
@@ -51,3 +51,22 @@ def test_a_vision_language_model_goes_through_a_whole_run(project, tmp_path, cap
     assert seen.isfinite().all() and (seen - other).abs().max() > 1e-3
     report = json.loads((tmp_path / "run" / "evaluate" / "report.json").read_text())
     assert {entry["model"] for entry in report["entries"]} == {"teacher", "pruned", "distilled"}
+
+
+def test_the_student_may_be_the_text_model_alone(project, tmp_path, capsys):
+    recipe = written(project, tmp_path, prune={"target": {"ffn": 48}, "text_only": True}, distill={"max_steps": 1})
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, recipe]) == 0, capsys.readouterr().err
+    folder = tmp_path / "run" / "distill" / "student"
+    assert not (folder / "preprocessor_config.json").exists()
+    student, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(student) is Gemma3ForCausalLM
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    capsys.readouterr()
+    assert main(["plan", recipe]) == 0
+    counts = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    assert f"{student.num_parameters():,}" in counts
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"model": str(folder)}))
+    assert main(["plan", recipe]) == 1
+    assert "is a language model of text alone already; leave it out" in capsys.readouterr().err

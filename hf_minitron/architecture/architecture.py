@@ -68,8 +68,8 @@ class Architecture:
         if problem := not_a_language_model(config, FAMILIES):
             raise axes.AxisError(problem)
         tower = TOWERS.get(config.model_type)
-        text = (tower and tower.text) or text_config(config).model_type
-        return _bind(FAMILIES.get(text, LLAMA), tower, outline(config))
+        text = {"model_type": text_config(config).model_type} | (tower.text if tower else {})
+        return _bind(FAMILIES.get(text["model_type"], LLAMA), tower, outline(config))
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -3,6 +3,9 @@
 A shape is held when the class makes exactly the parameters that pruning will give; nothing else is known about classes.
 """
 
+import copy
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -55,6 +58,40 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
     return student
+
+
+def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, str]]:
+    """Return the config of a vision-language model's text model as a causal language model of its own, and the names of its
+    parameters to those that they have in it.
+
+    Raises:
+        ShapeError: for a model that is none, or whose text model no class holds.
+    """
+    tower, kind = architecture.family.tower, architecture.config.model_type
+    if tower is None:
+        raise ShapeError(f"text_only: true, but model type {kind!r} is a language model of text alone already; leave it out")
+    text = copy.deepcopy(text_config(architecture.config).to_dict()) | tower.text
+    text["tie_word_embeddings"] = architecture.config.tie_word_embeddings
+    if rope := text.get("rope_parameters"):  # of text, all three positions of a token are one
+        text["rope_parameters"] = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+    names = {
+        name: re.sub(rf"^{re.escape(tower.prefix)}\.", "model.", name)
+        for name in architecture.parameters
+        if architecture.parameters[name].row not in architecture.family.outside
+    }
+    try:
+        config = CONFIG_MAPPING[text["model_type"]]
+        known = {"head_dim", *(field.name for field in dataclasses.fields(config))}
+        config = config.from_dict({key: value for key, value in text.items() if key in known})
+        made = outline(config)
+    except Exception as error:  # config classes and modules raise their own kinds
+        raise ShapeError(f"text_only: true, but the text model of {kind!r} is no causal language model of its own: "
+                         f"{one_line(error)}; leave it out") from error  # fmt: skip
+    expected = {new: architecture.parameters[name].shape for name, new in names.items()}
+    if wrong := [name for name in {**expected, **made.parameters} if expected.get(name) != made.parameters.get(name)]:
+        raise ShapeError(f"text_only: true, but {type(config).__name__} does not hold {wrong[0]!r} of {kind!r}; leave it out")
+    config.architectures, config.dtype = [made.class_name], architecture.config.dtype
+    return config, names
 
 
 def _nonuniform(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:

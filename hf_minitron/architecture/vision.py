@@ -23,8 +23,8 @@ class Tower:
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes what the model makes of images more than
             masking it would.
         fixed (`Mapping[str, str]`): Axis to the reason why it cannot be cut.
-        text (`str`, *optional*): The model type of a causal language model that computes the same of text, where the text
-            model's own type has none.
+        text (`Mapping[str, object]`): Changes to the text model's config that give a causal language model which computes the
+            same of text, where its own type has none.
     """
 
     prefix: str
@@ -32,7 +32,7 @@ class Tower:
     follows: Mapping[str, str] = field(default_factory=dict)
     inexact: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
-    text: str | None = None
+    text: Mapping[str, object] = field(default_factory=dict)
 
 
 TWO_LAYERS = Tower(
@@ -47,6 +47,7 @@ TWO_LAYERS = Tower(
 )
 ONE_MATRIX = Tower(TEXT_MODEL, {"model.connector.modality_projection.proj.weight": "hidden _"})
 MERGER = {"model.visual.merger.mlp.2.weight": "hidden _", "model.visual.merger.mlp.2.bias": "hidden"}
+QWEN2 = {"model_type": "qwen2"}
 
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower(LANGUAGE_MODEL, {"model.multi_modal_projector.mm_input_projection_weight": "_ hidden"}),
@@ -54,14 +55,14 @@ TOWERS: dict[str, Tower] = {
         LANGUAGE_MODEL,
         {},
         fixed={"hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width"},
-        text="glm4",
+        text={"model_type": "glm4", "attention_bias": True},
     ),
     "idefics3": ONE_MATRIX,
     "internvl": TWO_LAYERS,
     "llava": TWO_LAYERS,
     "mistral3": TWO_LAYERS,
-    "qwen2_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.hidden_size": "hidden"}, text="qwen2"),
-    "qwen2_5_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.out_hidden_size": "hidden"}, text="qwen2"),
+    "qwen2_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.hidden_size": "hidden"}, text=QWEN2),
+    "qwen2_5_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.out_hidden_size": "hidden"}, text=QWEN2),
     "qwen3_vl": Tower(
         LANGUAGE_MODEL,
         {
@@ -72,7 +73,7 @@ TOWERS: dict[str, Tower] = {
         },
         follows={"vision_config.out_hidden_size": "hidden"},
         inexact={"layers": FIRST_LAYERS},
-        text="qwen3",
+        text={"model_type": "qwen3"},
     ),
     "smolvlm": ONE_MATRIX,
 }

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.student import check_target, student_config
+from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.student import check_target, student_config, text_alone
+from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
@@ -29,6 +31,7 @@ def prune_model(
     statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
     residuals: Residuals | None = None,
+    text_only: bool = False,
 ) -> PreTrainedModel:
     """Return the student of a model in memory; the model stays unchanged.
 
@@ -40,6 +43,8 @@ def prune_model(
         corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with
             statistics, those of the three that cost no parameter which apply, by default.
         residuals (`Residuals`, *optional*): Of `read_residuals`, for layer_merge.
+        text_only (`bool`, *optional*, defaults to `False`): Whether the student of a vision-language model is its text model
+            alone, a causal language model.
 
     Returns:
         `PreTrainedModel`: A model of the same class (or of one that holds the shape) and dtype with the plan's shape;
@@ -58,8 +63,7 @@ def prune_model(
     ```
     """
     tensors, edit, corrections = _edited(ModelTensors(model), plan, statistics, corrections, residuals)
-    student = student_config(tensors.architecture, edit)
-    pruned = prune_tensors(tensors, edit, corrections)
+    student, pruned = _student(tensors, edit, corrections, text_only)
     state = {name: axes.join(spec.shape, pieces) for name, spec, pieces in pruned}
     kind = type(model) if type(student) is type(model.config) else MODEL_FOR_CAUSAL_LM_MAPPING[type(student)]
     made = kind.from_pretrained(None, config=student, state_dict=state, dtype=model.dtype)
@@ -79,6 +83,7 @@ def prune_checkpoint(
     statistics: Statistics | None = None,
     corrections: Sequence[str] | None = None,
     residuals: Residuals | None = None,
+    text_only: bool = False,
 ) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
 
@@ -91,22 +96,33 @@ def prune_checkpoint(
         statistics (`Statistics`, *optional*): As for `prune_model`.
         corrections (`Sequence[str]`, *optional*): As for `prune_model`.
         residuals (`Residuals`, *optional*): As for `prune_model`.
+        text_only (`bool`, *optional*, defaults to `False`): As for `prune_model`.
 
     Raises:
         ValueError: as `prune_model`; for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
     """
     tensors, edit, corrections = _edited(CheckpointTensors(source), plan, statistics, corrections, residuals)
-    student = student_config(tensors.architecture, edit)
-    pruned = list(prune_tensors(tensors, edit, corrections))
-    if tensors.architecture.family.tower:  # in words that older tools read, too
-        pruned = [(tensors.architecture.outline.on_disk(name), spec, pieces) for name, spec, pieces in pruned]
+    student, made = _student(tensors, edit, corrections, text_only)
+    on_disk = outline(student).on_disk if student.model_type in TOWERS else str
+    pruned = [(on_disk(name), spec, pieces) for name, spec, pieces in made]
     specs = {name: spec for name, spec, _ in pruned}
     with complete_or_absent(Path(target)) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
         write_tensors(folder, specs, ((name, pieces) for name, _, pieces in pruned), max_shard_bytes)
         save_config(student, folder, dtype=stored_dtype(specs.values()))
-        copy_side_files(Path(source), folder)
+        copy_side_files(Path(source), folder, processors=not text_only)
         edit.save(folder / "plan.json")
+
+
+def _student(
+    tensors: Tensors, edit: Plan, corrections: Corrections | None, text_only: bool
+) -> tuple[PreTrainedConfig, Iterator[tuple[str, TensorSpec, Iterator[Tensor]]]]:
+    """Return the student's config and its tensors, as `prune_tensors` does."""
+    student, pruned = student_config(tensors.architecture, edit), prune_tensors(tensors, edit, corrections)
+    if not text_only:
+        return student, pruned
+    student, names = text_alone(Architecture.of(student))
+    return student, ((names[name], spec, pieces) for name, spec, pieces in pruned if name in names)
 
 
 def _edited(

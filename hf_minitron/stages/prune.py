@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from hf_minitron.architecture import outline as meta
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import check_not_quantized
-from hf_minitron.architecture.student import check_target, student_config
+from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.checkpoint import (
     NAMES,
     Checkpoint,
@@ -69,6 +69,10 @@ class Args:
             "help": f"How kept weights are corrected for dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
         },
     )
+    text_only: bool = field(
+        default=False,
+        metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},
+    )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
 
 
@@ -78,6 +82,8 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     before = architecture.shape
     after = before.cut_to(args.target, args.multiple_of)
     check_target(architecture, after)
+    if args.text_only:
+        text_alone(architecture)
     return before, after, architecture.rows
 
 
@@ -90,7 +96,8 @@ def _teacher(model: str) -> Architecture:
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
     architecture = _teacher(model)
-    return (untied(architecture) if uses_rotation(args) else architecture).rows
+    student = untied(architecture) if uses_rotation(args) else architecture
+    return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
@@ -106,12 +113,13 @@ def outline(args: Args, model: str, folder: Path) -> None:
     architecture = _teacher(model)
     architecture = untied(architecture) if uses_rotation(args) else architecture
     config = student_config(architecture, Plan(before, after, {"layers": list(range(after["layers"]))}))
+    config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
     write_sparse_checkpoint(
         folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()}
     )
-    copy_side_files(resolve(model), folder)
+    copy_side_files(resolve(model), folder, processors=not args.text_only)
 
 
 def uses_rotation(args: Args) -> bool:
@@ -199,7 +207,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     elif uses_layer_merge(args):
         logger.warning("corrections: layer_merge merges nothing: no kept layer stands before a dropped one")
         names = [name for name in names if name != "layer_merge"]
-    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, statistics if names else None, names, residuals)
+    used = statistics if names else None
+    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, names, residuals, args.text_only)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
