@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import Checkpoint
@@ -69,8 +68,9 @@ class CachedTeacher:
             what = "is not finished: write it again, and it goes on" if (self.folder / UNFINISHED).is_file() else "has none"
             raise ValueError(f"No cache of a teacher at {self.folder}: it {what}")
         self.meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
-        self.config = SimpleNamespace(**{key: self.meta["teacher"][key] for key in ("model_type", "vocab_size")})
-        self.record = record_of(self.meta["method"], text_config(self.config).vocab_size, self.meta["dtype"])
+        self.config = PreTrainedConfig(vocab_size=self.meta["teacher"]["vocab_size"])
+        self.config.model_type = self.meta["teacher"]["model_type"]
+        self.record = record_of(self.meta["method"], self.config.vocab_size, self.meta["dtype"])
         numbers = range(-(-self.meta["blocks"] // self.meta["shard_blocks"]))
         self._index = np.concatenate([self._read_index(number) for number in numbers])
         self._order = np.argsort(self._index[:, 2], kind="stable")
