@@ -13,8 +13,9 @@ from hf_minitron.vocabulary import check_row_ids
 
 # What a row may hold, and what its padding is: one entry per token.
 COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}
-# Columns of a batch: the targets, which the Trainer counts under this name, and the prefix of a cached teacher's columns.
-TARGETS, TEACHER = "shift_labels", "teacher_"
+# Columns of a batch: the targets, which the Trainer counts under this name, where they are, and the prefix of a cached
+# teacher's columns.
+TARGETS, POSITIONS, TEACHER = "shift_labels", "target_positions", "teacher_"
 
 
 def collate(rows: Sequence[Mapping], ignored: Sequence[str] = (), vocab_size: int | None = None) -> dict[str, Tensor]:
@@ -102,9 +103,24 @@ def with_targets(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, TARGETS: torch.nn.functional.pad(supervised({**inputs, "labels": labels})[:, 1:], (0, 1), value=-100)}
 
 
+def positions_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return where a batch has targets, shape `(tokens,)`, in the flattened batch: its column, or looked up.
+
+    Looking waits for an accelerator, so it is done once for a batch.
+    """
+    if POSITIONS in inputs:
+        return inputs[POSITIONS]
+    return (with_targets(inputs)[TARGETS].flatten() != -100).nonzero().squeeze(1)
+
+
+def at_positions(values: Tensor, positions: Tensor) -> Tensor:
+    """Select positions of the flattened batch: `(tokens, ...)` of `values`, `(batch, seq, ...)`."""
+    return values.flatten(0, 1).index_select(0, positions)
+
+
 def model_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a model is called with: all of a batch but what is learnt from it."""
-    learnt = ("labels", TARGETS, "skip_logits")
+    learnt = ("labels", TARGETS, POSITIONS, "skip_logits")
     return {name: value for name, value in inputs.items() if name not in learnt and not name.startswith(TEACHER)}
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_minitron.checkpoint import require_space
 from hf_minitron.data import text_hash
+from hf_minitron.distillation.batch import POSITIONS
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.teacher import LiveTeacher
@@ -117,9 +118,8 @@ class _Recorder:
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
             inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
             per_block = inputs["input_ids"].shape[1] - 1
-            predicts = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-            predicts[:, -1] = False
-            signal = self.teacher(inputs, predicts)
+            every = torch.arange(inputs["input_ids"].numel(), device=self.teacher.model.device)
+            signal = self.teacher({**inputs, POSITIONS: every.view(len(batch), -1)[:, :-1].flatten()})
             for row, key in enumerate(keys_of(inputs)):
                 rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
                 chunks = []

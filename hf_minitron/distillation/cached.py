@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.batch import TARGETS, with_targets
+from hf_minitron.distillation.batch import TARGETS, at_positions, positions_of
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.signals import Signal
@@ -105,16 +105,15 @@ class CachedTeacher:
         return {name: table.view(BITS.get(table.dtype, table.dtype))
                 for name, table in zip(self.record.columns, stacked, strict=True)}  # fmt: skip
 
-    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> Signal:
-        """Return the teacher's signal at some positions of a batch: from its columns, or looked up where it has none.
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Signal:
+        """Return the teacher's signal where a batch has targets: from its columns, or looked up where it has none.
 
         Args:
             inputs (`Mapping[str, Tensor]`): The batch.
-            predicts (`Tensor` of shape `(batch, seq)`, *optional*): At which positions; those that have targets when left out.
         """
-        predicts = with_targets(inputs)[TARGETS] != -100 if predicts is None else predicts
+        positions = positions_of(inputs)
         columns = inputs if self.record.columns[0] in inputs else self.columns(inputs)
-        chosen = [columns[name].to(predicts.device)[predicts] for name in self.record.columns]
+        chosen = [at_positions(columns[name].to(positions.device), positions) for name in self.record.columns]
         return self.record.signal(*(table.view(FLOATS.get(table.dtype, table.dtype)) for table in chosen))
 
     def check_blocks(self, blocks: Dataset) -> None:

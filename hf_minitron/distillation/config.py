@@ -80,6 +80,9 @@ class DistillationArguments(TrainingArguments):
         default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name: revision, dtype, ..."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: training stops at a NaN or infinite loss, and this waits for every micro-batch."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (2408.11796, table 4)."})
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine_with_min_lr", metadata={"help": "Schedule (2408.11796, table 4)."}

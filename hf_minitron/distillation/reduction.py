@@ -43,6 +43,10 @@ class NamedMeans:
             self._totals[name] = self._totals.get(name, 0) + value
         self.count += count
 
+    def finite(self) -> Tensor:
+        """Return whether all are finite, shape `()`; reading it waits for an accelerator."""
+        return torch.stack([*self._totals.values()]).isfinite().all()
+
     def not_finite(self) -> list[str]:
         """Return the names of those that are NaN or infinite."""
         return [name for name, total in self._totals.items() if not total.isfinite()]

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.distillation.batch import at_positions, attention_of, positions_of
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
 from hf_minitron.probe import outputs_of
 
@@ -96,41 +97,39 @@ class StateLosses(nn.Module):
         self,
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
-        predicts: Tensor,
-        attention: Tensor | None = None,
+        inputs: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Return every named loss of a batch: the sum over tokens, the mean over pairs of layers.
 
         Args:
             student (`Mapping[str, Tensor]`): What the student's taps have kept.
             teacher (`Mapping[str, Tensor]`): What the teacher's have.
-            predicts (`Tensor` of shape `(batch, seq)`): The tokens that count: those that predict a labelled one.
-            attention (`Tensor` of shape `(batch, seq, seq)`, *optional*): Which tokens each may attend to, beside the causal
-                mask.
+            inputs (`Mapping[str, Tensor]`): The batch: which positions have targets, and which tokens each may attend to.
         """
+        positions, attention = positions_of(inputs), attention_of(inputs)
         losses = {}
         for name, pairs in self.pairs.items():
             if name in VECTORS:
-                sums = [self._vectors(name, student[s[0][0]], teacher[t[0][0]], predicts) for s, t in pairs]
+                sums = [self._vectors(name, student[s[0][0]], teacher[t[0][0]], positions) for s, t in pairs]
             else:
-                sums = [self._relations(s, t, student, teacher, predicts, attention) for s, t in pairs]
+                sums = [self._relations(s, t, student, teacher, positions, attention) for s, t in pairs]
             losses[name] = sum(sums) / len(sums)
         return losses
 
-    def _vectors(self, name: str, student: Tensor, teacher: Tensor, predicts: Tensor) -> Tensor:
-        student, teacher = student[predicts], teacher[predicts]
+    def _vectors(self, name: str, student: Tensor, teacher: Tensor, positions: Tensor) -> Tensor:
+        student, teacher = at_positions(student, positions), at_positions(teacher, positions)
         if name in self.projections:
             student = self.projections[name](student.to(self.projections[name].weight.dtype))
         wide = torch.promote_types(student.dtype, torch.float32)
         return self._distance(student.to(wide), teacher.to(wide)).sum()
 
-    def _relations(self, student_places, teacher_places, student, teacher, predicts, attention) -> Tensor:
+    def _relations(self, student_places, teacher_places, student, teacher, positions, attention) -> Tensor:
         pairs = []
         for places, seen, sizes in zip((student_places, teacher_places), (student, teacher), self._sizes, strict=True):
             parts = [_heads(seen[name], dim, part, sizes) for name, dim, part in places]
             most = max(part.shape[2] for part in parts)
             pairs.append(tuple(part.repeat_interleave(most // part.shape[2], 2) for part in parts))  # keys of a group
-        return relation_kl(*pairs, attention, self._chunk_size)[predicts].sum()
+        return at_positions(relation_kl(*pairs, attention, self._chunk_size), positions).sum()
 
     def step(self, learning_rate: float, max_norm: float, processes: int, scale: float = 1.0) -> None:
         """Train the projections by the gradients of an accumulated batch, the same on every process.

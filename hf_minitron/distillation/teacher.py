@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import best_dtype, load_model
-from hf_minitron.distillation.batch import TARGETS, model_inputs, with_targets
+from hf_minitron.distillation.batch import at_positions, model_inputs, positions_of
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.head import head_of
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
@@ -67,18 +67,17 @@ class LiveTeacher:
             self.model = deepspeed.initialize(model=self.model, config=settings)[0].module
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor], predicts: Tensor | None = None) -> DenseSignal:
-        """Return the teacher's signal at some positions of a batch; its head must be `gathered` to be used.
+    def __call__(self, inputs: Mapping[str, Tensor]) -> DenseSignal:
+        """Return the teacher's signal where a batch has targets; its head must be `gathered` to be used.
 
         Args:
             inputs (`Mapping[str, Tensor]`): The batch.
-            predicts (`Tensor` of shape `(batch, seq)`, *optional*): At which positions; those that have targets when left out.
         """
         with torch.autocast(self.model.device.type, enabled=False):
-            predicts = with_targets(inputs)[TARGETS] != -100 if predicts is None else predicts
+            positions = positions_of(inputs)
             with last_hidden_states(self.model) as hidden:
-                self.model(**model_inputs(inputs), use_cache=False, logits_to_keep=no_tokens(predicts))
-            return DenseSignal(hidden.pop()[predicts], head_of(self.model), self._top_k)
+                self.model(**model_inputs(inputs), use_cache=False, logits_to_keep=no_tokens(positions))
+            return DenseSignal(at_positions(hidden.pop(), positions), head_of(self.model), self._top_k)
 
 
 def no_tokens(like: Tensor) -> Tensor:

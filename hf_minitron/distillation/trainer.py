@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
-from hf_minitron.distillation.batch import TARGETS, attention_of, collate, model_inputs, with_targets
+from hf_minitron.distillation.batch import POSITIONS, TARGETS, at_positions, collate, model_inputs, positions_of, with_targets
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import DistillationArguments
@@ -158,7 +158,8 @@ class DistillationTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self._attempt.was_done = self.control.should_training_stop = True  # resumed, the Trainer would take one step more
             return [], None
-        return super().get_batch_samples(map(with_targets, epoch_iterator), num_batches, device)
+        batches, count = super().get_batch_samples(map(with_targets, epoch_iterator), num_batches, device)
+        return [{**batch, POSITIONS: positions_of(batch)} for batch in batches], count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the weighted loss of a batch, divided by the tokens of the whole accumulated batch.
@@ -166,22 +167,22 @@ class DistillationTrainer(Trainer):
         Without `num_items_in_batch` (a direct call) it is divided by the batch's own tokens.
         """
         inputs = with_targets(inputs)
+        inputs[POSITIONS] = positions = positions_of(inputs)
         targets, student = inputs[TARGETS], base_of(self.accelerator.unwrap_model(model))
-        predicts = targets != -100
         # logits exist where they are asked for only; else the head is applied to no token, through the wrapper all the same,
         # so that DDP and FSDP see the forward pass. The Trainer's debugging cannot look at none
         few = 1 if "underflow_overflow" in self.args.debug else no_tokens(targets)
         kept = {} if return_outputs and not self._loss_only else {"logits_to_keep": few}
         with self._states.tapped() if self._states else nullcontext() as seen, last_hidden_states(student) as last:
-            signal = None if self.teacher is None else self.teacher(inputs, predicts)
+            signal = None if self.teacher is None else self.teacher(inputs)
             outputs = model(**model_inputs(inputs), use_cache=False, **kept)
-        hidden, targets = last.pop()[predicts], targets[predicts]
+        hidden, targets = at_positions(last.pop(), positions), at_positions(targets, positions)
         with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)) as teacher_sharded:
             if teacher_sharded:
                 signal = replace(signal, head=head_of(self.teacher.model))  # its weights of before were a shard
             total, sums = self._losses(hidden, head_of(student), signal, targets)
         if self._states:
-            states = self._states(*seen, predicts, attention_of(inputs))
+            states = self._states(*seen, inputs)
             total = total + self._balanced(total.detach(), sum(self.args.losses[name] * part for name, part in states.items()))
             sums |= {name: part.detach() for name, part in states.items()}
         if sharded:  # nothing is added, but the backward pass goes through the head's module, which gathers its weights
@@ -207,9 +208,8 @@ class DistillationTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return loss
         self._trained.count += 1
-        bad = self._trained.not_finite()
-        if self.accelerator.reduce(torch.tensor(len(bad), device=loss.device), "sum"):  # all processes stop at the same step
-            raise not_finite(self.state.global_step + 1, bad, Path(self.args.output_dir))
+        if self.accelerator.reduce((~self._trained.finite()).long(), "sum"):  # all processes stop at the same step
+            raise not_finite(self.state.global_step + 1, self._trained.not_finite(), Path(self.args.output_dir))
         if self._states:
             scaler, rate = self.accelerator.scaler, self.optimizer.param_groups[0]["lr"]
             scale = 1.0 if scaler is None else scaler.get_scale()
