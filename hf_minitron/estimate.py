@@ -173,7 +173,7 @@ def _rehearse_training(
 ) -> dict[str, tuple[float, float]]:
     """Return the seconds of distilling a token, forward and backward, and of an optimizer step."""
     student.train()
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the name since transformers 5.23
         student.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
     autocast = partial(torch.autocast, ids.device.type, torch.bfloat16, enabled=args.bf16)

@@ -81,7 +81,7 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return {}
-    nested = config.nested_rope_parameter_keys(rope)
+    nested = list(rope) if any(isinstance(value, Mapping) for value in rope.values()) else []  # by layer type
     main = rope.get(FULL) or next(iter(rope[key] for key in nested if rope[key])) if nested else rope
     keys = {name: main[name] for name in ("rope_theta", "partial_rotary_factor") if main.get(name) is not None}
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}

@@ -9,7 +9,7 @@ import tempfile
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 HOME = tempfile.TemporaryDirectory(prefix="hf_home_")  # one for each worker: they write modules of the same name
 os.environ.update(HF_HOME=HOME.name)
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest  # noqa: E402
@@ -22,6 +22,11 @@ from torch.utils import collect_env  # noqa: E402
 transformers.utils.logging.disable_progress_bar()
 collect_env.get_pretty_env_info = str  # lm-eval asks pip for all packages at every evaluation, and nobody reads its answer
 TEACHER_CARD = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: USE_POLICY.md\n---\n# Teacher\n"
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_finish():

@@ -206,7 +206,7 @@ def check_engine(trainer: Trainer) -> None:
     for kind in ("tp", "cp", "sp"):
         if getattr(parallel, f"{kind}_size", 1) > 1:
             raise ValueError(f"parallelism_config: {kind}_size is above 1: no tensor, context or sequence parallelism here")
-    if trainer.is_distributed_loading_by_transformers:
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):  # since transformers 5.19
         raise ValueError("model: sharded by from_pretrained(distributed_config=...); load it whole, accelerate shards it")
     if getattr(trainer.model.config, "output_router_logits", False):
         raise ValueError("model: output_router_logits adds a loss that is none of `losses`; set it to False in its config")

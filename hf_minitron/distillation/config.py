@@ -27,6 +27,8 @@ from hf_minitron.errors import one_line
 from hf_minitron.model_files import split_kwargs, with_hidden_token
 
 BALANCES = ("static", "minitron")
+# How activations are made again in the backward pass; the second is the name before transformers 5.23.
+CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 # Schedules that want to be told how far they fall.
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
@@ -115,8 +117,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"training arguments: {one_line(error)}") from error
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type in MIN_LR_SCHEDULES:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config"):
-            check_mapping(name, getattr(self, name), "such as {key: value}")
+        for name in ("lr_scheduler_kwargs", *CHECKPOINTING, "liger_kernel_config"):
+            check_mapping(name, getattr(self, name, None), "such as {key: value}")
         check_refused(self)
         check_trackers(self.report_to)
         check_optimizer(self)
@@ -182,8 +184,9 @@ class DistillationArguments(TrainingArguments):
         if states and self.balance == "minitron" and len(states) == len(self.losses):
             raise ValueError(f"losses: {', '.join(states)} are all on states, and balance: minitron scales them to the others; "
                              "add forward_kl, or set balance: static")  # fmt: skip
-        if states and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("activation_checkpointing_kwargs: use_reentrant: true hides states from losses; leave it out")
+        for name in CHECKPOINTING if states else ():
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise ValueError(f"{name}: use_reentrant: true hides states from losses; leave it out")
 
 
 def _check_pairs(pairs: object) -> None:
