@@ -41,14 +41,14 @@ steps)
 demo)
     $python recipes/prepare_offline.py ${TEACHER_WHEEL:+--wheel "$TEACHER_WHEEL"} || exit
     small=()
-    [ -z "$rehearsal" ] || small=(--score.tokens 2048 --distill.max_steps 4 --evaluate.tokens 2048 --evaluate.limit 8)
+    [ -z "$rehearsal" ] || small=(--minutes 600 --score.tokens 2048 --distill.max_steps 4 --evaluate.tokens 2048 --evaluate.limit 8)
     $python -m hf_minitron run recipes/smollm2-135m-width/recipe.yaml --run "$out/demo-run" ${small[@]+"${small[@]}"} 2>&1 |
         tee "$out/demo.txt"
     cp "$out/demo-run/evaluate/report.json" "$out/demo_report.json"
     ;;
 race)
     small=()
-    [ -z "$rehearsal" ] || small=(--tokens 4096 --rows 2 --test-tokens 2048)
+    [ -z "$rehearsal" ] || small=(--tokens 1024 --rows 1 --test-tokens 1024)
     $python benchmarks/gpu_race.py "$3" "$out" ${small[@]+"${small[@]}"} 2>&1 | tee "$out/race.txt"
     ;;
 *)

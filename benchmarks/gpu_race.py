@@ -9,8 +9,6 @@ ones are both written down.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
+from hf_minitron.__main__ import main as command
 from hf_minitron.checkpoint import best_device
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.text import perplexity
@@ -77,7 +76,7 @@ def split(args: argparse.Namespace) -> tuple[dict[str, Dataset], int]:
 
 
 def run(args: argparse.Namespace, name: str, changes: dict[str, dict], unique: int) -> Path:
-    """Run a recipe's stages by the command; return its folder."""
+    """Run a recipe's stages, as the command does; return its folder."""
     steps = max(args.tokens // (args.rows * BLOCK), 1)
     recipe: dict[str, Any] = {
         "model": args.model,
@@ -104,7 +103,9 @@ def run(args: argparse.Namespace, name: str, changes: dict[str, dict], unique: i
     path = args.out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "hf_minitron", "run", str(path)], check=True)
+    for stage in ("score", "prune", *(["cache"] if "cache" in recipe else []), "distill"):
+        if command([stage, str(path)]):
+            raise SystemExit(f"{name}: {stage} failed")
     print(f"{name}: {time.perf_counter() - start:.0f} s in all", flush=True)
     return args.out / name
 
