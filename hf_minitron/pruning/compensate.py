@@ -58,7 +58,7 @@ class Corrections:
     residuals: Residuals | None = None
     ridge: float = RIDGE
     _threads: int = field(default_factory=torch.get_num_threads)  # a thread that makes tensors to be written has but one
-    _inputs: dict[str, Tensor] = field(default_factory=dict)  # moments with their means, float64
+    _inputs: dict[str, Tensor] = field(default_factory=dict)  # moments with their means
     _solvers: dict[tuple[str, bool], Callable] = field(default_factory=dict)  # by moment, and whether a bias takes up the means
     _fits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -127,18 +127,18 @@ class Corrections:
         tensor, shifts = tensor.movedim(position, -1), self._shifts(weight)
         every = {source.axis: torch.arange(self.plan.before[source.axis])}
         kept = axes.dim_index(dim, keep if source.axis in keep else every, self.plan.before.sizes)
-        mean = self._input(source)[-1]
-        wide, extra, shift = tensor.to(mean), None, 0
+        stored = self._input(source)
+        mean, extra, shift = stored[-1].double(), None, 0
         if self._merges(source):
             added = self.residuals.added[source.moment].to(mean)
             added = added if self.rotation is None else added @ self.rotation.basis.to(mean)
             extra, shift = added[:-1].T, added[-1]
-            extra = extra - torch.outer(shift, mean) if shifts else extra
+            extra = (extra - torch.outer(shift, mean) if shifts else extra).to(stored)
         if self._fits_weights(source):
-            fitted = self._solver(source, kept, shifts)(wide, extra).to(tensor)
+            fitted = self._solver(source, kept, shifts)(tensor.to(stored.device), extra).to(tensor)
         else:
             fitted = tensor[:, kept.to(tensor.device)]
-        gain = wide @ mean + shift - fitted.to(mean) @ mean[kept] if shifts else None
+        gain = tensor.to(mean) @ mean + shift - fitted.to(mean) @ mean[kept] if shifts else None
         return fitted, gain
 
     def _solver(self, source: Read, kept: Tensor, centred: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -146,18 +146,17 @@ class Corrections:
         key = source.moment, centred
         if key not in self._solvers:
             moment, mean = self._input(source)[:-1], self._input(source)[-1]
-            moment = moment - torch.outer(mean, mean) if centred else moment
-            self._solvers[key] = factorised(moment, kept, self.ridge)
+            self._solvers[key] = factorised(moment, kept, self.ridge, mean if centred else None)
         return self._solvers[key]
 
     def _input(self, source: Read) -> Tensor:
-        """Return E[x xᵀ] and, as the last row, E[x] of what a projection is given, float64."""
+        """Return E[x xᵀ] and, as the last row, E[x] of what a projection is given, as they are stored."""
         if source.moment not in self._inputs:
             norm, dot, side = source.moment.rpartition(".")
             found = (self.residuals.inputs if self._merges(source) else self.moments)[source.moment]
             if self.rotation is not None and dot + side == OUTPUT:
                 found = self.rotation.moment(norm, found)
-            self._inputs[source.moment] = found.to(solver_device(), torch.float64)
+            self._inputs[source.moment] = found.to(solver_device())
         return self._inputs[source.moment]
 
     def _sources(self, parameter: Parameter) -> list[Read]:

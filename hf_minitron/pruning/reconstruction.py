@@ -36,23 +36,35 @@ def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, ex
     return factorised(moment.double(), kept, ridge)(weight.double(), extra).to(weight.dtype)
 
 
-def factorised(moment: Tensor, kept: Tensor, ridge: float) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return what maps float64 weights and `extra` as `least_squares` does, for all projections that read one input.
+def factorised(
+    moment: Tensor, kept: Tensor, ridge: float, mean: Tensor | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return what maps weights and `extra` as `least_squares` does, for all projections that read one input.
+
+    The factorisation is made in float64. What is solved with it has the moment's dtype: a moment of float32 has errors of
+    float32's size, and a solution in float32 is that of a moment as near.
 
     Args:
-        moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of the input, float64.
+        moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of the input.
         kept (`Tensor` of shape `(kept,)`): The inputs that stay.
         ridge (`float`): As for `least_squares`.
+        mean (`Tensor` of shape `(in,)`, *optional*): E[x], where a bias takes up the means: the moment is centred by it.
     """
     kept = kept.to(moment.device)
     dropped = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
     dropped[kept] = False
-    inner = moment[kept][:, kept]
+
+    def part(rows: Tensor) -> Tensor:
+        found = moment[rows][:, kept].double()
+        return found if mean is None else found.addr_(mean[rows].double(), mean[kept].double(), alpha=-1)
+
+    inner = part(kept)
     inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
-    factor, cross = torch.linalg.cholesky(inner), moment[dropped][:, kept]
+    factor, cross = torch.linalg.cholesky(inner).to(moment), part(dropped).to(moment)
+    del inner
 
     def solve(weight: Tensor, extra: Tensor | None = None) -> Tensor:
-        missing = weight[:, dropped] @ cross  # what the dropped inputs gave, as the kept ones see it
+        missing = weight[:, dropped].to(cross) @ cross  # what the dropped inputs gave, as the kept ones see it
         if extra is not None:
             missing = missing + extra[:, kept]
         return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
