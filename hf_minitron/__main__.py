@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, TrainingArguments
 
 from hf_minitron.chain import check_chain, placeholder_models, with_placeholders
@@ -31,6 +30,7 @@ from hf_minitron.stage import Stages
 from hf_minitron.stages import prune, publish
 from hf_minitron.stages.every import STAGES
 from hf_minitron.texts import COMMITS
+from hf_minitron.waiting import from_first
 
 INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
@@ -198,8 +198,11 @@ def run_stages(
         run.check_owner()
         run.check_free()
     check_stages(run, stages, push, finished(run, stages))
-    with told():
-        values, text = time_allows(run, own_stages(run), estimate)
+    values, text = {}, ""
+    if state.is_main_process:
+        with told():
+            values, text = time_allows(run, own_stages(run), estimate)
+    values = from_first(run.folder, values)
     whole, run = run, with_values(run, values)
     bound = {name: bind(run, name, STAGES[name].args) for name in stages}
     with run.locked() if state.is_main_process else nullcontext():
@@ -210,7 +213,7 @@ def run_stages(
                 store_values(whole, values)
             if estimate:
                 print("\n" + text, flush=True)
-        COMMITS.update(broadcast_object_list([COMMITS])[0])
+        COMMITS.update(from_first(run.folder, COMMITS))
         for name, args in bound.items():
             execute(run, name, args, STAGES)
             if STAGES[name].report and state.is_main_process:

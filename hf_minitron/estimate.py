@@ -16,8 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -49,20 +47,15 @@ LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result w
 
 
 def time_allows(run: Run, stages: Stages, estimate: bool) -> tuple[dict[str, int], str]:
-    """Return the values of the recipe that its `minutes` allow, the same on every process, and what to say about its time.
+    """Return the values of the recipe that its `minutes` allow, and what to say about its time.
 
     Args:
         run (`Run`): The run.
         stages (`Stages`): Its stages by name.
         estimate (`bool`): Whether to say how long it takes.
     """
-    answer = [({}, "")]
-    if PartialState().is_main_process and (estimate or "minutes" in run.recipe):
-        values = stored_values(run) if "minutes" in run.recipe else {}
-        answer = [_measured(run, values, stages) if estimate or values is None else (values, "")]
-    if PartialState().num_processes > 1:
-        broadcast_object_list(answer)
-    return answer[0]
+    values = stored_values(run) if "minutes" in run.recipe else {}
+    return _measured(run, values, stages) if estimate or values is None else (values, "")
 
 
 def _measured(run: Run, values: dict[str, int] | None, stages: Stages) -> tuple[dict[str, int], str]:

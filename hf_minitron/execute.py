@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from hf_minitron.checkpoint import DiskFullError
 from hf_minitron.run import RecipeError, Run, again, begin, damaged, done_digest, finish, stages_in
 from hf_minitron.stage import Stages
+from hf_minitron.waiting import from_first
 
 
 def read_inputs(run: Run, names: Sequence[str], stages: Stages) -> None:
@@ -49,28 +49,28 @@ def named(stage: str) -> Iterator[None]:
 def execute(run: Run, name: str, args: object, stages: Stages) -> None:
     """Do one stage unless it is done. All processes of `accelerate launch` take part where it says so; else one does it."""
     state, stage, start = PartialState(), stages[name], time.time()
-    needs, folder = stage.needs_in(run), [None]
+    needs, folder = stage.needs_in(run), None
     if state.is_main_process:
         _check_needs(run, name, stages)
         if stage.always:
             (run.path(name) / "done.json").unlink(missing_ok=True)
         reason = again(run, name, needs)
-        folder = [begin(run, name, needs)]
-        if reason and folder[0] and not stage.always:
+        folder = begin(run, name, needs)
+        if reason and folder and not stage.always:
             print(f"\n{reason}", flush=True)
-    broadcast_object_list(folder)
-    if folder[0] is None:
+    folder = from_first(run.folder, folder)
+    if folder is None:
         state.print(f"{name}: done before, skipped", flush=True)
         return
     state.print(f"\n{name}: {stage.summary}", flush=True)
     if state.is_main_process or stage.distributed:
         with named(name):
-            stage.run(args, run, folder[0])
-    state.wait_for_everyone()
+            stage.run(args, run, folder)
+    from_first(run.folder)  # it may have worked alone
     if state.is_main_process:
         finish(run, name, needs)
         print(f"{name}: done in {time.time() - start:.0f} s", flush=True)
-    state.wait_for_everyone()
+    from_first(run.folder)
 
 
 def _check_needs(run: Run, name: str, stages: Stages) -> None:

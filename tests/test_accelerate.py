@@ -280,6 +280,27 @@ def test_the_command_corrects_and_writes_in_two_processes_as_in_one(project, tmp
     assert len((tmp_path / "2/synthesize/text.jsonl").read_text().splitlines()) == 11
 
 
+PATIENT = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from accelerate import PartialState
+from hf_minitron.waiting import from_first
+state, folder = PartialState(cpu=True, timeout=timedelta(seconds=3)), Path(sys.argv[1])
+for number in range(3):
+    if state.is_main_process:
+        time.sleep(5)  # longer than any collective call may take
+    assert from_first(folder, number if state.is_main_process else None) == number
+state.wait_for_everyone()
+assert not any(folder.iterdir()), "what the others waited for is deleted"
+"""
+
+
+def test_processes_that_wait_for_the_first_one_are_in_no_collective_call(tmp_path):
+    (tmp_path / "script.py").write_text(PATIENT)
+    launch(2, tmp_path / "script.py", tmp_path / "run")
+
+
 FAILING = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})

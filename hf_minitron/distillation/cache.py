@@ -5,7 +5,6 @@ an interrupted write resumes at the batch it was in; the draws of a sequence dep
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, sh
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.head import head_chunks
+from hf_minitron.waiting import wait_for
 
 MAX_SHARD_BLOCKS = 1024
 MIN_SHARDS = 16  # while there are fewer blocks than fill them, so that this many processes have work
@@ -83,7 +83,7 @@ def write_cache(
         _write_shards(folder, settings, blocks, recorder, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
-    _wait(folder / META)  # a collective call would give up after some minutes
+    wait_for(folder / META)
     return json.loads((folder / META).read_text(encoding="utf-8"))
 
 
@@ -139,7 +139,7 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
     """
     meta, unfinished = folder / META, folder / UNFINISHED
     if not main:
-        _wait(unfinished, meta)
+        wait_for(unfinished, meta)
     found = meta if meta.is_file() else unfinished
     if found.is_file():
         theirs = json.loads(found.read_text(encoding="utf-8"))
@@ -202,16 +202,10 @@ def _finish(folder: Path, settings: dict, tokens: int) -> None:
     """Say that the cache is complete once all processes have written their shards."""
     paths = [shard_path(folder, number) for number in range(-(-settings["blocks"] // settings["shard_blocks"]))]
     for path in paths:
-        _wait(path)
+        wait_for(path)
     size = sum(path.stat().st_size for path in paths)
     _write_json(folder / META, settings | {"tokens": tokens, "bytes": size, "bytes_per_token": round(size / tokens, 2)})
     (folder / UNFINISHED).unlink()
-
-
-def _wait(*paths: Path) -> None:
-    """Wait until one of some files is there: another process writes it."""
-    while not any(path.is_file() for path in paths):
-        time.sleep(0.1)
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,6 +1,5 @@
 """What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -30,6 +29,7 @@ from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import Run
 from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of
+from hf_minitron.waiting import wait_for
 
 
 @dataclass
@@ -228,8 +228,7 @@ def _made_once(path: Path, make: Callable[[], Dataset]) -> Dataset:
     if PartialState().is_main_process and not path.exists():
         with complete_or_absent(path) as unfinished:
             make().save_to_disk(unfinished)
-    while not path.exists():  # a collective call would give up after some minutes
-        time.sleep(0.2)
+    wait_for(path)
     return load_from_disk(path).with_format("torch")
 
 
