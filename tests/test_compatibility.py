@@ -351,3 +351,22 @@ def test_a_generation_config_beyond_repair_is_refused_before_scoring(project, tm
     assert "generation_config.json" in line
     assert "num_return_sequences" in line
     assert not (tmp_path / "run" / "score").exists()
+
+
+@pytest.mark.slow
+def test_the_oldest_supported_transformers_does_a_whole_run(project, tmp_path):
+    """All stages by the command, and a training with every kind of loss: not only what loads published models."""
+    recipe = {**project["recipe"], "run": str(tmp_path / "run"), "cache": {"method": "top_k", "k": 8}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    root = str(Path(__file__).resolve().parent.parent)
+    env = environment("5.15.0")
+    env["PYTHONPATH"] += os.pathsep + root
+    command = [sys.executable, "-m", "hf_minitron", "run", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = (tmp_path / "run/publish/model/README.md").read_text()
+    assert "transformers 5.15.0" in " ".join(card.split()), card[-2000:]
+    tests = ["tests/test_states.py", "tests/test_losses.py", "tests/test_rotate.py", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

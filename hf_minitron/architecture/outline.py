@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -56,7 +56,9 @@ class Outline:
     def on_disk(self, name: str) -> str:
         """Return the name that `save_pretrained` gives a tensor, by its name in memory."""
         lasting = [renaming for renaming in self.renamings if not isinstance(renaming, PrefixChange)]
-        return apply_renamings(name, [renaming.reverse_transform() for renaming in reversed(lasting)])
+        for renaming in reversed(lasting):
+            name, _ = renaming.reverse_transform().rename_source_key(name)
+        return name
 
 
 def outline(config: PreTrainedConfig) -> Outline:
