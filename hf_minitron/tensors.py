@@ -100,6 +100,10 @@ class CheckpointTensors:
         """Return the names, in the order of the files."""
         return self._stored_as
 
+    def on_disk(self, name: str) -> str:
+        """Return the name that a tensor has in the files; one that they have not is as it is."""
+        return self._stored_as.get(name, name)
+
     def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of a tensor, from the file's header."""
         return self.checkpoint.specs[self._stored_as[name]]

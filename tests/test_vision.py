@@ -7,7 +7,7 @@ import tiny
 import tiny_vision
 import torch
 from test_distillation import arguments
-from test_families import logits, masked, plan_for, relative, vector
+from test_families import logits, masked, plan_for, relative, rename, vector
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_minitron.architecture.architecture import Architecture
@@ -189,6 +189,25 @@ def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
     prune_checkpoint(tmp_path / "teacher", plan_for(teacher, ffn=32), tmp_path / "student")
     ours, theirs = (Checkpoint(tmp_path / name).specs.keys() for name in ("student", "teacher"))
     assert ours == theirs and "model.layers.0.mlp.up_proj.weight" in ours and "visual.merger.mlp.0.weight" in ours
+
+
+def test_what_lies_outside_of_the_text_model_keeps_its_name(tmp_path):
+    """As in google/gemma-3-4b-pt, whose vision model has a module more in its names than transformers 5 makes."""
+    teacher = tiny_vision.model("gemma3", torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    old = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+
+    def renamed(name):
+        start = next((start for start in old if name.startswith(start)), "")
+        return old[start] + name.removeprefix(start) if start else name.removeprefix("model.")
+
+    rename(tmp_path / "teacher", renamed)
+    prune_checkpoint(tmp_path / "teacher", plan_for(teacher, layers=2), tmp_path / "student")
+    ours, theirs = (Checkpoint(tmp_path / name).specs.keys() for name in ("student", "teacher"))
+    assert ours == {name for name in theirs if ".model.layers.2." not in name}
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same(loaded, prune_model(teacher, plan_for(teacher, layers=2)))
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -20,7 +20,7 @@ CLIP = {
 }
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3}
 WIDE = {"hidden_size": 16, "intermediate_size": 20, "out_hidden_size": 40}
-MROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"rope_type": "default", "rope_theta": 3e4}
 # The text model's class takes head_dim to be hidden / heads.
 EIGHT = {"head_dim": 10}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -76,6 +76,12 @@ SETTINGS = {
         {**CLIP},
         {"scale_factor": 2, "image_token_id": IMAGE},
     ),
+}  # fmt: skip
+# Ropes that are not those of their class's defaults, which a config may lose.
+THETAS = {
+    "gemma3": {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0},
+                                   "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}},
+    **dict.fromkeys(("idefics3", "internvl", "llava", "mistral3", "smolvlm"), {"rope_parameters": MROPE | {"rope_theta": 5e4}}),
 }  # fmt: skip
 
 

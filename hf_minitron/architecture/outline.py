@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -52,13 +52,6 @@ class Outline:
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""
         return rename_source_key(name, list(self.renamings), [], self.prefix, self.parameters)[0]
-
-    def on_disk(self, name: str) -> str:
-        """Return the name that `save_pretrained` gives a tensor, by its name in memory."""
-        lasting = [renaming for renaming in self.renamings if not isinstance(renaming, PrefixChange)]
-        for renaming in reversed(lasting):
-            name, _ = renaming.reverse_transform().rename_source_key(name)
-        return name
 
 
 def outline(config: PreTrainedConfig) -> Outline:

@@ -12,7 +12,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
@@ -101,10 +100,11 @@ def prune_checkpoint(
     Raises:
         ValueError: as `prune_model`; for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
     """
-    tensors, edit, corrections = _edited(CheckpointTensors(source), plan, statistics, corrections, residuals)
+    stored = CheckpointTensors(source)
+    tensors, edit, corrections = _edited(stored, plan, statistics, corrections, residuals)
     student, made = _student(tensors, edit, corrections, text_only)
-    on_disk = outline(student).on_disk if student.model_type in TOWERS else str
-    pruned = [(on_disk(name), spec, pieces) for name, spec, pieces in made]
+    # a model that sees goes by its checkpoint's names, which older tools know, too
+    pruned = [(stored.on_disk(name) if student.model_type in TOWERS else name, *rest) for name, *rest in made]
     specs = {name: spec for name, spec, _ in pruned}
     with complete_or_absent(Path(target)) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
