@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.activation import OVER, Activation, Contribution, Fluctuation
@@ -189,8 +190,6 @@ def test_an_expert_of_a_metric_of_ones_own_sees_zeros_for_the_tokens_of_others()
 
 
 def test_a_metric_without_sums_is_refused_by_several_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setitem(vars(PartialState()), "num_processes", 2)
     with pytest.raises(ValueError, match="metric: Peak has no totals for processes to add up"):
         calibrate(tiny.model(), tiny.blocks(), metric=Peak)

@@ -2,17 +2,23 @@
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from tiny import SIZES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.data import text_hash
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
 from hf_minitron.statistics import Statistics
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 def reference(model, rows):
@@ -187,10 +193,36 @@ def test_statistics_survive_their_folder(tmp_path):
 
 
 def test_fewer_blocks_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setitem(vars(PartialState()), "num_processes", 8)
     with pytest.raises(ValueError, match="6 calibration blocks for 8 processes"):
         calibrate(tiny.model(), tiny.blocks())
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("Qwen3-4B-Base", 24), ("nemotron-4-15b", 80)])
+def test_one_layers_moments_fit_where_all_layers_do_not(name, gigabytes):
+    """Counted on the meta device: 524,288 tokens in batches of 4 x 512, bf16 weights, and the issue's sizes of cards."""
+    architecture = Architecture.of(AutoConfig.from_pretrained(CONFIGS / name))
+    whole, layer = (
+        scoring_bytes(architecture, torch.bfloat16, 2048, moments=True, layer_by_layer=way) for way in (False, True)
+    )
+    assert whole > gigabytes * 1e9, "all moments at once do not fit"
+    assert layer < 0.5 * gigabytes * 1e9, "those of a layer do, with room to spare"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "qwen2_moe", "deepseek_v3", "opt"])
+def test_bytes_of_a_pass_are_those_of_its_tensors(model_type, tmp_path):
+    model, dtype = tiny.model(model_type, dtype=torch.float32), torch.float32
+    architecture = Architecture.of(model.config)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    buffers = sum(b.nbytes for name, b in model.named_buffers() if name in architecture.parameters)
+    moments = [moment.nbytes for moment in calibrate(model, tiny.blocks(), moments=True).moments.values() if moment.dim() == 2]
+    assert sum(map(sum, moment_bytes(architecture).values())) == sum(moments)
+    assert scoring_bytes(architecture, dtype) == pytest.approx(weights + buffers, abs=8 * SIZES["hidden"])
+    more = scoring_bytes(architecture, dtype, moments=True) - scoring_bytes(architecture, dtype)
+    assert more == sum(moments) + max(moments)
+    layers = {name: t.nbytes for name, t in model.named_parameters() if architecture.parameters[name].layer is not None}
+    saved = scoring_bytes(architecture, dtype) - scoring_bytes(architecture, dtype, layer_by_layer=True)
+    assert saved >= sum(layers.values()) / 3 - max(layers.values()), "a layer and the next one remain of three"
 
 
 def test_states_that_no_disk_can_hold_are_refused(tmp_path, monkeypatch):

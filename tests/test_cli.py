@@ -17,12 +17,14 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_minitron import Statistics
+from hf_minitron import Architecture, Statistics
 from hf_minitron.__main__ import main
 from hf_minitron.importance import calibrate
+from hf_minitron.importance.footprint import scoring_bytes
 from hf_minitron.stage import Stage
+from hf_minitron.stages import score
 from hf_minitron.stages.every import STAGES
 
 
@@ -447,6 +449,25 @@ def test_a_model_too_large_for_memory_is_not_run_without_layers(project, tmp_pat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
     assert run(project, tmp_path / "run", "--score.layers", "loss", verb="score") == 1
     assert "loss needs the whole model, which does not fit in memory" in capsys.readouterr().err
+
+
+def test_moments_that_do_not_fit_are_measured_layer_by_layer_and_layers_are_still_ranked(
+    project, tmp_path, capsys, monkeypatch
+):
+    settings = ["--score.dtype", "float32", "--score.layers", "loss", "--score.layers_limit", 4]
+    assert run(project, tmp_path / "whole", *settings, verb="score") == 0
+    assert "layer by layer" not in capsys.readouterr().out
+    architecture = Architecture.of(AutoConfig.from_pretrained(project["recipe"]["model"]))
+    least, most = (scoring_bytes(architecture, torch.float32, 4 * 16, moments) for moments in (False, True))
+    monkeypatch.setattr(score, "free_memory", lambda device: (least + most) / 2 / 0.8)
+    assert run(project, tmp_path / "run", *settings, verb="score") == 0
+    said = rf"The model and its moments need {most / 1e9:,.1f} GB, .* free on cpu: it is read layer by layer, which needs"
+    assert re.search(said, capsys.readouterr().out)
+    whole, streamed = (Statistics.load(tmp_path / name / "score") for name in ("whole", "run"))
+    for axis, values in whole.scores.items():
+        assert torch.allclose(streamed.scores[axis], values, rtol=1e-4), axis
+    for name, moment in whole.moments.items():
+        assert torch.allclose(streamed.moments[name], moment, rtol=1e-3, atol=1e-5), name
 
 
 def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys):

@@ -23,20 +23,21 @@ class SecondMoment:
     every = 4
 
     def __init__(self):
-        self.totals: list[Tensor | float] = [0.0, 0.0, 0.0]  # the sums over tokens of x xᵀ and of x, the number of tokens
+        self.totals: list[Tensor | float] = [0.0, 0.0]  # the sum over tokens of x xᵀ, with that of x below it; their number
 
     def update(self, activation: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch, as `Metric.update` has it."""
         tokens = activation.flatten(0, 1)
         tokens = (tokens if mask is None else tokens[mask.flatten() > 0])[:: self.every].float()
-        self.totals[0] = self.totals[0] + tokens.T @ tokens
-        self.totals[1] = self.totals[1] + tokens.sum(0)
-        self.totals[2] = self.totals[2] + torch.tensor(float(len(tokens)), device=tokens.device)
+        if isinstance(self.totals[0], float):
+            self.totals[0] = tokens.new_zeros(tokens.shape[1] + 1, tokens.shape[1])
+        self.totals[0][:-1].addmm_(tokens.T, tokens)  # in place: it may take gigabytes
+        self.totals[0][-1] += tokens.sum(0)
+        self.totals[1] = self.totals[1] + torch.tensor(float(len(tokens)), device=tokens.device)
 
     def finish(self) -> Tensor:
         """Return the float32 moment with the mean as its last row, shape `(size + 1, size)`."""
-        moment, mean, count = self.totals
-        return torch.cat([moment, mean[None]]) / count.clamp(min=1)
+        return self.totals[0] / self.totals[1].clamp(min=1)
 
 
 class ChannelEnergy:

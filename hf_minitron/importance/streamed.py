@@ -7,7 +7,9 @@ memory up to a budget, and beyond it on disk.
 
 import re
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,27 +52,33 @@ def read_layers(
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
     check_streamable(architecture)
     loader, scores = _Loader(folder, architecture, dtype, device), []
-    layers = architecture.shape["layers"]
+    layers, module = architecture.shape["layers"], architecture.taps("layers")[0][1]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
+
+    def read_layer(layer: int, model: PreTrainedModel) -> list[Reading]:
+        before = [(module, states.enter)] if layer else []
+        with (
+            open_taps(model, moments is not None, metrics) as readings,
+            probe(model, [(module, states.leave)], before),
+        ):
+            for states.batch, batch in enumerate(batches):
+                run_batch(model, batch, device)
+                check_activations(model, readings)
+                bar.update()
+        outside = [reading for reading in readings if reading.layer is None]
+        own = [replace(r, layer=layer, module=_name(r.module, layer)) for r in readings if r.layer is not None]
+        return own + outside if layer == layers - 1 else own
+
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(bar)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
         states = stack.enter_context(_waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
+        coming = deque([pool.submit(loader.read, 0)])
         for layer in range(layers):
-            give_back_freed_memory()  # the layer's before: loading it has used several threads
-            model = loader.model_of(layer)
-            module = architecture.taps("layers")[0][1]
-            before = [(module, states.enter)] if layer else []
-            with (
-                open_taps(model, moments is not None, metrics) as readings,
-                probe(model, [(module, states.leave)], before),
-            ):
-                for states.batch, batch in enumerate(batches):
-                    run_batch(model, batch, device)
-                    check_activations(model, readings)
-                    bar.update()
-            outside = [reading for reading in readings if reading.layer is None]
-            own = [replace(r, layer=layer, module=_name(r.module, layer)) for r in readings if r.layer is not None]
-            scores += take_moments(own + outside if layer == layers - 1 else own, moments)
+            if layer + 1 < layers:  # while this one is run
+                coming.append(pool.submit(loader.read, layer + 1))
+            scores += take_moments(read_layer(layer, loader.model_of(layer, coming.popleft().result())), moments)
+            give_back_freed_memory()  # the layer's: loading it has used several threads
     return config, dtype, scores
 
 
@@ -86,11 +94,15 @@ def _name(name: str, layer: int) -> str:
 
 
 class _Loader:
-    """Makes models of one layer from a checkpoint; what lies outside of the layers is read once and shared by them."""
+    """Makes models of one layer from a checkpoint; what lies outside of the layers is read once and shared by them.
+
+    A layer is read by another thread, which on CUDA copies it from pinned memory by a stream of its own.
+    """
 
     def __init__(self, folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device):
         self.architecture, self.dtype, self.device = architecture, dtype, device
         self.tensors = CheckpointTensors(folder, architecture)
+        self._streams = (torch.cuda.Stream(device), torch.cuda.current_stream(device)) if device.type == "cuda" else None
         outside = [name for name in self.tensors.names() if architecture.stored[name].layer is None]
         self.shared = {
             name: check_finite(name, self.tensors.read(name)).to(device, dtype)
@@ -98,15 +110,29 @@ class _Loader:
             if architecture.stored[name].role != "head"
         }
 
-    def model_of(self, layer: int) -> PreTrainedModel:
-        """Return the base model with one layer only."""
+    def _plan(self, layer: int) -> Plan:
         shape = self.architecture.shape
-        plan = Plan(shape, shape.cut_to({"layers": 1}), {"layers": [layer]})
-        pruned = prune_tensors(self.tensors, plan, layer=layer)
+        return Plan(shape, shape.cut_to({"layers": 1}), {"layers": [layer]})
+
+    def read(self, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer, on the device where that is CUDA."""
+        pruned = prune_tensors(self.tensors, self._plan(layer), layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
         own = {name: check_finite(_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
-        state = {name.removeprefix(f"{self.architecture.prefix}."): tensor for name, tensor in (own | self.shared).items()}
-        config = student_config(self.architecture, plan)
+        if self._streams is None:
+            return own
+        copying, running = self._streams
+        with torch.cuda.stream(copying):
+            own = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in own.items()}
+        copying.synchronize()
+        for tensor in own.values():
+            tensor.record_stream(running)  # where it is used, so that its memory is not taken before
+        return own
+
+    def model_of(self, layer: int, own: Mapping[str, Tensor]) -> PreTrainedModel:
+        """Return the base model with one layer only, of its tensors from `read`."""
+        state = {name.removeprefix(f"{self.architecture.prefix}."): tensor for name, tensor in {**own, **self.shared}.items()}
+        config = student_config(self.architecture, self._plan(layer))
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
         )

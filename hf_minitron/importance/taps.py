@@ -83,7 +83,7 @@ def open_taps(
     `metrics` has an axis's metric or its name, where that is not the default one; `moments` are what corrections need as well.
     """
     architecture = Architecture.of(model.config)
-    readings = [*_scores(model, architecture, metrics), *(_moments(architecture) if moments else ())]
+    readings = [*_scores(model, architecture, metrics), *(moment_readings(architecture) if moments else ())]
     lacking = [type(reading.metrics[0]).__name__ for reading in readings if not hasattr(reading.metrics[0], "totals")]
     if lacking and PartialState().num_processes > 1:
         raise ValueError(f"metric: {lacking[0]} has no totals for processes to add up: keep its sums in that list, or use one "
@@ -113,7 +113,7 @@ def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping
             yield Reading(axis, layer, name, sides.get(axis, INPUT), made, sizes, dim)
 
 
-def _moments(architecture: Architecture) -> Iterator[Reading]:
+def moment_readings(architecture: Architecture) -> Iterator[Reading]:
     """Yield readings of what corrections need: second moments of what projections read, energies of what norms read."""
     sizes = architecture.shape.sizes
     for axis in architecture.tapped:

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import Checkpoint, best_device, best_dtype, load_model, resolve
+from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.footprint import scoring_bytes
 from hf_minitron.importance.metrics import DEFAULT, metrics_of
 from hf_minitron.importance.metrics import METRICS as INDEX_METRICS
 from hf_minitron.importance.removal import (
@@ -194,18 +195,13 @@ def run(args: Args, run: Run, out: Path) -> None:
     check_ids(blocks, text_config(AutoConfig.from_pretrained(folder)).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    streamed = args.layer_by_layer
-    if streamed is None:
-        decision = [args.device_map is None and not fits(folder, dtype, device)]
-        (streamed,) = broadcast_object_list(decision)  # all processes must do the same
-    if streamed and (_apart(args) or args.sublayers):
-        what = f"layers: {args.layers}" if _apart(args) else "sublayers: true"
-        raise ValueError(f"{what} needs the whole model, which does not fit in memory. Set device_map: auto, or "
-                         "rank layers by block_importance, one at a time")  # fmt: skip
+    streamed = _is_streamed(args, folder, dtype, device)
     model = folder if streamed else load_model(folder, dtype, args.device_map or device)
     statistics = calibrate(
         model, blocks, args.batch_size, dtype, device, args.state_bytes, args.moments, args.metric, save_to=out
     )
+    if streamed and (_apart(args) or args.sublayers):
+        model = load_model(folder, dtype, device)
     scores, costs, provenance = dict(statistics.scores), {}, statistics.provenance | {"model": run.model}
     if revision := revision_of(folder):
         provenance["revision"] = revision
@@ -218,6 +214,26 @@ def run(args: Args, run: Run, out: Path) -> None:
         blocks.to_parquet(out / BLOCKS)
         text = {"source": args.text, **statistics.text}
         replace(statistics, scores=scores, sublayer_costs=costs, text=text, provenance=provenance).save(out)
+
+
+def _is_streamed(args: Args, folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether to read layer by layer, the same on all processes; say what it needs where the recipe does not tell."""
+    if args.layer_by_layer is not None or args.device_map is not None:
+        return bool(args.layer_by_layer)
+    architecture, tokens = Architecture.of(AutoConfig.from_pretrained(folder)), args.batch_size * args.block_size
+    whole = fits(folder, dtype, device, tokens, args.moments)
+    weights_fit = whole or fits(folder, dtype, device, tokens)
+    whole, weights_fit = broadcast_object_list([whole, weights_fit])
+    if not weights_fit and (_apart(args) or args.sublayers):
+        what = f"layers: {args.layers}" if _apart(args) else "sublayers: true"
+        raise ValueError(f"{what} needs the whole model, which does not fit in memory. Set device_map: auto, or "
+                         "rank layers by block_importance, one at a time")  # fmt: skip
+    if not whole:
+        needed, layer = (scoring_bytes(architecture, dtype, tokens, args.moments, way) / 1e9 for way in (False, True))
+        PartialState().print(f"The model{' and its moments' if args.moments else ''} need {needed:,.1f} GB, and "
+                             f"{free_memory(device) / 1e9:,.1f} are free on {device}: it is read layer by layer, which needs "
+                             f"{layer:,.1f} GB")  # fmt: skip
+    return not whole
 
 
 def score_layers(
@@ -260,10 +276,18 @@ def _task(layers: str) -> tuple[str, str]:
     return task, metric or "acc"
 
 
-def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a model's weights, once for every process, take at most four fifths of the device's free memory."""
-    numbers = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(folder).specs.values())
-    return numbers * dtype.itemsize <= 0.8 * free_memory(device)
+def fits(folder: Path, dtype: torch.dtype, device: torch.device, tokens: int = 0, moments: bool = False) -> bool:
+    """Return whether running a whole model, once for every process, takes at most four fifths of the device's free memory.
+
+    Args:
+        folder (`Path`): The model.
+        dtype (`torch.dtype`): Of its weights.
+        device (`torch.device`): Where it runs.
+        tokens (`int`, *optional*, defaults to 0): Of a batch.
+        moments (`bool`, *optional*, defaults to `False`): Whether second moments of all layers are held as well.
+    """
+    architecture = Architecture.of(AutoConfig.from_pretrained(folder))
+    return scoring_bytes(architecture, dtype, tokens, moments) <= 0.8 * free_memory(device)
 
 
 STAGE = Stage("score", __doc__, Args, check, run, work, scales=("tokens",), distributed=True)
