@@ -34,10 +34,20 @@ def parse(pattern: str) -> tuple[Dim, ...]:
     ((('heads', 'head_dim'),), (('hidden',),))
     ```
     """
-    dims = _DIM.findall(pattern)
+    dims = dim_patterns(pattern)
     if " ".join(dims) != pattern:
         raise AxisError(f"Cannot read the pattern {pattern!r}: write axes, '(a b)' products and 'a+b' sums with one space")
-    return tuple(tuple(tuple(t.strip("()").split()) for t in re.findall(_TERM, dim)) for dim in dims)
+    return tuple(tuple(tuple(term.strip("()").split()) for term in terms(dim)) for dim in dims)
+
+
+def dim_patterns(pattern: str) -> list[str]:
+    """Return the part of a pattern that each tensor dimension has."""
+    return _DIM.findall(pattern)
+
+
+def terms(dim: str) -> list[str]:
+    """Return the terms of the sum that a dimension's part of a pattern is."""
+    return re.findall(_TERM, dim)
 
 
 def dim_names(dim: Dim) -> set[str]:

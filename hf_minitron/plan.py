@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_minitron.ranking import IN_GROUPS, best, best_heads, best_layers, check_scores
 from hf_minitron.shape import Shape
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Plan:
     @cached_property
     def by_layer(self) -> dict[str, list[int]]:
         """The sizes of `heads`, `kv_heads` and `ffn` in every kept layer, where layers differ; else nothing."""
-        if "experts" in self.before.sizes:
-            return {}
+        if "experts" in self.before.sizes or any(axis.endswith("_layers") for axis in self.before.sizes):
+            return {}  # a layer that lacks an axis does not differ from the others in size
         sizes = {
             axis: [len(kept) for kept in self.keep[axis]] if axis in self.keep else [self.before[axis]] * len(self.kept_layers)
             for axis in BY_LAYER
@@ -198,24 +199,26 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
     if missing:
         raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}")
     for axis in cut:
-        _check_scores(scores, axis, before)
+        check_scores(scores, axis, before)
     keep: dict[str, list] = {}
-    for axis in ("layers", "hidden"):
-        if axis in cut:
-            keep[axis] = _best(scores[axis], after[axis])
+    if "layers" in cut:
+        keep["layers"] = best_layers(scores["layers"], before, after)
+    if "hidden" in cut:
+        keep["hidden"] = best(scores["hidden"], after["hidden"])
     layers = keep.get("layers", range(before["layers"]))
-    for axis in ("ffn", "dense_ffn", "shared_ffn", "experts"):
+    for axis in ("ffn", "dense_ffn", "shared_ffn", "experts", "ssm_heads", "conv_channels"):
         if axis in cut:
-            groups = before.sizes.get("expert_groups", 1) if axis == "experts" else 1
-            keep[axis] = [_best(scores[axis][layer], after[axis], groups) for layer in layers]
+            groups = before.sizes.get(IN_GROUPS.get(axis), 1)
+            keep[axis] = [best(scores[axis][layer], after[axis], groups) for layer in layers]
     if "experts" in cut and "ffn" in cut:
         keep["ffn"] = [[ffn[e] for e in experts] for ffn, experts in zip(keep["ffn"], keep["experts"], strict=True)]
     if "heads" in cut:
-        pairs = [_best_heads(scores["heads"][layer], before, after) for layer in layers]
+        pairs = [best_heads(scores["heads"][layer], before, after) for layer in layers]
         keep["heads"] = [heads for heads, _ in pairs]
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
-    return Plan(before, _with_layer_kinds(after, scores, layers), keep)
+    kinds = {kind: len(set(layers) & set(found)) for kind, found in before.layer_kinds.items()}
+    return Plan(before, Shape({**after.sizes, **kinds}), keep)
 
 
 def make_nonuniform_plan(
@@ -245,56 +248,18 @@ def make_nonuniform_plan(
         if bool(heads) != bool(groups) or (groups and (heads % groups or heads // groups > group)):
             raise ValueError(f"layer {layer}: {heads} heads do not divide over {groups} KV heads with at most {group} for each")
     for axis in ("heads", "ffn", *(() if hidden is None else ("hidden",))):
-        _check_scores(scores, axis, before)
+        check_scores(scores, axis, before)
     layers = [layer for layer in range(before["layers"]) if sizes["heads"][layer] or sizes["ffn"][layer]]
     keep: dict[str, list] = {"heads": [], "kv_heads": [], "ffn": []}
     for layer in layers:
         own = Shape({**before.sizes, **{axis: found[layer] for axis, found in sizes.items()}})
-        heads, groups = _best_heads(scores["heads"][layer], before, own) if own["heads"] else ([], [])
+        heads, groups = best_heads(scores["heads"][layer], before, own) if own["heads"] else ([], [])
         keep["heads"].append(heads)
         keep["kv_heads"].append(groups)
-        keep["ffn"].append(_best(scores["ffn"][layer], own["ffn"]))
+        keep["ffn"].append(best(scores["ffn"][layer], own["ffn"]))
     after = {**before.sizes, "layers": len(layers), **{axis: max(map(len, kept)) for axis, kept in keep.items()}}
     if len(layers) < before["layers"]:
         keep["layers"] = layers
     if hidden is not None:
-        keep["hidden"], after["hidden"] = _best(scores["hidden"], hidden), hidden
+        keep["hidden"], after["hidden"] = best(scores["hidden"], hidden), hidden
     return Plan(before, Shape(after), keep)
-
-
-def _check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None:
-    """Refuse NaN, except for all of a layer of a mixture, which may lack the axis."""
-    found = scores["heads" if axis == "kv_heads" else axis].isnan()
-    by_layer = found.flatten(1).any(1) if found.dim() > 1 else found
-    if found.dim() > 1 and "dense_layers" in before.sizes:
-        by_layer &= ~found.flatten(1).all(1)
-    if by_layer.any():
-        raise ValueError(f"The scores of {axis} hold NaN (first at {int(by_layer.nonzero()[0, 0])}); score the model again")
-
-
-def _best(scores: Tensor, count: int, groups: int = 1) -> list:
-    """Return the ascending indices of the best scores along the last dimension, as many in every group; none of NaN."""
-    if scores.isnan().all():
-        return []
-    if scores.dim() == 2:
-        return [_best(row, count, groups) for row in scores]
-    size = len(scores) // groups
-    best = scores.view(groups, size).topk(count // groups, dim=1).indices
-    return (best + torch.arange(groups)[:, None] * size).flatten().sort().values.tolist()
-
-
-def _best_heads(scores: Tensor, before: Shape, after: Shape) -> tuple[list[int], list[int]]:
-    """Rank heads inside their KV group, and groups by the sum of their heads."""
-    group = before["heads"] // before.kv_groups
-    by_group = scores.view(before.kv_groups, group)
-    groups = _best(by_group.sum(1), after.kv_groups)
-    per_group = after["heads"] // after.kv_groups
-    return [g * group + head for g in groups for head in _best(by_group[g], per_group)], groups
-
-
-def _with_layer_kinds(after: Shape, scores: Mapping[str, Tensor], layers: Iterable[int]) -> Shape:
-    """Correct the counts of dense and mixture layers, of which `cut_to` could only estimate how many stay."""
-    if "dense_layers" not in after.sizes:
-        return after
-    dense = sum(not scores["dense_ffn"][layer].isnan().all() for layer in layers)
-    return Shape({**after.sizes, "dense_layers": dense, "moe_layers": after["layers"] - dense})

@@ -7,16 +7,21 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
 
 # The axes of the vocabulary, in the order in which they are shown. `ffn` is the inner width of the MLP, of every routed expert
-# in a mixture of experts; `dense_ffn` that of a mixture's plain layers, `shared_ffn` that of its shared experts.
-AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads", "kv_heads", "head_dim", "vocab")
+# in a mixture of experts; `dense_ffn` that of a mixture's plain layers, `shared_ffn` that of its shared experts; `ssm_heads`
+# are those of Mamba and the value heads of linear attention, `conv_channels` what a short convolution mixes.
+AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads", "kv_heads", "ssm_heads", "conv_channels",
+        "head_dim", "vocab")  # fmt: skip
 
 # 2407.14679, section 2: depth (layers) and width (the others). `head_dim` and `vocab` stay as they are.
-CUTTABLE = AXES[:8]
+CUTTABLE = AXES[:10]
+
+# Heads that share something: every group keeps as many of its own.
+GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}
 
 
 class ShapeError(ValueError):
@@ -31,9 +36,16 @@ class Shape:
         sizes (`Mapping[str, int]`): Number of entries of each axis of `AXES`; with them, what a family's patterns or its router
             need and no cut changes (`qkv`, `experts_per_token`). NumPy arrays of sizes make it many shapes, whose costs are
             then counted at once.
+        layer_kinds (`Mapping[str, tuple[int, ...]]`, *optional*): Where layers differ in kind, the layers of each:
+            `attention_layers`, `mamba_layers`.
+        coupled (`Mapping[str, str]`, *optional*): Axis to the one that it keeps its ratio to.
+        by_kind (`Mapping[str, int]`, *optional*): Of a cut, how many layers of a kind shall stay.
     """
 
     sizes: Mapping[str, int]
+    layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    coupled: Mapping[str, str] = field(default_factory=dict, compare=False)
+    by_kind: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
@@ -75,19 +87,21 @@ class Shape:
         """
         if "kv_rank" in self.sizes:
             return self["layers"] * (self["kv_rank"] + self["rope"]) * bytes_per_number
-        return 2 * self["layers"] * self.kv_groups * self["head_dim"] * bytes_per_number
+        layers = self.sizes.get("attention_layers", self["layers"])
+        return 2 * layers * self.kv_groups * self.sizes.get("head_dim", 0) * bytes_per_number
 
     @property
     def kv_groups(self) -> int:
-        """The number of KV groups: `kv_heads`, or `heads` where every head has its own key and value."""
-        return self.sizes.get("kv_heads", self["heads"])
+        """The number of KV groups: `kv_heads`, or `heads` where every head has its own key and value; 0 without attention."""
+        return self.sizes.get("kv_heads", self.sizes.get("heads", 0))
 
     def cut_to(self, target: Mapping[str, int], multiple_of: Mapping[str, int] | None = None) -> "Shape":
         """Return the shape after a cut, or say everything that is illegal about it.
 
         Args:
             target (`Mapping[str, int]`): Wanted sizes. Axes left out keep theirs, except that `kv_heads` alone takes the
-                heads of the dropped groups along.
+                heads of the dropped groups along. `layers` may be a number for each of some kinds, `{"attention": 4, "mamba":
+                20}`: layers of the other kinds stay.
             multiple_of (`Mapping[str, int]`, *optional*): Divisor that the new size of an axis must have.
 
         Returns:
@@ -101,44 +115,80 @@ class Shape:
         if bad:
             raise ShapeError(f"multiple_of: {bad[0]!r}: {multiple_of[bad[0]]!r} is not an axis of {', '.join(CUTTABLE)} with a "
                              "whole number from 1 on")  # fmt: skip
-        problems = [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
+        target, by_kind, problems = self._depth(target)
+        problems += [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
-        after = Shape(self._with_dependent_sizes({**self.sizes, **target}, target))
+        after = replace(self, sizes=self._with_dependent_sizes({**self.sizes, **target}, target, by_kind), by_kind=by_kind)
         problems = [*self._head_problems(after), *after._expert_problems()]
         if problems:
             raise ShapeError("; ".join(problems))
         return after
 
-    def _with_dependent_sizes(self, after: dict[str, int], target: Mapping[str, int]) -> dict[str, int]:
+    def _depth(self, target: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int], list[str]]:
+        """Return a target with its number of layers, how many of a kind where it says so, and what is wrong with these."""
+        named, kinds = target.get("layers"), {kind: len(layers) for kind, layers in self.layer_kinds.items()}
+        if not isinstance(named, Mapping):
+            return dict(target), {}, []
+        by_kind, rest = {f"{kind}_layers": count for kind, count in named.items()}, dict(target)
+        del rest["layers"]
+        known = ", ".join(f"{kind.removesuffix('_layers')} (0 to {count})" for kind, count in kinds.items()) or "of one kind"
+        bad = [kind for kind, count in by_kind.items() if type(count) is not int or not 0 <= count <= kinds.get(kind, -1)]
+        if bad or not by_kind:
+            return rest, {}, [f"layers: {dict(named)} are not numbers of layers of a kind; this model's are {known}"]
+        chosen = set().union(*(self.layer_kinds[kind] for kind in by_kind))
+        if len(chosen) < sum(kinds[kind] for kind in by_kind):
+            return rest, {}, [f"layers: {dict(named)}: some layers are of several of these kinds; name others of {known}"]
+        return {**rest, "layers": sum(by_kind.values()) + self["layers"] - len(chosen)}, by_kind, []
+
+    def _with_dependent_sizes(
+        self, after: dict[str, int], target: Mapping[str, int], by_kind: Mapping[str, int]
+    ) -> dict[str, int]:
         """Let the sizes that depend on others follow them, unless the target names them."""
+        for axis, leader in self.coupled.items():
+            after[axis] = self[axis] * after[leader] // self[leader]
         if "kv_heads" in self.sizes:
             group = self["heads"] // self["kv_heads"]
-            if "heads" not in target:
+            if "heads" not in (*target, *self.coupled):
                 after["heads"] = after["kv_heads"] * group
             elif group == 1 and "kv_heads" not in target:
                 after["kv_heads"] = after["heads"]
-        # shared experts are one MLP of so many times an expert's width
-        if {"shared_experts", "shared_ffn", "ffn"} <= self.sizes.keys():
-            after["shared_ffn"] = after["shared_experts"] * after["ffn"]
         if "projector" in self.sizes:
             after["projector"] = after["hidden"]
-        if "dense_layers" in self.sizes:  # an estimate until a plan says which layers stay
-            after["dense_layers"] = min(self["dense_layers"], after["layers"])
-            after["moe_layers"] = after["layers"] - after["dense_layers"]
-        elif "moe_layers" in self.sizes:
-            after["moe_layers"] = after["layers"]
-        return after
+        kept = set(self.first_layers(after["layers"], by_kind))  # until a plan says which layers stay
+        return after | {kind: len(kept & set(layers)) for kind, layers in self.layer_kinds.items()}
+
+    def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
+        """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
+        if not by_kind:
+            return list(range(count))
+        kinds = {kind: self.layer_kinds[kind] for kind in by_kind}
+        dropped = {layer for kind, layers in kinds.items() for layer in layers[by_kind[kind] :]}
+        return [layer for layer in range(self["layers"]) if layer not in dropped]
+
+    def unit(self, axis: str) -> int:
+        """Return what a size of an axis must be a multiple of for the axes that keep their ratio to it."""
+        units = [1]
+        for follower, leader in self.coupled.items():
+            if leader == axis:
+                own = self[follower] // (self.sizes.get("ssm_groups", 1) if follower == "ssm_heads" else 1)
+                units.append(self[axis] // math.gcd(own, self[axis]))
+        return math.lcm(*units)
 
     def _head_problems(self, after: "Shape") -> list[str]:
-        group, groups = self["heads"] // self.kv_groups, after.kv_groups
-        if after["heads"] % groups == 0 and after["heads"] // groups <= group:
-            return []
-        legal = ", ".join(str(groups * n) for n in range(1, group + 1))
-        return [
-            f"heads: {after['heads']} do not divide over {groups} KV heads; every KV group keeps the same 1 to "
-            f"{group} of its {group} heads. Use one of {legal}, or cut kv_heads as well"
-        ]
+        problems = []
+        for axis, (inside, name) in GROUPS.items():
+            if axis not in self.sizes:
+                continue
+            groups = after.kv_groups if axis == "heads" else after.sizes.get(inside, 1)
+            group = self[axis] // (self.kv_groups if axis == "heads" else groups)
+            if after[axis] % groups or after[axis] // groups > group:
+                legal = ", ".join(str(groups * n) for n in range(1, group + 1))
+                more = f", or cut {inside} as well" if inside in CUTTABLE else ""
+                what = inside.removeprefix("ssm_").replace("kv_", "")
+                problems.append(f"{axis}: {after[axis]} do not divide over {groups} {name} {what}; every {name} group keeps "
+                                f"the same 1 to {group} of its {group} heads. Use one of {legal}{more}")  # fmt: skip
+        return problems
 
     def _expert_problems(self) -> list[str]:
         """Say what a router cannot do with this number of experts."""
@@ -166,12 +216,16 @@ class Shape:
             near = difflib.get_close_matches(str(axis), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return [f"{axis}: not an axis of this model that can be cut; those are {', '.join(known)}{hint}"]
-        if axis == "shared_ffn" and "shared_experts" in self.sizes:
-            return [f"shared_ffn: follows ffn in this model ({self['shared_experts']} times as wide); cut ffn instead"]
+        if leader := self.coupled.get(axis):
+            ratio = f"{self[axis] / self[leader]:g} times as large"
+            return [f"{axis}: follows {leader} in this model ({ratio}); cut {leader} instead"]
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             return [f"{axis}: {size!r} is not a whole number from 1 to {self[axis]}"]
         if size > self[axis]:
             return [f"{axis}: {size} is larger than the model's {self[axis]}; pruning only makes a model smaller"]
+        followers = ", ".join(follower for follower, leader in self.coupled.items() if leader == axis)
+        if size % self.unit(axis):
+            return [f"{axis}: {size} is not a multiple of {self.unit(axis)}, so that {followers} can keep their ratio to it"]
         divisor = multiple_of.get(axis, 1)
         if size % divisor and size != self[axis]:
             near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= self[axis]})

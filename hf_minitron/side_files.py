@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
+
+from hf_minitron.architecture.config import special_float
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def check_config_file(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: not the config of a model")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=special_float)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -60,5 +63,6 @@ def _check_numbers(path: Path, key: str, value: Any) -> None:
     for name, item in items:
         _check_numbers(path, name, item)
     limit = MOST_LAYERS if "layer" in key and key.startswith(("n_", "num_")) else MOST
-    if isinstance(value, int | float) and abs(value) > limit and "max" not in key:
+    sized = "max" not in key and "theta" not in key  # Falcon-H1 has a rope_theta of 1e11
+    if sized and isinstance(value, int | float) and limit < abs(value) < math.inf:
         raise ValueError(f"{path}: {key}: {value:,} is more than any model has; want at most {limit:,}")

@@ -49,7 +49,7 @@ class ModelTensors:
         if head is None or self.architecture.parameters.keys() - found.keys():
             raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
                              f"{auto_class(model.config).__name__}")  # fmt: skip
-        if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        if self.architecture.outline.tied and head.weight is not embedding.weight:
             raise ValueError(UNTIED)
         self._tensors = {name: tensor.detach() for name, tensor in found.items() if name in self.architecture.parameters}
 
@@ -114,10 +114,10 @@ class CheckpointTensors:
 
     def _check_tied(self) -> None:
         """Refuse a head that is stored beside the embedding it is tied to, when it differs: Transformers would use it."""
-        stored, family = self.checkpoint.specs, self.architecture.family
+        stored = self.checkpoint.specs
         for head, embedding in self.architecture.outline.tied.items():
             row = self.architecture.tied[head].row
-            for name in (head, *family.stored.get(row, ())):
+            for name in (head, *self.architecture.stored_rows.get(row, ())):
                 if name in stored and embedding in self._stored_as:
                     if not torch.equal(self.checkpoint.read(name), self.read(embedding)):
                         raise ValueError(UNTIED)

@@ -52,9 +52,10 @@ def reference(model, rows):
     for axis in ("ffn", "dense_ffn", "shared_ffn"):
         if axis in taps and not taps[axis][0][1].endswith(".experts"):
             expected[axis] = {layer: score(inputs(name)) for layer, name in taps[axis]}
-    expected["heads"] = {
-        layer: score([x.view(len(x), shape["heads"], -1).norm(dim=-1) for x in inputs(name)]) for layer, name in taps["heads"]
-    }
+    for axis in ("heads", "ssm_heads", "conv_channels"):
+        if axis in taps:
+            heads = {n: [x.view(len(x), shape[axis], -1).norm(dim=-1) for x in inputs(name)] for n, name in taps[axis]}
+            expected[axis] = {layer: score(samples) for layer, samples in heads.items()}
     expected["layers"] = {}
     for layer, name in taps["layers"]:
         changes = [1 - torch.nn.functional.cosine_similarity(before, after, dim=-1) for _, before, after in seen[name]]
@@ -66,7 +67,7 @@ def reference(model, rows):
     for axis, by_layer in expected.items():
         if axis != "hidden":
             absent = torch.full_like(next(iter(by_layer.values())), torch.nan)
-            expected[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(3)])
+            expected[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(shape["layers"])])
     return expected
 
 
@@ -78,8 +79,12 @@ def routed(experts, calls):
                  for _ in range(experts.num_experts)]  # fmt: skip
         for token, state in enumerate(states):
             for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
-                up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
-                if experts.is_transposed:  # gpt_oss
+                down = experts.down_proj[expert]
+                up = experts.gate_up_proj[expert] if experts.has_gate else experts.up_proj[expert]
+                if not experts.has_gate:  # nemotron_h
+                    mid = (up @ state).relu().square()
+                    out = down @ mid
+                elif experts.is_transposed:  # gpt_oss
                     both = state @ up + experts.gate_up_proj_bias[expert]
                     gate, linear = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
                     mid = (linear + 1) * gate * torch.sigmoid(1.702 * gate)

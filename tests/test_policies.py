@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-modeling errors yaml_text axes shape plan probe architecture formats texts side_files model_kinds model_files inputs statistics
-data vocabulary mixture memory environment waiting head checkpoint tensors saving run stage execute pruning importance
+modeling errors yaml_text axes shape ranking plan probe architecture formats texts side_files model_kinds model_files inputs
+statistics data vocabulary mixture memory environment waiting head checkpoint tensors saving run stage execute pruning importance
 distillation evaluation hub recipe stages chain estimate __main__
 """.split()
 
@@ -63,7 +63,7 @@ def test_no_modules_of_a_package_import_each_other_in_a_circle():
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("name", ["axes", "shape", "plan"])
+@pytest.mark.parametrize("name", ["axes", "shape", "ranking", "plan"])
 def test_the_vocabulary_needs_torch_numpy_and_the_standard_library_only(name):
     import sys
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_dim": 6, "vocab": 99}
-WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1}
+WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1,
+          "ssm_heads": 4}  # fmt: skip
 ROUTER = {"num_local_experts": 5, "num_experts": 5, "num_experts_per_tok": 2}
 NARROW = ROUTER | {"moe_intermediate_size": 48}
 SPARSE = {"mlp_layer_types": ["sparse", "dense", "sparse"]}
@@ -29,9 +30,17 @@ MLA = GLM_MOE | {
 }  # fmt: skip
 QWEN_MOE = ROUTER | {"moe_intermediate_size": 48, "mlp_only_layers": [1]}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 2.0}
+# Hybrids: the mixer of every layer, and Mamba-2 under the names of most of them (heads x their size is twice hidden).
+MIXERS = ["linear_attention", "full_attention", "linear_attention"]
+MAMBA2 = {"mamba_n_heads": 10, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_chunk_size": 8}
+DELTA = {
+    "linear_num_value_heads": 8, "linear_num_key_heads": 2, "linear_key_head_dim": 5, "linear_value_head_dim": 7, "head_dim": 8,
+    "layer_types": MIXERS,
+}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
+    "bamba": {**MAMBA2, "attn_layer_indices": [1], "head_dim": 8},
     "axk1": {**MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy"},
     "deepseek_v3": MLA,
@@ -42,6 +51,8 @@ CHANGES = {
     "minicpm3": {**MLA, "scale_emb": 3, "scale_depth": 1.2, "dim_model_base": 16},
     "sarvam_mla": {**MLA, "q_lora_rank": None, "first_k_dense_replace": 2},
     "youtu": MLA,
+    "falcon_h1": {**MAMBA2, "mamba_n_heads": 8, "mamba_d_ssm": 64, "ssm_multipliers": [0.9, 0.8, 0.7, 0.6, 0.5],
+                  "key_multiplier": 0.5, "mlp_multipliers": [0.6, 0.7], "ssm_in_multiplier": 0.8, "embedding_multiplier": 3.0},
     "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
     "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
     "glm4": {"head_dim": 8},
@@ -49,6 +60,21 @@ CHANGES = {
     "gpt_neox": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}, "head_dim": None},
     "gpt_oss": {**ROUTER, "sliding_window": 5, "rope_parameters": ROPE},
     "granite": GRANITE,
+    "granitemoehybrid": {**MAMBA2, **ROUTER, "layer_types": MIXERS, "shared_intermediate_size": 28, "residual_multiplier": 0.7},
+    "jamba": {**ROUTER, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4,
+              "expert_layer_offset": 2, "mamba_d_state": 5, "mamba_dt_rank": 3},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": True, "block_multiple_of": 12,
+             "intermediate_size": 108},
+    "lfm2_moe": {**ROUTER, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4,
+                 "moe_intermediate_size": 48, "num_dense_layers": 2},
+    "mamba2": {"num_heads": 10, "head_dim": 8, "n_groups": 2, "state_size": 5, "chunk_size": 8},
+    "mamba": {"state_size": 5, "time_step_rank": 3},
+    "falcon_mamba": {"state_size": 5, "time_step_rank": 3},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "linear_attention"], "mamba_num_heads": 8,
+        "mamba_head_dim": 7, "n_groups": 2, "ssm_state_size": 5, "chunk_size": 8, "n_routed_experts": 8, "n_group": 2,
+        "topk_group": 1, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 28,
+    },
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
     "helium": {"head_dim": 10},
     "hyperclovax": GRANITE,
@@ -86,15 +112,19 @@ CHANGES = {
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "head_dim": None},
     "phi": {"head_dim": 8},
     "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 28},
+    "qwen3_5_moe_text": {**DELTA, **ROUTER, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 28},
+    "qwen3_5_text": DELTA,
     "qwen3_moe": QWEN_MOE,
+    "qwen3_next": {**DELTA, **QWEN_MOE, "shared_expert_intermediate_size": 28},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"qk_layernorm": True, "head_dim": None},
     "vaultgemma": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
 }  # fmt: skip
 MODEL_TYPES = (
-    "arcee", "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite",
-    "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "arcee", "bamba", "cohere2", "deepseek_v3", "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2",
+    "gpt_neox", "gpt_oss", "granite", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "llama", "mamba", "mamba2", "ministral",
+    "mistral", "mixtral", "nemotron", "nemotron_h", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
@@ -143,15 +173,23 @@ def config(model_type="llama", **changes):
 def target(shape, *axes):
     """Smaller legal sizes of some axes; of all that can be cut when none is named."""
     wanted = {axis: WIDTHS[axis] for axis in axes or WIDTHS if axis in shape.sizes and axis in WIDTHS}
-    if "shared_experts" in shape.sizes:
-        wanted.pop("shared_ffn", None)  # follows ffn
+    wanted = {axis: size for axis, size in wanted.items() if axis not in shape.coupled}
     if shape.sizes.get("head_dim") == 10:  # the class takes it to be hidden / heads
         wanted |= {"hidden": 20, "heads": 2} if {"hidden", "heads", "kv_heads"} & wanted.keys() else {}
     if "expert_groups" in shape.sizes and "experts" in wanted:
         wanted["experts"] = 4  # two in each group
-    if "kv_heads" not in axes and axes and shape["heads"] == shape.kv_groups:
+    if "kv_heads" not in axes and axes and shape.sizes.get("heads") == shape.kv_groups:
         wanted.pop("kv_heads", None)
     return wanted
+
+
+def every_kind(shape):
+    """One layer less, of a kind that has several, so that some of every kind stay; or two layers."""
+    kinds = {kind: set(layers) for kind, layers in shape.layer_kinds.items()}
+    for kind, layers in kinds.items():
+        if len(layers) > 1 and all(other - {layer} for other in kinds.values() for layer in layers):
+            return {kind.removesuffix("_layers"): len(layers) - 1}
+    return WIDTHS["layers"]
 
 
 def model(model_type="llama", dtype=torch.float64, seed=0, **changes):
@@ -172,7 +210,7 @@ def shake(made):
             if name.endswith((".gate.weight", ".router.weight")):  # made of zeros: every expert would be as good
                 parameter.normal_()
         for name, buffer in made.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.uniform_(0, 0.2)
 
 

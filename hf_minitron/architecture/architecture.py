@@ -10,8 +10,9 @@ from hf_minitron import axes
 from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows, misfits, shape_of, within
 from hf_minitron.architecture.config import not_a_language_model, text_config
 from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
+from hf_minitron.architecture.names import parts_of, stored_rows
 from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outline, trace
-from hf_minitron.architecture.roles import ATTENTION, MLP
+from hf_minitron.architecture.roles import ATTENTION, MLP, READ_AT
 from hf_minitron.architecture.vision import TOWERS, Tower
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.shape import Shape
@@ -71,6 +72,10 @@ class Architecture:
         text = {"model_type": text_config(config).model_type} | (tower.text if tower else {})
         return _bind(FAMILIES.get(text["model_type"], LLAMA), tower, outline(config))
 
+    def like(self, config: PreTrainedConfig) -> "Architecture":
+        """Return the architecture of some layers of this model, whose axes keep their names."""
+        return Architecture(self.family, outline(config))
+
     @property
     def config(self) -> PreTrainedConfig:
         """The config; it must not be changed."""
@@ -107,18 +112,16 @@ class Architecture:
         return {name: self._parameter(name, self.outline.parameters[name], *match) for name, match in self._matched.items()}
 
     @cached_property
+    def stored_rows(self) -> dict[str, dict[str, str]]:
+        """The rows that checkpoints have in place of a row of the model, by that row."""
+        found = {row: stored_rows(row, pattern, self.outline, self.shape) for row, pattern in self.rows.items()}
+        return {**{row: rows for row, rows in found.items() if rows}, **self.family.stored}
+
+    @cached_property
     def parts(self) -> dict[str, tuple[Parameter, ...]]:
         """What checkpoints may store in place of a parameter, by its name: one part of another name, or one for each expert."""
-        found = {}
-        for name, whole in self.parameters.items():
-            for row, pattern in self.family.stored.get(whole.row, {}).items():
-                split, shape = "experts" in axes.placeholders(row), axes.tensor_shape(pattern, self.shape.sizes)
-                for expert in range(self.shape["experts"] if split else 1):
-                    indices = {**whole.indices, **({"experts": expert} if split else {})}
-                    part = row.format_map(indices)
-                    made = Parameter(part, shape, row, pattern, indices, whole.role, whole.module, whole.kind)
-                    found[name] = (*found.get(name, ()), made)
-        return found
+        rows = self.stored_rows
+        return {name: parts_of(p, rows[p.row], self.shape) for name, p in self.parameters.items() if p.row in rows}
 
     @cached_property
     def stored(self) -> dict[str, Parameter]:
@@ -166,8 +169,7 @@ class Architecture:
     def taps(self, axis: str) -> list[Place]:
         """Return where the activations of an axis are read.
 
-        `layers`: the layers themselves. `hidden`: what norms give. The others: what output projections (`heads`), down
-        projections (`ffn` and its like) and routed experts (`ffn`, `experts`) are given.
+        `layers`: the layers themselves. `hidden`: what norms give. The others: what the projections of `READ_AT` are given.
         """
         return list(self._taps.get(axis, ()))
 
@@ -176,11 +178,11 @@ class Architecture:
         found: dict[str, list[Place]] = {"layers": [(layer, name) for layer, name in enumerate(self._layers)]}
         found["hidden"] = [(layer, name) for norm in self.family.norms for layer, name in self._modules(norm)]
         for module, parameter in self.weights.items():
-            wanted = {"down": ("ffn", "experts", "dense_ffn", "shared_ffn"), "output": ("heads",)}.get(parameter.role, ())
+            wanted = READ_AT.get(parameter.role, ())
             for axis in wanted:
                 if any(axis in axes.dim_names(dim) for dim in parameter.dims):
                     found.setdefault(axis, []).append((parameter.layer, module))
-        order = ("ffn", "experts", "dense_ffn", "shared_ffn", "heads", "hidden", "layers")
+        order = (*READ_AT["down"], *READ_AT["output"], "hidden", "layers")
         return {axis: found[axis] for axis in order if found.get(axis)}
 
     @cached_property
@@ -239,11 +241,12 @@ class Architecture:
         """What every projection is given that corrections can change; routed experts and routers are only sliced."""
         found = {
             module: Read(axis, layer, module)
-            for axis in ("ffn", "dense_ffn", "shared_ffn", "heads")
+            for axis in (*READ_AT["down"], *READ_AT["output"])
             for layer, module in self.taps(axis)
             if self.weights[module].kind == "weight"
         }
-        return found | self.hidden_reads
+        inner = {name: Read("ssm_heads", p.layer, name) for name, p in self.weights.items() if p.role == "inner"}
+        return found | inner | self.hidden_reads
 
     @cached_property
     def norms(self) -> tuple[list[str], list[str], str | None]:
@@ -282,11 +285,7 @@ class Architecture:
         return "heads" if parameter.role in ATTENTION else "ffn" if parameter.role in MLP else None
 
     def attention(self, part: str) -> list[tuple[str, axes.Dim]]:
-        """Return the modules that give queries, keys or values, one per layer, and the axes of what they give.
-
-        Args:
-            part (`str`): `query`, `key` or `value`.
-        """
+        """Return the modules that give a part (`query`, `key` or `value`), one per layer, and the axes of what they give."""
         found = [weight for weight in self.weights.values() if weight.role in (part, "qkv")]
         dims = [(weight.module, weight.dim_of("head_dim")[1]) for weight in found if "head_dim" in weight.pattern]
         return sorted(dims, key=lambda place: self.weights[place[0]].layer)
@@ -294,4 +293,6 @@ class Architecture:
 
 @lru_cache(maxsize=64)
 def _bind(family: Family, tower: Tower | None, model: Outline) -> Architecture:
-    return Architecture(within(family, tower, model) if tower else family, model)
+    made = Architecture(within(family, tower, model) if tower else family, model)
+    plain = family.only_ffn and not any("experts" in pattern for pattern in made.rows.values())
+    return _bind(family.without_experts(), tower, model) if plain else made

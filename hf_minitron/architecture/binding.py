@@ -110,22 +110,28 @@ def match_rows(family: Family, model: Outline) -> Matches:
 
 def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     """Read the size of every axis from a config, and of fixed axes from the shapes of the parameters."""
+    keys = {axis: key for axis, key in family.config_keys.items() if axis not in family.from_parameters}
     config = text_config(model.config)
-    found = {axis: _read(config, key) if isinstance(key, str) else key for axis, key in family.config_keys.items()}
+    found = {axis: _read(config, key) if isinstance(key, str) else key for axis, key in keys.items()}
     sizes = {axis: size for axis, size in found.items() if type(size) is int}
     used, indices = [], {}
     for name, (row, places) in matches.items():
         used.append((axes.parse(family.rows[row]), model.parameters[name]))
         for axis, index in places.items():
             indices.setdefault(axis, set()).add(index)
-    sizes |= {axis: len(indices[axis]) for axis in ("dense_layers", "moe_layers") if axis in indices}
+    kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
+    sizes |= {kind: len(layers) for kind, layers in kinds.items()}
     for _ in range(3):  # a size that is solved may help to solve another
         for dims, shape in used:
             for dim, size in zip(dims, shape, strict=False):
                 if solved := axes.unknown_size(dim, size, sizes):
                     sizes.setdefault(*solved)
     present = {"layers", *indices}.union(*(axes.dim_names(dim) for dims, _ in used for dim in dims))
-    return Shape({axis: size for axis, size in sizes.items() if axis in present or axis not in AXES})
+    sizes = {axis: size for axis, size in sizes.items() if axis in present or axis not in AXES}
+    # shared experts are one MLP of so many times an expert's width
+    coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
+    coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
+    return Shape(sizes, kinds, coupled)
 
 
 def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Configs that cannot be pruned, and why."""
+"""Configs as they are read, those that cannot be pruned, and why."""
 
 import copy
 import inspect
@@ -48,6 +48,11 @@ def with_text(config: PreTrainedConfig, changes: Mapping[str, Any], elsewhere: M
         reduce(dict.__getitem__, levels, content)[last] = value
     other = text is content and "model_type" in changes
     return (CONFIG_MAPPING[changes["model_type"]] if other else type(config)).from_dict(content)
+
+
+def special_float(content: dict) -> object:
+    """Return infinity and NaN for what Transformers writes in their place; JSON has neither. For `json.loads(object_hook=)`."""
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
 
 
 def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) -> str | None:

@@ -1,10 +1,11 @@
 """`Family`: the axis map of a group of model types. Data only; `Architecture` binds it to one config."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import gpt, llama, mla, moe
+from hf_minitron.architecture import gpt, hybrid, llama, mla, moe
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -19,8 +20,15 @@ class Family:
         norms (`tuple[str, ...]`): The modules that normalise the hidden channels, in the order of a layer.
         config_keys (`Mapping[str, str | int]`): Axis to its key in `config.json`, or to its size where it is always the same.
         roles (`Mapping[str, str]`, *optional*): Ends of module names to roles, beside those of `architecture/roles.py`.
-        stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there.
-        follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat.
+        stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there;
+            beside what Transformers' conversion mapping says.
+        follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat, or
+            a product of several.
+        coupled (`Mapping[str, str]`): Axis to the axis that it keeps its ratio to, because the model's class computes it so.
+        fixed (`Mapping[str, str]`): Axis to the reason why it cannot be cut.
+        from_parameters (`tuple[str, ...]`): Axes whose key in `config.json` is not the size that the class makes.
+        settings (`Mapping[str, object]`): Entries of the student's `config.json`, for its class to make the sizes as they are.
+        only_ffn (`str`, *optional*): The axis that is called `ffn` in models without routed experts.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
         inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
         fallback_config (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
@@ -36,12 +44,23 @@ class Family:
     roles: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
+    coupled: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    from_parameters: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    only_ffn: str | None = None
     inexact: Mapping[str, str] = field(default_factory=dict)
     inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     fallback_config: Mapping[str, object] = field(default_factory=dict)
     pre_norm_residual: bool = False
     tower: Tower | None = None
     outside: Mapping[str, str] = field(default_factory=dict)
+
+    def without_experts(self) -> "Family":
+        """Return the family of models that have no routed experts, whose only MLPs are `ffn` wide."""
+        rows = {row: re.sub(rf"\b{self.only_ffn}\b", "ffn", pattern) for row, pattern in self.rows.items()}
+        keys = {axis: key for axis, key in self.config_keys.items() if axis != self.only_ffn}
+        return replace(self, rows=rows, config_keys={**keys, "ffn": self.config_keys[self.only_ffn]}, only_ffn=None)
 
     def role(self, row: str) -> str:
         """Return the role of the parameters of a row.
@@ -64,8 +83,8 @@ class Family:
 
 LLAMA = Family(llama.LLAMA_ROWS, llama.NORMS, llama.CONFIG_KEYS)
 PRE_NORM = replace(LLAMA, pre_norm_residual=True)
-MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS, stored=moe.STORED)
-MLA = Family(mla.MOE_ROWS, llama.NORMS, mla.MOE_KEYS, stored=moe.STORED, follows=mla.FOLLOWS)
+MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS)
+MLA = Family(mla.MOE_ROWS, llama.NORMS, mla.MOE_KEYS, follows=mla.FOLLOWS)
 GEMMA = {"inexact": {"hidden": llama.SCALED_EMBEDDING}}
 
 FAMILIES: dict[str, Family] = {
@@ -83,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(gpt.OPT_ROWS, gpt.OPT_NORMS, gpt.OPT_KEYS, follows=gpt.OPT_FOLLOWS),
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
+    **{name: Family(**table) for name, table in hybrid.TABLES.items()},
 }
 
 

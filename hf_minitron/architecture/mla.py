@@ -27,11 +27,6 @@ DENSE_ROWS = llama.EMBEDDING_ROWS | MLA_ROWS | llama.MLP_ROWS | llama.NORM_ROWS 
 # axk1 has a norm after its experts
 AXK_ROWS = MOE_ROWS | {"model.layers.{moe_layers}.mlp.post_mlp_layernorm.weight": "hidden"}
 AXK_NORMS = (*llama.NORMS, "model.layers.{moe_layers}.mlp.post_mlp_layernorm")
-AXK_STORED = moe.STORED | {
-    "model.layers.{moe_layers}.mlp.post_mlp_layernorm.weight": {
-        "model.layers.{moe_layers}.post_mlp_layernorm.weight": "hidden"
-    },
-}
 
 # The ranks, and the sizes of a head's parts, are read off the parameters.
 MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")}
@@ -40,19 +35,18 @@ DENSE_KEYS = {axis: key for axis, key in llama.CONFIG_KEYS.items() if axis not i
 SCALED_LAYERS = "what a layer adds is divided by the square root of the number of layers, which becomes smaller with the cut"
 SCALED_LOGITS = "what the head reads is divided by a number that grows with hidden, which becomes smaller with the cut"
 
-# Model type to what its family has of its own, beside MOE_ROWS, MOE_KEYS and moe.STORED.
+# Model type to what its family has of its own, beside MOE_ROWS and MOE_KEYS.
 TABLES = {
     "deepseek_v2": {},
     "deepseek_v3": {},
     "deepseek_v32": {},
     "glm4_moe_lite": {},
     "sarvam_mla": {},
-    "axk1": {"rows": AXK_ROWS, "norms": AXK_NORMS, "stored": AXK_STORED},
-    "youtu": {"rows": DENSE_ROWS, "config_keys": DENSE_KEYS, "stored": {}},
+    "axk1": {"rows": AXK_ROWS, "norms": AXK_NORMS},
+    "youtu": {"rows": DENSE_ROWS, "config_keys": DENSE_KEYS},
     "minicpm3": {
         "rows": DENSE_ROWS,
         "config_keys": DENSE_KEYS,
-        "stored": {},
         "inexact": {"layers": SCALED_LAYERS, "hidden": SCALED_LOGITS},
     },
 }

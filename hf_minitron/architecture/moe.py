@@ -2,7 +2,7 @@
 
 Layers come in two kinds here, so a row says in which it stands: `{layers}` in all, `{moe_layers}` in those with experts,
 `{dense_layers}` in those with one plain MLP. In memory the experts of a layer are one tensor; most checkpoints store every
-expert by itself, under names that `STORED` gives.
+expert by itself, under names that Transformers' conversion mapping gives.
 """
 
 from hf_minitron.architecture.llama import (
@@ -70,52 +70,10 @@ GRANITE_ROWS = {row.replace(".mlp.", ".block_sparse_moe."): pattern for row, pat
 }
 LLAMA4_ROWS = {row.replace(".mlp.", ".feed_forward."): pattern for row, pattern in TRANSPOSED_ROWS.items()}
 
-EXPERT = f"{BLOCK}.experts.{{experts}}"
-STORED = {
-    f"{BLOCK}.experts.gate_up_proj": {f"{EXPERT}.gate_proj.weight": "ffn hidden", f"{EXPERT}.up_proj.weight": "ffn hidden"},
-    f"{BLOCK}.experts.down_proj": {f"{EXPERT}.down_proj.weight": "hidden ffn"},
-}
-MIXTRAL_EXPERT = EXPERT.replace(".mlp.", ".block_sparse_moe.")
-MIXTRAL_STORED = {
-    f"{BLOCK}.gate.weight": {"model.layers.{moe_layers}.block_sparse_moe.gate.weight": "experts hidden"},
-    f"{BLOCK}.router.weight": {"model.layers.{moe_layers}.block_sparse_moe.gate.weight": "experts hidden"},
-    f"{BLOCK}.e_score_correction_bias": {"model.layers.{moe_layers}.block_sparse_moe.e_score_correction_bias": "experts"},
-    f"{BLOCK}.experts.gate_up_proj": {f"{MIXTRAL_EXPERT}.w1.weight": "ffn hidden", f"{MIXTRAL_EXPERT}.w3.weight": "ffn hidden"},
-    f"{BLOCK}.experts.down_proj": {f"{MIXTRAL_EXPERT}.w2.weight": "hidden ffn"},
-}
-GRANITE_BLOCK = "model.layers.{moe_layers}.block_sparse_moe"
-GRANITE_STORED = {
-    f"{GRANITE_BLOCK}.router.weight": {f"{GRANITE_BLOCK}.router.layer.weight": "experts hidden"},
-    f"{GRANITE_BLOCK}.experts.gate_up_proj": {f"{GRANITE_BLOCK}.input_linear.weight": "experts ffn+ffn hidden"},
-    f"{GRANITE_BLOCK}.experts.down_proj": {f"{GRANITE_BLOCK}.output_linear.weight": "experts hidden ffn"},
-}
+# Transformers transposes them
 ARIA_STORED = {
     f"{BLOCK}.experts.gate_up_proj": {f"{BLOCK}.experts.fc1.weight": "experts hidden ffn+ffn"},
     f"{BLOCK}.experts.down_proj": {f"{BLOCK}.experts.fc2.weight": "experts ffn hidden"},
-}
-FLINT_STORED = STORED | {
-    "model.layers.{layers}.self_attn.sinks": {"model.layers.{layers}.self_attn.softmax_offset": "heads"},
-}
-ERNIE_STORED = STORED | {
-    f"{BLOCK}.gate.moe_statics.e_score_correction_bias": {f"{BLOCK}.moe_statics.e_score_correction_bias": "one experts"},
-}
-EXAONE_STORED = STORED | {f"{BLOCK}.gate.e_score_correction_bias": {f"{BLOCK}.e_score_correction_bias": "experts"}}
-HY_STORED = (
-    STORED
-    | {
-        f"{BLOCK}.gate.weight": {f"{BLOCK}.router.gate.weight": "experts hidden"},
-        f"{BLOCK}.e_score_correction_bias": {f"{BLOCK}.expert_bias": "experts"},
-    }
-    | {
-        row: {row.replace(".shared_experts.", ".shared_mlp."): pattern}
-        for row, pattern in SHARED_ROWS.items()
-        if ".shared_experts." in row
-    }
-)
-KOLIBRI_STORED = STORED | {
-    f"{BLOCK}.gate.e_score_correction_bias": {"model.layers.{moe_layers}.moe.router.expert_bias": "experts"},
-    "model.layers.{layers}.post_self_attn_layernorm.weight": {"model.layers.{layers}.post_attn_norm.weight": "hidden"},
-    "model.layers.{layers}.post_mlp_layernorm.weight": {"model.layers.{layers}.post_ffn_norm.weight": "hidden"},
 }
 
 ROUTER_KEYS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
@@ -143,32 +101,32 @@ ERNIE_KEYS = NARROW_KEYS | {
 
 COUNTED_LAYERS = "what a layer adds is divided by a number that grows with the layers before it"
 
-# Model type to what its family has of its own, beside MOE_ROWS, QWEN_MOE_KEYS and STORED.
+# Model type to what its family has of its own, beside MOE_ROWS and QWEN_MOE_KEYS.
 TABLES = {
     "qwen2_moe": {},
     "qwen3_moe": {},
-    "flint": {"stored": FLINT_STORED},
-    "mixtral": {"config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED},
-    "phimoe": {"config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED},
-    "minimax_m2": {"rows": FULL_NORM_ROWS, "config_keys": MIXTRAL_KEYS, "stored": MIXTRAL_STORED, **FULL_NORM},
-    "gpt_oss": {"rows": GPT_OSS_ROWS, "config_keys": MIXTRAL_KEYS, "stored": {}},
-    "granitemoe": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": GRANITE_STORED},
-    "granitemoeshared": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": GRANITE_STORED},
-    "granitemoe_swa": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS, "stored": {}},
+    "flint": {},
+    "mixtral": {"config_keys": MIXTRAL_KEYS},
+    "phimoe": {"config_keys": MIXTRAL_KEYS},
+    "minimax_m2": {"rows": FULL_NORM_ROWS, "config_keys": MIXTRAL_KEYS, **FULL_NORM},
+    "gpt_oss": {"rows": GPT_OSS_ROWS, "config_keys": MIXTRAL_KEYS},
+    "granitemoe": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS},
+    "granitemoeshared": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS},
+    "granitemoe_swa": {"rows": GRANITE_ROWS, "config_keys": GRANITE_KEYS},
     "olmoe": {"rows": FULL_NORM_ROWS, "config_keys": WIDE_KEYS, **FULL_NORM},
     "flex_olmo": {"rows": FULL_NORM_ROWS, "config_keys": WIDE_KEYS, **FULL_NORM},
     "aria_text": {"rows": TRANSPOSED_ROWS, "config_keys": ARIA_KEYS, "stored": ARIA_STORED},
     "cohere2_moe": {"config_keys": COHERE_KEYS},
     "mellum": {"config_keys": NARROW_KEYS},
-    "kolibri1": {"config_keys": KOLIBRI_KEYS, "stored": KOLIBRI_STORED},
-    "ernie4_5_moe": {"config_keys": ERNIE_KEYS, "stored": ERNIE_STORED},
-    "exaone_moe": {"config_keys": EXAONE_KEYS, "stored": EXAONE_STORED},
-    "hy_v3": {"config_keys": EXAONE_KEYS, "stored": HY_STORED},
+    "kolibri1": {"config_keys": KOLIBRI_KEYS},
+    "ernie4_5_moe": {"config_keys": ERNIE_KEYS},
+    "exaone_moe": {"config_keys": EXAONE_KEYS},
+    "hy_v3": {"config_keys": EXAONE_KEYS},
     "afmoe": {"config_keys": EXAONE_KEYS, "inexact_if": {"hidden": ("mup_enabled", SCALED_EMBEDDING)}},
     "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
     "glm4_moe": {"config_keys": GLM_KEYS},
     "solar_open": {"config_keys": GLM_KEYS},
     "dots1": {"config_keys": GLM_KEYS},
     "hunyuan_v1_moe": {"config_keys": HUNYUAN_KEYS},
-    "llama4_text": {"rows": LLAMA4_ROWS, "config_keys": LLAMA4_KEYS, "stored": {}},
+    "llama4_text": {"rows": LLAMA4_ROWS, "config_keys": LLAMA4_KEYS},
 }

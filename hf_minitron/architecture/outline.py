@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
-from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.config import auto_class, special_float
 from hf_minitron.errors import one_line
 from hf_minitron.probe import Visit, probe
 
@@ -39,6 +47,7 @@ class Outline:
         class_name (`str`): The class of the causal language model.
         prefix (`str`): The name of the model without its head inside the model: `model`, `transformer`.
         renamings (`tuple[WeightRenaming, ...]`): From the names that checkpoints on disk have, or had, to those in memory.
+        conversions (`tuple[WeightTransform, ...]`): How names and parts of checkpoints become those in memory.
     """
 
     config: PreTrainedConfig
@@ -48,6 +57,7 @@ class Outline:
     class_name: str
     prefix: str
     renamings: tuple[WeightRenaming, ...] = ()
+    conversions: tuple[WeightTransform, ...] = ()
 
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""
@@ -80,22 +90,30 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     known = get_model_conversion_mapping(model, add_legacy=False)
     renamings = tuple(renaming for renaming in known if isinstance(renaming, WeightRenaming))
     config, class_name = _config(kind, content), type(model).__name__
-    return Outline(config, shapes, tied, modules, class_name, model.base_model_prefix, renamings)
+    return Outline(config, shapes, tied, modules, class_name, model.base_model_prefix, renamings, _conversions(model))
+
+
+def _conversions(model: PreTrainedModel) -> tuple[WeightTransform, ...]:
+    """Return the conversions that only rename the tensors of a checkpoint or put them together, which a cut can go through."""
+    return tuple(
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+        and not (
+            isinstance(conversion, WeightConverter)
+            and {type(operation) for operation in conversion.operations} - {MergeModulelist, Concatenate}
+        )
+    )
 
 
 def _config(kind: type[PreTrainedConfig], content: str) -> PreTrainedConfig:
-    return kind.from_dict(json.loads(content, object_hook=_float))
+    return kind.from_dict(json.loads(content, object_hook=special_float))
 
 
 def _build(kind: type[PreTrainedConfig], content: str, **kwargs) -> PreTrainedModel:
     with torch.device("meta"):
         config = _config(kind, content)
         return auto_class(config).from_config(config, **kwargs)
-
-
-def _float(content: dict) -> object:
-    """Return infinity and NaN for what Transformers writes in their place; JSON has neither."""
-    return float(content["__float__"]) if content.keys() == {"__float__"} else content
 
 
 @dataclass(frozen=True)
@@ -126,16 +144,19 @@ def trace(config: PreTrainedConfig) -> Trace:
     """
     content = config.to_json_string(use_diff=False)
     model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
-    calls = _Calls()
-    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    try:
-        with probe(model, [(name, calls.record) for name, _ in model.named_modules()]):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception as error:  # models raise their own kinds
+    failure: Exception | None = None
+    # some classes look at the values of a mask of tokens, some at those of positions where there is no mask
+    for mask in (torch.ones(1, 2, dtype=torch.long, device="meta"), torch.ones(1, 1, 2, 2, device="meta"), None):
+        try:
+            calls = _run(model, mask)
+            break
+        except Exception as error:  # models raise their own kinds
+            failure = error
+    else:
         raise ValueError(
-            f"Cannot see which norms the projections of model type {config.model_type!r} read: {one_line(error)}. "
+            f"Cannot see which norms the projections of model type {config.model_type!r} read: {one_line(failure)}. "
             "Score it without moments and prune it without corrections"
-        ) from error
+        ) from failure
     once = {name for name, count in calls.counts.items() if count == 1}
     givers: dict[tuple, list[str]] = {}
     for name, key in calls.outputs.items():
@@ -145,6 +166,13 @@ def trace(config: PreTrainedConfig) -> Trace:
     numbers = {key: number for number, key in enumerate(dict.fromkeys(calls.inputs.values()))}
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
     return Trace(reads, {name: numbers[key] for name, key in calls.inputs.items()}, transposed, dict(model.named_modules()))
+
+
+def _run(model: PreTrainedModel, mask: Tensor | None) -> "_Calls":
+    calls, ids = _Calls(), torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with probe(model, [(name, calls.record) for name, _ in model.named_modules()]):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return calls
 
 
 class _Calls:

@@ -1,9 +1,13 @@
 """What a parameter does, told by the end of its module's name. A table only; families may add to it."""
 
 # Role of a parameter: one of `query key value qkv output gate up gate_up down norm embedding position_embedding head router
-# expert_gate mixer`. `mixer` is whatever else a sequence mixer holds (low-rank projections, norms of single heads, sinks).
-ATTENTION = ("query", "key", "value", "qkv", "output", "mixer")
+# expert_gate inner mixer`. `inner` reads a mixer's channels for the mixer itself (Mamba-1's B, C and time step); `mixer` is
+# whatever else a sequence mixer holds (low-rank projections, norms of single heads, sinks, convolutions).
+ATTENTION = ("query", "key", "value", "qkv", "output", "inner", "mixer")
 MLP = ("gate", "up", "gate_up", "down", "router", "expert_gate")
+
+# The axes that are read where they go out, by the role of the projections that they go through.
+READ_AT = {"down": ("ffn", "experts", "dense_ffn", "shared_ffn"), "output": ("heads", "ssm_heads", "conv_channels")}
 
 ROLES = {
     "embed_tokens": "embedding",
@@ -43,6 +47,30 @@ ROLES = {
     "sinks": "mixer",
     "self_attn.gate_proj": "mixer",
     "self_attn.gate": "mixer",
+    **dict.fromkeys(  # Mamba, linear attention, short convolutions
+        (
+            "in_proj",
+            "conv1d",
+            "A_log",
+            "D",
+            "dt",
+            "dt_proj",
+            "dt_layernorm",
+            "b_layernorm",
+            "c_layernorm",
+            "mamba.norm",
+            "mixer.norm",
+            "linear_attn.norm",
+            "in_proj_qkv",
+            "in_proj_z",
+            "in_proj_a",
+            "in_proj_b",
+            "in_proj_qkvz",
+            "in_proj_ba",
+        ),
+        "mixer",
+    ),  # fmt: skip
+    "x_proj": "inner",
     "gate_proj": "gate",
     "act_fn": "gate",
     "up_proj": "up",

@@ -21,7 +21,14 @@ from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
 
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
-LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layer_rope_theta")
+LAYER_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta")
+# Entries that list layers by their indices, which a depth cut counts anew.
+INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs")
+# Entries that say of which layers every so manieth is of a kind: the period, the first one, and the kind.
+PERIODS = (
+    ("attn_layer_period", "attn_layer_offset", "attention_layers"),
+    ("expert_layer_period", "expert_layer_offset", "moe_layers"),
+)
 # Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones; and
 # which are not.
 DENSE_LIST, DENSE_STEP, MOE_LIST = "mlp_only_layers", "decoder_sparse_step", "moe_layers"
@@ -34,7 +41,8 @@ def check_target(architecture: Architecture, after: Shape) -> None:
     Raises:
         ShapeError: with the class, its reason, and legal sizes (Llama, for one, insists that hidden divides by heads).
     """
-    student_config(architecture, Plan(architecture.shape, after, {"layers": list(range(after["layers"]))}))
+    before = architecture.shape
+    student_config(architecture, Plan(before, after, {"layers": before.first_layers(after["layers"], after.by_kind)}))
 
 
 def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
@@ -50,6 +58,9 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     Raises:
         ShapeError: when no class holds the shape.
     """
+    for axis, reason in architecture.family.fixed.items():
+        if axis in plan.after.sizes and plan.after[axis] != plan.before[axis]:
+            raise ShapeError(f"{axis}: cannot be cut in a {architecture.config.model_type}: {reason}")
     if plan.by_layer:
         return _nonuniform(architecture.config, plan)
     student, reason = _try_config(architecture, plan.after, plan.kept_layers)
@@ -120,16 +131,10 @@ def _try_config(
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
     family, config = architecture.family, text_config(architecture.config)
     changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes and isinstance(key, str)}
-    changes |= {key: after[axis] for key, axis in family.follows.items()}
-    changes |= {key: [getattr(config, key)[i] for i in layers] for key in LAYER_LISTS if getattr(config, key, None)}
-    places = [parameter.indices for parameter in architecture.parameters.values()]
-    dense = [new for new, old in enumerate(layers) if {"dense_layers": old} in places]
-    if hasattr(config, DENSE_LIST):
-        changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
-    changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
-    if hasattr(config, MOE_LIST):
-        changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
-    changes |= more or {}
+    changes |= {
+        key: axes.dim_size(axes.parse(size)[0], after.sizes) for key, size in family.follows.items() if hasattr(config, key)
+    }
+    changes |= _by_layer(architecture, layers) | family.settings | (more or {})
     kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
     tower = family.tower or Tower("", {})
@@ -150,6 +155,36 @@ def _try_config(
     if not wrong:
         return student, ""
     return None, f"it would make {wrong[0]!r} of shape {found.get(wrong[0])}, not {expected.get(wrong[0])}"
+
+
+def _by_layer(architecture: Architecture, layers: Sequence[int]) -> dict[str, object]:
+    """Return what the student's config says of single layers, in their new numbers."""
+    config, kinds = text_config(architecture.config), architecture.shape.layer_kinds
+    names = config.attribute_map or {}
+    written = config.to_dict().keys()  # else a property, which follows from other entries
+
+    def now(indices: Sequence[int]) -> list[int]:
+        return [new for new, old in enumerate(layers) if old in indices]
+
+    lists = [key for key in LAYER_LISTS if names.get(key, key) in written and getattr(config, key)]
+    changes = {key: [getattr(config, key)[i] for i in layers] for key in lists}
+    changes |= {key: now(getattr(config, key)) for key in INDEX_LISTS if getattr(config, key, None)}
+    dense = now(kinds.get("dense_layers", ()))
+    if hasattr(config, DENSE_LIST):
+        changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
+    changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
+    if hasattr(config, MOE_LIST):
+        changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
+    for period, first, kind in PERIODS:
+        if hasattr(config, period):
+            changes |= dict(zip((period, first), _period(now(kinds.get(kind, ())), len(layers)), strict=True))
+    return changes
+
+
+def _period(places: Sequence[int], layers: int) -> tuple[int, int]:
+    """Return period and first place of every so manieth of some layers; of places that are not evenly spaced those of one."""
+    period = places[1] - places[0] if len(places) > 1 else layers + 1
+    return period, places[0] % period if places else layers
 
 
 def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:

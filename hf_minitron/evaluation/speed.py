@@ -135,7 +135,8 @@ def shape_tokens_per_second(
         device (`torch.device`): Where it will run.
     """
     architecture = Architecture.of(config)
-    config = student_config(architecture, Plan(architecture.shape, shape, {"layers": list(range(shape["layers"]))}))
+    kept = architecture.shape.first_layers(shape["layers"], shape.by_kind)
+    config = student_config(architecture, Plan(architecture.shape, shape, {"layers": kept}))
     with device:
         model = auto_class(config).from_config(config, dtype=dtype).eval()
     (found,) = measure_speed({"": model}, SpeedSettings(batch_sizes=(1,), prompt=(512,)))[""]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The width axes; `hidden` does not go out through one projection.
-WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "hidden")
+WIDTHS = ("ffn", "dense_ffn", "shared_ffn", "heads", "ssm_heads", "conv_channels", "hidden")
 
 
 class Activation:

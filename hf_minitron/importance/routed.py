@@ -45,8 +45,7 @@ def _one_by_one(readings: Mapping, visit: Visit, hidden_states: Tensor, top_k_in
     result = torch.zeros_like(hidden_states)
     for expert in range(experts.num_experts):
         tokens, slots = torch.where(top_k_index == expert)  # ascending tokens
-        inner = _projected(experts, hidden_states[tokens], "gate_up_proj", expert)
-        inner = experts._apply_gate(inner)  # (tokens, ffn)
+        inner = _inner(experts, hidden_states[tokens], expert)
         output = _projected(experts, inner, "down_proj", expert) * top_k_weights[tokens, slots, None]
         result.index_add_(0, tokens, output.to(result.dtype))
         _update(readings["ffn"].metrics[expert], inner, tokens, visit)
@@ -73,6 +72,13 @@ def _update(metric, inner: Tensor, tokens: Tensor, visit: Visit) -> None:
         inner = inner * mask.flatten()[tokens, None].to(inner.dtype)
     by_sample = pad_sequence(inner.split(torch.bincount(tokens // seq, minlength=batch).tolist()), batch_first=True)
     metric.update(by_sample, lengths=lengths)
+
+
+def _inner(experts: Module, states: Tensor, expert: int) -> Tensor:
+    """Return what an expert's down projection is given, shape `(tokens, ffn)`."""
+    if experts.has_gate:
+        return experts._apply_gate(_projected(experts, states, "gate_up_proj", expert))
+    return experts.act_fn(_projected(experts, states, "up_proj", expert))
 
 
 def _projected(experts: Module, states: Tensor, name: str, expert: int) -> Tensor:

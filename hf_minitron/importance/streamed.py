@@ -58,7 +58,7 @@ def read_layers(
     def read_layer(layer: int, model: PreTrainedModel) -> list[Reading]:
         before = [(module, states.enter)] if layer else []
         with (
-            open_taps(model, moments is not None, metrics) as readings,
+            open_taps(model, moments is not None, metrics, architecture.like(model.config)) as readings,
             probe(model, [(module, states.leave)], before),
         ):
             for states.batch, batch in enumerate(batches):

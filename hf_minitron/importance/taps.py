@@ -76,13 +76,16 @@ class Reading:
 
 @contextmanager
 def open_taps(
-    model: PreTrainedModel, moments: bool = False, metrics: Mapping[str, Chosen] = MappingProxyType({})
+    model: PreTrainedModel,
+    moments: bool = False,
+    metrics: Mapping[str, Chosen] = MappingProxyType({}),
+    architecture: Architecture | None = None,
 ) -> Iterator[list[Reading]]:
     """Feed metrics from a model's forward passes until the context ends; yield their readings.
 
     `metrics` has an axis's metric or its name, where that is not the default one; `moments` are what corrections need as well.
     """
-    architecture = Architecture.of(model.config)
+    architecture = architecture or Architecture.of(model.config)
     readings = [*_scores(model, architecture, metrics), *(moment_readings(architecture) if moments else ())]
     lacking = [type(reading.metrics[0]).__name__ for reading in readings if not hasattr(reading.metrics[0], "totals")]
     if lacking and PartialState().num_processes > 1:
@@ -116,11 +119,11 @@ def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping
 def moment_readings(architecture: Architecture) -> Iterator[Reading]:
     """Yield readings of what corrections need: second moments of what projections read, energies of what norms read."""
     sizes = architecture.shape.sizes
-    for axis in architecture.tapped:
-        for layer, name in architecture.taps(axis) if axis in WIDTHS else ():
-            if not name.endswith(".experts"):
-                metric = ChannelEnergy() if axis == "hidden" else SecondMoment()
-                yield Reading(axis, layer, name, INPUT, [metric], sizes, moment="")
+    for module, read in architecture.reads.items():
+        if read.moment == module:
+            yield Reading(read.axis, read.layer, module, INPUT, [SecondMoment()], sizes, moment="")
+    for layer, norm in architecture.taps("hidden"):
+        yield Reading("hidden", layer, norm, INPUT, [ChannelEnergy()], sizes, moment="")
     for read in dict.fromkeys(architecture.hidden_reads.values()):
         module, dot, side = read.moment.rpartition(".")
         yield Reading("hidden", read.layer, module, dot + side, [SecondMoment()], sizes, moment=dot + side)

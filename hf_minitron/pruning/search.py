@@ -38,9 +38,10 @@ STEPS = 16  # sizes of an axis are at least a sixteenth of the model's apart
 MOST = 1_000_000  # shapes that are counted; 2 GB of memory, a minute
 
 # Axes that are cut together, and their order in a candidate's score.
-TOGETHER = (("layers",), ("hidden",), ("ffn",), ("dense_ffn",), ("shared_ffn",), ("experts",), ("heads", "kv_heads"))
+TOGETHER = (("layers",), ("hidden",), ("ffn",), ("dense_ffn",), ("shared_ffn",), ("experts",), ("heads", "kv_heads"),
+            ("ssm_heads",), ("conv_channels",))  # fmt: skip
 # Axes that tensor parallelism splits over its devices.
-SPLIT = ("heads", "kv_heads", "ffn", "dense_ffn", "shared_ffn")
+SPLIT = ("heads", "kv_heads", "ssm_heads", "ffn", "dense_ffn", "shared_ffn")
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def limits_of(budget: Mapping[str, object], teacher: Mapping[str, float]) -> dic
 
 def default_grid(before: Shape, multiple_of: Mapping[str, int]) -> dict[str, list[int]]:
     """Return sizes to try of every axis of `LEAST_SHARE` that the model has, the model's own among them."""
-    unit = {"heads": before.kv_groups if before["heads"] > before.kv_groups else 1}
-    unit["experts"] = before.sizes.get("expert_groups", 1)
+    groups = before.kv_groups if before.sizes.get("heads", 0) > before.kv_groups else 1
+    unit = {"heads": groups, "experts": before.sizes.get("expert_groups", 1), "hidden": before.unit("hidden")}
     grid = {}
     for axis, share in LEAST_SHARE.items():
-        if axis in before.sizes:
+        if axis in before.sizes and axis not in before.coupled:
             size = before[axis]
             step = math.lcm(unit.get(axis, 1), multiple_of.get(axis, 1))
             least, step = math.ceil(share * size), step * max(1, math.ceil(size / STEPS / step)) if axis != "layers" else step

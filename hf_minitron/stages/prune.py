@@ -112,7 +112,8 @@ def outline(args: Args, model: str, folder: Path) -> None:
     before, after, _ = shapes(args, model)
     architecture = _teacher(model)
     architecture = untied(architecture) if uses_rotation(args) else architecture
-    config = student_config(architecture, Plan(before, after, {"layers": list(range(after["layers"]))}))
+    kept = before.first_layers(after["layers"], after.by_kind)
+    config = student_config(architecture, Plan(before, after, {"layers": kept}))
     config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)

@@ -1,0 +1,52 @@
+"""Ranking: which indices of an axis are the best, in all of a layer or in every group of it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_minitron.shape import Shape
+
+# Axes of which every group keeps as many.
+IN_GROUPS = {"experts": "expert_groups", "ssm_heads": "ssm_groups"}
+
+
+def check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None:
+    """Refuse NaN, except for all of a layer that lacks the axis, where layers are of several kinds."""
+    found = scores["heads" if axis == "kv_heads" else axis].isnan()
+    by_layer = found.flatten(1).any(1) if found.dim() > 1 else found
+    if found.dim() > 1 and before.layer_kinds:
+        by_layer &= ~found.flatten(1).all(1)
+    if by_layer.any():
+        raise ValueError(f"The scores of {axis} hold NaN (first at {int(by_layer.nonzero()[0, 0])}); score the model again")
+
+
+def best_layers(scores: Tensor, before: Shape, after: Shape) -> list[int]:
+    """Return the layers that stay: the best of all, or of each kind whose number is given, beside all layers of other kinds."""
+    if not after.by_kind:
+        return best(scores, after["layers"])
+    kinds = [(list(before.layer_kinds[kind]), count) for kind, count in after.by_kind.items()]
+    stay = set(range(before["layers"])).difference(*(layers for layers, _ in kinds))
+    return sorted(stay.union(*({layers[i] for i in best(scores[layers], count)} for layers, count in kinds)))
+
+
+def best(scores: Tensor, count: int, groups: int = 1) -> list:
+    """Return the ascending indices of the best scores along the last dimension, as many in every group; none of NaN."""
+    if scores.isnan().all():
+        return []
+    if scores.dim() == 2:
+        return [best(row, count, groups) for row in scores]
+    size = len(scores) // groups
+    top = scores.view(groups, size).topk(count // groups, dim=1).indices
+    return (top + torch.arange(groups)[:, None] * size).flatten().sort().values.tolist()
+
+
+def best_heads(scores: Tensor, before: Shape, after: Shape) -> tuple[list[int], list[int]]:
+    """Rank heads inside their KV group, and groups by the sum of their heads."""
+    if scores.isnan().all():  # a layer without attention
+        return [], []
+    group = before["heads"] // before.kv_groups
+    by_group = scores.view(before.kv_groups, group)
+    groups = best(by_group.sum(1), after.kv_groups)
+    per_group = after["heads"] // after.kv_groups
+    return [g * group + head for g in groups for head in best(by_group[g], per_group)], groups
