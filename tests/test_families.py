@@ -554,3 +554,15 @@ def test_a_setting_that_makes_a_cut_inexact_is_told():
 def test_whatever_is_no_family_of_ours_is_refused_in_words(model_type):
     with pytest.raises(ValueError, match="does not cover model type|does not make a causal language model"):
         Architecture.of(tiny.AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["exaone", "mixtral", "hy_v3", "granitemoe", "nemotron_h", "jamba"])
+def test_a_student_keeps_the_names_of_its_checkpoint(model_type, tmp_path):
+    """Names on disk come from Transformers' conversion mapping; they are what other runtimes read."""
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    shape = Architecture.of(teacher.config).shape
+    teacher.save_pretrained(tmp_path / "teacher")
+    prune_checkpoint(tmp_path / "teacher", Plan(shape, shape, {}), tmp_path / "student")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "student"))
+    assert after.keys() == before.keys() != teacher.state_dict().keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -20,8 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
 modeling errors yaml_text axes shape ranking plan probe architecture formats texts side_files model_kinds model_files inputs
-statistics data vocabulary mixture memory environment waiting head checkpoint tensors saving run stage execute pruning importance
-distillation evaluation hub recipe stages chain estimate __main__
+statistics data vocabulary mixture memory environment waiting head checkpoint tensors saving run stage execute pruning
+importance distillation evaluation hub recipe stages chain estimate __main__
 """.split()
 
 

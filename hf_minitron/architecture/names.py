@@ -17,7 +17,7 @@ INDEX = 990_000
 
 
 def stored_rows(row: str, pattern: str, model: Outline, shape: Shape) -> dict[str, str]:
-    """Return the rows that checkpoints have in parts in place of a row, with their patterns; none where it is whole there.
+    """Return the rows that checkpoints have in place of a row, with their patterns; none where they have the row itself.
 
     Args:
         row (`str`): Of a parameter in memory.
@@ -40,7 +40,7 @@ def stored_rows(row: str, pattern: str, model: Outline, shape: Shape) -> dict[st
         for placeholder, number in numbers.items():
             name = name.replace(f".{number}.", f".{{{placeholder}}}.")
         found.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "{experts}", name), tuple(part.shape))
-    if list(found.values()) == [tuple(tensor.shape)]:  # whole, under whatever name
+    if list(found) == [row]:
         return {}
     patterns = _patterns(pattern, list(found))
     fits = all(axes.tensor_shape(part, shape.sizes) == found[name] for name, part in patterns.items())
