@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_minitron.distillation.trainer import DistillationTrainer
     from hf_minitron.evaluation.compare import compare
     from hf_minitron.evaluation.report import Report
+    from hf_minitron.hub.values import push_to_hub
     from hf_minitron.importance.calibrate import calibrate
     from hf_minitron.plan import Plan, make_plan
     from hf_minitron.pruning.prune import prune_checkpoint, prune_model
@@ -35,6 +36,7 @@ __all__ = [
     "make_plan",
     "prune_checkpoint",
     "prune_model",
+    "push_to_hub",
     "register_family",
     "token_blocks",
 ]
@@ -54,6 +56,7 @@ _HOME = {
     "make_plan": "plan",
     "prune_checkpoint": "pruning.prune",
     "prune_model": "pruning.prune",
+    "push_to_hub": "hub.values",
     "register_family": "architecture.family",
     "token_blocks": "data",
 }

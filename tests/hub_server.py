@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self):
         asked = json.loads(self.body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
+        repo_id = f"{'datasets/' * (asked.get('type') == 'dataset')}{asked['organization']}/{asked['name']}"
         if self.user is None:
             raise _Answer(401)
         if repo_id in self.server.repos:

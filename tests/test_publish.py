@@ -6,6 +6,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import tiny
 import torch
 import yaml
 from hub_server import CUT, LOST, OTHER_TOKEN, TOKEN
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM
 
+from hf_minitron import Architecture, Plan, Statistics, calibrate, make_plan, push_to_hub
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
@@ -483,3 +485,37 @@ def test_a_teacher_from_a_folder_leaves_no_path_in_the_card(tmp_path, monkeypatc
     trainer.create_model_card(model_name="small")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "private" not in text and "base_model" not in yaml.safe_load(text.split("---")[1]) and "a llama model" in text
+
+
+def test_statistics_reports_and_plans_are_pushed_as_they_save_themselves(hub, tmp_path):
+    model = tiny.model(dtype=torch.float32)
+    model.config.name_or_path = "/secret/place/of/mine"
+    statistics = calibrate(model, tiny.blocks(), moments=True)
+    shape = Architecture.of(model.config).shape
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"ffn": 32}))
+    report = Report({"student": {"path": "/secret/place/of/mine"}}, [Entry("student", "arc_easy", "acc", 0.5)])
+    for value, repo_id in ((statistics, "me/statistics"), (plan, "me/plan"), (report, "me/report")):
+        assert push_to_hub(value, repo_id) == f"{hub.address}/datasets/{repo_id}"
+        assert hub.repos[f"datasets/{repo_id}"]["private"], "private unless told"
+        assert not any(b"secret" in content for content in hub.files(f"datasets/{repo_id}").values()), repo_id
+    fetched = {name: Path(snapshot_download(f"me/{name}", repo_type="dataset")) for name in ("statistics", "plan", "report")}
+    loaded = Statistics.load(fetched["statistics"])
+    assert loaded.scores.keys() == statistics.scores.keys()
+    assert torch.equal(loaded.moments["model.norm.output"], statistics.moments["model.norm.output"])
+    assert Plan.load(fetched["plan"] / "plan.json") == plan
+    assert Report.load(fetched["report"] / "report.json").entries == report.entries
+    push_to_hub(report, "me/report")
+    hub.fail("POST", "/commit/", 503)
+    push_to_hub(replace(report, settings={"limit": 3}), "me/report")
+    assert hub.waits, "a Hub that fails for a moment is asked again"
+    assert b'"limit": 3' in hub.files("datasets/me/report")["report.json"]
+
+
+def test_what_cannot_be_pushed_is_refused(hub, monkeypatch):
+    with pytest.raises(ValueError, match="push_to_hub: dict is none of Statistics, Report and Plan"):
+        push_to_hub({}, "me/small")
+    with pytest.raises(ValueError, match="holds an access token"):
+        push_to_hub(Report({"student": {}}, settings={"key": TOKEN}), "me/small")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="Not logged in"):
+        push_to_hub(Report({}), "me/small")

@@ -152,11 +152,7 @@ def push(folder: Path, target: Target) -> str:
             make, or made from another base model, unless `overwrite` is set.
         OSError: when the Hub cannot be reached, or fails, or asks for patience longer than is waited for.
     """
-    files = files_to_push(folder)
-    if get_token() is None:
-        raise ValueError("Not logged in to the Hub: run `hf auth login`, or set HF_TOKEN, with a token that may write "
-                         "(https://huggingface.co/settings/tokens)")  # fmt: skip
-    api = HfApi(library_name="hf_minitron")
+    files, api = files_to_push(folder), client()
     commit = persist(lambda: _commit(api, folder, files, target), target.repo_id)
     seen = persist(lambda: api.model_info(target.repo_id, revision=commit.pr_revision or commit.oid), target.repo_id)
     if lost := files.keys() - {file.rfilename for file in seen.siblings}:
@@ -166,6 +162,18 @@ def push(folder: Path, target: Target) -> str:
     if target.collection is not None:
         persist(lambda: _collect(api, target), target.repo_id, f"The model is at {address}, but not in {target.collection!r}. ")
     return address
+
+
+def client() -> HfApi:
+    """Return the Hub's client; refuse to begin without a token.
+
+    Raises:
+        ValueError: when nobody is logged in.
+    """
+    if get_token() is None:
+        raise ValueError("Not logged in to the Hub: run `hf auth login`, or set HF_TOKEN, with a token that may write "
+                         "(https://huggingface.co/settings/tokens)")  # fmt: skip
+    return HfApi(library_name="hf_minitron")
 
 
 def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) -> CommitInfo:
