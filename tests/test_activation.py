@@ -100,7 +100,8 @@ def test_layer_by_layer_equals_resident_for_every_metric(model_type, metric, tmp
     plain = calibrate(model, tiny.blocks()).scores
     for axis, values in resident.items():
         assert torch.allclose(streamed[axis], values, rtol=1e-4, atol=1e-7, equal_nan=True), axis
-        assert values.shape == plain[axis].shape and torch.equal(values.isnan(), plain[axis].isnan())
+        assert values.shape == plain[axis].shape
+        assert torch.equal(values.isnan(), plain[axis].isnan())
         assert axis not in wanted or not torch.allclose(values, plain[axis], equal_nan=True)
 
 
@@ -112,7 +113,8 @@ def test_magnitude_is_the_norm_of_all_weights_that_carry_an_index():
     heads = attention.q_proj.weight.view(4, 6, 40).square().sum((1, 2))
     heads += attention.o_proj.weight.view(40, 4, 6).square().sum((0, 2))
     layer = sum(parameter.square().sum() for parameter in model.model.layers[1].parameters())
-    assert torch.allclose(scores["ffn"][1], ffn.sqrt()) and torch.allclose(scores["heads"][1], heads.sqrt())
+    assert torch.allclose(scores["ffn"][1], ffn.sqrt())
+    assert torch.allclose(scores["heads"][1], heads.sqrt())
     assert torch.allclose(scores["layers"][1], layer.sqrt())
 
 
@@ -122,7 +124,8 @@ def test_random_scores_repeat_with_their_seed():
         if seed is not None:
             torch.manual_seed(seed)
         found.append(calibrate(model, tiny.blocks(), metric="random").scores["ffn"])
-    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(

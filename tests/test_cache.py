@@ -66,7 +66,8 @@ def test_numbers_of_any_width_come_back():
     widths = rng.integers(0, 40, 1000)
     values = (rng.random(1000) * 2.0**widths).astype(np.int64)
     raw = pack(values, widths)
-    assert len(raw) == math.ceil(widths.sum() / 8) and np.array_equal(unpack(raw, widths), values)
+    assert len(raw) == math.ceil(widths.sum() / 8)
+    assert np.array_equal(unpack(raw, widths), values)
 
 
 @pytest.mark.parametrize("vocab", [2, 99, 49_152, 151_936, 256_000])
@@ -77,7 +78,8 @@ def test_ids_come_back(vocab):
     ids, first = np.concatenate(rows), np.concatenate([np.arange(len(row)) == 0 for row in rows])
     raw = pack_ids(ids, first, vocab)
     found, end = unpack_ids(raw + b"more", first, vocab)
-    assert np.array_equal(found, ids) and end == len(raw)
+    assert np.array_equal(found, ids)
+    assert end == len(raw)
 
 
 def language(rows, vocab):
@@ -104,8 +106,10 @@ def test_draws_come_back_as_shares(vocab, draws):
     ids, shares = record.decode(record.encode([kept]), 20)
     for row in range(20):
         expected, counts = np.unique(kept[row], return_counts=True)
-        assert np.array_equal(ids[row, : len(expected)], expected) and (ids[row, len(expected) :] == vocab).all()
-        assert shares[row, : len(expected)] == pytest.approx(counts / draws) and shares[row].sum() == pytest.approx(1)
+        assert np.array_equal(ids[row, : len(expected)], expected)
+        assert (ids[row, len(expected) :] == vocab).all()
+        assert shares[row, : len(expected)] == pytest.approx(counts / draws)
+        assert shares[row].sum() == pytest.approx(1)
 
 
 def test_top_k_comes_back_within_the_error_that_is_promised():
@@ -133,7 +137,8 @@ def test_a_top_k_signal_compares_the_kept_tokens_and_the_rest(tmp_path):
     s = student.softmax(-1)
     for found, p in ((student_logp, s), (teacher_logp, t)):
         expected = torch.cat([p.gather(1, ids), (p * ~kept).sum(-1, keepdim=True)], -1)[2:7]
-        assert found.shape == (5, 6) and torch.allclose(found.exp(), expected, atol=1e-12)
+        assert found.shape == (5, 6)
+        assert torch.allclose(found.exp(), expected, atol=1e-12)
     assert (forward_kl(student_logp, teacher_logp) < forward_kl(s.log(), t.log())[2:7]).all()
     with pytest.raises(ValueError, match="temperature: 2"):
         signal.align(student, slice(0, 1), 2.0)
@@ -161,7 +166,8 @@ def test_top_k_and_vocabularies_that_differ_by_padding(loss, student_vocab):
         expected = torch.cat([t[kept], t.new_zeros(8 - len(kept)), t[rest].sum()[None]])
         assert torch.allclose(teacher_logp[row].exp(), expected, atol=1e-5)
     found = loss(student_logp, teacher_logp)
-    assert found.isfinite().all() and torch.autograd.grad(found.sum(), student)[0].isfinite().all()
+    assert found.isfinite().all()
+    assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
 
 
 def test_a_student_sure_of_the_kept_tokens_gives_no_nan():
@@ -171,7 +177,9 @@ def test_a_student_sure_of_the_kept_tokens_gives_no_nan():
     ids, teacher = torch.arange(4).expand(2, 4), torch.tensor([[0.2] * 4, [0.25] * 4]).log()
     signal = SparseSignal(ids, teacher, torch.tensor([0.2, 1e-30]).log(), 50)
     loss = forward_kl(*signal.align(logits, slice(0, 2), 1.0))
-    assert loss.isfinite().all() and loss[1].abs() < 1e-5 and torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
+    assert loss.isfinite().all()
+    assert loss[1].abs() < 1e-5
+    assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
 
 
 def test_random_sampling_is_unbiased():
@@ -186,7 +194,8 @@ def test_random_sampling_is_unbiased():
     many = student.detach().expand(tries, 12).clone().requires_grad_()
     (grads,) = torch.autograd.grad(forward_kl(*signal.align(many, slice(0, tries), 1.0)).sum(), many)
     error = grads.std(0) / tries**0.5
-    assert (error < 0.01).all() and ((grads.mean(0) - exact[0]).abs() < 4 * error).all()
+    assert (error < 0.01).all()
+    assert ((grads.mean(0) - exact[0]).abs() < 4 * error).all()
     # the fewer, likelier tokens that top-k renormalised would keep are another distribution
     best = teacher.topk(5).indices
     biased = SparseSignal(best, teacher.log_softmax(-1).gather(1, best), None, 12)
@@ -222,14 +231,18 @@ def test_a_batch_gets_the_answers_to_its_labelled_tokens(tmp_path, method):
     model, blocks = sure_teacher(), tiny.blocks(40)
     facts = write_cache(model, blocks, tmp_path / "cache", method)
     teacher = CachedTeacher(tmp_path / "cache")
-    assert teacher.meta == facts and facts["tokens"] == 40 * 11 and facts["block_size"] == 12
+    assert teacher.meta == facts
+    assert facts["tokens"] == 40 * 11
+    assert facts["block_size"] == 12
     size = sum(len(raw) for name, raw in files(tmp_path / "cache").items() if name.endswith(".bin"))
     assert facts["bytes_per_token"] == pytest.approx(size / 440, abs=0.01)
     batch = collate([blocks[i] for i in (39, 4, 17)])
     batch["labels"][1, 4:9] = -100
     whole, masked = (teacher(batch | {"labels": labels}) for labels in (batch["input_ids"], batch["labels"]))
     wanted = (batch["labels"][:, 1:] != -100).flatten()
-    assert wanted.sum() == 28 and torch.equal(whole.ids[wanted], masked.ids) and torch.equal(whole.logp[wanted], masked.logp)
+    assert wanted.sum() == 28
+    assert torch.equal(whole.ids[wanted], masked.ids)
+    assert torch.equal(whole.logp[wanted], masked.logp)
     logp = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     likely = []
     for row in range(33):
@@ -399,7 +412,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, met
                 path.write_bytes(path.read_bytes()[:-3])
     monkeypatch.setattr(writing._Recorder, "__call__", ask)
     write()
-    assert asked == [8, 9, 33, 69] and files(tmp_path / "b") == files(tmp_path / "a")
+    assert asked == [8, 9, 33, 69]
+    assert files(tmp_path / "b") == files(tmp_path / "a")
 
 
 def test_a_finished_cache_is_not_written_again(tmp_path, monkeypatch):
@@ -423,7 +437,8 @@ def test_it_is_read_where_it_is_looked_at(tmp_path):
     lines = Path("/proc/self/smaps").read_text().splitlines()
     place = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
     resident = next(int(line.split()[1]) for line in lines[place:] if line.startswith("Rss:")) * 1024
-    assert path.stat().st_size > 2.2e6 and resident < path.stat().st_size / 4
+    assert path.stat().st_size > 2.2e6
+    assert resident < path.stat().st_size / 4
     raw = bytearray(path.read_bytes())
     raw[200_000:300_000] = bytes(100_000)  # other blocks' records
     path.write_bytes(raw)
@@ -564,18 +579,25 @@ def test_distill_learns_from_the_cache_without_the_teachers_weights(project, tmp
     distill.run(args, run, out)
     logs = [json.loads(path.read_text()) for path in (out / "log.json", folder / "live/distill/log.json")]
     losses = [[entry["loss"] for entry in log["history"] if "loss" in entry] for log in logs]
-    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert logs[0]["cache"]["bytes_per_token"] > 396 and "cache" not in logs[1]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert logs[0]["cache"]["bytes_per_token"] > 396
+    assert "cache" not in logs[1]
 
 
 def test_a_cache_is_made_again_when_the_blocks_change(pruned, capsys):
-    assert command(pruned, "cache") == 0 and "bytes per token" in capsys.readouterr().out
-    assert command(pruned, "cache") == 0 and "cache: done before, skipped" in capsys.readouterr().out
+    assert command(pruned, "cache") == 0
+    assert "bytes per token" in capsys.readouterr().out
+    assert command(pruned, "cache") == 0
+    assert "cache: done before, skipped" in capsys.readouterr().out
     assert command(pruned, "distill", "--distill.block_size", 8) == 1
     assert "distill needs cache, which was done with other settings" in capsys.readouterr().err
-    assert command(pruned, "cache", "--distill.learning_rate", 0.1) == 0 and "skipped" in capsys.readouterr().out
-    assert command(pruned, "cache", "--distill.block_size", 8) == 0 and "84 tokens of 12 sequences" in capsys.readouterr().out
-    assert command(pruned, "cache", "--cache.tokens", 64) == 0 and "60 tokens of 4 sequences" in capsys.readouterr().out
+    assert command(pruned, "cache", "--distill.learning_rate", 0.1) == 0
+    assert "skipped" in capsys.readouterr().out
+    assert command(pruned, "cache", "--distill.block_size", 8) == 0
+    assert "84 tokens of 12 sequences" in capsys.readouterr().out
+    assert command(pruned, "cache", "--cache.tokens", 64) == 0
+    assert "60 tokens of 4 sequences" in capsys.readouterr().out
     assert command(pruned, "distill", "--cache.tokens", 64) == 1
     assert "8 of 12 sequences, the first of 16 tokens, are not in the cache" in capsys.readouterr().err
 
@@ -610,7 +632,8 @@ def test_two_processes_write_the_bytes_of_one(tmp_path):
     script.write_text(SCRIPT.format(tests=str(Path(tiny.__file__).parent)))
     for processes in (1, 2):
         launch(processes, script, tmp_path / str(processes))
-    assert files(tmp_path / "1") == files(tmp_path / "2") and len(files(tmp_path / "1")) == 15
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert len(files(tmp_path / "1")) == 15
 
 
 @pytest.mark.slow
@@ -618,5 +641,6 @@ def test_the_command_caches_in_two_processes(project, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**project["recipe"], "run": str(tmp_path / "run"), "cache": {"draws": 9}}))
     out = launch(2, "-m", "hf_minitron", "cache", recipe)
-    assert out.count("cache: done in") == 1 and out.count("bytes per token") == 1
+    assert out.count("cache: done in") == 1
+    assert out.count("bytes per token") == 1
     assert json.loads((tmp_path / "run/cache/cache.json").read_text())["tokens"] == 6 * 2 * 15 * 2

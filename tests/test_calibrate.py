@@ -117,7 +117,8 @@ def test_scores_equal_the_formulas(model_type):
             assert scores.scores[axis].dtype == torch.float32
             assert close(scores.scores[axis], values), axis
     assert all(torch.equal(old, new) for old, new in zip(before, model.state_dict().values(), strict=True))
-    assert model.config._experts_implementation != "hf_minitron" and not any(m._forward_hooks for m in model.modules())
+    assert model.config._experts_implementation != "hf_minitron"
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(

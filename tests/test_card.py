@@ -39,7 +39,9 @@ def test_the_card_says_what_was_done(whole):
     found = ModelCard.load(folder / "README.md")
     text, log = " ".join(found.text.split()), json.loads((whole / "run/distill/log.json").read_text())
     data = Report.load(folder / "report.json")
-    assert found.data.base_model == "owner/teacher" and found.data.language == "en" and found.data.datasets is None
+    assert found.data.base_model == "owner/teacher"
+    assert found.data.language == "en"
+    assert found.data.datasets is None
     wrote = json.loads((whole / "run/synthesize/synthesize.json").read_text())
     machine, losses = log["machine"], [entry for entry in log["history"] if "loss" in entry]
     for fact in (
@@ -65,7 +67,8 @@ def test_the_card_says_what_was_done(whole):
 def test_the_licence_is_the_base_models_with_its_file(whole):
     folder = whole / "run/publish/model"
     data = ModelCard.load(folder / "README.md").data
-    assert data.license == "other" and data.license_name == "tiny-1"
+    assert data.license == "other"
+    assert data.license_name == "tiny-1"
     assert data.license_link == "https://huggingface.co/owner/teacher/blob/main/USE_POLICY.md"  # it did not come along
     assert (folder / "LICENSE").read_text() == "Do what you like.\n"
     assert "other (tiny-1), as the card of the base model says" in (folder / "README.md").read_text()
@@ -83,13 +86,15 @@ def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys
     assert "license: 'mit', but the card of" in capsys.readouterr().err
     assert main([*command[:3], "other", *command[4:], "--publish.notes", TOKEN]) == 1
     error = capsys.readouterr().err
-    assert "the command line holds an access token" in error and TOKEN not in error
+    assert "the command line holds an access token" in error
+    assert TOKEN not in error
 
 
 def test_no_path_of_this_machine_is_published(whole):
     folder = whole / "run/publish/model"
     for name in ("README.md", "recipe.yaml", "report.json"):
-        assert str(whole) not in (folder / name).read_text() and "/tmp" not in (folder / name).read_text(), name
+        assert str(whole) not in (folder / name).read_text(), name
+        assert "/tmp" not in (folder / name).read_text(), name
     assert ".../" + whole.name + "/teacher" in (folder / "recipe.yaml").read_text()
 
 
@@ -111,7 +116,8 @@ def test_the_snippet_of_the_card_runs_as_it_stands(whole, hub, tmp_path):
     assert main(["publish", str(whole / "recipe.yaml"), "--push"]) == 0
     text = hub.files()["README.md"].decode()
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert 'model="me/small"' in snippet and "trust_remote_code=True" in snippet
+    assert 'model="me/small"' in snippet
+    assert "trust_remote_code=True" in snippet
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}  # fmt: skip
     assert said(snippet, tmp_path, environment).startswith("The library")
@@ -166,20 +172,26 @@ def test_a_folder_is_no_base_model_of_the_hub(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(whole.parent)  # its relative path has the form of a Hub id
     run = load(whole / "recipe.yaml", **{"model": f"{whole.name}/teacher", "publish.base_model": None})
     found = facts.gather(run)
-    assert found["base_model"] is None and found["base_folder"] == f"{whole.name}/teacher"
+    assert found["base_model"] is None
+    assert found["base_folder"] == f"{whole.name}/teacher"
     text = card(base_model=None, base_folder=found["base_folder"])
-    assert text.data.base_model is None and f"the model in `{whole.name}/teacher`" in text.text
+    assert text.data.base_model is None
+    assert f"the model in `{whole.name}/teacher`" in text.text
 
 
 def test_dropped_layers_are_shown():
     before = Shape({**tiny.SIZES, "layers": 4})
     plan = Plan(before, before.cut_to({"layers": 2}), {"layers": [0, 3]})
     cut = facts.cut_of(plan)
-    assert cut["dropped"] == [1, 2] and cut["by_layer"]["ffn"] == [72, 0, 0, 72]
+    assert cut["dropped"] == [1, 2]
+    assert cut["by_layer"]["ffn"] == [72, 0, 0, 72]
     text = str(card(cut=cut, pictures={"kept": "kept.png"}))
-    assert "counted from 0: 1, 2." in text and "](kept.png)" in text and "| ffn | 72 | 72 |" in text
+    assert "counted from 0: 1, 2." in text
+    assert "](kept.png)" in text
+    assert "| ffn | 72 | 72 |" in text
     alike = facts.cut_of(Plan(before, before.cut_to({"ffn": 8}), {}))
-    assert alike["by_layer"] == {} and alike["dropped"] == []
+    assert alike["by_layer"] == {}
+    assert alike["dropped"] == []
 
 
 def test_sizes_count_the_cache_of_the_layers_that_stay():
@@ -223,7 +235,8 @@ def test_results_of_registered_benchmarks_only(settings, section, written):
     assert list(files) == ([".eval_results/gsm8k.yaml"] if written else [])
     if written:
         (entry,) = yaml.safe_load(files[".eval_results/gsm8k.yaml"])
-        assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 12.35
+        assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"}
+        assert entry["value"] == 12.35
         assert entry["notes"] == f"lm-eval gsm8k, {written}"
 
 
@@ -308,4 +321,6 @@ def test_parts_of_the_loss_are_named_where_there_are_several():
     log = {"tokens": 10, "steps": 2, "losses": losses, "history": history}
     text = str(publish.write_card(report(), {}, log, dict(yaml.safe_load("""
         {name: a, load: ., base_model: o/b, pictures: {}, command: c, seconds: {}, missing: []}"""))))  # fmt: skip
-    assert "On held-out text 2.500 at first, 1.500 at the end" in text and "not recorded" in text and "Not known:" in text
+    assert "On held-out text 2.500 at first, 1.500 at the end" in text
+    assert "not recorded" in text
+    assert "Not known:" in text

@@ -55,7 +55,8 @@ def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp
         patch.setitem(STAGES, "score", dataclasses.replace(STAGES["score"], run=killed))
         main(["run", *paths])
     first, second = (tmp_path / name / "publish/model" for name in ("first", "second"))
-    assert (first / "README.md").is_file() and not (tmp_path / "second/score").exists()
+    assert (first / "README.md").is_file()
+    assert not (tmp_path / "second/score").exists()
     capsys.readouterr()
     assert main(["run", *paths]) == 0
     assert capsys.readouterr().out.count("done before, skipped") == 5
@@ -65,15 +66,14 @@ def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp
     assert [card.data.base_model for card in cards] == ["owner/teacher", "owner/teacher"]
     texts = [" ".join(card.text.split()) for card in cards]
     assert "pruned from [owner/teacher](https://huggingface.co/owner/teacher) (42,760) and taught by it with" in texts[0]
-    assert (
-        "pruned from first (20,472), a student of [owner/teacher]" in texts[1]
-        and "and taught by owner/teacher with" in texts[1]
-    )
+    assert "pruned from first (20,472), a student of [owner/teacher]" in texts[1]
+    assert "and taught by owner/teacher with" in texts[1]
     assert f"hf-minitron run {paths[0]} {paths[1]}".split("/")[-1] in texts[1]
     # a card written anew is no reason to prune its model again
     assert main(["run", *paths, "--publish.notes", "careful"]) == 0
     out = capsys.readouterr().out
-    assert out.count("done before, skipped") == 8 and out.count("publish: done") == 2
+    assert out.count("done before, skipped") == 8
+    assert out.count("publish: done") == 2
 
 
 def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path):
@@ -118,12 +118,14 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
 def test_what_is_wrong_with_either_recipe_is_told_before_the_first_is_begun(chain, tmp_path, capsys, first, second, message):
     assert main(["run", *chain(first, second)]) == 1
     assert message in capsys.readouterr().err.replace(str(tmp_path) + "/", "")
-    assert not (tmp_path / "first").exists() and not (tmp_path / "second").exists()
+    assert not (tmp_path / "first").exists()
+    assert not (tmp_path / "second").exists()
 
 
 def test_folders_and_overrides_that_clash_are_told(chain, tmp_path, capsys):
     paths = chain(second={"run": str(tmp_path / "first")})
-    assert main(["run", *paths]) == 1 and "another recipe of the chain has the folder" in capsys.readouterr().err
+    assert main(["run", *paths]) == 1
+    assert "another recipe of the chain has the folder" in capsys.readouterr().err
     for key in ("run", "model"):
         assert main(["run", *chain(), f"--{key}", "elsewhere"]) == 1
         assert f"--{key} is for one recipe" in capsys.readouterr().err
@@ -133,6 +135,7 @@ def test_the_corrected_teacher_of_the_first_round_may_teach_the_second(chain, pr
     correct = {"text": str(project["folder"] / "train.jsonl"), "block_size": 16, "max_steps": 2, "warmup_steps": 1}
     paths = chain(first={"correct": correct}, second={"distill": {"teacher": str(tmp_path / "first/correct/teacher")}})
     monkeypatch.setattr(command, "run_all", lambda *args: None)
-    assert main(["run", *paths]) == 0 and capsys.readouterr().out.count("About ") == 2
+    assert main(["run", *paths]) == 0
+    assert capsys.readouterr().out.count("About ") == 2
     assert main(["run", *paths[::-1]]) == 1  # the wrong way round
     assert "No model at" in capsys.readouterr().err

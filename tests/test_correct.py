@@ -110,7 +110,8 @@ def test_lora_changes_its_targets_only_and_merges_into_a_stock_model(tmp_path):
     merged, ids = merge_lora(tmp_path / "teacher", tmp_path / "adapter"), tiny.blocks()["input_ids"][:]
     before, after = tiny.model(dtype=torch.float32).state_dict(), merged.state_dict()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"q_proj", "up_proj"} and before.keys() == after.keys()
+    assert changed == {"q_proj", "up_proj"}
+    assert before.keys() == after.keys()
     assert torch.allclose(merged(ids).logits, trained.eval()(ids).logits, atol=1e-4)
 
 
@@ -124,9 +125,11 @@ def test_the_student_learns_from_the_corrected_teacher(project, recipe, lora, ca
     report = json.loads((run / "evaluate/report.json").read_text())["models"]
     assert list(report) == ["teacher", "corrected", "pruned", "distilled"]
     config = json.loads((run / "correct/teacher/config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and not list((run / "correct/teacher").glob("adapter*"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not list((run / "correct/teacher").glob("adapter*"))
     assert AutoModelForCausalLM.from_pretrained(run / "correct/teacher").num_parameters() == report["teacher"]["parameters"]
-    assert not (run / "correct/checkpoints").exists() and (run / "correct/teacher/tokenizer.json").is_file()
+    assert not (run / "correct/checkpoints").exists()
+    assert (run / "correct/teacher/tokenizer.json").is_file()
     measured = Report.load(run / "evaluate/report.json")
     assert measured.value("corrected", "perplexity") < measured.value("teacher", "perplexity")
     assert json.loads((run / "correct/log.json").read_text())["tokens"] == 8 * 2 * 16
@@ -151,7 +154,8 @@ def test_a_student_of_low_rank_additions_is_a_stock_model(recipe):
         load_file(path.with_suffix("") / folder / "student/model.safetensors") for folder in ("prune", "distill")
     )
     changed = {name.split(".")[-2] for name in pruned if not torch.equal(pruned[name], student[name])}
-    assert pruned.keys() == student.keys() and changed == {"q_proj", "up_proj"}
+    assert pruned.keys() == student.keys()
+    assert changed == {"q_proj", "up_proj"}
     history = json.loads((path.with_suffix("") / "distill/log.json").read_text())["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -177,7 +181,8 @@ def test_a_changed_correction_is_distilled_again(recipe, capsys):
     path = recipe()
     for stage in ("correct", "score", "prune", "distill"):
         assert main([stage, str(path)]) == 0
-    assert main(["distill", str(path)]) == 0 and "distill: done before" in capsys.readouterr().out
+    assert main(["distill", str(path)]) == 0
+    assert "distill: done before" in capsys.readouterr().out
     assert main(["distill", str(path), "--correct.learning_rate", "0.001"]) == 1
     assert "distill needs correct, which was done with other settings" in capsys.readouterr().err
     assert main(["prune", str(path), "--correct.learning_rate", "0.001"]) == 0  # it does not depend on it
@@ -191,7 +196,8 @@ def test_candidates_of_a_search_share_the_corrected_teacher(recipe, capsys):
         assert main([stage, str(path), *more]) == 0
     (candidate,) = path.with_suffix("").glob("candidates/*/recipe.yaml")
     capsys.readouterr()
-    assert main(["correct", str(candidate)]) == 0 and "correct: done before, skipped" in capsys.readouterr().out
+    assert main(["correct", str(candidate)]) == 0
+    assert "correct: done before, skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,5 +217,6 @@ def test_what_cannot_work_is_told_before_slow_work(recipe, capsys, override, mes
     path = recipe()
     assert main(["run", str(path), *override]) == 1
     error = capsys.readouterr().err
-    assert message in error and "correct" in error
+    assert message in error
+    assert "correct" in error
     assert not path.with_suffix("").exists()

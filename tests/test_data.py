@@ -63,7 +63,8 @@ def test_a_block_of_documents_is_worth_what_they_are_alone(tmp_path, model_type)
     """Student and teacher: every logit, and the loss, which predicts no document's first token."""
     student, teacher = (nonuniform(s) if model_type == "nonuniform" else tiny.model(model_type, seed=s) for s in (1, 0))
     batch, alone = collate(list(apart())), list(pieces(apart()))
-    assert len(alone) > len(batch["input_ids"]) + 5 and max(piece.shape[1] for piece in alone) > 7  # longer than the window
+    assert len(alone) > len(batch["input_ids"]) + 5
+    assert max(piece.shape[1] for piece in alone) > 7  # longer than the window
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     for model in (student, teacher):
         together = model(**inputs, use_cache=False).logits.flatten(0, 1)
@@ -89,7 +90,8 @@ def test_rows_of_documents_are_padded_with_what_sees_nothing(tmp_path):
     counts = torch.tensor([int((batch["labels"][:, 1:] != -100).sum()) for batch in alone])
     expected = sum(trainer.compute_loss(student, dict(b)) * n for b, n in zip(alone, counts, strict=True)) / counts.sum()
     batch = collate(rows)
-    assert batch["input_ids"].shape == (3, 16) and "attention_mask" not in batch
+    assert batch["input_ids"].shape == (3, 16)
+    assert "attention_mask" not in batch
     assert torch.allclose(trainer.compute_loss(student, batch), expected, atol=1e-12)
 
 
@@ -116,7 +118,8 @@ def test_no_token_is_lost_between_batches_of_documents(streaming):
     texts = documents(LENGTHS * 9)  # more than the tokenizer gets at a time
     blocks = token_blocks(texts.to_iterable_dataset() if streaming else texts, tiny.tokenizer(), 16, 768, cross_documents=False)
     ids = [ids for text in texts["text"] for ids in [*tiny.tokenizer()(text)["input_ids"], tiny.tokenizer().eos_token_id]]
-    assert [token for row in ids_of(blocks) for token in row] == ids[:768] and len(ids) < 800
+    assert [token for row in ids_of(blocks) for token in row] == ids[:768]
+    assert len(ids) < 800
     ends = [token == tiny.tokenizer().eos_token_id for token in ids]
     starts = [i % 16 == 0 or ends[i - 1] for i in range(768)]
     assert [position == 0 for row in blocks for position in row["position_ids"].tolist()] == starts
@@ -153,7 +156,8 @@ def test_every_document_is_what_the_tokenizer_makes_of_it():
         for row in token_blocks(texts, tokenizer, size)["input_ids"][:].tolist():
             assert row[0] == tokenizer.bos_token_id
             found += row[1:] if whole[len(found)] != tokenizer.bos_token_id else row
-        assert found == whole[: len(found)] and len(whole) - len(found) < size
+        assert found == whole[: len(found)]
+        assert len(whole) - len(found) < size
 
 
 def test_without_bos_blocks_are_as_they_were():
@@ -179,17 +183,20 @@ def test_bos_where_there_is_none_is_refused():
 def test_a_loss_does_not_count_bos(tmp_path):
     blocks = token_blocks(documents(), tiny.tokenizer(adds_bos=True), 16)
     batch = collate([blocks[i] for i in range(3)])
-    assert (batch["labels"] == -100).equal(batch["input_ids"] == 1) and (batch["input_ids"][:, 1:] == 1).any()
+    assert (batch["labels"] == -100).equal(batch["input_ids"] == 1)
+    assert (batch["input_ids"][:, 1:] == 1).any()
     trainer = DistillationTrainer(tiny.model(seed=1), tiny.model(), arguments(tmp_path), train_dataset=blocks)
     predicted = (batch["labels"][:, 1:] != -100).sum()
-    assert float(trainer.compute_loss(trainer.model, batch)) > 0 and predicted < batch["labels"][:, 1:].numel()
+    assert float(trainer.compute_loss(trainer.model, batch)) > 0
+    assert predicted < batch["labels"][:, 1:].numel()
     assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(
         float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=1) / predicted), rel=1e-5
     )
 
 
 def test_a_cache_is_made_again_when_bos_changes():
-    assert "add_bos_token" in training.BLOCK_SETTINGS and "distill.add_bos_token" in cache.STAGE.reads
+    assert "add_bos_token" in training.BLOCK_SETTINGS
+    assert "distill.add_bos_token" in cache.STAGE.reads
 
 
 @pytest.fixture
@@ -225,16 +232,19 @@ def test_weights_are_shares_of_tokens_and_a_short_source_is_read_again(texts, ca
     text = {"a.jsonl": 6, "b.jsonl": 3, "c.jsonl": 1}
     rows = ids_of(mix(text, streaming, max_tokens=20 * 100))
     order, counts = shares(rows)
-    assert counts == [60, 30, 10] and sorted(order[:10]) == [0] * 6 + [1] * 3 + [2]
+    assert counts == [60, 30, 10]
+    assert sorted(order[:10]) == [0] * 6 + [1] * 3 + [2]
     warned = "c.jsonl is at its end and is read again" if streaming else "c.jsonl is read 1.7 times"
-    assert warned in caplog.text and "a.jsonl" not in caplog.text
+    assert warned in caplog.text
+    assert "a.jsonl" not in caplog.text
     assert rows == ids_of(mix(text, streaming, max_tokens=20 * 100)) != ids_of(mix(text, streaming, max_tokens=2000, seed=4))
 
 
 def test_an_epoch_of_a_mixture_reads_nothing_twice(texts, caplog):
     rows = ids_of(mix({"a.jsonl": 1, "c.jsonl": 1}, max_tokens=None))
     order, counts = shares(rows)
-    assert counts == [7, 0, 6] and "13 blocks: c.jsonl ends first, of the others 63 blocks" in caplog.text
+    assert counts == [7, 0, 6]
+    assert "13 blocks: c.jsonl ends first, of the others 63 blocks" in caplog.text
     assert len(set(map(tuple, rows))) == 13
 
 
@@ -542,16 +552,20 @@ def test_a_source_too_short_is_named(texts):
 def test_a_stream_gives_the_blocks_of_the_text_in_memory(texts, text, cross_documents):
     same = {"seed": None, "max_tokens": 600, "cross_documents": cross_documents}
     stream, memory = mix(text, True, **same), mix(text, False, **same)
-    assert isinstance(stream, IterableDataset) and len(memory) == 30
+    assert isinstance(stream, IterableDataset)
+    assert len(memory) == 30
     for found, expected in zip(stream, memory, strict=True):
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_stream_is_shuffled_within_its_buffer_and_anew_at_every_pass(texts):
     first = ids_of(mix("b.jsonl", True), 80)
     plain = ids_of(mix("b.jsonl", True, seed=None), 80)
-    assert first == ids_of(mix("b.jsonl", True), 80) and plain[:40] == plain[40:]
-    assert sorted(first[:40]) == sorted(first[40:]) == sorted(plain[:40]) and first[:40] != first[40:]
+    assert first == ids_of(mix("b.jsonl", True), 80)
+    assert plain[:40] == plain[40:]
+    assert sorted(first[:40]) == sorted(first[40:]) == sorted(plain[:40])
+    assert first[:40] != first[40:]
     assert ids_of(mix("b.jsonl", True, shuffle_buffer=1), 80) == plain
 
 
@@ -606,7 +620,9 @@ def test_the_stage_streams_a_mixture_of_documents_kept_apart(project, pruned):
         logs[streaming] = json.loads((pruned / "distill/log.json").read_text())
     for log in logs.values():
         history = [entry["loss"] for entry in log["history"] if "loss" in entry]
-        assert len(history) == 6 and history[-1] < history[0] and log["tokens"] == 6 * 2 * 16
+        assert len(history) == 6
+        assert history[-1] < history[0]
+        assert log["tokens"] == 6 * 2 * 16
 
 
 def test_a_model_that_cannot_keep_documents_apart_is_not_trained_on_such(texts):
@@ -631,8 +647,10 @@ def test_the_stage_makes_blocks_once(project, pruned, monkeypatch):
         run(project, pruned, change)
     seen = []
     monkeypatch.setattr(DistillationTrainer, "train", lambda self, **kw: (seen.append(self.train_dataset), train(self, **kw)))
-    assert run(project, pruned, change) == 0 and len(made) == 1
-    assert text_hash(seen[0]) == text_hash(made[0]) and not (pruned / "distill/checkpoints").exists()
+    assert run(project, pruned, change) == 0
+    assert len(made) == 1
+    assert text_hash(seen[0]) == text_hash(made[0])
+    assert not (pruned / "distill/checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -671,7 +689,8 @@ def test_a_changed_source_of_a_mixture_makes_the_stage_run_again(project, pruned
     source = tmp_path / "more.jsonl"
     source.write_text((project["folder"] / "train.jsonl").read_text())
     keys = [("text", {str(source): 1})]
-    assert run(project, pruned, *keys) == 0 and run(project, pruned, *keys) == 0
+    assert run(project, pruned, *keys) == 0
+    assert run(project, pruned, *keys) == 0
     assert "distill: done before, skipped" in capsys.readouterr().out
     source.write_text(source.read_text() * 2)
     assert run(project, pruned, *keys) == 0
@@ -705,5 +724,7 @@ def test_two_processes_share_a_stream(texts):
         launch(processes, script, batch)
     for name in ("dispatched", "own"):
         one, two = (json.loads((texts / f"{name}-{batch}-0.json").read_text()) for batch in (2, 1))
-        assert two[0] == pytest.approx(one[0], rel=1e-6) and len(one[0]) == 9
-        assert one[1] == one[0] and two[1] == pytest.approx(two[0], rel=1e-9)
+        assert two[0] == pytest.approx(one[0], rel=1e-6)
+        assert len(one[0]) == 9
+        assert one[1] == one[0]
+        assert two[1] == pytest.approx(two[0], rel=1e-9)

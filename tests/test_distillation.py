@@ -147,7 +147,8 @@ def test_the_teacher_is_frozen_and_stays_out_of_checkpoints(tmp_path):
     before = tiny.model().state_dict()
     student, _, trainer = train(tmp_path, save_strategy="steps", save_steps=2)
     assert all(torch.equal(before[name], t) for name, t in trainer.teacher.model.state_dict().items())
-    assert not trainer.teacher.model.training and not any(p.requires_grad for p in trainer.teacher.model.parameters())
+    assert not trainer.teacher.model.training
+    assert not any(p.requires_grad for p in trainer.teacher.model.parameters())
     saved = type(student).from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), student.parameters(), strict=True))
 
@@ -170,7 +171,8 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
     done, losses, _ = train(tmp_path, **settings)
     trainer = trainer_for(tmp_path, tiny.model(seed=1, hidden_size=24), tiny.model(), **CONSTANT, **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 3 and len(losses) == 3
+    assert trainer.state.global_step == 3
+    assert len(losses) == 3
     assert all(torch.equal(a, b) for a, b in zip(done.parameters(), trainer.model.parameters(), strict=True))
 
 

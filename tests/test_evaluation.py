@@ -129,7 +129,8 @@ def test_another_tokenizer_reads_the_same_text(blocks):
     found, labels = in_tokens_of(other, blocks, ours)
     assert labels == found
     for mine, theirs in zip(blocks["input_ids"][:].tolist(), found, strict=True):
-        assert mine != theirs and other.decode(theirs) == ours.decode(mine)
+        assert mine != theirs
+        assert other.decode(theirs) == ours.decode(mine)
         assert mine.count(ours.eos_token_id) == theirs.count(other.eos_token_id)
 
 
@@ -142,7 +143,8 @@ def test_another_tokenizer_reads_the_same_text_with_its_own_bos():
     assert [[i for i, label in enumerate(row) if label == -100] for row in labels] == [[0, 4], [0, 5]]
     rows = token_blocks(texts, other, 6)
     back, labels = in_tokens_of(ours, rows, other)
-    assert back == labels and [ours.decode(ids) for ids in back] == ["w1 w2 </s> w3", "w4 w5 w6 w7 w8"]
+    assert back == labels
+    assert [ours.decode(ids) for ids in back] == ["w1 w2 </s> w3", "w4 w5 w6 w7 w8"]
 
 
 def test_perplexity_is_that_of_the_text_without_bos(tmp_path, monkeypatch):
@@ -193,7 +195,8 @@ def test_models_are_compared_sample_by_sample(folders, blocks, project, tmp_path
     found = {(c.model, c.baseline, c.task, c.metric): c for c in report.comparisons}
     assert {pair[:2] for pair in found} == {("near", "teacher"), ("other", "teacher"), ("other", "near")}
     for model, baseline in (("other", "teacher"), ("other", "near")):  # tokens differ, bytes do not
-        assert (model, baseline, TEXT, "perplexity") not in found and (model, baseline, TEXT, "bits_per_byte") in found
+        assert (model, baseline, TEXT, "perplexity") not in found
+        assert (model, baseline, TEXT, "bits_per_byte") in found
     assert found["near", "teacher", "tiny_last_word", "acc"].samples == 8
     records = {name: load_samples(tmp_path / f"samples/{name}.parquet") for name in models}
     for name, rows in records.items():
@@ -264,8 +267,10 @@ def test_a_comparison_goes_on_with_the_models_that_are_missing(folders, blocks, 
         compare(models, blocks, folder=tmp_path / "killed")
     assert not (tmp_path / "killed/samples/near.parquet").exists()
     opened[:] = ["", ""]
-    assert compare(models, blocks, folder=tmp_path / "killed") == whole and opened[2:] == ["teacher", "near"]
-    assert compare(models, blocks, folder=tmp_path / "killed") == whole and len(opened) == 4
+    assert compare(models, blocks, folder=tmp_path / "killed") == whole
+    assert opened[2:] == ["teacher", "near"]
+    assert compare(models, blocks, folder=tmp_path / "killed") == whole
+    assert len(opened) == 4
 
 
 def test_a_group_is_compared_through_its_tasks(project, tmp_path):

@@ -94,7 +94,8 @@ def refusal(work):
             work()
     except RecipeError as error:
         line = str(error)
-        assert line.strip() and "\n" not in line, line
+        assert line.strip(), line
+        assert "\n" not in line, line
         assert not BARE.search(line), line
         return line
     return None

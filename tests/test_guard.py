@@ -87,7 +87,8 @@ def test_a_text_that_breaks_is_told_with_its_line(tmp_path, suffix, content, mes
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as caught:
         check_first_block(str(path), tiny.tokenizer(), 64, streaming=streaming)
-    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,8 @@ def test_every_stage_reads_its_text_before_the_first_slow_step(project, tmp_path
     assert main([stage if verb == "stage" else verb, str(tmp_path / "recipe.yaml")]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    assert error.count("\n") == 1 and error.startswith("error: "), error
+    assert error.count("\n") == 1, error
+    assert error.startswith("error: "), error
     assert not (tmp_path / "run").exists()
 
 
@@ -170,13 +172,16 @@ def damage(path, how):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_by_name(checkpoints, tmp_path, caplog, name, how):
     folder = tmp_path / "checkpoints"
     shutil.copytree(checkpoints / "distill.tmp/checkpoints", folder)
-    assert last_checkpoint(folder) == str(folder / "checkpoint-6") and not caplog.text
+    assert last_checkpoint(folder) == str(folder / "checkpoint-6")
+    assert not caplog.text
     damage(folder / "checkpoint-6" / name, how)
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
-    assert "Not whole: checkpoint-6 (" in caplog.text and "goes on from checkpoint-4" in caplog.text
+    assert "Not whole: checkpoint-6 (" in caplog.text
+    assert "goes on from checkpoint-4" in caplog.text
     for step in (2, 4):
         damage(folder / f"checkpoint-{step}" / name, how)
-    assert last_checkpoint(folder) is None and "goes on from its beginning" in caplog.text
+    assert last_checkpoint(folder) is None
+    assert "goes on from its beginning" in caplog.text
 
 
 def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, checkpoints, tmp_path, monkeypatch):
@@ -186,7 +191,8 @@ def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, check
     monkeypatch.setattr("hf_minitron.__main__.execute", lambda *args: None)
     for folder in (checkpoints, tmp_path / "fresh"):
         assert main(["distill", str(project["path"]), "--run", str(folder)]) == 0
-    assert left > 100_000 and needed[1] - needed[0] == left
+    assert left > 100_000
+    assert needed[1] - needed[0] == left
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -311,9 +317,13 @@ def test_what_a_base_card_says_is_text_in_the_page(tmp_path):
                      "<details><summary>The recipe</summary>\n\nx\n\n</details>\n")  # fmt: skip
     write_page(card, tmp_path / "page", tmp_path / "page.html")
     body = (tmp_path / "page.html").read_text().partition("<main>")[2]
-    assert "<script" not in body and "<img src=x" not in body and "<div><img" not in body
-    assert 'href="javascript' not in body and "data:" not in body
-    assert "<details><summary>The recipe</summary>" in body and "</details>" in body
+    assert "<script" not in body
+    assert "<img src=x" not in body
+    assert "<div><img" not in body
+    assert 'href="javascript' not in body
+    assert "data:" not in body
+    assert "<details><summary>The recipe</summary>" in body
+    assert "</details>" in body
 
 
 def test_paths_with_blanks_are_paths(monkeypatch, tmp_path):

@@ -47,9 +47,9 @@ def test_what_a_recipe_holds_cannot_leave_its_place(tmp_path):
     card = ModelCard("---\nmodel_name: a<b>&\n---\n# A\n\n| a |\n| - |\n| `<x>` |\n\n```yaml\nnotes: </code><script>\n```\n")
     write_page(card, tmp_path, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert (
-        "<title>a&lt;b&gt;&amp;</title>" in text and "<code>&lt;x&gt;</code>" in text and "&lt;/code&gt;&lt;script&gt;" in text
-    )
+    assert "<title>a&lt;b&gt;&amp;</title>" in text
+    assert "<code>&lt;x&gt;</code>" in text
+    assert "&lt;/code&gt;&lt;script&gt;" in text
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -58,7 +58,8 @@ def test_a_page_of_a_run_that_is_not_finished_says_so(project, tmp_path, capsys,
     monkeypatch.setattr(webbrowser, "open", opened.append)
     command = ["report", str(project["path"]), "--run", str(tmp_path / "run")]
     assert main(command) == 1
-    assert "No run in" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "No run in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
     page = tmp_path / "run/report.html"
     for stage, missing, said in (
         ("score", "prune, distill, evaluate, publish", "the run has not been pruned"),
@@ -69,15 +70,20 @@ def test_a_page_of_a_run_that_is_not_finished_says_so(project, tmp_path, capsys,
         assert main([stage, *command[1:]]) == 0
         capsys.readouterr()
         assert main([*command, "--open"]) == 0
-        assert capsys.readouterr().out == f"{page}\n" and opened.pop() == page.as_uri()
+        assert capsys.readouterr().out == f"{page}\n"
+        assert opened.pop() == page.as_uri()
         text = page.read_text()
-        assert "This run is not finished." in text and f"Still to do: {missing}." in text and said in text
+        assert "This run is not finished." in text
+        assert f"Still to do: {missing}." in text
+        assert said in text
         assert "from transformers import" not in text
     assert text.count("<img") == 2
     assert main(["publish", *command[1:]]) == 0
     done = page.read_text()
     page.unlink()
-    assert "not finished" not in done and main(command) == 0 and page.read_text() == done
+    assert "not finished" not in done
+    assert main(command) == 0
+    assert page.read_text() == done
     assert main([*command[:2], "--run", str(tmp_path / "run"), "--model", str(tmp_path)]) == 1
     assert "belongs to another run" in capsys.readouterr().err
 
@@ -96,7 +102,8 @@ def test_it_is_readable_in_light_and_dark(page, tmp_path):
     light = shown(page, tmp_path, "900,1200")
     dark = shown(page, tmp_path, "900,1200", "--blink-settings=preferredColorScheme=0")
     for picture, background in ((light, (255, 255, 255)), (dark, (13, 17, 23))):
-        assert picture.size == (900, 1200) and picture.getpixel((3, 3)) == background
+        assert picture.size == (900, 1200)
+        assert picture.getpixel((3, 3)) == background
         count = sum(n for n, color in picture.getcolors(10**6) if color == background)
         assert 0.5 < count / (900 * 1200) < 0.97  # text and pictures are there
         assert any(color == (59, 130, 246) for _, color in picture.getcolors(10**6))  # the bars
@@ -112,6 +119,7 @@ def test_nothing_sticks_out_and_all_pictures_are_there(page, tmp_path, width):
                f"--window-size={width},900", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     found, pictures, background = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
-    assert int(found) <= width and background == "rgb(255, 255, 255)"
+    assert int(found) <= width
+    assert background == "rgb(255, 255, 255)"
     widths = [image.imread(page.parent / "publish/model" / name).shape[1] for name in ("shapes.png", "kept.png", "loss.png")]
     assert pictures == ",".join(map(str, widths))

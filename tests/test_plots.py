@@ -63,18 +63,19 @@ def test_losses(tmp_path, drawn, count, evaluated):
     (figure,) = drawn
     assert not overlapping(figure)
     lines = [line for axes in figure.axes for line in axes.get_lines()]
-    assert len(lines) == 1 + evaluated + len(loss_parts(found)) and len(figure.axes) == (1 if count == 1 else 2)
+    assert len(lines) == 1 + evaluated + len(loss_parts(found))
+    assert len(figure.axes) == (1 if count == 1 else 2)
     assert len({line.get_color() for line in lines[1 + evaluated :]}) == len(loss_parts(found))
-    assert lines[0].get_ydata()[-1] == found["history"][-1 - evaluated]["loss"] and lines[0].get_xdata()[-1] == pytest.approx(
-        94
-    )
+    assert lines[0].get_ydata()[-1] == found["history"][-1 - evaluated]["loss"]
+    assert lines[0].get_xdata()[-1] == pytest.approx(94)
     assert figure.axes[-1].get_xlabel() == "billion tokens"
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(1, 500), (2, 92160)])
 def test_a_short_training_is_drawn_too(tmp_path, drawn, steps, tokens):
     plots.plot_loss(log(LOSSES[:2], steps=steps, tokens=tokens), tmp_path / "loss.png")
-    assert not overlapping(drawn[0]) and len(drawn[0].axes[0].get_lines()[0].get_xdata()) == steps
+    assert not overlapping(drawn[0])
+    assert len(drawn[0].axes[0].get_lines()[0].get_xdata()) == steps
 
 
 @pytest.mark.parametrize("layers", [3, 36, 48, 64, 80])
@@ -90,7 +91,8 @@ def test_bars_and_their_labels(tmp_path, drawn):
     plots.plot_shapes(BIG, BIG.cut_to({"ffn": 14336}), tmp_path / "shapes.png")
     plots.plot_shapes(BIG, BIG, tmp_path / "mean.png", {"ffn": [0, 28672, 14336], "heads": [64, 64, 64]})
     alike, mean = drawn
-    assert not overlapping(alike) and not overlapping(mean)
+    assert not overlapping(alike)
+    assert not overlapping(mean)
     assert "28672 → 14336" in [text.get_text() for text in alike.axes[0].texts]
     assert "28672 → 0 to 28672" in [text.get_text() for text in mean.axes[0].texts]
     assert [bar.get_width() for bar in mean.axes[0].patches][1::2] == [1, 1, 1, 0.5, 1, 1]  # from head_dim up
@@ -111,5 +113,7 @@ def test_colors_stand_out(page, color):
 def test_pages_shine_through(tmp_path):
     plots.plot_loss(log(LOSSES), tmp_path / "loss.png")
     pixels = image.imread(tmp_path / "loss.png")
-    assert pixels.shape[2] == 4 and (pixels[..., 3] == 0).mean() > 0.8
-    assert (pixels[[0, -1]][..., 3] == 0).all() and (pixels[:, [0, -1]][..., 3] == 0).all()  # a margin: nothing is cut off
+    assert pixels.shape[2] == 4
+    assert (pixels[..., 3] == 0).mean() > 0.8
+    assert (pixels[[0, -1]][..., 3] == 0).all()
+    assert (pixels[:, [0, -1]][..., 3] == 0).all()  # a margin: nothing is cut off

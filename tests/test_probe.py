@@ -106,7 +106,8 @@ def test_outputs_are_those_of_the_last_pass_and_not_of_a_later_one(model):
         logits(model)
         found = dict(outputs)
     logits(model)
-    assert outputs == found and set(found) == {"model.norm", LAYER}
+    assert outputs == found
+    assert set(found) == {"model.norm", LAYER}
     with last_hidden_states(model) as hidden:
         logits(model)
     assert torch.equal(hidden.pop(), found["model.norm"])

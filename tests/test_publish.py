@@ -54,9 +54,12 @@ def card(measured=None, **facts):
 def test_the_card_holds_the_facts():
     text = str(card(license="apache-2.0"))
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["base_model"] == "owner/big" and metadata["base_model_relation"] == "finetune"
-    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
-    assert metadata["license"] == "apache-2.0" and "knowledge-distillation" in metadata["tags"]
+    assert metadata["base_model"] == "owner/big"
+    assert metadata["base_model_relation"] == "finetune"
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["license"] == "apache-2.0"
+    assert "knowledge-distillation" in metadata["tags"]
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
     for fact in ("16.00 ± 0.34", "57.00 ± 0.34", "0.250 ± 0.050", "| ffn | 72 | **8** |", "1,234 tokens in 9 steps", "seed: 5",
                  "hf-minitron run r.yaml", "](loss.png)", "2407.14679"):  # fmt: skip
@@ -65,15 +68,20 @@ def test_the_card_holds_the_facts():
 
 
 def test_the_card_says_what_is_better_and_what_cannot_be_told():
-    assert "95 % interval" not in str(card()) and "Bits per byte" not in str(card())
+    assert "95 % interval" not in str(card())
+    assert "Bits per byte" not in str(card())
     values = np.stack([np.arange(60) % 2, np.ones(60)], axis=1)
     worse, same = compare_paired(values * [0, 1], values), compare_paired(values, np.roll(values, 2, axis=0))
     heading = {"model": "distilled", "baseline": "teacher", "task": "task"}
     comparisons = [Comparison(**vars(found), **heading, metric=name) for name, found in (("acc", worse), ("f1", same))]
     found = replace(report(), comparisons=comparisons, text={**report().text, "bytes": 12345})
     rows = comparison_rows(found)
-    assert rows[1][0] == "task acc" and rows[1][1] == "-0.50" and rows[1][3] == "< 0.001" and rows[1][-1] == "worse"
-    assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"] and rows[2][-1] == "not distinguishable"
+    assert rows[1][0] == "task acc"
+    assert rows[1][1] == "-0.50"
+    assert rows[1][3] == "< 0.001"
+    assert rows[1][-1] == "worse"
+    assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"]
+    assert rows[2][-1] == "not distinguishable"
     text = str(card(found))
     assert all(sentence(comparison) in text for comparison in comparisons)
     assert "12,345 bytes" in text
@@ -120,8 +128,10 @@ def published(hub, **where):
 def test_push_is_private_unless_told_and_complete(hub, folder, private):
     assert push(folder, Target("me/small", private)) == f"{hub.address}/me/small"
     assert hub.repos["me/small"]["private"] is private
-    assert published(hub) == contents(folder) and len(contents(folder)) > 8
-    assert hub.asked("POST .*/commit/") == 1 and not hub.waits
+    assert published(hub) == contents(folder)
+    assert len(contents(folder)) > 8
+    assert hub.asked("POST .*/commit/") == 1
+    assert not hub.waits
 
 
 def test_the_same_again_makes_no_commit_and_sends_nothing(hub, folder):
@@ -161,14 +171,17 @@ def test_who_may_not_write_may_offer_a_pull_request(hub, folder, monkeypatch):
     with pytest.raises(ValueError, match=r"may not write to me/small.*create_pr"):
         push(folder, Target("me/small"))
     assert push(folder, Target("me/small", create_pr=True)).endswith("/discussions/1")
-    assert published(hub) == {} and published(hub, revision="refs/pr/1") == contents(folder)
+    assert published(hub) == {}
+    assert published(hub, revision="refs/pr/1") == contents(folder)
 
 
 def test_collections_by_title_and_slug(hub, folder):
     for _ in range(2):  # the second finds both the collection and the model in it
         push(folder, Target("me/small", collection="Small models"))
     ((slug, made),) = hub.collections.items()
-    assert made["title"] == "Small models" and made["private"] and [item["id"] for item in made["items"]] == ["me/small"]
+    assert made["title"] == "Small models"
+    assert made["private"]
+    assert [item["id"] for item in made["items"]] == ["me/small"]
     push(folder, Target("me/other", collection=slug))
     assert [(item["id"], item["type"]) for item in made["items"]] == [("me/small", "model"), ("me/other", "model")]
     with pytest.raises(ValueError, match=r"(?s)The model is at .*/me/small, but not in 'me/gone-0+'.*404"):
@@ -232,9 +245,13 @@ def test_a_preview_needs_no_network(folder, hub):
     text = preview(folder, Target("me/small", revision="v2"))
     sizes = {name: len(content) for name, content in contents(folder).items()}
     for name, size in sizes.items():
-        assert f"| {name} " in text and f" {size:,} |" in text
-    assert f"{len(sizes)} files" in text and f"{sum(sizes.values()):,}" in text and "v2 of me/small" in text
-    assert "HEAD" not in text and not hub.requests
+        assert f"| {name} " in text
+        assert f" {size:,} |" in text
+    assert f"{len(sizes)} files" in text
+    assert f"{sum(sizes.values()):,}" in text
+    assert "v2 of me/small" in text
+    assert "HEAD" not in text
+    assert not hub.requests
 
 
 def other_model(**card):
@@ -262,7 +279,9 @@ def test_a_model_of_other_provenance_is_not_replaced_unless_told(hub, folder, he
         for target in (Target("me/small"), Target("me/small", revision="v2"), Target("me/small", create_pr=True)):
             with pytest.raises(ValueError, match=f"{message}.*overwrite it"):
                 push(folder, target)
-        assert published(hub) == held and list(hub.repos["me/small"]["refs"]) == ["main"] and not hub.asked("PUT")
+        assert published(hub) == held
+        assert list(hub.repos["me/small"]["refs"]) == ["main"]
+        assert not hub.asked("PUT")
     push(folder, Target("me/small", overwrite=message is not None))
     kept = {name: held[name] for name in ("notes.txt", "LICENSE", "weights.gguf") if name in held}
     assert published(hub) == contents(folder) | kept
@@ -290,10 +309,12 @@ def test_what_passes_is_waited_for(hub, folder, faults):
     for method, pattern, *answers in faults:
         hub.fail(method, pattern, *answers, body="<html>")
     push(folder, Target("me/small", collection="Small models"))
-    assert not hub.faults and 1 <= sum(hub.waits) <= 60
+    assert not hub.faults
+    assert 1 <= sum(hub.waits) <= 60
     assert published(hub) == contents(folder)
     assert len(hub.repos["me/small"]["commits"]) == 2, "one commit beside the empty one"
-    assert len(hub.collections) == 1 and len(hub.repos) == 1
+    assert len(hub.collections) == 1
+    assert len(hub.repos) == 1
 
 
 @pytest.mark.parametrize("pattern", ["/api/models/", "/repos/create", "/preupload/", "/lfs/", "/commit/"])
@@ -301,14 +322,17 @@ def test_a_rate_limit_is_respected(hub, folder, pattern):
     method = {"/api/models/": "GET", "/lfs/": "PUT"}.get(pattern, "POST")
     hub.fail(method, pattern, 429, headers={"Retry-After": "77"})
     push(folder, Target("me/small"))
-    assert max(hub.waits) in (77, 78) and len(hub.waits) == 1 and published(hub) == contents(folder)
+    assert max(hub.waits) in (77, 78)
+    assert len(hub.waits) == 1
+    assert published(hub) == contents(folder)
 
 
 def test_a_longer_wait_than_a_window_is_left_to_the_user(hub, folder):
     hub.fail("POST", "/commit/", 429, headers={"RateLimit": '"api";r=0;t=301'})
     with pytest.raises(OSError, match=r"too many requests and asks to wait 301 seconds. Push again later"):
         push(folder, Target("me/small"))
-    assert not hub.waits and published(hub) == {}
+    assert not hub.waits
+    assert published(hub) == {}
 
 
 LASTING = {
@@ -328,14 +352,16 @@ def test_what_does_not_pass_is_told_and_nothing_looks_published(hub, folder, met
     hub.fail(method, pattern, *answers)
     with pytest.raises(kind, match=message) as caught:
         push(folder, Target("me/small"))
-    assert TOKEN not in str(caught.value) and len(hub.waits) < 40
+    assert TOKEN not in str(caught.value)
+    assert len(hub.waits) < 40
     assert not hub.repos or published(hub) == {}
     sent = hub.asked("PUT")
     hub.faults.clear()
     push(folder, Target("me/small"))
     assert published(hub) == contents(folder)
     if pattern == "/commit/":
-        assert sent > 1 and hub.asked("PUT") == sent, "blobs that arrived were sent again"
+        assert sent > 1, "blobs that arrived were sent again"
+        assert hub.asked("PUT") == sent, "blobs that arrived were sent again"
 
 
 def test_after_a_kill_only_what_is_missing_is_sent(hub, folder):
@@ -344,10 +370,12 @@ def test_after_a_kill_only_what_is_missing_is_sent(hub, folder):
     with pytest.raises(ValueError, match="403"):
         push(folder, Target("me/small"))
     arrived, sent = len(hub.objects), hub.asked("PUT")
-    assert shards > 2 and published(hub) == {}
+    assert shards > 2
+    assert published(hub) == {}
     hub.faults.clear()
     push(folder, Target("me/small"))
-    assert hub.asked("PUT") - sent == shards - arrived and published(hub) == contents(folder)
+    assert hub.asked("PUT") - sent == shards - arrived
+    assert published(hub) == contents(folder)
 
 
 def test_a_pull_request_is_not_opened_twice(hub, folder):
@@ -356,7 +384,8 @@ def test_a_pull_request_is_not_opened_twice(hub, folder):
     hub.fail("POST", "/commit/", LOST)
     with pytest.raises(OSError, match="/me/small/discussions whether the pull request is there"):
         push(folder, Target("me/small", create_pr=True))
-    assert sorted(hub.repos["me/small"]["refs"]) == ["main", "refs/pr/1"] and published(hub)["plan.json"] == b"plan.json\n"
+    assert sorted(hub.repos["me/small"]["refs"]) == ["main", "refs/pr/1"]
+    assert published(hub)["plan.json"] == b"plan.json\n"
     hub.fail("POST", "/commit/", 429)  # not done, so it can be asked for again
     push(folder, Target("me/small", create_pr=True))
     assert sorted(hub.repos["me/small"]["refs"]) == ["main", "refs/pr/1", "refs/pr/2"]
@@ -403,7 +432,9 @@ def test_no_output_holds_the_token(hub, folder, tmp_path, monkeypatch, caplog, c
         push(folder, Target("me/small"))
     push(folder, Target("me/small"))
     shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
-    assert "Bearer <token>" in shown and "curl -X POST" in shown and "once more in" in shown
+    assert "Bearer <token>" in shown
+    assert "curl -X POST" in shown
+    assert "once more in" in shown
     assert TOKEN not in shown
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in [*files, *hub.files().values()])
@@ -435,7 +466,8 @@ def test_published_models_are_loaded_by_name_with_transformers_alone(hub, tmp_pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stock, own = done.stdout.splitlines()
-    assert stock.startswith("transformers.models.llama") and own.startswith("transformers_modules.me.nonuniform")
+    assert stock.startswith("transformers.models.llama")
+    assert own.startswith("transformers_modules.me.nonuniform")
 
 
 def test_the_trainer_pushes_with_our_card(hub, tmp_path):
@@ -452,8 +484,10 @@ def test_the_trainer_pushes_with_our_card(hub, tmp_path):
     assert hub.repos["me/small"]["private"]
     text = hub.files()["README.md"].decode()
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["base_model"] == "owner/big" and metadata["license"] == "apache-2.0"
-    assert "hf_minitron" in metadata["tags"] and "mine" in metadata["tags"]
+    assert metadata["base_model"] == "owner/big"
+    assert metadata["license"] == "apache-2.0"
+    assert "hf_minitron" in metadata["tags"]
+    assert "mine" in metadata["tags"]
     for fact in (
         "quality has not",
         "0.75 forward_kl, 0.25 cross_entropy",
@@ -484,7 +518,9 @@ def test_a_teacher_from_a_folder_leaves_no_path_in_the_card(tmp_path, monkeypatc
     trainer = DistillationTrainer(tiny.model(dtype=torch.float32), teacher, args, train_dataset=tiny.blocks())
     trainer.create_model_card(model_name="small")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "private" not in text and "base_model" not in yaml.safe_load(text.split("---")[1]) and "a llama model" in text
+    assert "private" not in text
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+    assert "a llama model" in text
 
 
 def test_statistics_reports_and_plans_are_pushed_as_they_save_themselves(hub, tmp_path):

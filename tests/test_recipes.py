@@ -91,7 +91,8 @@ def count_on_meta(config):
 
 def test_everything_is_there():
     wanted = {"smollm2-135m-width", "smollm2-135m-chain", "smollm2-1.7b-nonuniform", "smollm3-3b-lora", "qwen3-4b-cached"}
-    assert set(NAMES) == wanted | PUBLISHED.keys() and len(RECIPES) == 13
+    assert set(NAMES) == wanted | PUBLISHED.keys()
+    assert len(RECIPES) == 13
     assert set(ENGINES) == {"single", "ddp", "fsdp2", "zero3"}
     assert {path.stem for path in FOLDER.glob("*.py")} == {*SCRIPTS, "prepare_offline"}
     readme = (ROOT / "README.md").read_text()
@@ -107,8 +108,10 @@ def test_every_section_binds(path):
     texts = [args.text for args in sections.values() if isinstance(getattr(args, "text", None), str)]
     if "135m" not in path.parent.name:  # looked up on the Hub, not from here
         known = {"NeelNanda/c4-10k", "HuggingFaceFW/fineweb-edu", "OptimalScale/ClimbMix", "Salesforce/wikitext"}
-        assert {text.partition(":")[0] for text in texts} <= known and not any(map(text_files, texts))
-    assert len(texts) >= 3 and sources_of(sections["distill"])
+        assert {text.partition(":")[0] for text in texts} <= known
+        assert not any(map(text_files, texts))
+    assert len(texts) >= 3
+    assert sources_of(sections["distill"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,7 +121,9 @@ def test_its_readme_says_how_where_and_what_to_expect(name):
     (engine,) = re.findall(
         rf"^accelerate launch --config_file recipes/accelerate/(\w+)\.yaml -m hf_minitron run {files}$", text, re.M
     )
-    assert any(key.startswith("expected") for key in table) and table["source"] and table["run by us"]
+    assert any(key.startswith("expected") for key in table)
+    assert table["source"]
+    assert table["run by us"]
     gpus = re.match(r"(\d+|one) GPUs? of \d+ GB", table["hardware"])
     number = 1 if gpus is None or gpus[1] == "one" else int(gpus[1])
     assert ("no GPU" in table["hardware"]) == (gpus is None)
@@ -158,7 +163,8 @@ def test_targets_are_held_by_a_class_and_of_the_size_they_say(name, tmp_path):
             counts[1] += int(args.nonuniform * layers) - layers
         else:
             text = plan_text(run)
-            assert all(f" {count:,} |" in text for count in said) and args.target
+            assert all(f" {count:,} |" in text for count in said)
+            assert args.target
         assert said == counts
         sizes += counts[len(sizes) > 0 :]
         model = tmp_path / path.stem
@@ -208,7 +214,8 @@ CHAINS = ["nemotron-4-15b-8b-4b", "smollm2-135m-chain"]
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_second_round_prunes_the_first_s_student_and_learns_from_the_original(name):
     first, second = (yaml.safe_load((FOLDER / name / f"{number}.yaml").read_text()) for number in ("first", "second"))
-    assert second["model"] == f"{first['run']}/publish/model" and second["distill"]["teacher"] == first["model"]
+    assert second["model"] == f"{first['run']}/publish/model"
+    assert second["distill"]["teacher"] == first["model"]
 
 
 # accelerate
@@ -237,12 +244,14 @@ def environment(engine, monkeypatch):
 )
 def test_accelerate_reads_its_configs(engine, kind, number, monkeypatch):
     config = load_config_from_file(str(ENGINES[engine]))  # refuses unknown keys
-    assert isinstance(config, ClusterConfig) and config.distributed_type == DistributedType(kind)
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type == DistributedType(kind)
     known = {action.dest for action in launching.launch_command_parser()._actions}
     assert {*config.fsdp_config, *config.deepspeed_config} <= known  # it is silent about others
     args = environment(engine, monkeypatch)
     assert (args.use_fsdp, args.use_deepspeed, args.multi_gpu) == (kind == "FSDP", kind == "DEEPSPEED", kind == "MULTI_GPU")
-    assert args.num_processes == number and args.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert args.num_processes == number
+    assert args.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     assert f"--config_file recipes/accelerate/{engine}.yaml " in ENGINES[engine].read_text()
 
 
@@ -253,7 +262,8 @@ def test_fsdp2_shards_one_decoder_layer_at_a_time(monkeypatch):
         PrunedConfig.from_stock(tiny.config(), layer_intermediate_size=[72, 0, 40]),
     )
     assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, False)
-    assert plugin.cpu_ram_efficient_loading is False and type(plugin.cpu_offload).__name__ == "OffloadPolicy"
+    assert plugin.cpu_ram_efficient_loading is False
+    assert type(plugin.cpu_offload).__name__ == "OffloadPolicy"
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     for model in (tiny.model(), tiny.model("qwen3_moe"), tiny.model("smollm3"), PrunedForCausalLM(nonuniform)):
         plugin = FullyShardedDataParallelPlugin()
@@ -265,9 +275,12 @@ def test_fsdp2_shards_one_decoder_layer_at_a_time(monkeypatch):
 def test_zero3_takes_batch_accumulation_and_clipping_from_the_recipe(monkeypatch):
     environment("zero3", monkeypatch)
     plugin = DeepSpeedPlugin()
-    assert plugin.zero_stage == 3 and plugin.zero3_save_16bit_model is True and plugin.zero3_init_flag is True
+    assert plugin.zero_stage == 3
+    assert plugin.zero3_save_16bit_model is True
+    assert plugin.zero3_init_flag is True
     zero = plugin.deepspeed_config["zero_optimization"]
-    assert zero["stage3_gather_16bit_weights_on_model_save"] is True and zero["offload_optimizer"]["device"] == "none"
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert zero["offload_optimizer"]["device"] == "none"
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):  # the arguments' own plugin needs DeepSpeed
         monkeypatch.delenv(name)
     _, sections = bound(FOLDER / "llama-3.1-8b-width-4.5b/recipe.yaml")
@@ -338,7 +351,9 @@ def test_models_sharded_as_fsdp2_says_learn_as_in_one_process(tmp_path, monkeypa
     one, two = histories
     assert len(one) == 3
     for name, losses in one.items():
-        assert two[name] == pytest.approx(losses, rel=1e-4) and losses[2] < losses[0] and losses[3] < losses[1]
+        assert two[name] == pytest.approx(losses, rel=1e-4)
+        assert losses[2] < losses[0]
+        assert losses[3] < losses[1]
 
 
 # The demonstration's texts
@@ -354,7 +369,8 @@ def test_offline_text_is_split_by_module(tmp_path, monkeypatch):
     for part in ("train", "calibration", "held_out"):
         parts[part] = [json.loads(line) for line in (tmp_path / f"stdlib/{part}.jsonl").read_text().splitlines()]
     modules = [{row["module"] for row in rows} for rows in parts.values()]
-    assert all(modules) and sum(map(len, modules)) == len(set.union(*modules)) == 25
+    assert all(modules)
+    assert sum(map(len, modules)) == len(set.union(*modules)) == 25
     assert "stdlib_last_word" in task_manager(tmp_path / "stdlib/tasks", ["stdlib_last_word"]).all_tasks
     assert prepare_offline.part_of("_pydecimal") == prepare_offline.part_of("decimal")
 
@@ -364,7 +380,8 @@ def test_last_words_do_not_overlap():
 
     text = " ".join(f"word{i}" for i in range(25)) + " stop. " + " ".join(f"next{i}" for i in range(30)) + " halt."
     items = list(prepare_offline.last_words(text))
-    assert [item["word"] for item in items] == ["stop", "halt"] and items[1]["context"].startswith("next0")
+    assert [item["word"] for item in items] == ["stop", "halt"]
+    assert items[1]["context"].startswith("next0")
 
 
 # Scripts
@@ -395,9 +412,12 @@ def test_a_script_runs(name, arguments, project, tmp_path):
     said = start(name, *where, *SMALL, *arguments)
     config = json.loads((out / "config.json").read_text())
     key, size = ("num_hidden_layers", 2) if name == "depth" else ("intermediate_size", 48)
-    assert config[key] == size and (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
+    assert config[key] == size
+    assert (out / "model.safetensors").is_file()
+    assert (out / "tokenizer.json").is_file()
     named = {"depth": ["block", "embedding"], "custom_loss": ["hellinger"]}.get(name, [])
-    assert said.count("'forward_kl'") == 2 and all(said.count(f"'{loss}'") == 2 for loss in named)
+    assert said.count("'forward_kl'") == 2
+    assert all(said.count(f"'{loss}'") == 2 for loss in named)
     assert (out / "cache/cache.json").is_file() == (name == "cached_teacher" or "--cache_top_k" in arguments)
 
 
@@ -405,8 +425,10 @@ def test_a_script_runs(name, arguments, project, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_explains_itself(name):
     said, text = start(name, "--help"), (FOLDER / f"{name}.py").read_text()
-    assert "--model MODEL" in said and "--per_device_train_batch_size" in said
-    assert f"recipes/{name}.py --output_dir out " in text and len(text.splitlines()) <= 110  # about a page
+    assert "--model MODEL" in said
+    assert "--per_device_train_batch_size" in said
+    assert f"recipes/{name}.py --output_dir out " in text
+    assert len(text.splitlines()) <= 110  # about a page
 
 
 # A loss of one's own
@@ -451,7 +473,8 @@ def test_it_works_live_and_cached(hellinger, k, tmp_path):
         assert 0.01 < first < expected
     else:
         assert first == pytest.approx(expected.item(), rel=1e-4)
-    assert last < first / 2 and (k == 5 or distances(student, teacher, blocks).mean() < expected / 2)
+    assert last < first / 2
+    assert k == 5 or distances(student, teacher, blocks).mean() < expected / 2
 
 
 def test_a_loss_that_takes_a_mean_is_refused(tmp_path):

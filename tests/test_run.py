@@ -108,7 +108,8 @@ def test_overrides_reach_sections_and_numbers_are_read_as_numbers(load):
     assert read_yaml("{a: [1e-4, -2E+3, 1e1], b: 1e, c: e5}", "here") == {"a": [1e-4, -2000, 10], "b": "1e", "c": "e5"}
     heat, loaves = read_yaml("1e-4", "--bake.heat"), read_yaml("2e1", "--bake.loaves")
     args = bind(load({"bake.heat": heat, "bake.loaves": loaves, "slice.width": 3}), "bake", Bake)
-    assert (args.heat, args.loaves) == (1e-4, 20) and isinstance(args.loaves, int)
+    assert (args.heat, args.loaves) == (1e-4, 20)
+    assert isinstance(args.loaves, int)
     assert bind(load({"slice.width": 3}), "slice", Slice) == Slice(3)  # the recipe had no such section
     assert load(drop=["run"]).folder.parent.name == "runs"
 
@@ -153,22 +154,28 @@ def test_the_digest_follows_all_that_a_stage_reads_and_nothing_else(load, tmp_pa
 def test_a_done_stage_is_skipped_and_a_changed_one_starts_empty(load):
     run = load()
     do(run, "bake")
-    assert begin(run, "bake", ()) is None and names(run.folder) == ["bake"]
+    assert begin(run, "bake", ()) is None
+    assert names(run.folder) == ["bake"]
     mark = json.loads((run.path("bake") / "done.json").read_text())
-    assert mark["digest"] == run.digest("bake", ()) and mark["seconds"] >= 0
+    assert mark["digest"] == run.digest("bake", ())
+    assert mark["seconds"] >= 0
     hotter = load({"bake.heat": 250})
     assert names(begin(hotter, "bake", ())) == ["started.json"]
     assert (run.path("bake") / "out.txt").is_file()  # the old result stays until the new one is there
     finish(hotter, "bake")
-    assert names(run.path("bake")) == ["done.json"] and begin(hotter, "bake", ()) is None
+    assert names(run.path("bake")) == ["done.json"]
+    assert begin(hotter, "bake", ()) is None
 
 
 def test_an_interrupted_stage_keeps_its_work_only_for_the_very_same_work(load):
     folder = begin(load(), "bake", ())
     (folder / "checkpoint").write_text("half")
-    assert done_digest(load().path("bake")) is None and not load().path("bake").exists()
-    assert begin(load(), "bake", ()) == folder and (folder / "checkpoint").is_file()
-    assert begin(load({"bake.heat": 90}), "bake", ()) == folder and names(folder) == ["started.json"]
+    assert done_digest(load().path("bake")) is None
+    assert not load().path("bake").exists()
+    assert begin(load(), "bake", ()) == folder
+    assert (folder / "checkpoint").is_file()
+    assert begin(load({"bake.heat": 90}), "bake", ()) == folder
+    assert names(folder) == ["started.json"]
 
 
 @pytest.mark.parametrize("left", ["", '{"dig', "{}"])
@@ -176,7 +183,8 @@ def test_a_half_written_mark_is_not_done(load, left):
     run = load()
     do(run, "bake")
     (run.path("bake") / "done.json").write_text(left)
-    assert done_digest(run.path("bake")) is None and begin(run, "bake", ()) is not None
+    assert done_digest(run.path("bake")) is None
+    assert begin(run, "bake", ()) is not None
 
 
 def test_finished_work_survives_a_kill_before_it_gets_its_name(load, monkeypatch):
@@ -189,7 +197,8 @@ def test_finished_work_survives_a_kill_before_it_gets_its_name(load, monkeypatch
         finish(run, "bake")
     assert (folder / "checkpoints").is_dir()
     assert begin(run, "bake", ()) is None
-    assert names(run.path("bake")) == ["done.json", "out.txt"] and not folder.exists()
+    assert names(run.path("bake")) == ["done.json", "out.txt"]
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("left", ["", '{"dig'])

@@ -82,7 +82,8 @@ def test_candidates_are_all_legal_shapes_near_the_budget(tensor_parallel):
         legal = heads % kv == 0 and heads // kv <= 2 and all(n % tensor_parallel == 0 for n in (heads, kv, ffn))
         if legal and abs(count / limits["parameters"] - 1) <= 0.05:
             expected.append(((layers, hidden, ffn, heads, kv), count))
-    assert sorted((tuple(c.shape[a] for a in GRID), c.costs["parameters"]) for c in found) == sorted(expected) and expected
+    assert sorted((tuple(c.shape[a] for a in GRID), c.costs["parameters"]) for c in found) == sorted(expected)
+    assert expected
     for candidate in found:  # what a recipe gets makes the same shape again
         assert before.cut_to(candidate.target) == candidate.shape
         assert all(before[axis] != size for axis, size in candidate.target.items())
@@ -94,7 +95,8 @@ def test_of_several_budgets_none_is_exceeded_and_the_tightest_met():
     limits = search.limits_of({"parameters": "80%", "kv_cache_bytes": "50%"}, {n: cost(before) for n, cost in costs.items()})
     for candidate in search.candidates(search.legal_shapes(before, GRID, {}), limits, costs):
         used = [candidate.costs[name] / limits[name] for name in limits]
-        assert 0.95 <= max(used) <= 1.05 and candidate.shape.kv_cache_bytes_per_token(2) == candidate.costs["kv_cache_bytes"]
+        assert 0.95 <= max(used) <= 1.05
+        assert candidate.shape.kv_cache_bytes_per_token(2) == candidate.costs["kv_cache_bytes"]
 
 
 def test_a_hundred_thousand_shapes_take_seconds():
@@ -110,9 +112,12 @@ def test_default_grids_hold_the_model_itself_and_multiples():
     before, *_ = space(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
                        num_key_value_heads=8, head_dim=128)  # fmt: skip
     grid = search.default_grid(before, {"hidden": 64, "ffn": 64})
-    assert grid["layers"] == [29, 30, 31, 32] and grid["heads"] == [16, 24, 32] and set(grid) == {*GRID} - {"kv_heads"}
+    assert grid["layers"] == [29, 30, 31, 32]
+    assert grid["heads"] == [16, 24, 32]
+    assert set(grid) == {*GRID} - {"kv_heads"}
     for axis in ("hidden", "ffn"):
-        assert all(size % 64 == 0 and size >= before[axis] / 2 for size in grid[axis]) and grid[axis][-1] == before[axis]
+        assert all(size % 64 == 0 and size >= before[axis] / 2 for size in grid[axis])
+        assert grid[axis][-1] == before[axis]
     search.check_grid(before, grid, {"hidden": 64, "ffn": 64})
 
 
@@ -121,9 +126,8 @@ def test_the_score_is_the_share_that_is_kept():
     scores = scores_of(before)
     legal = search.legal_shapes(before, GRID, {})
     found = search.rank([search.Candidate(*pair, {}) for pair in legal], scores, before)
-    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True) and 0 < found[-1].score < found[
-        0
-    ].score < 1
+    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
+    assert 0 < found[-1].score < found[0].score < 1
     by_name = {c.name: c.score for c in found}
     hidden = scores["hidden"].sort(descending=True).values
     ffn = scores["ffn"].sort(descending=True).values
@@ -142,13 +146,15 @@ def test_speed_is_predicted_from_a_few_shapes():
     legal = search.legal_shapes(before, GRID, {})
     truth = lambda shape: 1 / (2e-4 + 3e-4 * shape["layers"] + 1e-8 * shape.flops_per_token(rows))  # noqa: E731
     probes = search.size_probes(legal, lambda shape: shape["hidden"] != 24, rows, 5)
-    assert len(probes) == 5 and all(shape["hidden"] != 24 for shape in probes)
+    assert len(probes) == 5
+    assert all(shape["hidden"] != 24 for shape in probes)
     speed = search.fit_speed(probes, [truth(shape) for shape in probes], rows)
     for _, shape in legal:
         assert speed(shape) == pytest.approx(truth(shape), rel=1e-3)
     limits = {"decode_tokens_per_second": 800.0}
     found = search.candidates(legal, limits, {"decode_tokens_per_second": speed})
-    assert found and all(800 / 1.05 <= truth(c.shape) <= 800 / 0.95 for c in found)
+    assert found
+    assert all(800 / 1.05 <= truth(c.shape) <= 800 / 0.95 for c in found)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,8 @@ def searched(project, tmp_path_factory):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert main(["search", str(path)]) == 1  # not scored yet
-    assert main(["score", str(path)]) == 0 and main(["search", str(path)]) == 0
+    assert main(["score", str(path)]) == 0
+    assert main(["search", str(path)]) == 0
     return path
 
 
@@ -268,12 +275,14 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     folder = searched.parent / "run"
     found = json.loads((folder / "search/candidates.json").read_text())
     names = [entry["name"] for entry in found["candidates"]]
-    assert len(names) == 2 and found["budget"]["parameters"] == pytest.approx(0.6 * tiny.model().num_parameters())
+    assert len(names) == 2
+    assert found["budget"]["parameters"] == pytest.approx(0.6 * tiny.model().num_parameters())
     capsys.readouterr()
     assert main(["search", str(searched)]) == 0
     out = capsys.readouterr().out
     paths = [folder / "candidates" / name / "recipe.yaml" for name in names]
-    assert "search: done before, skipped" in out and all(f"hf-minitron run {path}" in out for path in paths)
+    assert "search: done before, skipped" in out
+    assert all(f"hf-minitron run {path}" in out for path in paths)
     assert main(["select", str(searched)]) == 1
     assert f"no candidate is finished yet:\n  hf-minitron run {paths[0]}" in capsys.readouterr().err
     monkeypatch.setattr("hf_minitron.stages.score.calibrate", lambda *args, **kwargs: 1 / 0)  # nothing is scored again
@@ -281,13 +290,15 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     assert "score: done before, skipped" in capsys.readouterr().out
     report = json.loads((folder / "candidates" / names[0] / "evaluate/report.json").read_text())
     entry = found["candidates"][0]
-    assert report["models"]["distilled"]["parameters"] == entry["costs"]["parameters"] and not report["speed"]
+    assert report["models"]["distilled"]["parameters"] == entry["costs"]["parameters"]
+    assert not report["speed"]
     assert {axis: report["models"]["pruned"]["shape"][axis] for axis in entry["target"]} == entry["target"]
     log = json.loads((folder / "candidates" / names[0] / "distill/log.json").read_text())
     assert log["history"][-1]["step"] == 2
     assert main(["select", str(searched)]) == 0
     out = capsys.readouterr().out
-    assert names[0] in out and f"Not finished:\n  hf-minitron run {paths[1]}" in out
+    assert names[0] in out
+    assert f"Not finished:\n  hf-minitron run {paths[1]}" in out
     for verb in ("prune", "distill", "evaluate"):
         assert main([verb, str(paths[1])]) == 0
     capsys.readouterr()
@@ -295,12 +306,17 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     assert "Not finished" not in capsys.readouterr().out
     ranking = json.loads((folder / "select/ranking.json").read_text())
     values = [entry["distilled"]["value"] for entry in ranking["ranking"]]
-    assert values == sorted(values) and len(values) == 2 and not ranking["unfinished"]
+    assert values == sorted(values)
+    assert len(values) == 2
+    assert not ranking["unfinished"]
     assert {entry["rank_pruned"] for entry in ranking["ranking"]} == {1, 2} == {e["rank_by_score"] for e in ranking["ranking"]}
-    assert (folder / "select/candidates.png").stat().st_size > 0 and names[1] in (folder / "select/ranking.md").read_text()
+    assert (folder / "select/candidates.png").stat().st_size > 0
+    assert names[1] in (folder / "select/ranking.md").read_text()
     best = yaml.safe_load((folder / "select/best.yaml").read_text())
-    assert best["prune"]["target"] == ranking["ranking"][0]["target"] and best["distill"]["max_steps"] == 6
-    assert best["evaluate"]["tasks"] == ["tiny_last_word"] and "search" not in best
+    assert best["prune"]["target"] == ranking["ranking"][0]["target"]
+    assert best["distill"]["max_steps"] == 6
+    assert best["evaluate"]["tasks"] == ["tiny_last_word"]
+    assert "search" not in best
     assert main(["prune", str(folder / "select/best.yaml")]) == 0
 
 
@@ -312,8 +328,10 @@ def test_another_search_keeps_what_has_run(searched, tmp_path, capsys):
     capsys.readouterr()
     assert main(["search", str(searched), "--search.budget.parameters", "80%", "--search.steps", "3"]) == 0
     out = capsys.readouterr().out
-    assert f"Left from another search in {folder / 'candidates'}: " in out and first[0]["name"] in out
-    assert mark.is_file() and (folder / "candidates" / first[0]["name"] / "recipe.yaml").is_file()
+    assert f"Left from another search in {folder / 'candidates'}: " in out
+    assert first[0]["name"] in out
+    assert mark.is_file()
+    assert (folder / "candidates" / first[0]["name"] / "recipe.yaml").is_file()
     assert main(["search", str(searched)]) == 0  # the same as at first
     assert json.loads((folder / "search/candidates.json").read_text())["candidates"] == first
 
@@ -350,15 +368,18 @@ def test_measured_speed_is_a_budget(searched, monkeypatch, capsys):
     found = json.loads((folder / "search/candidates.json").read_text())
     wanted = found["budget"]["prefill_tokens_per_second"]
     for entry in found["candidates"]:
-        assert abs(wanted / entry["costs"]["prefill_tokens_per_second"] - 1) <= 0.2 and entry["costs"]["parameters"] > 0
-    assert measured[0]["ffn"] == 72 and len(measured) <= 1 + stage.PROBES + 4
+        assert abs(wanted / entry["costs"]["prefill_tokens_per_second"] - 1) <= 0.2
+        assert entry["costs"]["parameters"] > 0
+    assert measured[0]["ffn"] == 72
+    assert len(measured) <= 1 + stage.PROBES + 4
 
 
 def test_random_models_of_a_shape_can_be_measured():
     config = tiny.config()
     shape = Architecture.of(config).shape.cut_to({"hidden": 24, "layers": 2})
     speed = stage.shape_tokens_per_second(config, shape, torch.float32, torch.device("cpu"))
-    assert set(speed) == {"prefill", "decode"} and min(speed.values()) > 0
+    assert set(speed) == {"prefill", "decode"}
+    assert min(speed.values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -382,7 +403,8 @@ def test_help_explains_both_verbs(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert "hf-minitron search recipe.yaml" in out and "hf-minitron select recipe.yaml" in out
+    assert "hf-minitron search recipe.yaml" in out
+    assert "hf-minitron select recipe.yaml" in out
     with pytest.raises(SystemExit):
         main(["search", "--help"])
     assert "search.budget" in capsys.readouterr().out

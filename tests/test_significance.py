@@ -34,7 +34,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         covered += low <= 0.3 <= high
         same = compare_paired(rows(hardness + generator.normal(0, 1, 80)), rows(hardness), seed=trial)
         found += same.verdict != "not distinguishable"
-    assert 0.9 <= covered / trials <= 0.985 and 0.015 <= found / trials <= 0.1
+    assert 0.9 <= covered / trials <= 0.985
+    assert 0.015 <= found / trials <= 0.1
 
 
 def test_as_many_samples_as_needed_find_the_difference_four_times_in_five():
@@ -49,33 +50,42 @@ def test_as_many_samples_as_needed_find_the_difference_four_times_in_five():
 def test_pairing_finds_what_two_separate_intervals_hide():
     hardness = np.random.default_rng(2).normal(0, 10, 100)
     found = compare_paired(rows(hardness - 0.5), rows(hardness + np.random.default_rng(3).normal(0, 0.3, 100)))
-    assert found.verdict == "worse" and found.interval[1] < 0 and found.difference == pytest.approx(-0.5, abs=0.1)
+    assert found.verdict == "worse"
+    assert found.interval[1] < 0
+    assert found.difference == pytest.approx(-0.5, abs=0.1)
 
 
 def test_swapping_the_models_mirrors_everything():
     generator = np.random.default_rng(4)
     ours, theirs = (rows(-generator.gamma(2, 30, 40), generator.integers(20, 40, 40)) for _ in range(2))
     one, other = (compare_paired(*pair, "perplexity", higher_is_better=False) for pair in ((ours, theirs), (theirs, ours)))
-    assert one.interval == pytest.approx([-bound for bound in other.interval[::-1]]) and one.p == other.p
-    assert one.retention == pytest.approx(1e4 / other.retention) and one.samples_needed == other.samples_needed
+    assert one.interval == pytest.approx([-bound for bound in other.interval[::-1]])
+    assert one.p == other.p
+    assert one.retention == pytest.approx(1e4 / other.retention)
+    assert one.samples_needed == other.samples_needed
     assert {one.verdict, other.verdict} in ({"better", "worse"}, {"not distinguishable"})
 
 
 def test_perplexity_is_of_all_tokens_and_lower_is_better():
     likely, unlikely = rows([-10, -30, -20, -25], [10, 20, 10, 20]), rows([-20, -62, -40, -55], [10, 20, 10, 20])
     found = compare_paired(np.tile(unlikely, (5, 1)), np.tile(likely, (5, 1)), "perplexity", higher_is_better=False)
-    assert found.value == pytest.approx(math.exp(177 / 60)) and found.baseline_value == pytest.approx(math.exp(85 / 60))
-    assert found.verdict == "worse" and found.retention == pytest.approx(100 * math.exp((85 - 177) / 60))
+    assert found.value == pytest.approx(math.exp(177 / 60))
+    assert found.baseline_value == pytest.approx(math.exp(85 / 60))
+    assert found.verdict == "worse"
+    assert found.retention == pytest.approx(100 * math.exp((85 - 177) / 60))
     bits = compare_paired(unlikely, likely, "bits", higher_is_better=False)
     assert bits.value == pytest.approx(177 / 60 / math.log(2))
 
 
 def test_few_pairs_prove_nothing_and_no_difference_needs_no_samples():
     found = compare_paired(rows([1.0, 2.0, 3.0]), rows([0.0, 0.5, 1.0]))
-    assert found.verdict == "not distinguishable" and found.p >= 0.25 and found.samples_needed > 3
+    assert found.verdict == "not distinguishable"
+    assert found.p >= 0.25
+    assert found.samples_needed > 3
     same = compare_paired(rows([1, 0, 1]), rows([1, 0, 1]))
     assert (same.p, same.interval, same.samples_needed) == (1.0, (0.0, 0.0), None)
-    assert same.retention == pytest.approx(100) and same.retention_interval is None
+    assert same.retention == pytest.approx(100)
+    assert same.retention_interval is None
     nothing = compare_paired(rows([1, 0, 1]), rows([0, 0, 0]))
     assert nothing.retention is None
     with pytest.raises(ValueError, match="at least two samples"):
@@ -90,13 +100,13 @@ def test_the_sentence_is_plain():
     what = {"model": "student", "baseline": "teacher", "task": "task", "metric": "acc"}
     sentence = wording.sentence(Comparison(**vars(found), **what))
     assert sentence.startswith("student and teacher are not distinguishable on task acc with these 200 samples")
-    assert (
-        f"{ours.mean():.3f} against {theirs.mean():.3f}" in sentence
-        and "% retained" in sentence
-        and "would be needed" in sentence
-    )
+    assert f"{ours.mean():.3f} against {theirs.mean():.3f}" in sentence
+    assert "% retained" in sentence
+    assert "would be needed" in sentence
     worse = wording.sentence(Comparison(**vars(compare_paired(rows(np.zeros(200)), rows(theirs))), **what))
-    assert worse.startswith("student is worse than teacher on task acc (") and "p < 0.001" in worse and "needed" not in worse
+    assert worse.startswith("student is worse than teacher on task acc (")
+    assert "p < 0.001" in worse
+    assert "needed" not in worse
 
 
 def test_one_models_error_is_the_classical_one():

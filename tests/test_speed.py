@@ -39,7 +39,8 @@ def test_rates_follow_from_the_times(monkeypatch):
     settings = SpeedSettings(batch_sizes=(2,), prompt=(10,), new_tokens=4, rounds=3)
     (entry,) = measure_speed({"": tiny.model(dtype=torch.float32)}, settings)[""]
     assert entry["first_token"] == {"value": 0.5, "low": 0.25, "high": 1.0}
-    assert entry["prefill"]["value"] == 2 * 10 / 0.5 and entry["decode"] == {"value": 8 / 2, "low": 8 / 3, "high": 8 / 1}
+    assert entry["prefill"]["value"] == 2 * 10 / 0.5
+    assert entry["decode"] == {"value": 8 / 2, "low": 8 / 3, "high": 8 / 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -53,7 +54,8 @@ def test_peak_memory_is_the_weights_and_what_a_run_adds():
         return held
 
     quiet, busy = speed._peak_bytes(model, lambda: None), speed._peak_bytes(model, work)
-    assert weights <= quiet < weights + 20e6 and 90e6 < busy - weights < 130e6
+    assert weights <= quiet < weights + 20e6
+    assert 90e6 < busy - weights < 130e6
 
 
 @pytest.mark.parametrize(
@@ -72,9 +74,12 @@ def test_bad_settings_are_refused(section, message):
 
 
 def test_settings_are_read_and_checked_against_positions():
-    assert SpeedSettings.read(False) is None and SpeedSettings.read(True) == SpeedSettings()
+    assert SpeedSettings.read(False) is None
+    assert SpeedSettings.read(True) == SpeedSettings()
     read = SpeedSettings.read({"batch_sizes": 2, "prompt": [7, 9]})
-    assert read == SpeedSettings(batch_sizes=(2,), prompt=(7, 9)) and read.check(33, "me") is None
-    assert SpeedSettings(prompt=(8, 500, 900)).within(100).prompt == (8, 76) and SpeedSettings().within(None) == SpeedSettings()
+    assert read == SpeedSettings(batch_sizes=(2,), prompt=(7, 9))
+    assert read.check(33, "me") is None
+    assert SpeedSettings(prompt=(8, 500, 900)).within(100).prompt == (8, 76)
+    assert SpeedSettings().within(None) == SpeedSettings()
     with pytest.raises(ValueError, match="prompt 9 and 24 new_tokens are more than the 32 positions of me"):
         read.check(32, "me")

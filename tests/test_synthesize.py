@@ -120,8 +120,10 @@ def test_the_student_learns_from_what_the_teacher_wrote(recipe, capsys):
     out = capsys.readouterr().out
     assert out.index("synthesize: done") < out.index("score: done")
     texts, facts = written(path)
-    assert len(texts) == len(set(texts)) == facts["documents"] == 20 and all(len(text.split()) >= 8 for text in texts)
-    assert facts["tokens"] >= sum(len(text.split()) + 1 for text in texts) and set(facts["rejected"]) >= {"short", "duplicate"}
+    assert len(texts) == len(set(texts)) == facts["documents"] == 20
+    assert all(len(text.split()) >= 8 for text in texts)
+    assert facts["tokens"] >= sum(len(text.split()) + 1 for text in texts)
+    assert set(facts["rejected"]) >= {"short", "duplicate"}
     left = sorted(p.name for p in (path.with_suffix("") / "synthesize").iterdir())
     assert left == ["done.json", "synthesize.json", "text.jsonl"]
     assert (path.with_suffix("") / "publish/model/README.md").is_file()
@@ -139,7 +141,8 @@ def test_prompts_are_the_beginnings_of_documents(project, recipe):
     texts, facts = written(path)
     documents = [json.loads(line)["text"] for line in (project["folder"] / "train.jsonl").read_text().splitlines()]
     begun = [text for text in texts if any(d.split()[:5] == text.split()[:5] for d in documents)]
-    assert begun == texts and len({tuple(text.split()[:5]) for text in texts}) > 8
+    assert begun == texts
+    assert len({tuple(text.split()[:5]) for text in texts}) > 8
     assert 400 <= facts["tokens"] < 400 + 30
 
 
@@ -202,7 +205,8 @@ def test_what_never_succeeds_ends(project, recipe, capsys, monkeypatch):
 def test_what_cannot_work_is_told_before_slow_work(recipe, capsys, changes, message):
     path = recipe(**changes)
     assert main(["run", str(path)]) == 1
-    assert message in capsys.readouterr().err and not path.with_suffix("").exists()
+    assert message in capsys.readouterr().err
+    assert not path.with_suffix("").exists()
 
 
 def test_a_tokenizer_without_a_chat_template_is_told(project, recipe, capsys):

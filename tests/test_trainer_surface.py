@@ -249,7 +249,8 @@ def test_defaults_that_are_ours(tmp_path):
         {"min_lr_rate": 0.1},
     )
     assert DistillationArguments(str(tmp_path), lr_scheduler_type="linear").lr_scheduler_kwargs is None
-    assert args.use_cpu is not torch.accelerator.is_available() and isinstance(args.bf16, bool)
+    assert args.use_cpu is not torch.accelerator.is_available()
+    assert isinstance(args.bf16, bool)
     assert DistillationArguments(str(tmp_path), metric_for_best_model="eval_forward_kl").greater_is_better is False
 
 
@@ -264,7 +265,8 @@ def test_plain_arguments_keep_their_values(tmp_path):
     trainer = DistillationTrainer(student(), student(vocab_size=99), plain, train_dataset=ROWS)
     for field in dataclasses.fields(TrainingArguments):
         assert getattr(trainer.args, field.name) == getattr(plain, field.name), field.name
-    assert trainer.args.losses == {"forward_kl": 1.0} and trainer.train().global_step == 2
+    assert trainer.args.losses == {"forward_kl": 1.0}
+    assert trainer.train().global_step == 2
     with pytest.raises(ValueError, match="args: Seq2SeqTrainingArguments has generation_config, which has no effect here"):
         DistillationTrainer(student(), None, Seq2SeqTrainingArguments(str(tmp_path)))
     with pytest.raises(ValueError, match="args: dict is neither DistillationArguments nor TrainingArguments"):
@@ -356,7 +358,8 @@ def test_a_dataset_without_labels_is_predicted(tmp_path):
         return {name: value for name, value in collate(rows).items() if name != "labels"}
 
     found = [made(kind, tmp_path, {}, data_collator=unlabelled).predict(ROWS) for kind in (Trainer, DistillationTrainer)]
-    assert found[1].predictions == pytest.approx(found[0].predictions, abs=1e-5) and found[1].label_ids is None
+    assert found[1].predictions == pytest.approx(found[0].predictions, abs=1e-5)
+    assert found[1].label_ids is None
     with pytest.raises(
         ValueError, match="data_collator: it makes input_ids, attention_mask; a batch needs input_ids and labels"
     ):
@@ -416,7 +419,8 @@ def test_model_init_with_losses_on_states(tmp_path):
     for _ in range(2):
         trainer.train()
         histories.append([entry["block"] for entry in trainer.state.log_history if "block" in entry])
-    assert histories[0] == histories[1] and len(histories[0]) == 3
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 3
 
 
 def test_optimizers_callbacks_and_a_collator_of_one_s_own(tmp_path):
@@ -434,7 +438,8 @@ def test_optimizers_callbacks_and_a_collator_of_one_s_own(tmp_path):
         count, chosen = Count(), {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9})}
         trainers.append(made(kind, tmp_path / "a", {}, callbacks=[count], data_collator=short, **chosen))
         trainers[-1].train()
-        assert count.steps == 3 and trainers[-1].data_collator is short
+        assert count.steps == 3
+        assert trainers[-1].data_collator is short
     assert_alike(*trainers)
     trainers = []
     for kind in (Trainer, DistillationTrainer):
@@ -456,7 +461,8 @@ def test_early_stopping_by_a_callback(tmp_path):
     settings = {**EVALUATE, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 30.0}
     stopped = made(DistillationTrainer, tmp_path, {**settings, "max_steps": 9}, callbacks=[EarlyStoppingCallback(1)])
     stopped.train()
-    assert stopped.state.global_step < 9 and stopped.evaluate()["eval_loss"] == pytest.approx(stopped.state.best_metric)
+    assert stopped.state.global_step < 9
+    assert stopped.evaluate()["eval_loss"] == pytest.approx(stopped.state.best_metric)
 
 
 def test_a_class_of_models_without_loss_arguments_accumulates_as_others(tmp_path):
@@ -501,7 +507,8 @@ def test_engine_settings_reach_accelerate(tmp_path):
     settings = {"ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 7, "ddp_broadcast_buffers": False, "ddp_timeout": 99,
                 "ddp_static_graph": True, "torch_compile_mode": "default", "torch_compile_backend": "aot_eager"}  # fmt: skip
     theirs, ours = (made(kind, tmp_path, settings).accelerator for kind in (Trainer, DistillationTrainer))
-    assert vars(ours.ddp_handler) == vars(theirs.ddp_handler) and ours.ddp_handler.bucket_cap_mb == 7
+    assert vars(ours.ddp_handler) == vars(theirs.ddp_handler)
+    assert ours.ddp_handler.bucket_cap_mb == 7
     assert ours.state.dynamo_plugin.to_dict() == theirs.state.dynamo_plugin.to_dict()
     assert DistillationArguments(str(tmp_path), ddp_timeout=99).ddp_timeout_delta.total_seconds() == 99
     for kind in (TrainingArguments, DistillationArguments):  # one process has no group
@@ -554,7 +561,8 @@ def test_liger_patches_the_student_and_not_the_loss(tmp_path, monkeypatch):
         lambda module, args, kwargs: kwargs.pop("skip_logits", None) and 1 / 0, with_kwargs=True
     )
     trainer.train()
-    assert patched == [(trainer.model, {"rms_norm": True})] and trainer.state.log_history[1]["eval_loss"] > 0
+    assert patched == [(trainer.model, {"rms_norm": True})]
+    assert trainer.state.log_history[1]["eval_loss"] > 0
 
 
 def test_what_the_trainer_only_hands_on(tmp_path):

@@ -57,7 +57,8 @@ def spoiled(recipe):
     """A student that gets worse, its log, and the step after which it was best."""
     student, log = distilled(recipe("spoiled"))
     losses = [entry["eval_loss"] for entry in log["history"] if "eval_loss" in entry]
-    assert len(losses) == 4 and log["best"]["loss"] == min(losses)
+    assert len(losses) == 4
+    assert log["best"]["loss"] == min(losses)
     best = losses.index(min(losses)) + 1
     assert log["best"]["step"] == best < 3, "it must get worse, or the test shows nothing"
     return student, log, best
@@ -81,7 +82,8 @@ def test_early_stopping_ends_training_and_stays_ended(recipe, spoiled, monkeypat
             unfinished(path, monkeypatch)
         found, stopped = distilled(path)
         assert equal(found, student)
-        assert stopped["history"][-2]["step"] == best + 2 < 4 and stopped["best"] == log["best"], name
+        assert stopped["history"][-2]["step"] == best + 2 < 4, name
+        assert stopped["best"] == log["best"], name
         assert stopped["tokens"] == (best + 2) * 2 * 16
 
 
@@ -97,7 +99,8 @@ def test_a_kill_between_evaluations_changes_nothing(recipe, spoiled, monkeypatch
         )
         main(["distill", str(path)])
     found, again = distilled(path)
-    assert equal(found, student) and again["best"] == log["best"]
+    assert equal(found, student)
+    assert again["best"] == log["best"]
 
 
 def test_a_cache_answers_for_the_evaluation_too(recipe):
@@ -106,7 +109,8 @@ def test_a_cache_answers_for_the_evaluation_too(recipe):
     path = recipe("cached", sections={"cache": {"method": "top_k", "k": 99, "dtype": "float32"}}, **settings)
     _, cached = distilled(path, "cache")
     found, expected = ([e["eval_forward_kl"] for e in log["history"] if "eval_forward_kl" in e] for log in (cached, live))
-    assert len(found) == 2 and found == pytest.approx(expected, rel=1e-4)
+    assert len(found) == 2
+    assert found == pytest.approx(expected, rel=1e-4)
     assert cached["best"]["step"] == live["best"]["step"]
 
 
@@ -118,7 +122,8 @@ def test_a_correction_is_evaluated_as_well(project, recipe):
     path = recipe("corrected", sections={"correct": section})
     assert main(["correct", str(path)]) == 0
     log = json.loads((path.with_suffix("") / "correct/log.json").read_text())
-    assert sum("eval_loss" in entry for entry in log["history"]) >= 2 and log["best"]["step"] == 2
+    assert sum("eval_loss" in entry for entry in log["history"]) >= 2
+    assert log["best"]["step"] == 2
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,21 @@ def test_a_vision_language_model_goes_through_a_whole_run(project, tmp_path, cap
     assert "transformers >= 4.50" in card.content
     assert json.loads((folder / "preprocessor_config.json").read_text()) == PROCESSOR
     student, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     teacher = AutoModelForImageTextToText.from_pretrained(project["folder"] / "teacher")
     assert type(student) is type(teacher)
-    assert student.config.text_config.hidden_size == 24 and student.config.text_config.num_hidden_layers == 2
+    assert student.config.text_config.hidden_size == 24
+    assert student.config.text_config.num_hidden_layers == 2
     theirs, ours = dict(teacher.model.vision_tower.named_parameters()), dict(student.model.vision_tower.named_parameters())
-    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     inputs = tiny_vision.images("gemma3", torch.float32)
     with torch.no_grad():
         seen = student(**inputs).logits
         other = student(**inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}).logits
-    assert seen.isfinite().all() and (seen - other).abs().max() > 1e-3
+    assert seen.isfinite().all()
+    assert (seen - other).abs().max() > 1e-3
     report = json.loads((tmp_path / "run" / "evaluate" / "report.json").read_text())
     assert {entry["model"] for entry in report["entries"]} == {"teacher", "pruned", "distilled"}
 
@@ -61,7 +65,8 @@ def test_the_student_may_be_the_text_model_alone(project, tmp_path, capsys):
     assert not (folder / "preprocessor_config.json").exists()
     student, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(student) is Gemma3ForCausalLM
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     capsys.readouterr()
     assert main(["plan", recipe]) == 0
     counts = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)

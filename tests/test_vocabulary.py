@@ -176,9 +176,12 @@ def test_plan_keeps_the_best_inside_kv_groups(tmp_path):
     plan = make_plan(scores, SHAPE, SHAPE.cut_to({"heads": 2}))
     assert plan.keep["heads"] == [[1, 2], [0, 3], [1, 3]]  # one of each group, though layer 0 likes group 1 better
     plan = make_plan(scores, SHAPE, SHAPE.cut_to({"kv_heads": 1, "layers": 2, "ffn": 10}))
-    assert plan.kept_layers == [0, 2] and plan.keep["kv_heads"] == [[1], [1]] and plan.keep["heads"] == [[2, 3], [2, 3]]
+    assert plan.kept_layers == [0, 2]
+    assert plan.keep["kv_heads"] == [[1], [1]]
+    assert plan.keep["heads"] == [[2, 3], [2, 3]]
     assert plan.keep["ffn"][1] == sorted(scores["ffn"][2].argsort()[-10:].tolist())
-    assert plan.keep_at(1) is None and plan.keep_at(2)["kv_heads"].tolist() == [1]
+    assert plan.keep_at(1) is None
+    assert plan.keep_at(2)["kv_heads"].tolist() == [1]
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 
