@@ -22,9 +22,16 @@ def check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None
 
 
 def best_layers(scores: Tensor, before: Shape, after: Shape) -> list[int]:
-    """Return the layers that stay: the best of all, or of each kind whose number is given, beside all layers of other kinds."""
+    """Return the layers that stay: the best of all, or of each kind whose number is given, beside all layers of other kinds.
+
+    One layer of attention is among them: the caches of Transformers count tokens by it.
+    """
     if not after.by_kind:
-        return best(scores, after["layers"])
+        kept, attention = best(scores, after["layers"]), before.layer_kinds.get("attention_layers", ())
+        if attention and not set(kept) & set(attention):
+            kept.remove(min(kept, key=lambda layer: scores[layer]))
+            kept.append(max(attention, key=lambda layer: scores[layer]))
+        return sorted(kept)
     kinds = [(list(before.layer_kinds[kind]), count) for kind, count in after.by_kind.items()]
     stay = set(range(before["layers"])).difference(*(layers for layers, _ in kinds))
     return sorted(stay.union(*({layers[i] for i in best(scores[layers], count)} for layers, count in kinds)))

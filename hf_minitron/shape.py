@@ -132,8 +132,14 @@ class Shape:
             return dict(target), {}, []
         by_kind, rest = {f"{kind}_layers": count for kind, count in named.items()}, dict(target)
         del rest["layers"]
-        known = ", ".join(f"{kind.removesuffix('_layers')} (0 to {count})" for kind, count in kinds.items()) or "of one kind"
-        bad = [kind for kind, count in by_kind.items() if type(count) is not int or not 0 <= count <= kinds.get(kind, -1)]
+        least = {"attention_layers": 1}  # by which the caches of Transformers count tokens
+        known = [f"{kind.removesuffix('_layers')} ({least.get(kind, 0)} to {count})" for kind, count in kinds.items()]
+        known = ", ".join(known) or "of one kind"
+        bad = [
+            kind
+            for kind, count in by_kind.items()
+            if type(count) is not int or not least.get(kind, 0) <= count <= kinds.get(kind, -1)
+        ]
         if bad or not by_kind:
             return rest, {}, [f"layers: {dict(named)} are not numbers of layers of a kind; this model's are {known}"]
         chosen = set().union(*(self.layer_kinds[kind] for kind in by_kind))
@@ -161,7 +167,8 @@ class Shape:
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
         if not by_kind:
-            return list(range(count))
+            kept, attention = list(range(count)), self.layer_kinds.get("attention_layers", (0,))
+            return kept if attention[0] < count else [*kept[:-1], attention[0]]  # one layer of attention at least
         kinds = {kind: self.layer_kinds[kind] for kind in by_kind}
         dropped = {layer for kind, layers in kinds.items() for layer in layers[by_kind[kind] :]}
         return [layer for layer in range(self["layers"]) if layer not in dropped]

@@ -160,7 +160,7 @@ def test_equal_widths_need_no_projection(tmp_path):
 
 
 def test_what_states_cannot_do_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"block is not for olmo2, whose modules do not give it; it has query_query"):
+    with pytest.raises(ValueError, match=r"block is not for olmo2, whose layers do not all give it; it has query_query"):
         trainer_for(tmp_path, tiny.model("olmo2"), tiny.model("olmo2"), losses={"forward_kl": 1, "block": 1})
     for changes, message in [
         ({"layer_pairs": "first"}, "layer_pairs: 'first' is none of last-2, uniform, plan"),

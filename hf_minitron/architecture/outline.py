@@ -126,12 +126,14 @@ class Trace:
         inputs (`Mapping[str, int]`): Module to a number of that tensor, equal for modules that read the same one.
         transposed (`frozenset[str]`): The modules whose weights have their input dimension first.
         modules (`Mapping[str, Module]`): All of them, without weights.
+        tuples (`Mapping[str, int]`): The modules that give a tuple, and its length.
     """
 
     reads: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, int]
     transposed: frozenset[str]
     modules: Mapping[str, nn.Module]
+    tuples: Mapping[str, int]
 
 
 @torch.inference_mode(False)  # whoever calls: its tensors have no versions
@@ -165,7 +167,8 @@ def trace(config: PreTrainedConfig) -> Trace:
     reads = {name: tuple(givers.get(key, ())) for name, key in calls.inputs.items() if name in once}
     numbers = {key: number for number, key in enumerate(dict.fromkeys(calls.inputs.values()))}
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
-    return Trace(reads, {name: numbers[key] for name, key in calls.inputs.items()}, transposed, dict(model.named_modules()))
+    inputs = {name: numbers[key] for name, key in calls.inputs.items()}
+    return Trace(reads, inputs, transposed, dict(model.named_modules()), calls.tuples)
 
 
 def _run(model: PreTrainedModel, mask: Tensor | None) -> "_Calls":
@@ -182,11 +185,14 @@ class _Calls:
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, tuple] = {}
         self.outputs: dict[str, tuple] = {}
+        self.tuples: dict[str, int] = {}
         self._alive: list[Tensor] = []  # so that no storage's address is given to another tensor
 
     def record(self, visit: Visit) -> None:
         """Count a call of a module, and keep what it was given and what it gave."""
         self.counts[visit.name] = self.counts.get(visit.name, 0) + 1
+        if isinstance(visit.output, tuple):
+            self.tuples[visit.name] = len(visit.output)
         for found, value in ((self.inputs, [*visit.args, *visit.kwargs.values()]), (self.outputs, visit.output)):
             first = _first(value)
             if first is not None:

@@ -244,13 +244,16 @@ def _places(config, names: Sequence[str]) -> dict[str, list[list[Place]]]:
         "block": [[(norm, None, "")] for norm in ([*attention[1:], last] if attention and last else [])],
         "mlp_input": [[(norm, None, "")] for norm in mlp],
     }
+    layers = architecture.shape["layers"]
     for name, kinds in RELATIONS.items():
         if parts.keys() >= set(kinds):
             both = zip(*(parts[kind] for kind in kinds), strict=True)
             found[name] = [[(*place, kind) for place, kind in zip(two, kinds, strict=True)] for two in both]
+    # a state that some layers of a hybrid lack has no number for every layer
+    found = {name: places for name, places in found.items() if name == "embedding" or len(places) == layers}
     missing = [name for name in names if not found.get(name)]
     if missing:
-        raise ValueError(f"losses: {missing[0]} is not for {config.model_type}, whose modules do not give it; it has "
+        raise ValueError(f"losses: {missing[0]} is not for {config.model_type}, whose layers do not all give it; it has "
                          f"{', '.join(name for name in STATE_LOSSES if found.get(name)) or 'none of them'}")  # fmt: skip
     return found
 

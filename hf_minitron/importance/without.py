@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +26,29 @@ def layer_names(model: PreTrainedModel) -> list[str]:
 @contextmanager
 def without_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[None]:
     """Let some layers of a model be the identity until the context ends. Its other layers keep their numbers."""
-    names = layer_names(model)
-    with probe(model, instead={names[layer]: partial(_identity, layer) for layer in layers}):
+    architecture, names = Architecture.of(model.config), layer_names(model)
+    attends = {layer for layer, _ in architecture.taps("heads")}
+    identity = {names[layer]: partial(_identity, architecture, layer if layer in attends else None) for layer in layers}
+    with probe(model, instead=identity):
         yield
 
 
-def _identity(layer: int, visit: Visit) -> Tensor:
-    """Return a layer's input. In a cache, an empty entry counts the tokens: the class may ask this layer how many there are."""
+def _identity(architecture: Architecture, layer: int | None, visit: Visit) -> Any:
+    """Return a layer's input as it would return its output.
+
+    In a cache, an empty entry counts the tokens where the layer is one of attention: the class may ask it how many there are.
+    """
     cache = next((value for value in (*visit.args, *visit.kwargs.values()) if isinstance(value, Cache)), None)
-    if cache is not None:
+    if cache is not None and layer is not None:
         entry = visit.input[:, None, :, :1]  # (batch, one head, seq, one number)
         cache.update(entry, entry, layer)
-    return visit.input
+    return _output(architecture, visit.name, visit.input)
+
+
+def _output(architecture: Architecture, layer: str, states: Tensor) -> Any:
+    """Return states in the form in which a layer gives them: some classes' layers give a tuple."""
+    length = architecture.trace.tuples.get(layer)
+    return states if length is None else (states, *[None] * (length - 1))
 
 
 class Removal(NamedTuple):
@@ -66,10 +77,7 @@ class WholePass:
         states: list[Tensor] = []
 
         def keep(visit: Visit) -> None:
-            if not isinstance(visit.output, Tensor):
-                what = f"{type(visit.module).__name__} returns a {type(visit.output).__name__}"
-                raise ValueError(f"{what}, not hidden states: it cannot be removed")
-            states[-1:] = [visit.input, visit.output]  # the last output is this input
+            states[-1:] = [visit.input, visit.states]  # the last output is this input
 
         with probe(model, [(name, keep) for name in layer_names(model)]):
             last = model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -78,8 +86,10 @@ class WholePass:
 
     def without(self, removal: Removal) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""
-        given = self.states[removal.block.start]
-        skipped = dict.fromkeys(layer_names(self.model)[: removal.block.stop], lambda visit: given)
+        given, architecture = self.states[removal.block.start], Architecture.of(self.model.config)
+        skipped = dict.fromkeys(
+            layer_names(self.model)[: removal.block.stop], lambda visit: _output(architecture, visit.name, given)
+        )
         zeroed = [(name, lambda visit: torch.zeros_like(visit.states)) for name in removal.zeroed]
         with probe(self.model, zeroed, instead=skipped):
             last = self.model.base_model(**self.inputs, use_cache=False).last_hidden_state

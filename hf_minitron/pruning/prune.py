@@ -146,6 +146,10 @@ def _edited(
         plan = make_plan(statistics.scores, shape, after)
     if plan.before != shape:
         raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
+    attention = shape.layer_kinds.get("attention_layers")
+    if attention and not set(attention) & set(plan.kept_layers):
+        raise ValueError(f"The plan drops every layer of attention ({', '.join(map(str, attention))}), by which the caches of "
+                         "Transformers count tokens: keep one")  # fmt: skip
     if not isinstance(statistics, Statistics | None):
         raise ValueError(f"statistics: {statistics!r} is no Statistics: give what calibrate returns, or load the folder")
     plan = with_projector(tensors, plan)

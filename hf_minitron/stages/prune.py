@@ -149,7 +149,7 @@ def check(args: Args, run: Run) -> None:
     full, after, _ = shapes(args, run.model)
     check_effects(args, run.model, full, after)
     rows, device = student_rows(args, run.model), best_device()
-    check_layers_target(run.section("score"), full["layers"], after["layers"])
+    check_layers_target(run.section("score"), full["layers"], args.target.get("layers", after["layers"]))
     folder = resolve(run.model)
     check_generation(folder)
     side_files(folder)

@@ -160,6 +160,9 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
 def check_layers_target(score: Mapping, layers: int, target: object) -> None:
     """Refuse a number of layers that the scores of a `score:` section do not rank."""
     size, count = score.get("layers_block", 1), score.get("layers_remove") or 0
+    if isinstance(target, Mapping) and (size != 1 or count):
+        raise ValueError(f"prune.target.layers {dict(target)} takes the best layers of each kind, which score.layers_block and "
+                         "layers_remove do not rank: leave both out, or give the number of all layers")  # fmt: skip
     if not all(isinstance(number, int) for number in (size, count, target)):
         return  # refused where it is read
     if size > 1 and target not in (layers, layers - size):

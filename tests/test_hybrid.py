@@ -1,0 +1,129 @@
+"""Hybrids: layers of several kinds are cut by kind, removed, scored, pruned, distilled, evaluated and published."""
+
+import pytest
+import tiny
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from hf_minitron.__main__ import main
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.distillation.states import check_states
+from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.importance.removal import removal_costs
+from hf_minitron.plan import Plan, make_plan
+from hf_minitron.pruning.prune import prune_model
+from hf_minitron.shape import ShapeError
+from hf_minitron.stages.score import check_layers_target
+
+TARGETS = {
+    "qwen3_5_text": {"hidden": 24, "ffn": 48, "layers": {"linear": 1, "attention": 1}, "ssm_heads": 4},
+    "nemotron_h": {"hidden": 24, "ffn": 32, "experts": 4, "layers": {"mamba": 1}, "ssm_heads": 4, "heads": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TARGETS)
+def test_a_whole_run(model_type, project, tmp_path):
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    recipe = {**project["recipe"], "model": str(tmp_path / "teacher"), "run": str(tmp_path / "run")}
+    recipe["prune"] = {"target": TARGETS[model_type]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/publish/model")
+    shape = Architecture.of(model.config).shape
+    assert type(model) is type(teacher)
+    assert (shape["hidden"], shape["ssm_heads"]) == (24, 4)
+    assert {f"{kind}_layers": count for kind, count in TARGETS[model_type]["layers"].items()}.items() <= shape.sizes.items()
+
+
+def test_layers_by_kind_keep_the_best_of_each():
+    model = tiny.model(
+        "nemotron_h", dtype=torch.float32, layers_block_type=[*["linear_attention", "mlp"] * 3, "full_attention"]
+    )
+    shape = Architecture.of(model.config).shape
+    assert shape.layer_kinds == {"mamba_layers": (0, 2, 4), "mlp_layers": (1, 3, 5), "attention_layers": (6,)}
+    scores = calibrate(model, tiny.blocks()).scores | {"layers": torch.tensor([5.0, 1, 4, 2, 3, 2.5, 0])}
+    after = shape.cut_to({"layers": {"mamba": 2, "mlp": 1}})
+    assert {axis: after[axis] for axis in ("layers", "mamba_layers", "mlp_layers", "attention_layers")} == {
+        "layers": 4, "mamba_layers": 2, "mlp_layers": 1, "attention_layers": 1,
+    }  # fmt: skip
+    assert make_plan(scores, shape, after).keep["layers"] == [0, 2, 5, 6]
+    for count, kept in ((4, [0, 2, 4, 6]), (6, [0, 2, 3, 4, 5, 6])):  # the attention layer is worth least, and stays
+        assert make_plan(scores, shape, shape.cut_to({"layers": count})).keep["layers"] == kept
+        assert shape.cut_to({"layers": count})["attention_layers"] == 1
+
+
+def test_a_plan_without_attention_is_refused():
+    model = tiny.model("bamba", dtype=torch.float32)
+    shape = Architecture.of(model.config).shape
+    with pytest.raises(ValueError, match=r"The plan drops every layer of attention \(1\), by which .* keep one"):
+        prune_model(model, Plan(shape, shape.cut_to({"layers": 2}), {"layers": [0, 2]}))
+
+
+WRONG_KINDS = {
+    ("llama", "{'attention': 1}"): "this model's are of one kind",
+    ("nemotron_h", "{'mamba': 3}"): r"\{'mamba': 3\} are not numbers of layers of a kind; this model's are mamba \(0 to 2\), ",
+    ("nemotron_h", "{'gru': 1}"): "are not numbers of layers of a kind",
+    ("nemotron_h", "{'mamba': True}"): "are not numbers of layers of a kind",
+    ("nemotron_h", "{}"): "are not numbers of layers of a kind",
+    ("qwen3_next", "{'attention': 1, 'dense': 1}"): "some layers are of several of these kinds; name others of ",
+    ("nemotron_h", "{'attention': 0}"): "this model's are mamba .0 to 2., attention .1 to 1., mlp .0 to 1., moe .0 to 1.",
+}
+
+
+@pytest.mark.parametrize(("model_type", "layers"), WRONG_KINDS)
+def test_layers_of_kinds_that_a_model_has_not_are_refused(model_type, layers):
+    shape = Architecture.of(tiny.config(model_type)).shape
+    with pytest.raises(ShapeError, match=WRONG_KINDS[model_type, layers]) as caught:
+        shape.cut_to({"layers": yaml.safe_load(layers)})
+    assert "\n" not in str(caught.value)
+
+
+def test_kinds_are_not_ranked_by_blocks_or_greedily():
+    for score in ({"layers_block": 2}, {"layers_remove": 1}):
+        with pytest.raises(ValueError, match="takes the best layers of each kind"):
+            check_layers_target(score, 4, {"mamba": 1})
+    check_layers_target({}, 4, {"mamba": 1})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "message"),
+    [
+        ("bamba", {"hidden": 36}, "hidden: 36 is not a multiple of 8, so that ssm_heads can keep their ratio to it"),
+        ("bamba", {"ssm_heads": 4}, r"ssm_heads: follows hidden in this model \(0.25 times as large\); cut hidden instead"),
+        ("lfm2", {"conv_channels": 20}, "conv_channels: follows hidden in this model"),
+        ("jamba", {"dense_ffn": 32}, "dense_ffn: follows ffn in this model"),
+        ("nemotron_h", {"ssm_heads": 3}, "ssm_heads: 3 do not divide over 2 SSM groups; every SSM group keeps the same 1 to 4"),
+        ("mamba2", {"heads": 2}, "heads: not an axis of this model"),
+    ],
+)
+def test_sizes_that_follow_others(model_type, target, message):
+    shape = Architecture.of(tiny.config(model_type)).shape
+    with pytest.raises(ShapeError, match=message):
+        shape.cut_to(target)
+
+
+def test_losses_on_states_that_some_layers_lack_are_refused():
+    config = tiny.config("qwen3_5_text")
+    check_states(config, config, 3, ["embedding", "block", "mlp_input"], "last-2")
+    with pytest.raises(ValueError, match="query_query is not for qwen3_5_text, whose layers do not all give it; it has "):
+        check_states(config, config, 3, ["query_query"], "last-2")
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "falcon_h1", "lfm2", "nemotron_h", "qwen3_5_text"])
+def test_a_removed_layer_costs_what_the_model_without_it_loses(model_type):
+    model, rows = tiny.model(model_type, dtype=torch.float32), tiny.blocks()["input_ids"][:]
+    shape, costs = Architecture.of(model.config).shape, removal_costs(model, tiny.blocks(), "loss")
+    layers = range(shape["layers"])
+    for layer in layers:
+        if (layer,) == shape.layer_kinds.get("attention_layers"):
+            continue  # a student without it is refused
+        kept = [other for other in layers if other != layer]
+        without = prune_model(model, Plan(shape, shape.cut_to({"layers": len(kept)}), {"layers": kept}))
+        with torch.no_grad():
+            lost = without(input_ids=rows, labels=rows).loss - model(input_ids=rows, labels=rows).loss
+        assert abs(float(costs[layer] - lost)) < 1e-4
