@@ -22,7 +22,7 @@ steps() { # shape, further arguments
 
 case $part in
 tests)
-    HF_MINITRON_REHEARSAL=$rehearsal $python -m pytest -m gpu -p no:cacheprovider -q -s --durations=8 tests/test_gpu.py 2>&1 |
+    HF_MINITRON_REHEARSAL=$rehearsal $python -m pytest -m gpu -p no:cacheprovider -q -s --durations=8 tests/test_gpu.py "${@:3}" 2>&1 |
         tee "$out/tests.txt"
     ;;
 steps)

@@ -52,13 +52,21 @@ def main() -> None:
         for stage, student in (("pruned", folder / "prune/student"), ("distilled", folder / "distill/student")):
             rows += measured(args, student, tests, {"model": name, "stage": stage})
         speeds["live" if name == "ours" else "live, published"] = speed(folder)
+        save(args, unique, rows, speeds)  # what is done is kept
     rows += measured(args, Path(args.model).expanduser(), tests, {"model": "teacher", "stage": ""})
     short = {"cache": {"method": "random", "draws": 50}, "distill": {"max_steps": 60 if args.rows > 2 else 2}}
     speeds["cached"] = speed(run(args, "cached", short, unique))
+    save(args, unique, rows, speeds)
+
+
+def save(args: argparse.Namespace, unique: int, rows: list[dict], speeds: dict[str, float]) -> None:
+    """Write what is known so far, and print it."""
     found = {"environment": environment(), "tokens": args.tokens, "unique_tokens": unique, "target": TARGET, "rows": rows,
              "tokens_per_second": speeds, "learning_rate": args.learning_rate, "tokens_a_step": args.rows * BLOCK}  # fmt: skip
     (args.out / "gpu_race.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))
+    for row in rows:
+        print(*(f"{value:.2f}" if isinstance(value, float) else value for value in row.values()), flush=True)
+    print({name: round(value) for name, value in speeds.items()}, flush=True)
 
 
 def split(args: argparse.Namespace) -> tuple[dict[str, Dataset], int]:

@@ -124,7 +124,7 @@ def liger_loss(student, teacher, batch):
     dtype = teacher.dtype
     loss = LigerFusedLinearJSD(jsd_beta=0.0)
     return loss(student_hidden.flatten(0, 1).to(dtype), student.lm_head.weight.to(dtype), teacher_hidden.flatten(0, 1),
-                teacher.lm_head.weight)  # fmt: skip
+                teacher.lm_head.weight, None)  # fmt: skip
 
 
 # Plain scripts, and the losses that DistillationTrainer is given.

@@ -33,22 +33,29 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (float64 for float64 inputs) of shape `(rows, vocab)` for `(rows, hidden)`."""
-        return self.finish(self.project(hidden))
+        logits = self.finish(self.project(hidden))
+        return logits.to(wide_dtype(logits))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return the matrix product, before scale and softcap."""
+        """Return the matrix product, before scale and softcap, in the dtype of the weight."""
         module = self.module or partial(torch.nn.functional.linear, weight=self.weight, bias=self.bias)
-        logits = module(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return module(hidden)
 
     def finish(self, projected: Tensor) -> Tensor:
-        """Return the logits of a result of `project`."""
-        logits = projected if self.scale == 1 else projected * self.scale
+        """Return the logits of a result of `project`: float32 or float64, or in its dtype where nothing is computed."""
+        if self.scale == 1 and self.softcap is None:
+            return projected  # a float32 copy would cost as much memory as a softmax, which widens as it reads
+        logits = projected.to(wide_dtype(projected)) * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def to(self, target: torch.dtype | torch.device) -> "Head":
         """Return the head in another dtype, or on another device."""
         return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
+
+
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype of log-probabilities: float64 for float64 logits, else float32."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -19,6 +19,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_distillation import CONSTANT, RAGGED
+from transformers.utils import enable_tf32
 
 import hf_minitron
 from hf_minitron import DistillationArguments, DistillationTrainer, calibrate
@@ -44,6 +45,13 @@ PAIR = {"student": {"seed": 1, "hidden_size": 24, "intermediate_size": 50}, "tea
 FAMILIES = ("llama", "mixtral", "deepseek_v3", "gpt2", "gpt_neox", "gemma2", "phi3", "gpt_oss", "qwen2_moe")
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """Transformers switches TF32 on with torch_compile, for all of the process."""
+    enable_tf32(False)
+    yield
+
+
 def trainer_on(device, folder, teacher=None, student=None, dtype=torch.float64, **changes):
     values = {"bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     values |= {"max_steps": 3, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", **CONSTANT}
@@ -62,12 +70,12 @@ def trained(device, folder, **changes):
     return history, {name: parameter.detach().cpu() for name, parameter in trainer.model.named_parameters()}
 
 
-def assert_alike(tmp_path, tolerance=1e-7, **changes):
+def assert_alike(tmp_path, tolerance=2e-5, **changes):  # norms and rotary embeddings are float32 in every dtype
     (expected, weights), (found, own) = (trained(torch.device(d), tmp_path / d, **changes) for d in ("cpu", GPU.type))
     assert len(expected) >= 6
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
     worst = max((own[name] - weight).abs().max().item() for name, weight in weights.items())
-    assert worst <= 100 * tolerance, worst
+    assert worst <= 10 * tolerance, worst
 
 
 @pytest.mark.parametrize("loss", [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES])
@@ -109,7 +117,7 @@ def test_an_adapter(tmp_path):
         return made.double()
 
     histories = [trained(torch.device(d), tmp_path / d, student=student())[0] for d in ("cpu", GPU.type)]
-    assert histories[1] == pytest.approx(histories[0], rel=1e-7)
+    assert histories[1] == pytest.approx(histories[0], rel=2e-5)
 
 
 def test_mixed_precision_is_near_float32(tmp_path):
@@ -190,7 +198,7 @@ def test_attention_of_packed_sequences(attention):
 @needs_cuda
 @pytest.mark.parametrize("teacher", ["live", "cached", "states"])
 def test_a_micro_batch_waits_for_the_gpu_once_at_most(tmp_path, teacher):
-    """Our code does: one look for targets a micro-batch, two flags a step. What Transformers does is its own."""
+    """Our code does: one look for targets a micro-batch, one flag a step. What Transformers does is its own."""
     changes, steps, micro = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "max_steps": 2}, 2, 8
     if teacher == "cached":
         write_cache(tiny.model(), RAGGED, tmp_path / "cache", {"top_k": 9}, batch_size=2)
@@ -208,23 +216,23 @@ def test_a_micro_batch_waits_for_the_gpu_once_at_most(tmp_path, teacher):
     root = str(Path(hf_minitron.__file__).parent)
     ours = [w for w in seen if "synchroniz" in str(w.message) and w.filename.startswith(root)]
     lines = {f"{Path(w.filename).name}:{w.lineno}" for w in ours}
-    assert len(ours) <= micro + 3 * steps, (len(ours), lines)
+    assert len(ours) <= micro + steps, (len(ours), lines)
     print(teacher, len(ours), "of ours;", sum("synchroniz" in str(w.message) for w in seen), "in all;", sorted(lines))
 
 
 @needs_cuda
 def test_full_logits_never_exist(tmp_path):
-    """A live step of 4,096 tokens and 49,152 entries needs less than one table of their logits in float32."""
+    """A live step of 16,384 tokens and 49,152 entries needs less than one table of their logits in float32."""
     sizes = {"vocab_size": 49_152, "hidden_size": 64, "head_dim": 16, "max_position_embeddings": 1024}
     student, teacher = (tiny.model(dtype=torch.float32, seed=seed, tie_word_embeddings=True, **sizes) for seed in (1, 0))
     trainer = trainer_on(GPU, tmp_path, teacher=teacher, student=student, bf16=True)
-    batch = collate([{"input_ids": row} for row in torch.randint(0, 49_152, (4, 1024), device=GPU)])
+    batch = collate([{"input_ids": row} for row in torch.randint(0, 49_152, (16, 1024), device=GPU)])
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     trainer.compute_loss(trainer.model.train(), batch).backward()
-    assert torch.cuda.max_memory_allocated() - before < 4 * 1024 * 49_152 * 4
+    assert torch.cuda.max_memory_allocated() - before < 16 * 1024 * 49_152 * 4
 
 
 SHARDED = """
@@ -242,7 +250,7 @@ def test_fsdp2_of_accelerate_equals_plain_training(tmp_path):
     """One process, sharded by accelerate itself on nccl: the engine that a run on eight GPUs uses."""
     expected, _ = trained(GPU, tmp_path / "plain", dtype=torch.float32)
     script = tmp_path / "script.py"
-    script.write_text(SHARDED.format(tests=str(Path(tiny.__file__).parent), device="cuda").replace("", ""))
+    script.write_text(SHARDED.format(tests=str(Path(tiny.__file__).parent), device="cuda"))
     settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     settings |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]

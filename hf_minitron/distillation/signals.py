@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_minitron.head import Head
+from hf_minitron.head import Head, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,20 @@ class DenseSignal:
         Returns:
             `tuple[Tensor, Tensor]`: Each of shape `(rows, shared vocab)`, or `(rows, top_k + 1)`.
         """
-        teacher_logits = self.head.logits(self.hidden[rows])
+        teacher_logits = self.head.finish(self.head.project(self.hidden[rows]))
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        if temperature != 1:
-            student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-        teacher_logits = teacher_logits[:, :shared]
+        student_logp = log_probabilities(student_logits, temperature)
+        teacher_logp = log_probabilities(teacher_logits[:, :shared], temperature)
         if self.top_k is None or self.top_k >= shared:
-            return student_logits.log_softmax(-1)[:, :shared], teacher_logits.log_softmax(-1)
-        values, ids = teacher_logits.topk(self.top_k)
-        teacher_logp = values - teacher_logits.logsumexp(-1, keepdim=True)
-        student_logp = student_logits.gather(-1, ids) - student_logits.logsumexp(-1, keepdim=True)
-        return with_rest(student_logp), with_rest(teacher_logp)
+            return student_logp if shared == student_logp.shape[-1] else student_logp[:, :shared], teacher_logp
+        values, ids = teacher_logp.topk(self.top_k)
+        return with_rest(student_logp.gather(-1, ids)), with_rest(values)
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return float32 (float64 for float64) log-probabilities of logits of any dtype, shape `(rows, vocab)`."""
+    wide = wide_dtype(logits)
+    return (logits if temperature == 1 else logits.to(wide) / temperature).log_softmax(-1, dtype=wide)
 
 
 def with_rest(logp: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ class SparseSignal:
         """
         if temperature != 1:
             raise ValueError(f"temperature: {temperature}, but this cache holds some tokens at temperature 1 only")
-        logp, ids = student_logits.log_softmax(-1), self.ids[rows]
+        logp, ids = log_probabilities(student_logits), self.ids[rows]
         shared = min(self.vocab, logp.shape[-1])
         absent = ids >= shared
         student = logp.gather(-1, ids.clamp(max=shared - 1)).masked_fill(absent, NEVER)
@@ -127,8 +130,8 @@ class StoredSignal:
     def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of student and teacher for some rows, each `(rows, shared vocab)`: as `DenseSignal` does."""
         shared = min(student_logits.shape[-1], self.logp.shape[-1])
-        teacher_logp = self.logp[rows, :shared].to(student_logits.dtype)
-        return (student_logits / temperature).log_softmax(-1)[:, :shared], (teacher_logp / temperature).log_softmax(-1)
+        teacher_logp = log_probabilities(self.logp[rows, :shared].to(wide_dtype(student_logits)), temperature)
+        return log_probabilities(student_logits, temperature)[:, :shared], teacher_logp
 
 
 Signal = DenseSignal | SparseSignal | StoredSignal

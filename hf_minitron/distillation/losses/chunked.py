@@ -64,7 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     del projected, by_name, parts, total  # before the next chunk's are made
                     _accumulate(grads, grad, rows_of, rows, head)
         ctx.save_for_backward(*grads)
-        return (sums * sums.new_tensor(weights)).sum(), sums
+        return sum(weight * part for weight, part in zip(weights, sums, strict=True)), sums
 
     @staticmethod
     def backward(ctx, grad_total, _):
@@ -83,7 +83,7 @@ def _accumulate(grads: list, grad_logits: Tensor, hidden: Tensor, rows: slice, h
     """Carry the gradient of one chunk's logits on to the hidden states, the head's weight and its bias."""
     grad_hidden, grad_weight, grad_bias = grads
     if grad_bias is not None:
-        grad_bias += grad_logits.sum(0)
+        grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
     grad_logits = grad_logits.to(hidden.dtype)
     if grad_hidden is not None:
         grad_hidden[rows] = grad_logits @ head.weight

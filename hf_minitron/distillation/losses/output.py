@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.signals import Signal
-from hf_minitron.head import Head
+from hf_minitron.head import Head, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class OutputLosses:
             losses = {name: function_of(name, self.beta)(*tables) * self.temperature**2 for name in names}
         if CROSS_ENTROPY in self.weights:
             smoothed = {"reduction": "none", "label_smoothing": self.label_smoothing}
-            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(logits, targets[rows], **smoothed)
+            losses[CROSS_ENTROPY] = torch.nn.functional.cross_entropy(logits.to(wide_dtype(logits)), targets[rows], **smoothed)
         return losses
