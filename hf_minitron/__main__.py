@@ -103,8 +103,8 @@ def told(where: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except RecipeError as error:
-        raise RecipeError(one_line(error)) from error
+    except RecipeError:
+        raise
     except (ValueError, OSError) as error:
         raise RecipeError(f"{where}{one_line(error)}") from error
     except Exception as error:

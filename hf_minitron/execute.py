@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from accelerate import PartialState
 
 from hf_minitron.checkpoint import DiskFullError
+from hf_minitron.errors import one_line
 from hf_minitron.run import RecipeError, Run, again, begin, damaged, done_digest, finish, stages_in
 from hf_minitron.stage import Stages
 from hf_minitron.waiting import from_first
@@ -40,10 +41,12 @@ def named(stage: str) -> Iterator[None]:
     """
     try:
         yield
+    except RecipeError as error:  # of a stage, which may list commands
+        raise RecipeError(f"{stage}: {error}") from error
     except DiskFullError as error:
         raise RecipeError(f"{stage}: {error}, or put the run elsewhere with --run") from error
     except ValueError as error:
-        raise RecipeError(f"{stage}: {error}") from error
+        raise RecipeError(f"{stage}: {one_line(error)}") from error
 
 
 def execute(run: Run, name: str, args: object, stages: Stages) -> None:
