@@ -15,10 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
-from hf_minitron.architecture.student import student_config
+from hf_minitron.architecture.student import check_target, student_config
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.shape import ShapeError
 
 IDS = tiny.blocks()["input_ids"][:]
 
@@ -44,6 +45,14 @@ INEXACT = {
     ("minimax_m2", "heads"): 0.79,
     ("minimax_m2", "kv_heads"): 1.02,
     ("beam", "layers"): 0.47,
+    ("bloom", "hidden"): 0.01,  # with heads
+    ("bloom", "heads"): 0.01,
+    ("ctrl", "hidden"): 0.46,
+    ("ctrl", "heads"): 0.46,  # with hidden
+    ("mpt", "hidden"): 0.31,  # with heads
+    ("mpt", "heads"): 0.31,
+    ("xglm", "hidden"): 0.36,
+    ("xglm", "heads"): 0.36,  # with hidden
     ("minicpm3", "layers"): 0.28,
     ("minicpm3", "hidden"): 0.67,
     ("bamba", "hidden"): 0.62,
@@ -87,13 +96,6 @@ def test_the_matrix_is_complete():
     assert {case for case, inexact in CASES.items() if inexact} == set(INEXACT)
 
 
-# What the layers of some classes give beside their states.
-OUTPUTS = {
-    "bamba": lambda hidden_states, *args, **kwargs: (hidden_states, None),
-    "falcon_h1": lambda hidden_states, *args, **kwargs: (hidden_states,),
-}
-
-
 def vector(size, kept):
     mask = torch.zeros(size, dtype=torch.float64)
     mask[kept] = 1
@@ -107,13 +109,13 @@ def masked(model, plan, narrow_gated=False):
     modules, hooks = dict(model.named_modules()), []
 
     def scaled_input(module, mask):
-        hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0] * mask,)))
+        hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0] * mask.to(args[0]),)))
 
     for axis in architecture.tapped:
         for layer, name in architecture.taps(axis):
             module, keep = modules[name], plan.keep_at(layer)
             if axis == "layers" and keep is None:
-                module.forward = OUTPUTS.get(model.config.model_type, lambda hidden_states, *args, **kwargs: hidden_states)
+                module.forward = without_layer(name in architecture.trace.tuples)
             elif keep is None:
                 continue
             elif axis in ("dense_ffn", "shared_ffn") or (axis == "ffn" and not name.endswith("experts")):
@@ -138,12 +140,19 @@ def masked(model, plan, narrow_gated=False):
                 narrow_norm(module, keep["hidden"])
     if "hidden" in plan.keep:
         mask = vector(sizes["hidden"], plan.keep["hidden"])
-        for module in modules.values():
+        for name, module in modules.items():
+            if name in ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"):  # of BERT's head
+                narrow_norm(module, torch.as_tensor(plan.keep["hidden"]))
             if isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]:
-                hooks.append(module.register_forward_hook(lambda m, args, output: output * mask))
+                hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
     yield
     for hook in hooks:
         hook.remove()
+
+
+def without_layer(in_tuple):
+    """What a layer that is not there returns."""
+    return lambda hidden_states, *args, **kwargs: (hidden_states, None) if in_tuple else hidden_states
 
 
 def silence_experts(block, dropped, hooks):
@@ -205,7 +214,8 @@ def test_pruned_equals_masked(model_type, axis):
     if (model_type, axis) in INEXACT:
         assert abs(error - INEXACT[model_type, axis]) < 0.02, error
     else:
-        assert error < 1e-6, error  # norms, routers and rotations compute in float32
+        bar = 1e-6 if teacher.dtype == torch.float64 else 1e-4
+        assert error < bar, error  # norms, routers and rotations compute in float32
 
 
 @pytest.mark.parametrize(
@@ -239,20 +249,47 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     assert (tmp_path / "student" / "plan.json").is_file() and (tmp_path / "student" / "tokenizer.json").is_file()
     assert loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
     loaded(input_ids=IDS, labels=IDS).loss.backward()
+    unused = ("lm_head.bias", "cls.predictions.bias") if model_type in tiny.BERTS else ()  # beside those of lm_head.decoder
     for name, parameter in loaded.named_parameters():
         gradient = parameter.grad is not None and parameter.grad.isfinite().all()
-        assert gradient or name.endswith(CHOOSING) or ".indexer." in name, name
+        assert gradient or name.endswith(CHOOSING) or ".indexer." in name or name in unused, name
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(loaded))
 
 
-@pytest.mark.parametrize(("model_type", "missing"), [("bloom", "word_embeddings"), ("falcon", "query_key_value")])
+@pytest.mark.parametrize(
+    ("model_type", "missing"), [("codegen", "transformer.wte.weight"), ("cpmant", "layernorm_before_attention")]
+)
 def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missing):
-    config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
+    config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, rotary_dim=4)
     with pytest.raises(ValueError, match=f"does not cover model type '{model_type}'") as caught:
         Architecture.of(config)
     assert missing in str(caught.value)
     assert "Choose a model type that docs/families.md lists, or write a family" in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"new_decoder_architecture": True, "num_kv_heads": 2}, {"multi_query": False}])
+def test_falcons_of_another_order_of_rows_are_refused(changes):
+    """Those of falcon-40b and falcon-rw, which hold queries, keys and values of one head side by side."""
+    with pytest.raises(
+        ValueError, match="does not cover this variant of model type 'falcon': .*query_key_value.weight' has sha"
+    ):
+        Architecture.of(tiny.config("falcon", **changes))
+
+
+def test_a_bert_that_sees_what_comes_is_refused():
+    with pytest.raises(ValueError, match="'bert' is an encoder where is_decoder is false, and does not predict the next token"):
+        Architecture.of(tiny.config("bert", is_decoder=False))
+
+
+def test_a_width_that_follows_hidden_is_cut_with_it():
+    architecture = Architecture.of(tiny.config("bloom"))
+    after = architecture.shape.cut_to({"hidden": 20})
+    assert after["ffn"] == 80
+    with pytest.raises(
+        ShapeError, match="BloomConfig refuses hidden=20 with heads=4.* Nearest that it holds: hidden=20 with hea"
+    ):
+        check_target(architecture, after)
 
 
 def test_a_known_family_with_an_unknown_variant_is_refused_naming_the_shape():

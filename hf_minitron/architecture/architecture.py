@@ -269,7 +269,7 @@ class Architecture:
             if weight is None or weight.kind != "weight" or len(weight.dims) != 2:
                 continue
             given, read = weight.dims[::-1] if module in self.trace.transposed else weight.dims
-            if read == HIDDEN:
+            if read == HIDDEN != given:  # what gives hidden channels too, in BERT's head, is only sliced
                 yield module, weight.layer, axes.dim_names(given)
 
     @cached_property

@@ -164,7 +164,9 @@ def advice(model_type: str, problems: Sequence[str]) -> str:
 
 
 def _read(config: PreTrainedConfig, key: str) -> object:
+    """Return a config's entry; of one that lists the same for every layer, that."""
     try:
-        return getattr(config, key, None)
+        value = getattr(config, key, None)
     except Exception:  # a size that differs by layer, which transformers does not let be read at once
         return None
+    return value[0] if isinstance(value, list) and value == value[:1] * len(value) else value

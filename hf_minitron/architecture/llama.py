@@ -119,8 +119,8 @@ LLAMA_MODEL_TYPES = (
 
 # RMS norms that stand before attention and MLP, both of which are added to the stream as they are.
 PRE_NORM_MODEL_TYPES = (
-    "apertus", "arcee", "cwm", "ernie4_5", "exaone", "glm", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "llama",
-    "ministral", "ministral3", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+    "apertus", "apertus1p5_text", "arcee", "cwm", "ernie4_5", "exaone", "glm", "helium", "hunyuan_v1_dense", "internlm3",
+    "iquestcoder", "llama", "ministral", "ministral3", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
 )  # fmt: skip
 
 # Queries and keys are normalised over all heads, so that cutting heads changes that norm.

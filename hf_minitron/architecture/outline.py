@@ -126,7 +126,7 @@ class Trace:
         inputs (`Mapping[str, int]`): Module to a number of that tensor, equal for modules that read the same one.
         transposed (`frozenset[str]`): The modules whose weights have their input dimension first.
         modules (`Mapping[str, Module]`): All of them, without weights.
-        tuples (`Mapping[str, int]`): The modules that give a tuple, and its length.
+        tuples (`Mapping[str, int]`): The modules that give a tuple or a list, and its length.
     """
 
     reads: Mapping[str, tuple[str, ...]]
@@ -145,7 +145,10 @@ def trace(config: PreTrainedConfig) -> Trace:
         ValueError: for a model that cannot be run without weights.
     """
     content = config.to_json_string(use_diff=False)
-    model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
+    try:
+        model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
+    except KeyError:  # its attention is one of a few classes, chosen by name
+        model = _build(type(config), content, attn_implementation="eager").eval()
     failure: Exception | None = None
     # some classes look at the values of a mask of tokens, some at those of positions where there is no mask
     for mask in (torch.ones(1, 2, dtype=torch.long, device="meta"), torch.ones(1, 1, 2, 2, device="meta"), None):
@@ -191,7 +194,7 @@ class _Calls:
     def record(self, visit: Visit) -> None:
         """Count a call of a module, and keep what it was given and what it gave."""
         self.counts[visit.name] = self.counts.get(visit.name, 0) + 1
-        if isinstance(visit.output, tuple):
+        if isinstance(visit.output, tuple | list):
             self.tuples[visit.name] = len(visit.output)
         for found, value in ((self.inputs, [*visit.args, *visit.kwargs.values()]), (self.outputs, visit.output)):
             first = _first(value)

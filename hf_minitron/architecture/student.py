@@ -21,7 +21,9 @@ from hf_minitron.plan import Plan
 from hf_minitron.shape import Shape, ShapeError
 
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
-LAYER_LISTS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta")
+LAYER_LISTS = (
+    "layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta", "attention_layers", "moe_topk",
+)  # fmt: skip
 # Entries that list layers by their indices, which a depth cut counts anew.
 INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs")
 # Entries that say of which layers every so manieth is of a kind: the period, the first one, and the kind.
@@ -33,6 +35,8 @@ PERIODS = (
 # which are not.
 DENSE_LIST, DENSE_STEP, MOE_LIST = "mlp_only_layers", "decoder_sparse_step", "moe_layers"
 DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# Of gpt_neo: the layers' kinds of attention, and how often they come.
+KINDS = "attention_types"
 
 
 def check_target(architecture: Architecture, after: Shape) -> None:
@@ -166,7 +170,7 @@ def _by_layer(architecture: Architecture, layers: Sequence[int]) -> dict[str, ob
     def now(indices: Sequence[int]) -> list[int]:
         return [new for new, old in enumerate(layers) if old in indices]
 
-    lists = [key for key in LAYER_LISTS if names.get(key, key) in written and getattr(config, key)]
+    lists = [key for key in LAYER_LISTS if names.get(key, key) in written and isinstance(getattr(config, key), list | tuple)]
     changes = {key: [getattr(config, key)[i] for i in layers] for key in lists}
     changes |= {key: now(getattr(config, key)) for key in INDEX_LISTS if getattr(config, key, None)}
     dense = now(kinds.get("dense_layers", ()))
@@ -175,6 +179,8 @@ def _by_layer(architecture: Architecture, layers: Sequence[int]) -> dict[str, ob
     changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
     if hasattr(config, MOE_LIST):
         changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
+    if hasattr(config, KINDS):
+        changes[KINDS] = [[changes["attention_layers"], 1]]
     for period, first, kind in PERIODS:
         if hasattr(config, period):
             changes |= dict(zip((period, first), _period(now(kinds.get(kind, ())), len(layers)), strict=True))
@@ -217,6 +223,7 @@ def _advice(architecture: Architecture, after: Shape, reason: str) -> str:
     legal = []
     for n, h in sorted(set(near), key=lambda pair: (abs(pair[0] - hidden) + abs(pair[1] - heads) * step, pair)):
         target = {"hidden": n, "heads": h} | ({"kv_heads": h // group} if "kv_heads" in before.sizes else {})
+        target |= {axis: n * before[axis] // before["hidden"] for axis, leader in before.coupled.items() if leader == "hidden"}
         same = (n, h) == (before["hidden"], before["heads"])
         if same or len(legal) == 2 or any(target[axis] > before[axis] or target[axis] < 1 for axis in target):
             continue
