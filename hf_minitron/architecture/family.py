@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import bert, gpt, hybrid, llama, mla, moe
+from hf_minitron.architecture import alibi, bert, gpt, hybrid, llama, mla, moe
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -97,7 +97,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.FULL_NORM_MODEL_TYPES, replace(LLAMA, rows=llama.FULL_NORM_ROWS, **llama.FULL_NORM)),
     "cohere": replace(LLAMA, rows=llama.COHERE_ROWS),
     "stablelm": replace(LLAMA, config_keys=llama.STABLELM_KEYS),
-    **{name: Family(**table) for name, table in (gpt.TABLES | bert.TABLES).items()},
+    **{name: Family(**table) for name, table in (gpt.TABLES | alibi.TABLES | bert.TABLES).items()},
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
     **{name: Family(**table) for name, table in hybrid.TABLES.items()},

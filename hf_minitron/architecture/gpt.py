@@ -146,69 +146,13 @@ NEO_ROWS = BIGCODE_ROWS | {
     "transformer.h.{layers}.attn.attention.out_proj.bias": "hidden",
 }
 
+FOUR_TIMES = {"ffn": "hidden"}
 # Norms after attention and MLP.
 OPENAI_KEYS = {axis: key for axis, key in GPT2_KEYS.items() if axis != "ffn"}
 OPENAI_ROWS = GPT2_ROWS | {
     "transformer.tokens_embed.weight": "vocab hidden",
     "transformer.positions_embed.weight": "positions hidden",
 }
-
-SLOPES = "the slope by which a head's attention falls with distance follows from its number and the number of heads"
-BLOOM_KEYS = {"layers": "n_layer", "hidden": "hidden_size", "heads": "n_head", "vocab": "vocab_size"}
-BLOOM_ROWS = {
-    "transformer.word_embeddings.weight": "vocab hidden",
-    "transformer.word_embeddings_layernorm.weight": "hidden",
-    "transformer.word_embeddings_layernorm.bias": "hidden",
-    "transformer.h.{layers}.input_layernorm.weight": "hidden",
-    "transformer.h.{layers}.input_layernorm.bias": "hidden",
-    "transformer.h.{layers}.self_attention.query_key_value.weight": "(heads qkv head_dim) hidden",
-    "transformer.h.{layers}.self_attention.query_key_value.bias": "(heads qkv head_dim)",
-    "transformer.h.{layers}.self_attention.dense.weight": "hidden (heads head_dim)",
-    "transformer.h.{layers}.self_attention.dense.bias": "hidden",
-    "transformer.h.{layers}.post_attention_layernorm.weight": "hidden",
-    "transformer.h.{layers}.post_attention_layernorm.bias": "hidden",
-    "transformer.h.{layers}.mlp.dense_h_to_4h.weight": "ffn hidden",
-    "transformer.h.{layers}.mlp.dense_h_to_4h.bias": "ffn",
-    "transformer.h.{layers}.mlp.dense_4h_to_h.weight": "hidden ffn",
-    "transformer.h.{layers}.mlp.dense_4h_to_h.bias": "hidden",
-    "transformer.ln_f.weight": "hidden",
-    "transformer.ln_f.bias": "hidden",
-    "lm_head.weight": "vocab hidden",
-}
-BLOOM_NORMS = (
-    "transformer.word_embeddings_layernorm",
-    "transformer.h.{layers}.input_layernorm",
-    "transformer.h.{layers}.post_attention_layernorm",
-    "transformer.ln_f",
-)
-
-# As falcon-7b: one key and value for all heads. Its later classes have another order of the rows, and other shapes.
-FALCON_KEYS = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": 1,
-    "vocab": "vocab_size",
-}
-FALCON_ROWS = BLOOM_ROWS | {
-    "transformer.h.{layers}.self_attention.query_key_value.weight": BIGCODE_ROWS["transformer.h.{layers}.attn.c_attn.weight"],
-    "transformer.h.{layers}.self_attention.query_key_value.bias": BIGCODE_ROWS["transformer.h.{layers}.attn.c_attn.bias"],
-}
-
-MPT_KEYS = {"layers": "n_layers", "hidden": "d_model", "heads": "n_heads", "vocab": "vocab_size"}
-MPT_ROWS = {
-    "transformer.wte.weight": "vocab hidden",
-    "transformer.blocks.{layers}.norm_1.weight": "hidden",
-    "transformer.blocks.{layers}.attn.Wqkv.weight": "(qkv heads head_dim) hidden",
-    "transformer.blocks.{layers}.attn.out_proj.weight": "hidden (heads head_dim)",
-    "transformer.blocks.{layers}.norm_2.weight": "hidden",
-    "transformer.blocks.{layers}.ffn.up_proj.weight": "ffn hidden",
-    "transformer.blocks.{layers}.ffn.down_proj.weight": "hidden ffn",
-    "transformer.norm_f.weight": "hidden",
-    "lm_head.weight": "vocab hidden",
-}
-MPT_NORMS = ("transformer.blocks.{layers}.norm_1", "transformer.blocks.{layers}.norm_2", "transformer.norm_f")
 
 CTRL_KEYS = {"layers": "n_layer", "hidden": "n_embd", "ffn": "dff", "heads": "n_head", "vocab": "vocab_size"}
 CTRL_ROWS = {
@@ -272,30 +216,15 @@ SINES = (
     "positions are told by sines whose wavelengths follow from hidden, and the embedding may be multiplied by its square root"
 )
 SCALED = {"hidden": ("scale_embedding", SCALED_EMBEDDING)}
-FOUR_TIMES = {"ffn": "hidden"}
 # Model type to its family.
 TABLES = {
     "biogpt": {"rows": BIOGPT_ROWS, "norms": BIOGPT_NORMS, "config_keys": BIOGPT_KEYS, "inexact_if": SCALED},
-    "bloom": {
-        "rows": BLOOM_ROWS,
-        "norms": BLOOM_NORMS,
-        "config_keys": BLOOM_KEYS,
-        "coupled": FOUR_TIMES,
-        "inexact": {"heads": SLOPES},
-    },
     "ctrl": {"rows": CTRL_ROWS, "norms": CTRL_NORMS, "config_keys": CTRL_KEYS, "inexact": {"hidden": SINES}},
-    "falcon": {
-        "rows": FALCON_ROWS,
-        "norms": BLOOM_NORMS,
-        "config_keys": FALCON_KEYS,
-        "inexact_if": {"heads": ("alibi", SLOPES)},
-    },
     "gpt2": {"rows": GPT2_ROWS, "norms": GPT2_NORMS, "config_keys": GPT2_KEYS, "inexact_if": GPT2_INEXACT},
     "gpt_bigcode": {"rows": BIGCODE_ROWS, "norms": GPT2_NORMS, "config_keys": BIGCODE_KEYS},
     "gpt_neo": {"rows": NEO_ROWS, "norms": GPT2_NORMS, "config_keys": NEO_KEYS},
     "gpt_neox": {"rows": GPT_NEOX_ROWS, "norms": GPT_NEOX_NORMS, "config_keys": GPT_NEOX_KEYS, "stored": GPT_NEOX_STORED},
     "gptj": {"rows": GPTJ_ROWS, "norms": GPT2_NORMS, "config_keys": GPTJ_KEYS},
-    "mpt": {"rows": MPT_ROWS, "norms": MPT_NORMS, "config_keys": MPT_KEYS, "coupled": FOUR_TIMES, "inexact": {"heads": SLOPES}},
     "openai-gpt": {"rows": OPENAI_ROWS, "norms": GPT2_NORMS, "config_keys": OPENAI_KEYS, "coupled": FOUR_TIMES},
     "opt": {"rows": OPT_ROWS, "norms": OPT_NORMS, "config_keys": OPT_KEYS, "follows": OPT_FOLLOWS},
     "persimmon": {"rows": PERSIMMON_ROWS, "norms": PERSIMMON_NORMS, "config_keys": GPT_NEOX_KEYS},
