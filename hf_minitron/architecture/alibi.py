@@ -43,9 +43,10 @@ FALCON_KEYS = {
     "kv_heads": 1,
     "vocab": "vocab_size",
 }
+ONE_KEY = "(heads head_dim)+(kv_heads head_dim)+(kv_heads head_dim)"
 FALCON_ROWS = BLOOM_ROWS | {
-    "transformer.h.{layers}.self_attention.query_key_value.weight": "(heads head_dim)+(kv_heads head_dim)+(kv_heads head_dim) hidden",
-    "transformer.h.{layers}.self_attention.query_key_value.bias": "(heads head_dim)+(kv_heads head_dim)+(kv_heads head_dim)",
+    "transformer.h.{layers}.self_attention.query_key_value.weight": f"{ONE_KEY} hidden",
+    "transformer.h.{layers}.self_attention.query_key_value.bias": ONE_KEY,
 }
 
 MPT_KEYS = {"layers": "n_layers", "hidden": "d_model", "heads": "n_heads", "vocab": "vocab_size"}
