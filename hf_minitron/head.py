@@ -12,6 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# Model types that multiply logits by `logits_scaling`; the others divide by it.
+MULTIPLIED = ("hyperclovax",)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -70,7 +73,8 @@ def head_of(model: PreTrainedModel) -> Head:
             f"The output head is quantized ({type(layer).__name__}, {layer.weight.dtype}), which the chunked loss cannot read: "
             "leave it out of the quantization (modules_to_not_convert)"
         )
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (scaling if config.model_type in MULTIPLIED else 1 / scaling)
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 

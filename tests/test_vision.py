@@ -30,8 +30,6 @@ GIVERS = {
     "smolvlm": ["model.connector"],
 }
 SECOND = "model.multi_modal_projector.linear_2"
-# Cuts after which the student is not the masked teacher: the same reasons as those of its text model, or with images only.
-INEXACT = {("gemma3", "hidden")}
 
 
 def cases():
@@ -90,9 +88,8 @@ def test_pruned_equals_masked_with_and_without_an_image(model_type, axis):
             relative(answer(student, model_type), answer(teacher, model_type)),
         )
     print(model_type, axis, text, image)
-    if (model_type, axis) not in INEXACT:
-        assert text < 1e-6, text
-        assert image < 1e-6, image
+    assert text < 1e-6, text
+    assert image < 1e-6, image
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -31,6 +31,9 @@ class Family:
         only_ffn (`str`, *optional*): The axis that is called `ffn` in models without routed experts.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
         inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
+        rescaled (`Mapping[str, Mapping[str, float]]`): Axis whose size the class computes a factor from, to the roles whose
+            tensors make up for it: to the power of old size / new size that they are multiplied by. `last_norm` is a role here.
+        rescaled_if (`str`): The key of `config.json` that says whether it does, where it depends.
         fallback_config (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
         pre_norm_residual (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added
             to the residual stream as they are; rotating it and merging layers take that for granted.
@@ -51,6 +54,8 @@ class Family:
     only_ffn: str | None = None
     inexact: Mapping[str, str] = field(default_factory=dict)
     inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    rescaled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rescaled_if: str = ""
     fallback_config: Mapping[str, object] = field(default_factory=dict)
     pre_norm_residual: bool = False
     tower: Tower | None = None
@@ -85,7 +90,7 @@ LLAMA = Family(llama.LLAMA_ROWS, llama.NORMS, llama.CONFIG_KEYS)
 PRE_NORM = replace(LLAMA, pre_norm_residual=True)
 MOE = Family(moe.MOE_ROWS, llama.NORMS, moe.QWEN_MOE_KEYS)
 MLA = Family(mla.MOE_ROWS, llama.NORMS, mla.MOE_KEYS, follows=mla.FOLLOWS)
-GEMMA = {"inexact": {"hidden": llama.SCALED_EMBEDDING}}
+GEMMA = {"rescaled": llama.SCALED_EMBEDDING}
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.LLAMA_MODEL_TYPES, LLAMA),

@@ -126,9 +126,9 @@ PRE_NORM_MODEL_TYPES = (
 # Queries and keys are normalised over all heads, so that cutting heads changes that norm.
 FULL_NORM_MODEL_TYPES = ("olmo2", "olmo3")
 
-# Their embedding is multiplied by the square root of hidden, so that cutting hidden also changes that factor.
+# Their embedding is multiplied by the square root of hidden.
+SCALED_EMBEDDING = {"hidden": {"embedding": 0.5}}
 GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")
 
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 FULL_NORM = {"inexact": dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)}
-SCALED_EMBEDDING = "the embedding is multiplied by the square root of hidden, which becomes smaller with the cut"

@@ -32,8 +32,8 @@ AXK_NORMS = (*llama.NORMS, "model.layers.{moe_layers}.mlp.post_mlp_layernorm")
 MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")}
 DENSE_KEYS = {axis: key for axis, key in llama.CONFIG_KEYS.items() if axis not in ("kv_heads", "head_dim")}
 
-SCALED_LAYERS = "what a layer adds is divided by the square root of the number of layers, which becomes smaller with the cut"
-SCALED_LOGITS = "what the head reads is divided by a number that grows with hidden, which becomes smaller with the cut"
+# What a layer adds is divided by the square root of the number of layers, what the head reads by one that grows with hidden.
+MINICPM_RESCALED = {"layers": {"output": -0.5, "down": -0.5}, "hidden": {"last_norm": -1.0}}
 
 # Model type to what its family has of its own, beside MOE_ROWS and MOE_KEYS.
 TABLES = {
@@ -47,7 +47,7 @@ TABLES = {
     "minicpm3": {
         "rows": DENSE_ROWS,
         "config_keys": DENSE_KEYS,
-        "inexact": {"layers": SCALED_LAYERS, "hidden": SCALED_LOGITS},
+        "rescaled": MINICPM_RESCALED,
     },
 }
 FOLLOWS = {"num_key_value_heads": "heads"}

@@ -122,7 +122,7 @@ TABLES = {
     "ernie4_5_moe": {"config_keys": ERNIE_KEYS},
     "exaone_moe": {"config_keys": EXAONE_KEYS},
     "hy_v3": {"config_keys": EXAONE_KEYS},
-    "afmoe": {"config_keys": EXAONE_KEYS, "inexact_if": {"hidden": ("mup_enabled", SCALED_EMBEDDING)}},
+    "afmoe": {"config_keys": EXAONE_KEYS, "rescaled": SCALED_EMBEDDING, "rescaled_if": "mup_enabled"},
     "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
     "glm4_moe": {"config_keys": GLM_KEYS},
     "solar_open": {"config_keys": GLM_KEYS},

@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
+from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
@@ -209,7 +210,32 @@ def _pieces(
     tensor, sizes = tensors.read(parameter.name), plan.before.sizes
     if corrections is not None:
         tensor, keep, sizes = corrections(parameter, tensor, keep, tensors.read)
-    yield from axes.pieces(tensor, parameter.pattern, keep, sizes)
+    pieces = axes.pieces(tensor, parameter.pattern, keep, sizes)
+    factor, offset = _rescaling(tensors.architecture, parameter, plan)
+    if factor == 1:
+        yield from pieces
+        return
+    for piece in pieces:
+        wide = piece.to(torch.promote_types(piece.dtype, torch.float32))
+        yield ((wide + offset) * factor - offset).to(piece.dtype)
+
+
+def _rescaling(architecture: Architecture, parameter: Parameter, plan: Plan) -> tuple[float, float]:
+    """Return what the values of a student's tensor, plus an offset, are multiplied by.
+
+    Where a class computes a factor from a size that is cut (the square root of hidden), some weights make up for the change. A
+    head that is the embedding, too, changes with it: then the last norm makes up for that.
+    """
+    family, config, factor = architecture.family, text_config(architecture.config), 1.0
+    if family.rescaled_if and not getattr(config, family.rescaled_if):
+        return 1.0, 0.0
+    last = parameter.role == "norm" and parameter.layer is None
+    for axis, powers in family.rescaled.items():
+        power = powers.get("last_norm" if last else parameter.role, 0.0)
+        if last and architecture.outline.tied:
+            power -= powers.get("embedding", 0.0)
+        factor *= (plan.before[axis] / plan.after[axis]) ** power
+    return factor, architecture.norm_offset if last and factor != 1 else 0.0
 
 
 def _destination(
