@@ -119,14 +119,16 @@ class Architecture:
 
     @cached_property
     def parts(self) -> dict[str, tuple[Parameter, ...]]:
-        """What checkpoints may store in place of a parameter, by its name: one part of another name, or one for each expert."""
-        rows = self.stored_rows
+        """What checkpoints may store in place of a parameter, by its name: several parts, or one for each expert."""
+        rows = {row: parts for row, parts in self.stored_rows.items() if list(parts.values()) != [self.family.rows[row]]}
         return {name: parts_of(p, rows[p.row], self.shape) for name, p in self.parameters.items() if p.row in rows}
 
     @cached_property
     def stored(self) -> dict[str, Parameter]:
         """Parameters and their parts by every name that checkpoints give them, with or without the name of the base model."""
-        every = {**self.parameters, **{part.name: part for parts in self.parts.values() for part in parts}}
+        whole = [p for name, p in self.parameters.items() if p.row in self.stored_rows and name not in self.parts]
+        renamed = {next(iter(self.stored_rows[p.row])).format_map(p.indices): p for p in whole}
+        every = renamed | self.parameters | {part.name: part for parts in self.parts.values() for part in parts}
         return {name.removeprefix(f"{self.prefix}."): parameter for name, parameter in every.items()} | every
 
     @cached_property

@@ -14,7 +14,6 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
-from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
@@ -104,8 +103,8 @@ def prune_checkpoint(
     stored = CheckpointTensors(source)
     tensors, edit, corrections = _edited(stored, plan, statistics, corrections, residuals)
     student, made = _student(tensors, edit, corrections, text_only)
-    # a model that sees goes by its checkpoint's names, which older tools know, too
-    pruned = [(stored.on_disk(name) if student.model_type in TOWERS else name, *rest) for name, *rest in made]
+    on_disk = str if text_only else stored.on_disk  # its checkpoint's names, which other tools know, too
+    pruned = [(on_disk(name), *rest) for name, *rest in made]
     specs = {name: spec for name, spec, _ in pruned}
     with complete_or_absent(Path(target)) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the student {target}")
