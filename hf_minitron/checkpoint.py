@@ -82,10 +82,10 @@ class Checkpoint:
         self.specs: dict[str, TensorSpec] = {}
         for file in weights.files:
             self._read_header(file)
-        lost = [name for name in weights.index or () if name not in self.specs]
-        if lost:
-            raise ValueError(f"{weights.source} promises {lost[0]!r} in {weights.index[lost[0]]}, which does not hold it: it "
-                             "is the index of another save; take index and shards from the same one")  # fmt: skip
+        absent = [name for name in weights.index or () if name not in self.specs]
+        if absent:
+            raise ValueError(f"{weights.source} promises {absent[0]!r} in {weights.index[absent[0]]}, which does not hold it: "
+                             "it is the index of another save; take index and shards from the same one")  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file: its bytes are read when they are looked at."""

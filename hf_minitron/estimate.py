@@ -185,7 +185,7 @@ def _rehearse_training(
             rows, targets = next_token_rows(_states(student, ids), ids)
 
             def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
-                return {"forward_kl": forward_kl(*signal.align(logits, part, 1))}
+                return {"forward_kl": forward_kl(*signal.aligned_log_probs(logits, part, 1))}
 
             loss, _ = chunked_loss(rows, head_of(student), losses, {"forward_kl": 1.0}, args.chunk_size)
         (loss / len(targets)).backward()

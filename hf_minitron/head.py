@@ -104,5 +104,5 @@ def next_token_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         `tuple[Tensor, Tensor]`: Hidden states of shape `(tokens, hidden)` and the ids they predict, `(tokens,)`.
     """
     targets = labels[:, 1:]
-    predicts = targets != -100
-    return hidden[:, :-1][predicts], targets[predicts]
+    target_mask = targets != -100
+    return hidden[:, :-1][target_mask], targets[target_mask]

@@ -150,9 +150,9 @@ def _own_name(model: PreTrainedModel, name: str) -> str:
 def _stand_in(model: PreTrainedModel, name: str, forward: Callable) -> Iterator[None]:
     """Let a copy of a module, with the same parameters and hooks, run something else where the module stands."""
     name, module = _own_name(model, name), submodule(model, name)
-    stand_in = copy.copy(module)
-    stand_in.forward = forward
-    model.set_submodule(name, stand_in)
+    substitute = copy.copy(module)
+    substitute.forward = forward
+    model.set_submodule(name, substitute)
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ def loss_of(student, teacher, batch, temperature=1.0, loss=forward_kl):
     rows, targets = next_token_rows(student.base_model(**inputs).last_hidden_state, batch["labels"])
 
     def chunk_loss(logits, some):
-        return {"loss": loss(*signal.align(logits, some, temperature))}
+        return {"loss": loss(*signal.aligned_log_probs(logits, some, temperature))}
 
     return chunked_loss(rows, head_of(student), chunk_loss, {"loss": 1.0}, 5)[0] / len(targets)
 
@@ -133,7 +133,7 @@ def test_a_top_k_signal_compares_the_kept_tokens_and_the_rest(tmp_path):
     ids = teacher.topk(5).indices
     kept = torch.zeros_like(t).scatter(1, ids, 1.0).bool()
     signal = SparseSignal(ids, t.log().gather(1, ids), (t * ~kept).sum(-1).log(), 20)
-    student_logp, teacher_logp = signal.align(student[2:7], slice(2, 7), 1.0)
+    student_logp, teacher_logp = signal.aligned_log_probs(student[2:7], slice(2, 7), 1.0)
     s = student.softmax(-1)
     for found, p in ((student_logp, s), (teacher_logp, t)):
         expected = torch.cat([p.gather(1, ids), (p * ~kept).sum(-1, keepdim=True)], -1)[2:7]
@@ -141,7 +141,7 @@ def test_a_top_k_signal_compares_the_kept_tokens_and_the_rest(tmp_path):
         assert torch.allclose(found.exp(), expected, atol=1e-12)
     assert (forward_kl(student_logp, teacher_logp) < forward_kl(s.log(), t.log())[2:7]).all()
     with pytest.raises(ValueError, match="temperature: 2"):
-        signal.align(student, slice(0, 1), 2.0)
+        signal.aligned_log_probs(student, slice(0, 1), 2.0)
 
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES.values(), ids=TOKEN_LOSSES)
@@ -154,7 +154,7 @@ def test_top_k_and_vocabularies_that_differ_by_padding(loss, student_vocab):
     student = torch.randn(4, student_vocab, generator=generator, dtype=torch.float64).requires_grad_()
     record = TopK(8, 20, "float32")
     signal = record.signal(*map(torch.from_numpy, record.keep(teacher, None)))
-    student_logp, teacher_logp = signal.align(student, slice(0, 4), 1.0)
+    student_logp, teacher_logp = signal.aligned_log_probs(student, slice(0, 4), 1.0)
     shared, p = min(student_vocab, 20), student.softmax(-1)
     for row, ids in enumerate(signal.ids):
         kept = ids[ids < shared]
@@ -176,7 +176,7 @@ def test_a_student_sure_of_the_kept_tokens_gives_no_nan():
     logits.requires_grad_()
     ids, teacher = torch.arange(4).expand(2, 4), torch.tensor([[0.2] * 4, [0.25] * 4]).log()
     signal = SparseSignal(ids, teacher, torch.tensor([0.2, 1e-30]).log(), 50)
-    loss = forward_kl(*signal.align(logits, slice(0, 2), 1.0))
+    loss = forward_kl(*signal.aligned_log_probs(logits, slice(0, 2), 1.0))
     assert loss.isfinite().all()
     assert loss[1].abs() < 1e-5
     assert torch.autograd.grad(loss.sum(), logits)[0].isfinite().all()
@@ -192,14 +192,14 @@ def test_random_sampling_is_unbiased():
     arrays = record.keep(teacher.expand(tries, 12), np.random.default_rng(0))
     signal = record.signal(*map(torch.from_numpy, record.decode(record.encode(arrays), tries)))
     many = student.detach().expand(tries, 12).clone().requires_grad_()
-    (grads,) = torch.autograd.grad(forward_kl(*signal.align(many, slice(0, tries), 1.0)).sum(), many)
+    (grads,) = torch.autograd.grad(forward_kl(*signal.aligned_log_probs(many, slice(0, tries), 1.0)).sum(), many)
     error = grads.std(0) / tries**0.5
     assert (error < 0.01).all()
     assert ((grads.mean(0) - exact[0]).abs() < 4 * error).all()
     # the fewer, likelier tokens that top-k renormalised would keep are another distribution
     best = teacher.topk(5).indices
     biased = SparseSignal(best, teacher.log_softmax(-1).gather(1, best), None, 12)
-    (grad,) = torch.autograd.grad(forward_kl(*biased.align(student, slice(0, 1), 1.0)).sum(), student)
+    (grad,) = torch.autograd.grad(forward_kl(*biased.aligned_log_probs(student, slice(0, 1), 1.0)).sum(), student)
     assert ((grad - exact).abs() > 4 * error).any()
 
 

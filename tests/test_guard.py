@@ -17,7 +17,7 @@ from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import Tasks
 from hf_minitron.hub.facts import shorten
 from hf_minitron.hub.page import write_page
-from hf_minitron.hub.retry import persist
+from hf_minitron.hub.retry import retry
 from hf_minitron.recipe import read_yaml
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.side_files import side_files
@@ -352,4 +352,4 @@ def test_ctrl_c_says_one_line(project, monkeypatch, capsys):
 def test_what_the_hub_says_is_told(hub, status):
     hub.fail("GET", "/api/models/", status, body='{"error": "Private storage limit reached"}')
     with pytest.raises(ValueError, match=rf"me/small.*\({status}\)(.|\n)*Private storage limit reached"):
-        persist(lambda: HfApi().model_info("me/small"), "me/small")
+        retry(lambda: HfApi().model_info("me/small"), "me/small")

@@ -72,7 +72,7 @@ def test_a_head_that_changes_its_logits(model_type, loss):
     rows, _ = next_token_rows(student.base_model(ids).last_hidden_state, ids)
 
     def chunk(logits, at):
-        return {loss: TOKEN_LOSSES[loss](*signal.align(logits, at, 1.0))}
+        return {loss: TOKEN_LOSSES[loss](*signal.aligned_log_probs(logits, at, 1.0))}
 
     total, _ = chunked_loss(rows, head_of(student), chunk, {loss: 1.0}, 7)
     ours = total / targets.numel()
@@ -102,15 +102,15 @@ def test_the_chunks_of_a_head_are_its_logits(model_type):
 @pytest.mark.parametrize("k", [1, 5, 98])
 def test_the_teachers_most_likely_tokens_and_the_rest_as_one(k):
     teacher, hidden, logits = tiny.model(), torch.randn(1, 6, 40, dtype=torch.float64), torch.randn(6, 99, dtype=torch.float64)
-    found = DenseSignal(hidden[0], head_of(teacher), k).align(logits, slice(0, 6), 2.0)
+    found = DenseSignal(hidden[0], head_of(teacher), k).aligned_log_probs(logits, slice(0, 6), 2.0)
     p, q = ((teacher.lm_head(hidden[0]) / 2).softmax(-1), (logits / 2).softmax(-1))
     for row in range(6):
         top = p[row].argsort(descending=True)[:k]
         for table, whole in zip(found, (q, p), strict=True):
             expected = [*whole[row, top].tolist(), 1 - whole[row, top].sum().item()]
             assert table[row].exp().tolist() == pytest.approx(expected, abs=1e-9)
-    whole = DenseSignal(hidden[0], head_of(teacher)).align(logits, slice(0, 6), 2.0)
-    all_of_them = DenseSignal(hidden[0], head_of(teacher), 99).align(logits, slice(0, 6), 2.0)
+    whole = DenseSignal(hidden[0], head_of(teacher)).aligned_log_probs(logits, slice(0, 6), 2.0)
+    all_of_them = DenseSignal(hidden[0], head_of(teacher), 99).aligned_log_probs(logits, slice(0, 6), 2.0)
     assert all(torch.equal(a, b) for a, b in zip(whole, all_of_them, strict=True))
     # what lies between the tokens of the rest is not seen: merging never adds to a divergence
     assert (TOKEN_LOSSES["forward_kl"](*found) <= TOKEN_LOSSES["forward_kl"](*whole) + 1e-9).all()

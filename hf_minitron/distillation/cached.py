@@ -251,7 +251,7 @@ def check_losses(record: Record, losses: Iterable[str], temperature: float) -> N
         if record.losses is not None and name not in record.losses:
             raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "
                              "use that, or cache with method top_k")  # fmt: skip
-    if temperature != 1 and not record.whole:
+    if temperature != 1 and not record.is_full_vocab:
         raise ValueError(
             f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache"
         )

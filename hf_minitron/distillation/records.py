@@ -83,7 +83,7 @@ class RandomSampling:
     draws: int
     vocab: int
     losses = ("forward_kl",)
-    whole = False
+    is_full_vocab = False
     columns = ("teacher_ids", "teacher_shares")
 
     @property
@@ -141,7 +141,7 @@ class TopK:
     vocab: int
     dtype: str
     losses = None  # all
-    whole = False
+    is_full_vocab = False
     columns = ("teacher_ids", "teacher_logp")
 
     @property
@@ -177,7 +177,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class EveryToken:
+class FullDistribution:
     """The teacher's log-probabilities of the whole vocabulary: as good as the teacher, for small vocabularies.
 
     Args:
@@ -188,7 +188,7 @@ class EveryToken:
     vocab: int
     dtype: str
     losses = None  # all
-    whole = True
+    is_full_vocab = True
     columns = ("teacher_logp",)
 
     @property
@@ -213,7 +213,7 @@ class EveryToken:
         return StoredSignal(logp)
 
 
-Record = RandomSampling | TopK | EveryToken
+Record = RandomSampling | TopK | FullDistribution
 
 
 def record_of(method: Mapping[str, int], vocab: int, dtype: str = "float16") -> Record:
@@ -234,7 +234,7 @@ def record_of(method: Mapping[str, int], vocab: int, dtype: str = "float16") -> 
         raise ValueError(f"method: {dict(method)} is neither {{'random': draws}} nor {{'top_k': k}}, numbers from 1 on")
     if name == "random":
         return RandomSampling(number, vocab)
-    return TopK(number, vocab, dtype) if number < vocab else EveryToken(vocab, dtype)
+    return TopK(number, vocab, dtype) if number < vocab else FullDistribution(vocab, dtype)
 
 
 def _stored(values: Tensor, dtype: str) -> np.ndarray:

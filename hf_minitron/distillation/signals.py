@@ -1,6 +1,6 @@
 """A teacher's distributions over the tokens that follow, aligned with the student's logits chunk by chunk.
 
-`align` gives two tables of log-probabilities on one support, of which losses are functions.
+`aligned_log_probs` gives two tables of log-probabilities on one support, of which losses are functions.
 """
 
 import math
@@ -26,7 +26,7 @@ class DenseSignal:
     head: Head
     top_k: int | None = None
 
-    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+    def aligned_log_probs(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of student and teacher for some rows.
 
         Vocabularies may differ by padding at the end. The support is what both have: the teacher is renormalised over it,
@@ -48,7 +48,7 @@ class DenseSignal:
         if self.top_k is None or self.top_k >= shared:
             return student_logp if shared == student_logp.shape[-1] else student_logp[:, :shared], teacher_logp
         values, ids = teacher_logp.topk(self.top_k)
-        return with_rest(student_logp.gather(-1, ids)), with_rest(values)
+        return append_remainder(student_logp.gather(-1, ids)), append_remainder(values)
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -57,7 +57,7 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (logits if temperature == 1 else logits.to(wide) / temperature).log_softmax(-1, dtype=wide)
 
 
-def with_rest(logp: Tensor) -> Tensor:
+def append_remainder(logp: Tensor) -> Tensor:
     """Add a last column: the log-probability of all that the others leave.
 
     Args:
@@ -71,7 +71,7 @@ def with_rest(logp: Tensor) -> Tensor:
 
 
 # The logarithm of a probability that is zero: a loss multiplies it by that probability, and minus infinity would give NaN.
-NEVER = -1e4
+LOG_ZERO = -1e4
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SparseSignal:
     rest: Tensor | None
     vocab: int
 
-    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+    def aligned_log_probs(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of student and teacher for some rows, as `DenseSignal` does, on the kept tokens.
 
         The last column, if the cache knows the rest, is the mass of all other tokens that both vocabularies have.
@@ -104,8 +104,8 @@ class SparseSignal:
         logp, ids = log_probabilities(student_logits), self.ids[rows]
         shared = min(self.vocab, logp.shape[-1])
         absent = ids >= shared
-        student = logp.gather(-1, ids.clamp(max=shared - 1)).masked_fill(absent, NEVER)
-        teacher = self.logp[rows].to(logp.dtype).masked_fill(absent, NEVER)
+        student = logp.gather(-1, ids.clamp(max=shared - 1)).masked_fill(absent, LOG_ZERO)
+        teacher = self.logp[rows].to(logp.dtype).masked_fill(absent, LOG_ZERO)
         if self.rest is not None:
             least = 8 * torch.finfo(logp.dtype).eps  # what rounding leaves of one minus a sum that is one
             rest = 1 - student.exp().sum(-1)
@@ -127,7 +127,7 @@ class StoredSignal:
 
     logp: Tensor
 
-    def align(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+    def aligned_log_probs(self, student_logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of student and teacher for some rows, each `(rows, shared vocab)`: as `DenseSignal` does."""
         shared = min(student_logits.shape[-1], self.logp.shape[-1])
         teacher_logp = log_probabilities(self.logp[rows, :shared].to(wide_dtype(student_logits)), temperature)

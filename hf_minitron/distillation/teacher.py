@@ -68,7 +68,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> DenseSignal:
-        """Return the teacher's signal where a batch has targets; its head must be `gathered` to be used.
+        """Return the teacher's signal where a batch has targets; its head must be `unsharded_head` to be used.
 
         Args:
             inputs (`Mapping[str, Tensor]`): The batch.
@@ -99,7 +99,7 @@ def freeze_vision(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def gathered(model: PreTrainedModel | None) -> Iterator[bool]:
+def unsharded_head(model: PreTrainedModel | None) -> Iterator[bool]:
     """Let the weights of a model's head be whole until the context ends; yield whether the model is sharded at all."""
     if isinstance(model, FSDPModule):
         model.unshard()

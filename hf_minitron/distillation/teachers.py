@@ -53,8 +53,8 @@ def check_models(
 
     Returns: the size of the smaller vocabulary.
     """
-    readers = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-    least = check_vocabularies(readers, tokenizer, train_dataset)
+    models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    least = check_vocabularies(models, tokenizer, train_dataset)
     if "position_ids" in (getattr(train_dataset, "column_names", None) or ()):
         for reader in [student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]:
             check_documents_apart(reader)

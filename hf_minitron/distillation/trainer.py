@@ -25,7 +25,7 @@ from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.reduction import NamedMeans, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
-from hf_minitron.distillation.teacher import LiveTeacher, base_of, freeze_vision, gathered, no_tokens
+from hf_minitron.distillation.teacher import LiveTeacher, base_of, freeze_vision, no_tokens, unsharded_head
 from hf_minitron.distillation.teachers import Given, check_models, teacher_for
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
@@ -177,7 +177,7 @@ class DistillationTrainer(Trainer):
             signal = None if self.teacher is None else self.teacher(inputs)
             outputs = model(**model_inputs(inputs), use_cache=False, **kept)
         hidden, targets = at_positions(last.pop(), positions), at_positions(targets, positions)
-        with gathered(student) as sharded, gathered(getattr(self.teacher, "model", None)) as teacher_sharded:
+        with unsharded_head(student) as sharded, unsharded_head(getattr(self.teacher, "model", None)) as teacher_sharded:
             if teacher_sharded:
                 signal = replace(signal, head=head_of(self.teacher.model))  # its weights of before were a shard
             total, sums = self._losses(hidden, head_of(student), signal, targets)

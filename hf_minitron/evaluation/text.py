@@ -200,7 +200,7 @@ def _token_values(
     """Return the numbers of every metric, each of shape `(tokens,)` in float64."""
     found = []
     for part, logits in head_chunks(head.logits, rows, chunk_size):
-        both = () if teacher is None else teacher.align(logits, part, 1)
+        both = () if teacher is None else teacher.aligned_log_probs(logits, part, 1)
         predictions = Predictions(logits, targets[part], *both)
         found.append([metric.values(predictions).double().cpu() for metric in metrics])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -18,7 +18,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, 
 
 from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.wording import markdown_table
-from hf_minitron.hub.retry import persist, scrub, status_of
+from hf_minitron.hub.retry import retry, scrub, status_of
 
 REQUIRED = ("README.md", "config.json", "report.json", "plan.json", "recipe.yaml")
 INDEX = "model.safetensors.index.json"
@@ -153,14 +153,14 @@ def push(folder: Path, target: Target) -> str:
         OSError: when the Hub cannot be reached, or fails, or asks for patience longer than is waited for.
     """
     files, api = files_to_push(folder), client()
-    commit = persist(lambda: _commit(api, folder, files, target), target.repo_id)
-    seen = persist(lambda: api.model_info(target.repo_id, revision=commit.pr_revision or commit.oid), target.repo_id)
-    if lost := files.keys() - {file.rfilename for file in seen.siblings}:
-        raise OSError(f"{target.repo_id} did not take {', '.join(sorted(lost))}: is there a .gitignore in the repository? "
+    commit = retry(lambda: _commit(api, folder, files, target), target.repo_id)
+    seen = retry(lambda: api.model_info(target.repo_id, revision=commit.pr_revision or commit.oid), target.repo_id)
+    if missing := files.keys() - {file.rfilename for file in seen.siblings}:
+        raise OSError(f"{target.repo_id} did not take {', '.join(sorted(missing))}: is there a .gitignore in the repository? "
                       "Do not use what is there now; delete the .gitignore and push again")  # fmt: skip
     address = commit.pr_url or f"{api.endpoint}/{target.repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
     if target.collection is not None:
-        persist(lambda: _collect(api, target), target.repo_id, f"The model is at {address}, but not in {target.collection!r}. ")
+        retry(lambda: _collect(api, target), target.repo_id, f"The model is at {address}, but not in {target.collection!r}. ")
     return address
 
 
@@ -194,7 +194,7 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) 
     if branch is not None:
         api.create_branch(target.repo_id, branch=branch, revision=held.sha, exist_ok=True)
     old = [file.rfilename for file in held.siblings if file.rfilename not in files]
-    gone = [name for name in old if name.startswith(RESULTS) or ("/" not in name and _like(name, LOADED))]
+    gone = [name for name in old if name.startswith(RESULTS) or ("/" not in name and _matches_any(name, LOADED))]
     operations = [CommitOperationDelete(name) for name in gone]
     operations += [CommitOperationAdd(name, folder / name) for name in files]
     try:
@@ -212,7 +212,7 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) 
 
 def _check_provenance(held: ModelInfo, card, repo_id: str) -> None:
     """Refuse to replace a model that we did not make from the same base model."""
-    if not any(_like(file.rfilename, WEIGHTS) for file in held.siblings):
+    if not any(_matches_any(file.rfilename, WEIGHTS) for file in held.siblings):
         return
     tags = (held.card_data and held.card_data.tags) or []
     theirs, ours = _names(held.card_data and held.card_data.base_model), _names(card.base_model)
@@ -235,5 +235,5 @@ def _names(base_model: str | list[str] | None) -> str:
     return " and ".join([base_model] if isinstance(base_model, str) else base_model or ["an unknown model"])
 
 
-def _like(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

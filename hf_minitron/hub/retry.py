@@ -16,7 +16,7 @@ from huggingface_hub.utils import parse_ratelimit_headers
 T = TypeVar("T")
 WAITS = (2, 8, 30)  # seconds between attempts
 LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes (https://huggingface.co/docs/hub/rate-limits)
-PASSING = (408, 429, 500, 502, 503, 504)  # what may be over in a while
+RETRYABLE = (408, 429, 500, 502, 503, 504)  # what may be over in a while
 REFUSALS = {
     400: "The Hub refuses the request",
     401: "The Hub does not accept the token. Log in again with `hf auth login --force`, or renew HF_TOKEN, which comes first",
@@ -35,7 +35,7 @@ REFUSALS = {
 logger = logging.getLogger(__name__)
 
 
-def persist(call: Callable[[], T], repo_id: str, done: str = "") -> T:
+def retry(call: Callable[[], T], repo_id: str, done: str = "") -> T:
     """Call until it works, with waits between attempts, as long as the reason may pass.
 
     Args:
@@ -51,10 +51,10 @@ def persist(call: Callable[[], T], repo_id: str, done: str = "") -> T:
         try:
             return call()
         except (HTTPError, RuntimeError, json.JSONDecodeError) as caught:  # the last: a proxy's page instead of an answer
-            error, reason = caught, _reason(caught)
+            error, reason = caught, _root_cause(caught)
         status = status_of(reason)
-        asked = _asked(reason)
-        passing = status in PASSING or (status is None and not isinstance(reason, RuntimeError))
+        asked = _retry_after(reason)
+        passing = status in RETRYABLE or (status is None and not isinstance(reason, RuntimeError))
         tried = reason is not error  # by a thread that uploads, which huggingface_hub makes patient itself
         if wait is None or tried or not passing or asked > LONGEST_WAIT:
             message = done + _explained(reason, status, repo_id, asked) + f"\n{scrub(reason)}"
@@ -75,7 +75,7 @@ def scrub(error: Exception) -> str:
     return text.replace(token, "<token>") if token else text
 
 
-def _reason(error: Exception) -> Exception:
+def _root_cause(error: Exception) -> Exception:
     """Return what is behind the RuntimeError in which threads that upload wrap an answer."""
     inner = error
     while not isinstance(inner, HTTPError) and inner.__cause__ is not None:
@@ -83,9 +83,9 @@ def _reason(error: Exception) -> Exception:
     return inner if isinstance(inner, HTTPError) else error
 
 
-def _asked(error: Exception) -> int:
+def _retry_after(error: Exception) -> int:
     """Return for how many seconds the Hub asks to wait."""
-    if status_of(error) not in PASSING:
+    if status_of(error) not in RETRYABLE:
         return 0
     headers = error.response.headers
     limit, seconds = parse_ratelimit_headers(headers), headers.get("Retry-After", "")

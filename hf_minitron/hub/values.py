@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub.facts import public
 from hf_minitron.hub.publish import check_no_token, client
-from hf_minitron.hub.retry import persist
+from hf_minitron.hub.retry import retry
 from hf_minitron.plan import Plan
 from hf_minitron.statistics import Statistics
 
@@ -55,8 +55,8 @@ def push_to_hub(value: Statistics | Report | Plan, repo_id: str, private: bool =
         folder = Path(name)
         value.save(folder / FILES.get(type(value), ""))
         check_no_token({path.name: path for path in folder.rglob("*") if path.is_file()})
-        persist(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), repo_id)
-        persist(
+        retry(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True), repo_id)
+        retry(
             lambda: api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -46,7 +46,7 @@ class Activation:
         """
         if activation.dim() == 4:
             activation = torch.linalg.vector_norm(activation.float(), dim=-1)
-        activation, lengths = _text(activation, mask, lengths)
+        activation, lengths = _mask_padding(activation, mask, lengths)
         reduced = OVER[self.sequence](activation, lengths)  # (batch, size)
         # float64 because a variance is the difference of two sums; a few numbers per batch
         added = (reduced.sum(0, dtype=torch.float64), reduced.double().square().sum(0), reduced.new_tensor(len(reduced)))
@@ -87,7 +87,7 @@ class Contribution:
 
     def update(self, activation: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> None:
         """Add one batch, as `Activation.update` has it."""
-        activation, lengths = _text(activation, mask, lengths)
+        activation, lengths = _mask_padding(activation, mask, lengths)
         powers = activation.float().square() if self.power == 2 else activation.abs()
         self.totals[0] = self.totals[0] + powers.sum((0, 1), dtype=torch.float32)
         self.totals[1] = self.totals[1] + lengths.sum()
@@ -111,7 +111,7 @@ class Fluctuation:
 
     def update(self, activation: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> None:
         """Add one batch, as `Activation.update` has it."""
-        activation, lengths = _text(activation, mask, lengths)
+        activation, lengths = _mask_padding(activation, mask, lengths)
         self.totals[0] = self.totals[0] + activation.sum((0, 1), dtype=torch.float64)
         self.totals[1] = self.totals[1] + activation.float().square().sum((0, 1), dtype=torch.float64)
         self.totals[2] = self.totals[2] + lengths.sum()
@@ -123,7 +123,7 @@ class Fluctuation:
         return _by_index((variance * self.outgoing.double().square()).float())
 
 
-def _text(activation: Tensor, mask: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mask_padding(activation: Tensor, mask: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zero what is padding; return the number of tokens of every sample, shape `(batch, 1)`."""
     if mask is not None:
         activation = activation * mask.view(*mask.shape, *[1] * (activation.dim() - 2)).to(activation.dtype)

@@ -85,7 +85,7 @@ def calibrate(
     scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
-    statistics = Statistics(scores, store, text=_text(blocks), provenance=_provenance(config, dtype, metrics))
+    statistics = Statistics(scores, store, text=_text_identity(blocks), provenance=_provenance(config, dtype, metrics))
     if save_to is not None and PartialState().is_main_process:
         statistics.save(save_to)
     return statistics
@@ -135,7 +135,7 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     return scores
 
 
-def _text(blocks: Dataset) -> dict[str, Any]:
+def _text_identity(blocks: Dataset) -> dict[str, Any]:
     """Return what identifies the text that was read."""
     masks = "attention_mask" in blocks.column_names
     tokens = sum(int(mask.sum()) for mask in blocks["attention_mask"]) if masks else len(blocks) * len(blocks[0]["input_ids"])

@@ -170,18 +170,18 @@ def _state_sums(run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     for block, _ in removals:
         metric = BlockImportance()
         after = run.states[block.stop]
-        metric.update((run.states[block.start].to(after.device), after), run.real.to(after.device))
+        metric.update((run.states[block.start].to(after.device), after), run.text_mask.to(after.device))
         sums.append(metric.totals[0])
         bar.update()
-    return [*sums, 0, run.real.sum()]
+    return [*sums, 0, run.text_mask.sum()]
 
 
 def _logit_sums(each_of: Callable, reference: Callable, run: WholePass, removals: Sequence[Removal], bar: tqdm) -> list:
     """Return a sum over the text of the logits without each block, the same of the reference, and the number of targets."""
     head = replace(head_of(run.model), module=run.model.get_output_embeddings())
     following = torch.nn.functional.pad(run.labels[:, 1:], (0, 1), value=-100)
-    following = following.masked_fill(~torch.nn.functional.pad(run.real[:, 1:], (0, 1)), -100)
-    targets = following[run.real].to(run.last.device)
+    following = following.masked_fill(~torch.nn.functional.pad(run.text_mask[:, 1:], (0, 1)), -100)
+    targets = following[run.text_mask].to(run.last.device)
     states = []
     for removal in removals:
         states.append(run.without(removal))

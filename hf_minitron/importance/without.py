@@ -64,7 +64,7 @@ class WholePass:
 
     model: PreTrainedModel
     inputs: Mapping  # what its base model is called with
-    real: Tensor  # (batch, seq): where there is text and no padding
+    text_mask: Tensor  # (batch, seq): where there is text and no padding
     states: list[Tensor]  # the input of every layer and the output of the last, each (batch, seq, hidden)
     last: Tensor  # (tokens, hidden): the last hidden states of the text
     labels: Tensor  # (batch, seq)
@@ -73,7 +73,7 @@ class WholePass:
     def of(cls, model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> "WholePass":
         """Run a batch and keep the states."""
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) > 0
+        text_mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) > 0
         states: list[Tensor] = []
 
         def keep(visit: Visit) -> None:
@@ -82,7 +82,7 @@ class WholePass:
         with probe(model, [(name, keep) for name in layer_names(model)]):
             last = model.base_model(**inputs, use_cache=False).last_hidden_state
         labels = batch.get("labels", batch["input_ids"]).to(device)
-        return cls(model, inputs, real, states, last[real.to(last.device)], labels)
+        return cls(model, inputs, text_mask, states, last[text_mask.to(last.device)], labels)
 
     def without(self, removal: Removal) -> Tensor:
         """Return the last hidden states of the text without a block; only the layers behind it run."""
@@ -93,4 +93,4 @@ class WholePass:
         zeroed = [(name, lambda visit: torch.zeros_like(visit.states)) for name in removal.zeroed]
         with probe(self.model, zeroed, instead=skipped):
             last = self.model.base_model(**self.inputs, use_cache=False).last_hidden_state
-        return last[self.real.to(last.device)]
+        return last[self.text_mask.to(last.device)]

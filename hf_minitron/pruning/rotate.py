@@ -25,13 +25,13 @@ class Rotation:
     Args:
         basis (`Tensor` of shape `(hidden, hidden)`): float64; one component per column, by falling energy.
         norms (`Mapping[str, Tensor]`): Norm to what it multiplies the channels by, float64.
-        readers (`Mapping[str, str]`): Projection to the norm that it reads.
+        norm_of (`Mapping[str, str]`): Projection to the norm that it reads.
         offset (`float`): What the family's norms add to their weights.
     """
 
     basis: Tensor
     norms: Mapping[str, Tensor]
-    readers: Mapping[str, str]
+    norm_of: Mapping[str, str]
     offset: float
 
     def __call__(self, parameter: Parameter, tensor: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class Rotation:
         wide, basis = tensor.to(dtype), self.basis.to(tensor.device, dtype)
         if dims[-1] != HIDDEN:  # writes to the stream
             return (basis.T @ wide).to(tensor.dtype)
-        if module in self.readers:
-            wide = wide * self.norms[self.readers[module]].to(wide)
+        if module in self.norm_of:
+            wide = wide * self.norms[self.norm_of[module]].to(wide)
         return (wide @ basis).to(tensor.dtype)  # reads the stream; an embedding or a bias that is added to it
 
     def moment(self, norm: str, stored: Tensor) -> Tensor:

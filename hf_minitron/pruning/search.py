@@ -35,7 +35,7 @@ SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 # tenth of the layers and cuts the widths down to about a half; KV heads stay.
 LEAST_SHARE = {"layers": 0.9, "hidden": 0.5, "ffn": 0.5, "experts": 0.5, "heads": 0.5}
 STEPS = 16  # sizes of an axis are at least a sixteenth of the model's apart
-MOST = 1_000_000  # shapes that are counted; 2 GB of memory, a minute
+MAX_SHAPES = 1_000_000  # shapes that are counted; 2 GB of memory, a minute
 
 # Axes that are cut together, and their order in a candidate's score.
 TOGETHER = (("layers",), ("hidden",), ("ffn",), ("dense_ffn",), ("shared_ffn",), ("experts",), ("heads", "kv_heads"),
@@ -132,8 +132,8 @@ def check_grid(before: Shape, grid: Mapping[str, Sequence[int]], multiple_of: Ma
             problems += [problem for size in sizes for problem in before.size_problems(axis, size, multiple_of)]
     if problems:
         raise ValueError("grid: " + "; ".join(dict.fromkeys(problems)))
-    if (count := math.prod(map(len, grid.values()))) > MOST:
-        raise ValueError(f"grid: {count:,} shapes; at most {MOST:,} are looked at: give fewer sizes")
+    if (count := math.prod(map(len, grid.values()))) > MAX_SHAPES:
+        raise ValueError(f"grid: {count:,} shapes; at most {MAX_SHAPES:,} are looked at: give fewer sizes")
 
 
 def legal_shapes(

@@ -64,9 +64,9 @@ def incomplete(checkpoint: Path) -> str | None:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{index.name} is damaged"
-    lost = sorted(shard for shard in shards if not (checkpoint / str(shard)).is_file())
-    if lost:
-        return f"{lost[0]} is missing"
+    missing = sorted(shard for shard in shards if not (checkpoint / str(shard)).is_file())
+    if missing:
+        return f"{missing[0]} is missing"
     return next((f"{path.name} is damaged" for path in sorted(checkpoint.iterdir()) if _damaged(path)), None)
 
 

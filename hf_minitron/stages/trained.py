@@ -18,7 +18,7 @@ from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.environment import environment
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import copy_side_files, save_config
-from hf_minitron.stages.training import TextArguments, fit, make_blocks, make_eval_blocks
+from hf_minitron.stages.training import TextArguments, make_blocks, make_eval_blocks, train_and_resume
 from hf_minitron.stages.validation import callbacks_of
 
 # Size limit of one weights file of a trained model.
@@ -48,7 +48,7 @@ def train_model(
     model = model if args.lora is None else add_lora(model, args.lora)
     callbacks = callbacks_of(args)
     trainer = DistillationTrainer(model, teacher, args, processing_class=tokenizer, callbacks=callbacks, **data)
-    resumed = fit(trainer)
+    resumed = train_and_resume(trainer)
     save_trained(trainer, source, out / name)
     save_log(trainer, out, resumed=resumed, **facts)
     return trainer

@@ -232,7 +232,7 @@ def _made_once(path: Path, make: Callable[[], Dataset]) -> Dataset:
     return load_from_disk(path).with_format("torch")
 
 
-def fit(trainer: Trainer) -> str | None:
+def train_and_resume(trainer: Trainer) -> str | None:
     """Train, on all processes; go on from the last complete checkpoint in the trainer's folder, and return its name.
 
     Raises:

@@ -34,7 +34,7 @@ class OutputLosses:
     def _of_chunk(self, signal: Signal | None, targets: Tensor, logits: Tensor, rows: slice) -> dict[str, Tensor]:
         losses = {}
         if names := [name for name in self.weights if name != CROSS_ENTROPY]:
-            tables = signal.align(logits, rows, self.temperature)
+            tables = signal.aligned_log_probs(logits, rows, self.temperature)
             losses = {name: function_of(name, self.beta)(*tables) * self.temperature**2 for name in names}
         if CROSS_ENTROPY in self.weights:
             smoothed = {"reduction": "none", "label_smoothing": self.label_smoothing}

@@ -33,7 +33,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_dis
 
 
 def relation_kl(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], visible: Tensor | None, chunk_size: int
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], attention_visibility: Tensor | None, chunk_size: int
 ) -> Tensor:
     """Return KL(teacher || student) of how tokens relate to those before them (MiniLMv2, 2012.15828, section 3.1).
 
@@ -43,7 +43,7 @@ def relation_kl(
     Args:
         student (`tuple[Tensor, Tensor]`): Two tensors of shape `(batch, seq, heads, head_dim)`.
         teacher (`tuple[Tensor, Tensor]`): The same of the teacher; heads and head_dim may differ.
-        visible (`Tensor` of shape `(batch, seq, seq)`, *optional*): Which tokens each may look at beside the causal mask.
+        attention_visibility (`Tensor` of shape `(batch, seq, seq)`, *optional*): Tokens that each may see, beside the mask.
         chunk_size (`int`): Tokens whose relations exist at the same time, in the backward pass too.
 
     Returns:
@@ -55,8 +55,8 @@ def relation_kl(
     for start in range(0, length, chunk_size):
         rows = slice(start, min(start + chunk_size, length))
         mask = torch.ones(rows.stop - start, rows.stop, dtype=torch.bool, device=student[0].device).tril(start)
-        if visible is not None:
-            mask = mask & visible[:, None, rows, : rows.stop]
+        if attention_visibility is not None:
+            mask = mask & attention_visibility[:, None, rows, : rows.stop]
         found.append(checkpoint(_rows_kl, student, teacher, rows, mask, use_reentrant=False))
     return torch.cat(found, 1)
 
