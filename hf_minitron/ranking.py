@@ -24,8 +24,11 @@ def check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None
 def best_layers(scores: Tensor, before: Shape, after: Shape) -> list[int]:
     """Return the layers that stay: the best of all, or of each kind whose number is given, beside all layers of other kinds.
 
-    One layer of attention is among them: the caches of Transformers count tokens by it.
+    One layer of attention is among them: the caches of Transformers count tokens by it. Where kinds repeat, whole periods stay.
     """
+    if period := before.sizes.get("layer_period"):
+        periods = best(scores.view(-1, period).sum(1), after["layers"] // period)
+        return [first * period + place for first in periods for place in range(period)]
     if not after.by_kind:
         kept, attention = best(scores, after["layers"]), before.layer_kinds.get("attention_layers", ())
         if attention and not set(kept) & set(attention):

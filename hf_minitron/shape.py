@@ -135,6 +135,8 @@ class Shape:
         least = {"attention_layers": 1}  # by which the caches of Transformers count tokens
         known = [f"{kind.removesuffix('_layers')} ({least.get(kind, 0)} to {count})" for kind, count in kinds.items()]
         known = ", ".join(known) or "of one kind"
+        if "layer_period" in self.sizes:
+            return rest, {}, [f"layers: {dict(named)}: kinds of layers repeat in this model; give the number of all layers"]
         bad = [
             kind
             for kind, count in by_kind.items()
@@ -164,6 +166,10 @@ class Shape:
         kept = set(self.first_layers(after["layers"], by_kind))  # until a plan says which layers stay
         return after | {kind: len(kept & set(layers)) for kind, layers in self.layer_kinds.items()}
 
+    def with_layers(self, count: int) -> "Shape":
+        """Return the shape of so many layers of this model, such as one that is run by itself."""
+        return replace(self, sizes={**self.sizes, "layers": count})
+
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
         if not by_kind:
@@ -174,8 +180,8 @@ class Shape:
         return [layer for layer in range(self["layers"]) if layer not in dropped]
 
     def unit(self, axis: str) -> int:
-        """Return what a size of an axis must be a multiple of for the axes that keep their ratio to it."""
-        units = [1]
+        """Return what a size of an axis must be a multiple of, for layers to stay in whole periods and followers in ratio."""
+        units = [self.sizes.get("layer_period", 1) if axis == "layers" else 1]
         for follower, leader in self.coupled.items():
             if leader == axis:
                 own = self[follower] // (self.sizes.get("ssm_groups", 1) if follower == "ssm_heads" else 1)
@@ -230,9 +236,10 @@ class Shape:
             return [f"{axis}: {size!r} is not a whole number from 1 to {self[axis]}"]
         if size > self[axis]:
             return [f"{axis}: {size} is larger than the model's {self[axis]}; pruning only makes a model smaller"]
-        followers = ", ".join(follower for follower, leader in self.coupled.items() if leader == axis)
         if size % self.unit(axis):
-            return [f"{axis}: {size} is not a multiple of {self.unit(axis)}, so that {followers} can keep their ratio to it"]
+            followers = ", ".join(follower for follower, leader in self.coupled.items() if leader == axis)
+            why = "in which kinds of layers repeat" if axis == "layers" else f"so that {followers} can keep their ratio to it"
+            return [f"{axis}: {size} is not a multiple of {self.unit(axis)}, {why}"]
         divisor = multiple_of.get(axis, 1)
         if size % divisor and size != self[axis]:
             near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= self[axis]})

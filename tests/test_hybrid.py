@@ -127,3 +127,16 @@ def test_a_removed_layer_costs_what_the_model_without_it_loses(model_type):
         with torch.no_grad():
             lost = without(input_ids=rows, labels=rows).loss - model(input_ids=rows, labels=rows).loss
         assert abs(float(costs[layer] - lost)) < 1e-4
+
+
+def test_layers_whose_kinds_repeat_stay_in_whole_periods():
+    """Jamba's config says of which layers every so manieth is one of attention or of experts."""
+    model = tiny.model("jamba", dtype=torch.float32, num_hidden_layers=8)
+    shape = Architecture.of(model.config).shape
+    with pytest.raises(ShapeError, match="layers: 6 is not a multiple of 4, in which kinds of layers repeat"):
+        shape.cut_to({"layers": 6})
+    with pytest.raises(ShapeError, match="kinds of layers repeat in this model; give the number of all layers"):
+        shape.cut_to({"layers": {"mamba": 2}})
+    plan = make_plan(calibrate(model, tiny.blocks()).scores, shape, shape.cut_to({"layers": 4}))
+    assert plan.keep["layers"] in ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert prune_model(model, plan).config.layers_block_type == model.config.layers_block_type[:4]

@@ -182,8 +182,9 @@ def plan(model, target, tmp_path, capsys):
 def cut(config):
     """A target that any model allows: a third of its layers, three quarters of its FFN channels and of its experts."""
     shape = Architecture.of(config).shape
+    period = shape.unit("layers")
     steps = {
-        "layers": lambda size: size // 3,
+        "layers": lambda size: size // 3 // period * period,
         "ffn": lambda size: size * 3 // 4 // 8 * 8,
         "experts": lambda size: size * 3 // 4,
     }

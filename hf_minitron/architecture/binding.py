@@ -1,5 +1,6 @@
 """Binding a family to a model: which row every parameter matches, the size of every axis, and what fits no row."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,6 +129,9 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
                     sizes.setdefault(*solved)
     present = {"layers", *indices}.union(*(axes.dim_names(dim) for dims, _ in used for dim in dims))
     sizes = {axis: size for axis, size in sizes.items() if axis in present or axis not in AXES}
+    period = math.lcm(*(getattr(config, key) for key in family.periods))
+    if family.periods and sizes["layers"] % period == 0 and sizes["layers"] > period:
+        sizes["layer_period"] = period
     # shared experts are one MLP of so many times an expert's width
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}

@@ -239,7 +239,8 @@ TABLES = {
     },
     "jamba": {
         "rows": JAMBA_ROWS, "norms": NORMS, "config_keys": JAMBA_KEYS, "roles": FEED_FORWARD_ROLES,
-        "coupled": {**SSM_AS_HIDDEN, "dense_ffn": "ffn"}, "only_ffn": "dense_ffn",
+        "periods": ("attn_layer_period", "expert_layer_period"), "coupled": {**SSM_AS_HIDDEN, "dense_ffn": "ffn"},
+        "only_ffn": "dense_ffn",
     },
     "lfm2": {
         **LFM2_TABLE, "rows": LFM2_ROWS, "config_keys": CONFIG_KEYS, "from_parameters": ("ffn",),

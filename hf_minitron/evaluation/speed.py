@@ -154,11 +154,11 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     """
     architecture = Architecture.of(config)
     shape = architecture.shape
-    target = {"layers": layers}
+    target = {}
     if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
     kept = list(range(shape["layers"] - layers, shape["layers"]))
-    config = student_config(architecture, Plan(shape, shape.cut_to(target), {"layers": kept}))
+    config = student_config(architecture, Plan(shape, shape.cut_to(target).with_layers(layers), {"layers": kept}))
     if vocab is not None:
         config = with_text(config, {"vocab_size": vocab, "pad_token_id": None})
     return auto_class(config).from_config(config, dtype=dtype).eval()

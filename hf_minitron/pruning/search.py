@@ -106,12 +106,12 @@ def limits_of(budget: Mapping[str, object], teacher: Mapping[str, float]) -> dic
 def default_grid(before: Shape, multiple_of: Mapping[str, int]) -> dict[str, list[int]]:
     """Return sizes to try of every axis of `LEAST_SHARE` that the model has, the model's own among them."""
     groups = before.kv_groups if before.sizes.get("heads", 0) > before.kv_groups else 1
-    unit = {"heads": groups, "experts": before.sizes.get("expert_groups", 1), "hidden": before.unit("hidden")}
+    unit = {"heads": groups, "experts": before.sizes.get("expert_groups", 1)}
     grid = {}
     for axis, share in LEAST_SHARE.items():
         if axis in before.sizes and axis not in before.coupled:
             size = before[axis]
-            step = math.lcm(unit.get(axis, 1), multiple_of.get(axis, 1))
+            step = math.lcm(unit.get(axis, 1), before.unit(axis), multiple_of.get(axis, 1))
             least, step = math.ceil(share * size), step * max(1, math.ceil(size / STEPS / step)) if axis != "layers" else step
             grid[axis] = [n for n in range(step, size, step) if n >= least] + [size]
     return grid
