@@ -31,6 +31,7 @@ from hf_minitron.head import head_of, next_token_rows
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.memory import free_memory
 from hf_minitron.plan import make_plan
+from hf_minitron.probe import base_model
 from hf_minitron.pruning.prune import prune_model
 from hf_minitron.recipe import bind
 from hf_minitron.run import RecipeError, Run
@@ -198,7 +199,7 @@ def _rehearse_training(
 
 
 def _states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return base_model(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -10,7 +10,10 @@ from functools import partial
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.probe import base_name
 
 # Model types that multiply logits by `logits_scaling`; the others divide by it.
 MULTIPLIED = ("hyperclovax",)
@@ -76,6 +79,24 @@ def head_of(model: PreTrainedModel) -> Head:
     scaling = getattr(config, "logits_scaling", None) or 1.0
     scale = (getattr(config, "logit_scale", None) or 1.0) * (scaling if config.model_type in MULTIPLIED else 1 / scaling)
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def check_head(config: PreTrainedConfig) -> None:
+    """Refuse a model whose head is more than one matrix that reads its last hidden states: `Head` would leave the rest out.
+
+    Raises:
+        ValueError: naming what stands between the two.
+    """
+    try:
+        seen = Architecture.bind(config).trace
+    except ValueError:  # it cannot be run without weights
+        return
+    model = seen.modules[""]
+    head = next(name for name, module in seen.modules.items() if module is model.get_output_embeddings())
+    givers, inside = seen.reads.get(head, ()), base_name(model)
+    if givers and not any(f"{giver}.".startswith(f"{inside}.") for giver in givers):
+        raise ValueError(f"The output head of model type {config.model_type!r} is more than a matrix: {givers[-1]} stands "
+                         "before it, which losses and perplexity do not see; choose another model type")  # fmt: skip
 
 
 def head_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -102,7 +102,7 @@ def probe(
     with ExitStack() as stack:
         for name in instead:
             stack.enter_context(_stand_in(model, name, run_instead(name, submodule(model, name))))
-        stack.enter_context(model.base_model.register_forward_pre_hook(begin, with_kwargs=True))
+        stack.enter_context(base_model(model).register_forward_pre_hook(begin, with_kwargs=True))
         for name, observer in before:
             hook = partial(enter, name, observer)
             stack.enter_context(submodule(model, name).register_forward_pre_hook(hook, with_kwargs=True))
@@ -131,8 +131,26 @@ def outputs_of(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[st
 def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Yield a list of the last hidden states of every forward pass, logits or not."""
     hidden: list[Tensor] = []
-    with probe(model, after=[(model.base_model_prefix, lambda visit: hidden.append(visit.states))]):
+    decoder = base_model(model).get_decoder()  # OPT's head calls it, and not the base model that it stands in
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    with probe(model, after=[(name, lambda visit: hidden.append(visit.states))]):
         yield hidden
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Return the name of the model without its head inside a causal language model; nothing where it stands alone.
+
+    It is `base_model_prefix`, but for classes whose prefix is that of a larger model that they are a part of (Llama 4's).
+    """
+    if model.base_model is not model:
+        return model.base_model_prefix
+    inside = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    return inside[0] if inside and model.get_output_embeddings() is not None else ""
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its head, which gives last hidden states."""
+    return model.get_submodule(base_name(model))
 
 
 def submodule(model: PreTrainedModel, name: str) -> Module:
@@ -141,7 +159,7 @@ def submodule(model: PreTrainedModel, name: str) -> Module:
 
 
 def _own_name(model: PreTrainedModel, name: str) -> str:
-    if model.base_model is not model:
+    if base_name(model):
         return name
     return "" if name == model.base_model_prefix else name.removeprefix(f"{model.base_model_prefix}.")
 

@@ -313,3 +313,21 @@ def test_perplexity_equals_full_logits():
     assert found.value == pytest.approx(expected, rel=1e-6)
     assert found.stderr > 0
     assert found.n == len(blocks)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama4_text", "hyperclovax", "minicpm3"])
+def test_the_loss_of_every_kind_of_class_is_that_of_its_own_logits(model_type, tmp_path):
+    """OPT's head calls the decoder inside of the base model, Llama 4's prefix is another model's, others scale in their way."""
+    student, teacher = tiny.model(model_type, torch.float32, seed=1), tiny.model(model_type, torch.float32)
+    trainer = trainer_for(tmp_path, student, teacher, losses={"forward_kl": 1.0})
+    batch = collate([{"input_ids": row} for row in tiny.blocks(2)["input_ids"]])
+    with torch.no_grad():
+        ours = trainer.compute_loss(student, dict(batch))
+        s, t = (model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
+    assert ours.item() == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path):
+    model = tiny.model("bert", torch.float32)
+    with pytest.raises(ValueError, match="head of model type 'bert' is more than a matrix: cls.predictions.transform stands"):
+        trainer_for(tmp_path, model, tiny.model("bert", torch.float32))

@@ -16,8 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.architecture.student import check_target, student_config
+from hf_minitron.head import check_head, head_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import Plan, make_plan
+from hf_minitron.probe import last_hidden_states
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.shape import ShapeError
 
@@ -224,6 +226,19 @@ def test_heads_of_mamba_are_cut_exactly_but_for_the_norm_behind_them(model_type,
         assert relative(pruned, logits(teacher)) < 1e-6
 
 
+def assert_head_is_a_matrix(model):
+    """What losses and perplexity take for its logits are its logits, or the model is refused by them."""
+    with last_hidden_states(model) as last:
+        expected = logits(model)
+    with torch.no_grad():
+        same = relative(head_of(model).logits(last.pop()), expected) < 1e-5
+    try:
+        check_head(model.config)
+        assert same
+    except ValueError as error:
+        assert not same and "is more than a matrix" in str(error)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", tiny.TYPES)
 def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path):
@@ -241,6 +256,7 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     assert sum(stored.values()) == plan.after.num_parameters(Architecture.of(loaded.config).rows)
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
     assert (tmp_path / "student" / "plan.json").is_file() and (tmp_path / "student" / "tokenizer.json").is_file()
+    assert_head_is_a_matrix(loaded)
     assert loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
     loaded(input_ids=IDS, labels=IDS).loss.backward()
     unused = ("lm_head.bias", "cls.predictions.bias") if model_type in tiny.BERTS else ()  # beside those of lm_head.decoder

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_minitron import axes
 from hf_minitron.architecture.config import auto_class, special_float
 from hf_minitron.errors import one_line
-from hf_minitron.probe import Visit, probe
+from hf_minitron.probe import Visit, base_name, probe
 
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
@@ -90,7 +90,7 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     known = get_model_conversion_mapping(model, add_legacy=False)
     renamings = tuple(renaming for renaming in known if isinstance(renaming, WeightRenaming))
     config, class_name = _config(kind, content), type(model).__name__
-    return Outline(config, shapes, tied, modules, class_name, model.base_model_prefix, renamings, _conversions(model))
+    return Outline(config, shapes, tied, modules, class_name, base_name(model), renamings, _conversions(model))
 
 
 def _conversions(model: PreTrainedModel) -> tuple[WeightTransform, ...]:

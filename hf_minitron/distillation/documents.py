@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from hf_minitron.probe import base_model
+
 
 @torch.no_grad()
 def check_documents_apart(model: PreTrainedModel) -> None:
@@ -20,8 +22,8 @@ def check_documents_apart(model: PreTrainedModel) -> None:
     positions = torch.tensor([[0, 1, 0]], device=model.device)
     training = model.training
     model.eval()  # without dropout
-    packed = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, -1]
-    alone = model.base_model(input_ids=ids[:, -1:], use_cache=False).last_hidden_state[0, -1]
+    packed = base_model(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, -1]
+    alone = base_model(model)(input_ids=ids[:, -1:], use_cache=False).last_hidden_state[0, -1]
     model.train(training)
     if (packed - alone).norm() > 0.01 * alone.norm():
         raise ValueError(f"{model.config.model_type} takes no notice of where a document starts: set cross_documents to true")

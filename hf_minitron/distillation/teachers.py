@@ -12,6 +12,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
 from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.head import check_head
 from hf_minitron.vocabulary import check_vocabularies
 
 Given = PreTrainedModel | CachedTeacher | str | Path | None
@@ -49,10 +50,13 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase | None,
     train_dataset: object,
 ) -> int:
-    """Refuse vocabularies that differ by more than padding, and models that cannot mask attention between documents.
+    """Refuse vocabularies that differ by more than padding, heads that are more than a matrix, and models that cannot mask
+    attention between documents.
 
     Returns: the size of the smaller vocabulary.
     """
+    for model in [student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]:
+        check_head(model.config)
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     least = check_vocabularies(models, tokenizer, train_dataset)
     if "position_ids" in (getattr(train_dataset, "column_names", None) or ()):

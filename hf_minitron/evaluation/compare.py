@@ -29,6 +29,7 @@ from hf_minitron.evaluation.text import (
     text_records,
 )
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric, check_metrics
+from hf_minitron.head import check_head
 from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.vocabulary import check_ids, difference
@@ -271,6 +272,7 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
     if not is_hub_id(source):  # of the Hub there are small files only
         Checkpoint(local)
     config = AutoConfig.from_pretrained(local)
+    check_head(config)
     positions = getattr(text_config(config), "max_position_embeddings", None)
     if positions is not None and block_size > positions:
         raise ValueError(f"block_size: {block_size} is more than the {positions} positions of {source}; set it to that or less")

@@ -20,6 +20,7 @@ from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.report import TEXT, Entry
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions, TextMetric
 from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
+from hf_minitron.probe import base_model
 
 
 def text_bytes(blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,7 +119,7 @@ def read_text(
         head, sums, kept, start = _whole_head(model), [], [], 0
         signal = teacher and teacher.on(model.device)
         for ids, wanted in tqdm(_batches(blocks, labels or blocks, size), desc=description, total=-(-len(blocks) // size)):
-            hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            hidden = base_model(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
             rows, targets = next_token_rows(hidden, wanted.to(model.device))
             states = None
             if signal is not None:

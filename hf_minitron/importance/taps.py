@@ -19,7 +19,7 @@ from hf_minitron.importance.activation import WIDTHS
 from hf_minitron.importance.metrics import DEFAULTS, METRICS, Chosen, Metric, needs_outgoing
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.importance.routed import run_experts
-from hf_minitron.probe import Visit, probe, submodule
+from hf_minitron.probe import Visit, base_model, base_name, probe, submodule
 from hf_minitron.statistics import Moments
 
 # What of a visit a metric is given, when not the module's input or output alone.
@@ -132,7 +132,7 @@ def moment_readings(architecture: Architecture) -> Iterator[Reading]:
 def run_batch(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Run one batch through a model without its output head, which scores nothing."""
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-    model.base_model(**inputs, use_cache=False)
+    base_model(model)(**inputs, use_cache=False)
 
 
 def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> None:
@@ -147,7 +147,8 @@ def check_activations(model: PreTrainedModel, readings: Sequence[Reading]) -> No
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if weight.device.type != "meta" and not weight.isfinite().all():
             raise ValueError(f"The weight {name!r} holds NaN or infinity; the checkpoint is damaged")
-    order = [f"{model.base_model_prefix}.{name}".rstrip(".") for name, _ in model.base_model.named_modules()]
+    prefix = base_name(model) or model.base_model_prefix
+    order = [f"{prefix}.{name}".rstrip(".") for name, _ in base_model(model).named_modules()]
     # a layer stands before its parts, but is read after them
     first = min(bad, key=lambda reading: (reading.axis == "layers", order.index(reading.module)))
     raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.probe import Visit, probe
+from hf_minitron.probe import Visit, base_model, probe
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
@@ -80,7 +80,7 @@ class WholePass:
             states[-1:] = [visit.input, visit.states]  # the last output is this input
 
         with probe(model, [(name, keep) for name in layer_names(model)]):
-            last = model.base_model(**inputs, use_cache=False).last_hidden_state
+            last = base_model(model)(**inputs, use_cache=False).last_hidden_state
         labels = batch.get("labels", batch["input_ids"]).to(device)
         return cls(model, inputs, text_mask, states, last[text_mask.to(last.device)], labels)
 
@@ -92,5 +92,5 @@ class WholePass:
         )
         zeroed = [(name, lambda visit: torch.zeros_like(visit.states)) for name in removal.zeroed]
         with probe(self.model, zeroed, instead=skipped):
-            last = self.model.base_model(**self.inputs, use_cache=False).last_hidden_state
+            last = base_model(self.model)(**self.inputs, use_cache=False).last_hidden_state
         return last[self.text_mask.to(last.device)]

@@ -14,6 +14,7 @@ from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
 from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
+from hf_minitron.head import check_head
 from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
 from hf_minitron.recipe import bind
@@ -63,6 +64,8 @@ def check_blocks(args: Args, run: Run) -> None:
         sizes = [text_config(AutoConfig.from_pretrained(model)).vocab_size for model in models]
         check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
     tokenizer, configs = AutoTokenizer.from_pretrained(folder), [AutoConfig.from_pretrained(model) for model in models]
+    for config in configs:
+        check_head(config)
     if args.add_bos_token:
         adds_bos_token(tokenizer, True)
     check_text_for(args, partial(synthesize.names, run), configs, tokenizer)

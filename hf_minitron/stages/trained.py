@@ -16,6 +16,7 @@ from hf_minitron.distillation.batch import rows_read
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.environment import environment
+from hf_minitron.probe import base_name
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.stages.training import TextArguments, make_blocks, make_eval_blocks, train_and_resume
@@ -102,7 +103,7 @@ def write_model(model: PreTrainedModel, state: Mapping[str, Tensor], source: Pat
         source (`Path`): The folder that the model was loaded from.
         target (`Path`): The folder to write.
     """
-    stored, prefix = Checkpoint(source).specs, f"{model.base_model_prefix}."
+    stored, prefix = Checkpoint(source).specs, f"{base_name(model)}."
     # a tied head is written once, with the embedding; transformers cannot see that two copies are one tensor
     state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     state = revert_weight_conversion(model, state)
