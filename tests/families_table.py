@@ -1,0 +1,79 @@
+"""Writes the tables of docs/families.md: `python tests/families_table.py`. The tests compare the page with what it gives."""
+
+import re
+import sys
+from pathlib import Path
+
+import tiny
+import tiny_vision
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.shape import CUTTABLE
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+
+
+def works(model_type):
+    """Whether a type of Transformers' mapping, or the one that its class belongs to, has a table."""
+    return CONFIG_MAPPING[model_type].model_type in {*FAMILIES, *tiny_vision.SETTINGS}
+
+
+def working(inexact):
+    """Return the table of the types that can be pruned.
+
+    Args:
+        inexact: Model type and axis to the measured error of a cut, relative to the largest logit.
+    """
+    rows = ["| model type | axes | inexact cuts | nonuniform | rotation |", "| --- | --- | --- | --- | --- |"]
+    for model_type in sorted(FAMILIES):
+        architecture = Architecture.of(tiny.config(model_type))
+        family, sizes = architecture.family, architecture.shape.sizes
+        axes = [
+            axis for axis in CUTTABLE if sizes.get(axis, 1) > 1 and axis not in {**family.fixed, **architecture.shape.coupled}
+        ]
+        axes += [f"{axis} (with {leader})" for axis, leader in architecture.shape.coupled.items()]
+        leaders = {axis: architecture.shape.coupled.get(axis, axis) for axis in family.inexact}
+        said = [f"{axis}: {why} ({inexact[model_type, leaders[axis]]:.2f})" for axis, why in family.inexact.items()]
+        said += [f"{axis} where {key}: {why}" for axis, (key, why) in family.inexact_if.items()]
+        ticks = ["yes" if architecture.supports(feature) else "" for feature in ("nonuniform", "rotation")]
+        rows.append(f"| {' | '.join([model_type, ', '.join(axes), '; '.join(said), *ticks])} |")
+    return "\n".join(rows)
+
+
+def refusals():
+    """Return the other types of the mapping, with what is said of each."""
+    found = {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if not works(model_type):
+            try:
+                Architecture.of(tiny.config(model_type))
+            except Exception as error:  # refused, or no config of these sizes
+                found[model_type] = str(error)
+    return found
+
+
+def refused():
+    """Return the list of the other types of the mapping, by what they are."""
+    kinds = {"encoder-decoders": [], "models of more than text": [], "without a table": []}
+    for model_type, why in sorted(refusals().items()):
+        kind = "encoder-decoders" if "an encoder and a decoder" in why else "without a table"
+        kinds["models of more than text" if "of text alone" in why else kind].append(model_type)
+    return "\n".join(f"- {kind}: {', '.join(types)}" for kind, types in kinds.items())
+
+
+def part(page, name):
+    """Return the text between a page's two marks of a name."""
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", page, flags=re.DOTALL)[1]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(PAGE.parent.parent))
+    from test_families import INEXACT
+
+    page = PAGE.read_text()
+    for name, text in (("working", working(INEXACT)), ("refused", refused())):
+        page = page.replace(f"<!-- {name} -->\n{part(page, name)}\n", f"<!-- {name} -->\n{text}\n")
+    PAGE.write_text(page)
