@@ -75,7 +75,7 @@ def assert_alike(tmp_path, tolerance=2e-5, **changes):  # norms and rotary embed
     assert len(expected) >= 6
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
     worst = max((own[name] - weight).abs().max().item() for name, weight in weights.items())
-    assert worst <= 10 * tolerance, worst
+    assert worst <= CONSTANT["learning_rate"] / 10, worst  # Adam makes steps of equal size of the smallest gradients
 
 
 @pytest.mark.parametrize("loss", [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES])
