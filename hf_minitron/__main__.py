@@ -153,15 +153,15 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
     if not PartialState().is_main_process:
         return
     with TemporaryDirectory() as scratch:
-        made: dict[Path, Path] = {}
+        placeholders: dict[Path, Path] = {}
         for number, run in enumerate(runs):
-            ahead = with_placeholders(run, made)
+            ahead = with_placeholders(run, placeholders)
             try:
                 run.check_owner()
                 run.check_free()
                 check_stages(ahead, list(own_stages(run)), push, finished(run, list(own_stages(run))))
                 if run is not runs[-1]:
-                    made |= placeholder_models(run, ahead, Path(scratch) / str(number))
+                    placeholders |= placeholder_models(run, ahead, Path(scratch) / str(number))
                 print(f"{run.recipe_path}: {time_allows(ahead, own_stages(ahead), estimate=True)[1]}\n", flush=True)
             except ValueError as error:
                 raise RecipeError(f"{run.recipe_path}: {error}") from error
@@ -183,8 +183,8 @@ def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) ->
         print("\n" + markdown_table(quality_rows(report)))
         if report.speed:
             print("\n" + markdown_table(speed_rows(report)))
-        if found := report.against("teacher", "distilled"):
-            print("\n" + "\n".join(map(sentence, found)))
+        if comparisons := report.against("teacher", "distilled"):
+            print("\n" + "\n".join(map(sentence, comparisons)))
         folder = run.path("publish") / "model"
         print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
 

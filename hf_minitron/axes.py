@@ -201,9 +201,9 @@ def match(name: str, rows: Sequence[str] | Mapping[str, str]) -> tuple[str, dict
     ```
     """
     for row in rows:
-        found = _name_regex(row).fullmatch(name)
-        if found:
-            return row, {axis: int(index) for axis, index in found.groupdict().items()}
+        matched = _name_regex(row).fullmatch(name)
+        if matched:
+            return row, {axis: int(index) for axis, index in matched.groupdict().items()}
     return None
 
 
@@ -243,9 +243,9 @@ def by_axis(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -
 
 def labels(dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
     """Return the index of an axis that every position along a dimension belongs to, shape `(dim,)`; all terms have the axis."""
-    found = []
+    parts = []
     for term in dim:
         at, shape = term.index(axis), [sizes[a] for a in term]
         index = torch.arange(sizes[axis]).view([-1 if position == at else 1 for position in range(len(term))])
-        found.append(index.expand(shape).flatten())
-    return torch.cat(found)
+        parts.append(index.expand(shape).flatten())
+    return torch.cat(parts)

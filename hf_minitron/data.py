@@ -54,7 +54,7 @@ def token_blocks(
     name: str = "The text",
     add_bos_token: bool | None = None,
 ) -> Dataset | IterableDataset:
-    """Pack documents into blocks of tokens.
+    """Pack documents into token sequences of one length: blocks, or packed sequences.
 
     Args:
         documents (`Dataset` or `IterableDataset`): One document per row, in a column `text`. Of a stream, blocks are made as
@@ -65,8 +65,9 @@ def token_blocks(
         max_tokens (`int`, *optional*): Stop when this many tokens are packed; all text (a stream: never) when left out.
         seed (`int`, *optional*): Shuffle the documents with it first.
         cross_documents (`bool`, *optional*, defaults to `True`): Whether tokens attend to the documents before theirs in the
-            block, as is usual in pretraining (Megatron's default, and so the papers'). Otherwise every row has `position_ids`
-            that start again at each document, from which Transformers makes the attention mask.
+            block, as is usual in pretraining (Megatron's default, and so the papers'). Otherwise attention is
+            document-masked: every row has `position_ids` that start again at each document, from which Transformers makes
+            the mask.
         shuffle_buffer (`int`, *optional*, defaults to 10,000): Documents among which a stream is shuffled; they are in memory.
         name (`str`, *optional*): What errors and warnings call the text.
         add_bos_token (`bool`, *optional*): Whether every document, and every block that begins in the midst of one, begins with
@@ -74,8 +75,8 @@ def token_blocks(
 
     Returns:
         `Dataset` or `IterableDataset`: One block per row, `input_ids` of length `block_size`; of the same length `position_ids`
-            when documents are kept apart, and with BOS tokens `labels`, which do not count them, for they are given and not
-            predicted. The incomplete last block is left out.
+            for document-masked attention, and with BOS tokens `labels`, which are -100 there: a BOS token is not predicted. The
+            incomplete last block is left out.
 
     Raises:
         ValueError: when the text is too short for one block (a stream's: when the first block is asked for).

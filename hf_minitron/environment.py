@@ -29,8 +29,8 @@ def _accelerators() -> str | None:
     if not torch.accelerator.is_available():
         return None
     kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
-    found = getattr(torch, kind, None)
-    name = found.get_device_name(0) if hasattr(found, "get_device_name") else kind
+    module = getattr(torch, kind, None)
+    name = module.get_device_name(0) if hasattr(module, "get_device_name") else kind
     processes = PartialState().num_processes
     return f"{processes if processes > 1 else count} x {name}"
 

@@ -158,8 +158,8 @@ def _rehearse_reading(teacher: PreTrainedModel, student: PreTrainedModel, ids: T
         "compare": (lambda: read_text(student, rows, len(rows), reading), lambda: _states(student, ids), ids.numel()),
         "decode": (lambda: generate(teacher, prompt, NEW_TOKENS), lambda: _states(teacher, ids[:1, :1]), NEW_TOKENS),
     }
-    found = {unit: (_seconds(whole) / count, _seconds(body) / count) for unit, (whole, body, count) in times.items()}
-    return found | {"decode": (found["decode"][0], found["decode"][1] * NEW_TOKENS)}
+    seconds = {unit: (_seconds(whole) / count, _seconds(body) / count) for unit, (whole, body, count) in times.items()}
+    return seconds | {"decode": (seconds["decode"][0], seconds["decode"][1] * NEW_TOKENS)}
 
 
 def _rehearse_training(

@@ -66,8 +66,8 @@ def hub_name(source: str) -> tuple[str, str | None, str | None]:
 
 def matching(pattern: str) -> list[Path]:
     """Return the files that a pattern matches, hidden ones left out, in order."""
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207 (Path.glob takes hidden files)
-    return sorted(path for path in map(Path, found) if path.is_file())
+    paths = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207 (Path.glob takes hidden files)
+    return sorted(path for path in map(Path, paths) if path.is_file())
 
 
 def format_of(path: Path) -> str | None:

@@ -34,18 +34,18 @@ SETTLED = 2  # seconds; a file may be written twice within a tick of its clock
 
 def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
     """Return the files of the texts of a setting, a name or a table of several; of those on the Hub the commits."""
-    found = {}
+    files = {}
     for name in value if isinstance(value, Mapping) else [value]:
         path = Path(name).expanduser() if isinstance(name, str) and name not in ("", formats.SYNTHESIZED) else None
         if path and _is_file(path):
-            found[name] = path
+            files[name] = path
         elif path and _is_on_hub(name):
-            found[name] = commit_of(name)
+            files[name] = commit_of(name)
         elif path:  # a folder of shards, perhaps with a configuration, or a pattern
             folder = path if path.is_dir() else Path(name.partition(":")[0] or name).expanduser()
             every = formats.matching(f"{glob.escape(str(folder))}/**" if folder.is_dir() else name)
-            found |= {f"{name}: {file.name}": file for file in every}
-    return found
+            files |= {f"{name}: {file.name}": file for file in every}
+    return files
 
 
 def _is_on_hub(name: str) -> bool:
@@ -58,8 +58,8 @@ def _is_on_hub(name: str) -> bool:
 def model_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
     """Return the files of a model's folder, or of the models in a table; of one on the Hub the folder of its commit."""
     if isinstance(value, Mapping):
-        found = {name: model_files(model, section) for name, model in value.items()}
-        return {f"{name}/{file}": path for name, files in found.items() for file, path in files.items()}
+        by_model = {name: model_files(model, section) for name, model in value.items()}
+        return {f"{name}/{file}": path for name, files in by_model.items() for file, path in files.items()}
     return _files_of(value) if isinstance(value, str) and value else {}
 
 
@@ -80,10 +80,10 @@ def _files_of(model: str, **which: Any) -> dict[str, Source]:
     name, revision = pinned(model)
     config = "/".join(filter(None, (which.get("subfolder"), "config.json")))
     try:
-        found = try_to_load_from_cache(name, config, which.get("cache_dir"), revision or which.get("revision"))
+        config_file = try_to_load_from_cache(name, config, which.get("cache_dir"), revision or which.get("revision"))
     except HFValidationError:  # a path of nothing
         return {}
-    return {model: Path(found).parent if isinstance(found, str) else None}
+    return {model: Path(config_file).parent if isinstance(config_file, str) else None}
 
 
 def _counts(path: Path) -> bool:
@@ -123,12 +123,12 @@ def settings(section: Mapping[str, Any], args_type: type | None, keys: Iterable[
 
 def files(section: Mapping[str, Any], args_type: type | None, keys: Iterable[str] | None = None) -> dict[str, Source]:
     """Return the files that settings of a section name, as `setting: file`, and what they name on the Hub."""
-    found = {}
+    sources = {}
     for field in dataclasses.fields(args_type) if args_type else ():
         reads, value = field.metadata.get("reads"), section.get(field.name)
         if reads and (keys is None or field.name in keys):
-            found |= {f"{field.name}: {name}": path for name, path in reads(value, section).items()}
-    return found
+            sources |= {f"{field.name}: {name}": path for name, path in reads(value, section).items()}
+    return sources
 
 
 def contents(sources: Mapping[str, Source], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -202,8 +202,8 @@ def hashes_of(paths: Iterable[Path], folder: Path | None = None) -> dict[Path, s
     paths, known = list(paths), _load(folder / HASHES) if folder else {}
     cache = dict(known)
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda path: _hash_of(path, cache), paths)
-        hashes = dict(zip(paths, tqdm(found, "Hashing files", len(paths), unit="file", leave=False, delay=2), strict=True))
+        digests = pool.map(lambda path: _hash_of(path, cache), paths)
+        hashes = dict(zip(paths, tqdm(digests, "Hashing files", len(paths), unit="file", leave=False, delay=2), strict=True))
     if cache != known and folder and folder.is_dir():
         write_whole(folder / HASHES, json.dumps(cache, indent=1) + "\n")
     return hashes

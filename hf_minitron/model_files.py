@@ -92,8 +92,8 @@ def split_kwargs(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict
     """Split arguments of `from_pretrained` into those that say which files are meant, and the others; refuse unknown ones."""
     if not isinstance(kwargs, Mapping | None):
         raise ValueError(f"teacher_model_init_kwargs: {kwargs!r} is not a table, such as {{revision: main}}")
-    found = dict(kwargs or {})
-    for key, value in found.items():
+    given = dict(kwargs or {})
+    for key, value in given.items():
         if key not in (*WHICH, *HOW):
             near = difflib.get_close_matches(str(key), [*WHICH, *HOW], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([*WHICH, *HOW])}"
@@ -102,9 +102,9 @@ def split_kwargs(kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict
             raise ValueError(f"teacher_model_init_kwargs: {key} is {value!r}, not text; put it in quotes")
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise ValueError(f"teacher_model_init_kwargs: {key} is {value!r}, not auto, bfloat16, float16 or float32")
-    if "torch_dtype" in found:
-        found = {"dtype": found.pop("torch_dtype"), **found}
-    return {key: found[key] for key in WHICH if found.get(key) is not None}, {k: v for k, v in found.items() if k not in WHICH}
+    if "torch_dtype" in given:
+        given = {"dtype": given.pop("torch_dtype"), **given}
+    return {key: given[key] for key in WHICH if given.get(key) is not None}, {k: v for k, v in given.items() if k not in WHICH}
 
 
 def _is_dtype(value: Any) -> bool:
@@ -145,9 +145,9 @@ def _snapshot(model: str, subfolder: str, weights: bool, variant: str | None, wh
 
     def fetch(*patterns: str) -> Path:
         patterns = [prefix + pattern for pattern in patterns]
-        found = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[f"{prefix}*/*"], **which)
-        which["revision"] = revision_of(Path(found)) or which["revision"]  # a branch may move between two calls
-        return Path(found) / subfolder
+        snapshot = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[f"{prefix}*/*"], **which)
+        which["revision"] = revision_of(Path(snapshot)) or which["revision"]  # a branch may move between two calls
+        return Path(snapshot) / subfolder
 
     try:
         folder = fetch("*.json", *SIDE_FILES)
@@ -218,6 +218,6 @@ def _no_weights(folder: Path, single: Path, index: Path) -> str:
     """Say which weights there are instead."""
     said = f"{folder} has neither {single.name} nor {index.name}"
     for pattern, what in OTHER_WEIGHTS.items():
-        if found := sorted(folder.glob(pattern)):
-            return f"{said}, but {found[0].name}: {what}"
+        if files := sorted(folder.glob(pattern)):
+            return f"{said}, but {files[0].name}: {what}"
     return said

@@ -153,9 +153,9 @@ class Plan:
         """Return the basis of a rotated plan; refuse one that is missing or of another size."""
         size = self.before["hidden"]
         if self.basis is None or tuple(self.basis.shape) != (size, size):
-            found = "is missing" if self.basis is None else f"has shape {tuple(self.basis.shape)}, not {(size, size)}"
-            raise ValueError(f"The plan keeps components of a basis, {BASIS} beside plan.json, which {found}: copy it from the "
-                             "run that made the plan (prune/student)")  # fmt: skip
+            problem = "is missing" if self.basis is None else f"has shape {tuple(self.basis.shape)}, not {(size, size)}"
+            raise ValueError(f"The plan keeps components of a basis, {BASIS} beside plan.json, which {problem}: copy it "
+                             "from the run that made the plan (prune/student)")  # fmt: skip
         return self.basis
 
 

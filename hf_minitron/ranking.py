@@ -13,10 +13,10 @@ IN_GROUPS = {"experts": "expert_groups", "ssm_heads": "ssm_groups"}
 
 def check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None:
     """Refuse NaN, except for all of a layer that lacks the axis, where layers are of several kinds."""
-    found = scores["heads" if axis == "kv_heads" else axis].isnan()
-    by_layer = found.flatten(1).any(1) if found.dim() > 1 else found
-    if found.dim() > 1 and before.layer_kinds:
-        by_layer &= ~found.flatten(1).all(1)
+    absent = scores["heads" if axis == "kv_heads" else axis].isnan()
+    by_layer = absent.flatten(1).any(1) if absent.dim() > 1 else absent
+    if absent.dim() > 1 and before.layer_kinds:
+        by_layer &= ~absent.flatten(1).all(1)
     if by_layer.any():
         raise ValueError(f"The scores of {axis} hold NaN (first at {int(by_layer.nonzero()[0, 0])}); score the model again")
 

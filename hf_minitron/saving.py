@@ -101,9 +101,9 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
     elif local or any(rope[key] not in (None, main) for key in nested):
         return None
     names = ROPE_NAMES.get(config.model_type, {})
-    found = {names.get(key, key): value for key, value in keys.items()} | {"rope_scaling": scaling}
-    again = type(config).from_dict({**copy.deepcopy(config.to_dict()), **copy.deepcopy(found)})
-    return found if _plain(again.rope_parameters) == _plain(rope) else None
+    renamed = {names.get(key, key): value for key, value in keys.items()} | {"rope_scaling": scaling}
+    again = type(config).from_dict({**copy.deepcopy(config.to_dict()), **copy.deepcopy(renamed)})
+    return renamed if _plain(again.rope_parameters) == _plain(rope) else None
 
 
 def minimum_transformers(config: PreTrainedConfig) -> str | None:

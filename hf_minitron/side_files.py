@@ -25,7 +25,7 @@ def side_files(source: Path) -> list[Path]:
     Raises:
         ValueError: for a link to nothing or out of the model's folder; those of the Hub's cache lead to its own files.
     """
-    found, home = [], source.resolve()
+    files, home = [], source.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
         if path.is_symlink() and not any(path.resolve().is_relative_to(folder) for folder in homes):
@@ -34,10 +34,10 @@ def side_files(source: Path) -> list[Path]:
         if not path.exists():
             raise ValueError(f"{path} is a link to {path.readlink()}, which is not there: put the file in its place")
         if path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             logger.warning("%s is a folder, which does not go with what is made of the model", path)
-    return found
+    return files
 
 
 def check_config_file(path: Path) -> dict[str, Any]:

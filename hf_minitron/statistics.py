@@ -60,7 +60,9 @@ class Statistics:
             for name, moment in self.moments.items():
                 stored[name] = moment
         tables = {"scores": self.scores, "sublayer_costs": self.sublayer_costs}
-        tensors = {f"{table}.{axis}": values.contiguous() for table, found in tables.items() for axis, values in found.items()}
+        tensors = {
+            f"{table}.{axis}": values.contiguous() for table, by_axis in tables.items() for axis, values in by_axis.items()
+        }
         save_file(tensors, folder / TABLES)
         record = {"text": dict(self.text), "provenance": dict(self.provenance), "moments": self.moments.shapes}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")

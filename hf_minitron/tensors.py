@@ -45,13 +45,13 @@ class ModelTensors:
     def __init__(self, model: PreTrainedModel):
         self.architecture = Architecture.of(model.config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        found = dict(model.named_parameters()) | dict(model.named_buffers())
-        if head is None or self.architecture.parameters.keys() - found.keys():
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        if head is None or self.architecture.parameters.keys() - tensors.keys():
             raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
                              f"{auto_class(model.config).__name__}")  # fmt: skip
         if self.architecture.outline.tied and head.weight is not embedding.weight:
             raise ValueError(UNTIED)
-        self._tensors = {name: tensor.detach() for name, tensor in found.items() if name in self.architecture.parameters}
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items() if name in self.architecture.parameters}
 
     def names(self) -> Iterable[str]:
         """Return the names, in the model's order."""
@@ -87,8 +87,8 @@ class CheckpointTensors:
         check_not_quantized(self.architecture.config, folder)
         self.checkpoint = Checkpoint(folder)
         known, in_memory = self.architecture.stored, self.architecture.outline.in_memory
-        found = {name: name if name in known else in_memory(name) for name in self.checkpoint.specs}
-        self._stored_as = {known[name].name: stored for stored, name in found.items() if name in known}
+        stored_names = {name: name if name in known else in_memory(name) for name in self.checkpoint.specs}
+        self._stored_as = {known[name].name: stored for stored, name in stored_names.items() if name in known}
         for name, stored in self._stored_as.items():
             if known[name].role != "passthrough" and not DTYPES[self.spec(name).dtype].is_floating_point:
                 raise ValueError(f"{stored!r} in {folder} is stored as {self.spec(name).dtype}; save the model as bfloat16, "

@@ -52,7 +52,7 @@ def main(script: ScriptArguments, training: DistillationArguments) -> None:
     calibration = token_blocks(documents["test"], tokenizer, script.block_size, script.calibration_tokens)
     statistics = calibrate(teacher, calibration, moments=True)
 
-    # 2. Keep the best-scored channels; what stays takes over what it can from what goes.
+    # 2. Keep the best-scored channels, and correct the kept weights by least squares.
     student = prune_model(teacher, {"hidden": script.hidden, "ffn": script.ffn}, statistics)
 
     # 3. Let the student learn from the teacher.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.trainer import DistillationTrainer
 
-SPOILING = {"learning_rate": 0.1, "max_steps": 4, "lr_scheduler_type": "constant", "save_steps": 1, "save_total_limit": 2}
+SPOILING = {"learning_rate": 0.2, "max_steps": 4, "lr_scheduler_type": "constant", "save_steps": 1, "save_total_limit": 2}
 PLAIN = ("eval_strategy", "eval_steps", "eval_text", "eval_tokens", "load_best_model_at_end", "save_total_limit")
 
 

@@ -140,9 +140,9 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
     meta, unfinished = folder / META, folder / UNFINISHED
     if not main:
         wait_for(unfinished, meta)
-    found = meta if meta.is_file() else unfinished
-    if found.is_file():
-        theirs = json.loads(found.read_text(encoding="utf-8"))
+    mark = meta if meta.is_file() else unfinished
+    if mark.is_file():
+        theirs = json.loads(mark.read_text(encoding="utf-8"))
         different = [key for key, value in settings.items() if theirs.get(key) != value]
         if different:
             key = different[0]
@@ -152,7 +152,7 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
         require_space(folder, num_bytes, "the cache")
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(unfinished, settings)
-    return found is unfinished
+    return mark is unfinished
 
 
 def _write_shards(folder: Path, settings: dict, blocks: Dataset, recorder: _Recorder, state: PartialState) -> None:

@@ -57,12 +57,14 @@ class DistillationArguments(TrainingArguments):
     )
     temperature: float = field(
         default=1.0,
-        metadata={"help": "Divides both models' logits; the loss is multiplied by its square. 1 was best (2407.14679, A.5)."},
+        metadata={"help": "Divides both models' logits; the loss is multiplied by its square (2407.14679, A.5: 1 is best)."},
     )
     beta: float = field(default=0.5, metadata={"help": "The teacher's share of jsd's mixture; at 0 forward, at 1 reverse KL."})
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Compare the teacher's most likely tokens only, all others as one (hurts: 2407.14679, A.5)."},
+        metadata={
+            "help": "Compare the teacher's k most likely tokens, the rest summed into one entry (hurts: 2407.14679, A.5)."
+        },
     )
     layer_pairs: dict | str | None = field(
         default="last-2",
@@ -148,7 +150,7 @@ class DistillationArguments(TrainingArguments):
         return cls(**given)
 
     def _check_losses(self) -> None:
-        """Refuse losses that there are not, weights that are none, and settings that none of the losses reads."""
+        """Refuse unknown losses, weights that are not numbers from zero on, and settings that no chosen loss reads."""
         known = [*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES]
         check_mapping("losses", self.losses, "of weights, such as {forward_kl: 1.0}")
         for name, weight in (self.losses or {}).items():
@@ -165,8 +167,8 @@ class DistillationArguments(TrainingArguments):
 
     def to_dict(self) -> dict:
         """Return the settings as `TrainingArguments` does, the teacher's token hidden too."""
-        found = super().to_dict()
-        return found | {"teacher_model_init_kwargs": copy.deepcopy(found["teacher_model_init_kwargs"])}
+        values = super().to_dict()
+        return values | {"teacher_model_init_kwargs": copy.deepcopy(values["teacher_model_init_kwargs"])}
 
     def _check_states(self) -> None:
         """Refuse settings of the losses on states that no model could have."""

@@ -140,5 +140,5 @@ def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokeni
     Raises:
         ValueError: naming the first token whose ids differ, or what else does.
     """
-    if found := difference(teacher, student, vocab_size, ("teacher", "student")):
-        raise ValueError(f"Teacher and student have different tokenizers: {found}. Distill from a teacher of the same family")
+    if reason := difference(teacher, student, vocab_size, ("teacher", "student")):
+        raise ValueError(f"Teacher and student have different tokenizers: {reason}. Distill from a teacher of the same family")

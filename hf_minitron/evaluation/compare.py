@@ -181,13 +181,13 @@ class _Subject:
 
     def load(self, folder: Path | None, how: Mapping) -> None:
         """Take what an interrupted comparison has left of a folder's model, measured in the same way, on every process."""
-        found = [(None, [])]
+        saved = [(None, [])]
         path = folder and folder / CHECKPOINTS / f"{self.name}.json"
         if PartialState().is_main_process and path and self.folder and path.is_file():
             report = Report.load(path)
             if report.settings == {**how, "path": self.path}:
-                found = [(report, load_samples(folder / "samples" / f"{self.name}.parquet"))]
-        self.report, self.records = (broadcast_object_list(found) if PartialState().num_processes > 1 else found)[0]
+                saved = [(report, load_samples(folder / "samples" / f"{self.name}.parquet"))]
+        self.report, self.records = (broadcast_object_list(saved) if PartialState().num_processes > 1 else saved)[0]
 
     def save(self, folder: Path | None) -> None:
         """Write the records, then the report: that is there only when all is."""
@@ -226,8 +226,8 @@ def _measure(
         if subject.report is None:
             entries, more = text_entries(subject.name, records, metrics, subject.other), []
             if tasks.names:
-                found, more = run_tasks(model, subject.tokenizer, tasks, batch_size, split, subject.name)
-                entries += found
+                task_entries, more = run_tasks(model, subject.tokenizer, tasks, batch_size, split, subject.name)
+                entries += task_entries
             settings = {**how, "path": subject.path}
             subject.report = Report({subject.name: subject.facts(model)}, tuple(entries), settings=settings)
             subject.records = records + more

@@ -177,11 +177,11 @@ def load_samples(path: Path) -> list[dict]:
 
 def samples_of(rows: Sequence[Mapping]) -> dict[tuple[str, str], dict[tuple[str, int], tuple[float, float]]]:
     """Arrange records: by task and metric, then by sample."""
-    found: dict[tuple[str, str], dict] = {}
+    arranged: dict[tuple[str, str], dict] = {}
     for row in rows:
-        samples = found.setdefault((row["task"], row["metric"]), {})
+        samples = arranged.setdefault((row["task"], row["metric"]), {})
         samples[row["task"], row["doc"]] = (row["value"], row["weight"])
-    return found
+    return arranged
 
 
 def compare_models(entries: Sequence[Entry], records: Mapping[str, Sequence[Mapping]], seed: int = 0) -> tuple[Comparison, ...]:
@@ -193,7 +193,7 @@ def compare_models(entries: Sequence[Entry], records: Mapping[str, Sequence[Mapp
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
     """
     arranged = {name: samples_of(rows) for name, rows in records.items()}
-    units, found, names = {(e.model, e.task, e.metric): e.unit for e in entries}, [], list(records)
+    units, comparisons, names = {(e.model, e.task, e.metric): e.unit for e in entries}, [], list(records)
     for model, baseline in ((model, baseline) for i, model in enumerate(names) for baseline in names[:i]):
         for entry in (e for e in entries if e.model == model and e.aggregation):
             if units.get((baseline, entry.task, entry.metric)) != entry.unit:
@@ -203,10 +203,10 @@ def compare_models(entries: Sequence[Entry], records: Mapping[str, Sequence[Mapp
             if len(shared) >= 2:
                 ours, theirs = (np.array([rows[key] for key in shared], dtype=float) for rows in samples)
                 difference = compare_paired(ours, theirs, entry.aggregation, entry.direction == "higher", seed)
-                found.append(
+                comparisons.append(
                     Comparison(**vars(difference), model=model, baseline=baseline, task=entry.task, metric=entry.metric)
                 )
-    return tuple(found)
+    return tuple(comparisons)
 
 
 def samples_of_entry(arranged: Mapping, entry: Entry) -> dict[tuple[str, int], tuple[float, float]]:

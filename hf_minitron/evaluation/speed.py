@@ -108,10 +108,10 @@ def measure_speed(models: Mapping[str, PreTrainedModel], settings: SpeedSettings
             peaks[name, case] = _peak_bytes(model, whole)
             continue
         first, whole = seconds_of(first), seconds_of(whole)
-        found = times.setdefault((name, case), {"first_token": [], "prefill": [], "decode": []})
-        found["first_token"].append(first)
-        found["prefill"].append(size / first)
-        found["decode"].append(case[0] * settings.new_tokens / max(whole - first, 1e-9))
+        timed = times.setdefault((name, case), {"first_token": [], "prefill": [], "decode": []})
+        timed["first_token"].append(first)
+        timed["prefill"].append(size / first)
+        timed["decode"].append(case[0] * settings.new_tokens / max(whole - first, 1e-9))
     heading = {case: {"batch_size": case[0], "prompt": case[1], "new_tokens": settings.new_tokens} for case in cases}
     return {
         name: [

@@ -35,9 +35,9 @@ class _Loader:
         self.asked = f"{path} ({name})" if name else path
         whole = self.whole or datasets.config.HF_HUB_OFFLINE or path in LOCAL or "streaming" in kwargs
         try:
-            found = load_dataset(path, name, **kwargs if whole else kwargs | {"streaming": True})
+            data = load_dataset(path, name, **kwargs if whole else kwargs | {"streaming": True})
             rows = (lambda split: split) if whole else _first
-            return _Splits({name: rows(split) for name, split in found.items()}) if isinstance(found, dict) else rows(found)
+            return _Splits({name: rows(split) for name, split in data.items()}) if isinstance(data, dict) else rows(data)
         except Exception as error:  # of the Hub, the network or a file's format
             said = one_line(error.__cause__ or error).rstrip(".")
             advice = "name other files" if path in LOCAL else OFFLINE if datasets.config.HF_HUB_OFFLINE else ONLINE

@@ -35,15 +35,15 @@ def task_files(tasks: Sequence[str], section: Mapping[str, Any]) -> dict[str, Pa
         tasks (`Sequence[str]`): Names, or paths of YAML files.
         section (`Mapping`): Its `include_path` is where tasks of one's own lie.
     """
-    own, found = section.get("include_path"), {}
+    own, files = section.get("include_path"), {}
     include = [Path(own).expanduser()] if isinstance(own, str) and Path(own).expanduser().is_dir() else []
     for task in tasks if isinstance(tasks, list) else ():
         if isinstance(task, str) and Path(task).suffix in (".yaml", ".yml"):
             path = Path(task).expanduser()
-            found |= _named(path.parent, _of_file(path, path.parent))
+            files |= _named(path.parent, _of_file(path, path.parent))
         elif isinstance(task, str) and include:
-            found |= _named(include[0], _of_task(task, include[0]))
-    return found | _datasets(tasks, own)
+            files |= _named(include[0], _of_task(task, include[0]))
+    return files | _datasets(tasks, own)
 
 
 def _datasets(tasks: Sequence[str], include_path: str | None) -> dict[str, str | None]:

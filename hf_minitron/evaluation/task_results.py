@@ -64,14 +64,14 @@ def _with_samples(entry: Entry, samples: Mapping[tuple[str, int], tuple[float, f
 
 def records_of(results: Mapping) -> list[dict]:
     """Return the samples' numbers: scores weigh one, pairs are a sum of log-likelihoods and what it is to be divided by."""
-    found: dict[tuple, dict] = {}
+    records: dict[tuple, dict] = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             for metric in sample["metrics"]:
                 value, key = sample[metric], (task, sample["doc_id"], metric)
                 pair = value if isinstance(value, tuple | list) else (value, 1)
                 numbers = len(pair) == 2 and all(isinstance(n, int | float | np.number | np.bool_) for n in pair)
-                if numbers and key not in found:  # of several filters the first counts
-                    found[key] = dict(zip(("task", "doc", "metric"), key, strict=True))
-                    found[key] |= {"value": float(pair[0]), "weight": float(pair[1])}
-    return list(found.values())
+                if numbers and key not in records:  # of several filters the first counts
+                    records[key] = dict(zip(("task", "doc", "metric"), key, strict=True))
+                    records[key] |= {"value": float(pair[0]), "weight": float(pair[1])}
+    return list(records.values())

@@ -46,7 +46,7 @@ def in_tokens_of(
         add_bos_token (`bool`, *optional*): Whether blocks and documents begin with the other's BOS token; as it does by itself
             when left out.
     """
-    found, labels = [], []
+    rows, labels = [], []
     opening = [other.bos_token_id] if adds_bos_token(other, add_bos_token) else []
     for ids, targets in zip(*plain_blocks(blocks), strict=True):
         ids = [token for token, target in zip(ids, targets, strict=True) if target != -100]  # without BOS tokens
@@ -63,9 +63,9 @@ def in_tokens_of(
             begun = opening if own or not tokens else []
             tokens += begun + own
             wanted += [-100] * len(begun) + own
-        found.append(tokens)
+        rows.append(tokens)
         labels.append(wanted)
-    return found, labels
+    return rows, labels
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def read_text(
             states = None
             if signal is not None:
                 states = DenseSignal(signal.hidden[start : start + len(rows)].to(rows.device), signal.head)
-            found = _token_values(head, rows, targets, states, chunk_size, metrics)
+            values = _token_values(head, rows, targets, states, chunk_size, metrics)
             lengths = (wanted[:, 1:] != -100).sum(1).tolist()
-            sums += [[part.sum().item() for part in parts] for parts in zip(*(f.split(lengths) for f in found), strict=True)]
+            sums += [[part.sum().item() for part in parts] for parts in zip(*(f.split(lengths) for f in values), strict=True)]
             start += len(rows)
             if keep:
                 kept.append(rows.cpu())

@@ -82,9 +82,9 @@ def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """List every axis with its size before and after; after from the least to the most of the layers that stay."""
     before, after, rows = Shape(cut["before"]), Shape(cut["after"]), []
     for axis, size in before.axes.items():
-        found = {n for layer, n in enumerate(cut["by_layer"].get(axis, [])) if layer not in cut["dropped"]} or {after[axis]}
-        span = f"{min(found)} to {max(found)}" if len(found) > 1 else str(max(found))
-        rows.append((axis, str(size), span if found == {size} else f"**{span}**"))
+        sizes = {n for layer, n in enumerate(cut["by_layer"].get(axis, [])) if layer not in cut["dropped"]} or {after[axis]}
+        span = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else str(max(sizes))
+        rows.append((axis, str(size), span if sizes == {size} else f"**{span}**"))
     return rows
 
 
@@ -134,7 +134,7 @@ def benchmark_files(report: Report, section: Mapping[str, Any]) -> dict[str, str
         if entry and task in section.get("tasks", []):
             shots = "the task's own examples" if settings.get("few_shot") is None else f"{settings['few_shot']}-shot"
             notes = f"lm-eval {task}, {shots}" + (", chat template" if settings.get("chat_template") else "")
-            found = EvalResultEntry(dataset, benchmark, round(100 * entry.value, 2), notes=notes)
-            text = dump_yaml(eval_result_entries_to_yaml([found]))
+            result = EvalResultEntry(dataset, benchmark, round(100 * entry.value, 2), notes=notes)
+            text = dump_yaml(eval_result_entries_to_yaml([result]))
             files[f".eval_results/{task}.yaml"] = text
     return files

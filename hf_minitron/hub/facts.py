@@ -142,12 +142,14 @@ def license_of(run: Run) -> dict[str, str | None]:
 
 def _licence(run: Run) -> dict[str, Any]:
     """Return the licence, the names of its files that came along with the student, and a link to its text that works there."""
-    found, student, base = license_of(run), run.path("distill") / "student", lineage(run)["base_model"]
+    licence, student, base = license_of(run), run.path("distill") / "student", lineage(run)["base_model"]
     files = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in student.glob(pattern))
-    link = found["license_link"]
+    link = licence["license_link"]
     if link and not re.match("https?://", link) and link not in files:  # a file of the base model's that did not come along
-        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{quote(link)}" if base and "://" not in link else None
-    return found | {"license_files": files}
+        licence["license_link"] = (
+            f"https://huggingface.co/{base}/blob/main/{quote(link)}" if base and "://" not in link else None
+        )
+    return licence | {"license_files": files}
 
 
 def _base_card(run: Run) -> dict[str, Any]:
@@ -235,8 +237,8 @@ def _datasets(run: Run) -> list[str] | None:
     """Return the Hub ids among the texts that the run has read, but for those it was measured on."""
     texts = [run.section(stage).get(key) for stage in STAGES[:-1] for key in ("text", "prompts")]
     names = [name for text in texts if text for name in (text if isinstance(text, Mapping) else [text])]
-    found = {hub_name(name)[0]: None for name in map(str, names) if "/" in name and _on_hub(name)}
-    return list(found) or None
+    ids = {hub_name(name)[0]: None for name in map(str, names) if "/" in name and _on_hub(name)}
+    return list(ids) or None
 
 
 def _commits(run: Run) -> dict[str, str]:

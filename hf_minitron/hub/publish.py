@@ -218,16 +218,16 @@ def _check_provenance(held: ModelInfo, card, repo_id: str) -> None:
     theirs, ours = _names(held.card_data and held.card_data.base_model), _names(card.base_model)
     if TAGS[0] in tags and theirs == ours:
         return
-    found = f"made from {theirs}, and this one is made from {ours}" if TAGS[0] in tags else "that hf_minitron did not make"
-    raise ValueError(f"{repo_id} holds a model {found}. Push to another repo_id or revision, or overwrite it")
+    what = f"made from {theirs}, and this one is made from {ours}" if TAGS[0] in tags else "that hf_minitron did not make"
+    raise ValueError(f"{repo_id} holds a model {what}. Push to another repo_id or revision, or overwrite it")
 
 
 def _collect(api: HfApi, target: Target) -> None:
     """Put the model into the collection."""
     slug, owner = target.collection, target.repo_id.split("/")[0]
     if not SLUG.fullmatch(slug):
-        found = [c.slug for c in api.list_collections(owner=owner) if c.title == target.collection]
-        slug = found[0] if found else api.create_collection(slug, namespace=owner, private=target.private, exists_ok=True).slug
+        slugs = [c.slug for c in api.list_collections(owner=owner) if c.title == target.collection]
+        slug = slugs[0] if slugs else api.create_collection(slug, namespace=owner, private=target.private, exists_ok=True).slug
     api.add_collection_item(slug, target.repo_id, "model", exists_ok=True)
 
 

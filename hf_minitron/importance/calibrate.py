@@ -125,12 +125,12 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     for reading in sorted(readings, key=lambda r: (r.axis, -1 if r.layer is None else r.layer, r.module)):  # alike everywhere
         by_axis.setdefault(reading.axis, []).append((reading.layer, reading.finish()))
     scores = {}
-    for axis, found in by_axis.items():
+    for axis, scored in by_axis.items():
         if axis == "hidden":
-            scores[axis] = torch.stack([score for _, score in found]).sum(0)
+            scores[axis] = torch.stack([score for _, score in scored]).sum(0)
         else:
-            by_layer = dict(found)
-            absent = torch.full_like(found[0][1], torch.nan)
+            by_layer = dict(scored)
+            absent = torch.full_like(scored[0][1], torch.nan)
             scores[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(shape["layers"])])
     return scores
 

@@ -76,5 +76,5 @@ class _Sums:
             text = visit.mask.flatten() > 0
             x, y = x[text.to(x.device)], y[text.to(y.device)]
         x, y = x.float(), y.to(x.device)
-        found = (x.T @ y, y.sum(0), x.T @ x, x.sum(0), len(x))
-        self.totals = [total + more for total, more in zip(self.totals, found, strict=True)]
+        sums = (x.T @ y, y.sum(0), x.T @ x, x.sum(0), len(x))
+        self.totals = [total + more for total, more in zip(self.totals, sums, strict=True)]

@@ -97,7 +97,7 @@ def open_taps(
             experts.setdefault(reading.module, {})[reading.axis] = reading
         else:
             after.append((reading.module, reading.see))
-    with probe(model, after, instead={module: partial(run_experts, found) for module, found in experts.items()}):
+    with probe(model, after, instead={module: partial(run_experts, by_axis) for module, by_axis in experts.items()}):
         yield readings
 
 
@@ -109,11 +109,11 @@ def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping
         make = METRICS[chosen] if isinstance(chosen, str) else chosen
         for layer, name in architecture.taps(axis):
             if needs_outgoing(make):
-                made = [make(outgoing=norms) for norms in _outgoing(model, architecture, name, axis)]
+                instances = [make(outgoing=norms) for norms in _outgoing(model, architecture, name, axis)]
             else:
-                made = [make() for _ in range(sizes["experts"] if axis == "ffn" and name.endswith(".experts") else 1)]
+                instances = [make() for _ in range(sizes["experts"] if axis == "ffn" and name.endswith(".experts") else 1)]
             dim = architecture.weights[name].dim_of(axis)[1] if axis in WIDTHS[:-1] else None
-            yield Reading(axis, layer, name, sides.get(axis, INPUT), made, sizes, dim)
+            yield Reading(axis, layer, name, sides.get(axis, INPUT), instances, sizes, dim)
 
 
 def moment_readings(architecture: Architecture) -> Iterator[Reading]:

@@ -65,13 +65,13 @@ def error_curves(
         moment = moments[name][:-1].to(solver_device(), torch.float64)
         weight = tensors.read(f"{name}.weight").to(moment).movedim(position, -1)
         whole = ((weight @ moment) * weight).sum()
-        found = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
+        choices = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
         for sizes, plan in plans[axis]:
             index = axes.dim_index(dim, {axis: torch.tensor(plan.keep[axis][layer])}, before.sizes)
             rest = weight.clone()
             rest[:, index] -= least_squares(weight, moment, index, ridge)
-            found.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
-        curves[axis, layer] = found
+            choices.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
+        curves[axis, layer] = choices
     return curves
 
 

@@ -55,8 +55,8 @@ def factorised(
     dropped[kept] = False
 
     def part(rows: Tensor) -> Tensor:
-        found = moment[rows][:, kept].double()
-        return found if mean is None else found.addr_(mean[rows].double(), mean[kept].double(), alpha=-1)
+        block = moment[rows][:, kept].double()
+        return block if mean is None else block.addr_(mean[rows].double(), mean[kept].double(), alpha=-1)
 
     inner = part(kept)
     inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))

@@ -151,7 +151,7 @@ def legal_shapes(
         ValueError: when there is none.
     """
     check_grid(before, grid, multiple_of)
-    found = []
+    shapes = []
     for sizes in itertools.product(*(sorted(set(sizes)) for sizes in grid.values())):
         target = {axis: size for axis, size in zip(grid, sizes, strict=True) if size != before[axis]}
         try:
@@ -159,14 +159,14 @@ def legal_shapes(
         except ValueError:
             continue
         if target and all(shape[axis] % tensor_parallel == 0 for axis in SPLIT if axis in shape.sizes):
-            found.append((target, shape))
-    if not found:
+            shapes.append((target, shape))
+    if not shapes:
         split = ", ".join(f"{axis} {before[axis]}" for axis in SPLIT if axis in before.sizes)
         raise ValueError(
             f"No shape of the grid is legal with tensor_parallel {tensor_parallel} (the teacher has {split}). Give the grid "
             "sizes of these axes that divide by it, or set a smaller tensor_parallel"
         )
-    return found
+    return shapes
 
 
 def candidates(
@@ -258,11 +258,11 @@ def size_probes(
     many = Shape({axis: np.array([shape[axis] for _, shape in legal]) for axis in legal[0][1].sizes})
     shapes = [legal[i][1] for i in np.argsort(many.num_parameters(rows), kind="stable")]
     places = np.linspace(0, len(shapes) - 1, count).round().astype(int)
-    found = []
+    probes = []
     for place in places:
         near = heapq.nsmallest(200, range(len(shapes)), key=lambda i, place=place: abs(i - place))
-        found += itertools.islice((shapes[i] for i in near if shapes[i] not in found and holds(shapes[i])), 1)
-    return found
+        probes += itertools.islice((shapes[i] for i in near if shapes[i] not in probes and holds(shapes[i])), 1)
+    return probes
 
 
 def fit_speed(

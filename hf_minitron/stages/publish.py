@@ -77,25 +77,25 @@ def run(args: Args, run: Run, out: Path) -> None:
     for name, text in benchmark_files(report, run.section("evaluate")).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    found = facts.gather(run)
-    card = write(found, report, recipe, log, folder)
-    (out / "card.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    card_facts = facts.gather(run)
+    card = write(card_facts, report, recipe, log, folder)
+    (out / "card.json").write_text(json.dumps(card_facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_page(card, folder, run.folder / PAGE)
 
 
 def read(run: Run) -> tuple[Report | None, dict, dict | None]:
     """Return a run's report, recipe and training log as everybody may see them; `None` for what is not there yet."""
     report, log = (run.path(stage) / name for stage, name in (("evaluate", "report.json"), ("distill", "log.json")))
-    found = Report.load(report) if report.is_file() else None
-    shown = found and dataclasses.replace(found, models=facts.public(found.models))
+    measured = Report.load(report) if report.is_file() else None
+    shown = measured and dataclasses.replace(measured, models=facts.public(measured.models))
     return shown, facts.public(run.recipe), read_json(log) or None
 
 
-def write(found: dict, report: Report | None, recipe: dict, log: dict | None, folder: Path) -> ModelCard:
+def write(card_facts: dict, report: Report | None, recipe: dict, log: dict | None, folder: Path) -> ModelCard:
     """Write the card and its pictures into a folder; the names of the pictures go into the facts.
 
     Args:
-        found (`dict`): What `facts.gather` returns; it gets `pictures`.
+        card_facts (`dict`): What `facts.gather` returns; it gets `pictures`.
         report (`Report`, *optional*): What was measured.
         recipe (`dict`): The recipe.
         log (`dict`, *optional*): The training log.
@@ -104,20 +104,20 @@ def write(found: dict, report: Report | None, recipe: dict, log: dict | None, fo
     Returns:
         `ModelCard`: The card.
     """
-    found["pictures"] = {}
-    if cut := found["cut"]:
+    card_facts["pictures"] = {}
+    if cut := card_facts["cut"]:
         before, sizes = Shape(cut["before"]), cut["by_layer"]
         stay = [layer for layer in range(before["layers"]) if layer not in cut["dropped"]]
         means = {axis: [row[layer] for layer in stay] for axis, row in sizes.items()}
         plots.plot_shapes(before, Shape(cut["after"]), folder / "shapes.png", means)
-        found["pictures"]["shapes"] = "shapes.png"
+        card_facts["pictures"]["shapes"] = "shapes.png"
         if sizes:
             plots.plot_kept(before, sizes, folder / "kept.png")
-            found["pictures"]["kept"] = "kept.png"
+            card_facts["pictures"]["kept"] = "kept.png"
     if log and any("loss" in entry for entry in log["history"]):
         plots.plot_loss(log, folder / "loss.png")
-        found["pictures"]["loss"] = "loss.png"
-    card = write_card(report, recipe, log, found)
+        card_facts["pictures"]["loss"] = "loss.png"
+    card = write_card(report, recipe, log, card_facts)
     card.save(folder / "README.md")
     return card
 
@@ -135,11 +135,11 @@ def report(run: Run, show: bool = False) -> str:
     if not (run.folder / "run.json").is_file():
         raise ValueError(f"No run in {run.folder}, so there is nothing to report: hf-minitron run {run.recipe_path}")
     run.check_owner()
-    found, path = facts.gather(run), run.folder / PAGE
+    card_facts, path = facts.gather(run), run.folder / PAGE
     if done_digest(run.path("publish")) is None:
-        found["missing"].append("publish")
+        card_facts["missing"].append("publish")
     with TemporaryDirectory() as folder:
-        write_page(write(found, *read(run), Path(folder)), Path(folder), path)
+        write_page(write(card_facts, *read(run), Path(folder)), Path(folder), path)
     if show:
         webbrowser.open(path.resolve().as_uri())
     return str(path)
@@ -158,9 +158,9 @@ def keep(run: Run, folder: Path) -> None:
     """
     if done_digest(run.path("publish")) is None:
         raise ValueError(f"{run.folder} is not published: hf-minitron publish {run.recipe_path}")
-    found = read_json(run.path("publish") / "card.json")
+    card_facts = read_json(run.path("publish") / "card.json")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("README.md", "report.json", "recipe.yaml", *found["pictures"].values()):
+    for name in ("README.md", "report.json", "recipe.yaml", *card_facts["pictures"].values()):
         shutil.copyfile(run.path("publish") / "model" / name, folder / name)
     shutil.copyfile(run.path("publish") / "card.json", folder / "card.json")
     log = facts.small_log(read_json(run.path("distill") / "log.json"))
@@ -169,9 +169,9 @@ def keep(run: Run, folder: Path) -> None:
 
 def render(folder: Path) -> ModelCard:
     """Render the card of a folder that `keep` has written, from the facts in it."""
-    recipe, found = (folder / name for name in ("recipe.yaml", "card.json"))
+    recipe, card_facts = (folder / name for name in ("recipe.yaml", "card.json"))
     report, log = Report.load(folder / "report.json"), read_json(folder / "log.json") or None
-    return write_card(report, load_yaml(recipe.read_text(encoding="utf-8")), log, read_json(found))
+    return write_card(report, load_yaml(recipe.read_text(encoding="utf-8")), log, read_json(card_facts))
 
 
 def push(args: Args, run: Run) -> str:

@@ -250,10 +250,10 @@ def score_layers(
         def measure(model: PreTrainedModel) -> float:
             chosen = Tasks.find([task], args.include_path, limit=args.layers_limit, add_bos_token=args.add_bos_token)
             entries, _ = run_tasks(model, tokenizer, chosen, args.batch_size)
-            found = {entry.metric: entry.value for entry in entries if entry.task == task}
-            if metric not in found:
-                raise ValueError(f"layers: {task} has no {metric!r}; it has {', '.join(found)}")
-            return found[metric]
+            values = {entry.metric: entry.value for entry in entries if entry.task == task}
+            if metric not in values:
+                raise ValueError(f"layers: {task} has no {metric!r}; it has {', '.join(values)}")
+            return values[metric]
 
         return layer_scores(task_costs(model, args.layers_block, measure), args.layers_block), how
     blocks = _limited(args, blocks)

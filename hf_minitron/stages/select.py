@@ -50,10 +50,10 @@ def finished(child: Run) -> bool:
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `ranking.json`, `ranking.md`, `candidates.png` and `best.yaml`."""
-    found, runs = search.load(run)["candidates"], candidates(run)
+    shapes, runs = search.load(run)["candidates"], candidates(run)
     reports = {name: Report.load(child.path("evaluate") / "report.json") for name, child in runs.items() if finished(child)}
     entries = []
-    for by_score, entry in enumerate(found, 1):
+    for by_score, entry in enumerate(shapes, 1):
         if entry["name"] in reports:
             report = reports[entry["name"]]
             facts = {key: entry[key] for key in ("name", "target", "score")} | {"rank_by_score": by_score}

@@ -121,12 +121,14 @@ def run(args: Args, run: Run, out: Path) -> None:
         journal.parent.mkdir(exist_ok=True)
         _drop_half_written(journal)
     state.wait_for_everyone()
-    made = sum(1 for _ in _read(journal))
+    written = sum(1 for _ in _read(journal))
     state.wait_for_everyone()  # nothing is added before all have counted
     sieve, wanted = Sieve(args.min_tokens, args.max_repeated), args.tokens or args.documents
     unit = "tokens" if args.documents is None else "documents"
     with tqdm(desc="Writing", total=wanted, unit=f" {unit}", disable=not state.is_main_process) as bar:
-        for _ in _sift(args, sieve, itertools.chain(itertools.islice(_read(journal), made), _write(args, run, journal, made))):
+        for _ in _sift(
+            args, sieve, itertools.chain(itertools.islice(_read(journal), written), _write(args, run, journal, written))
+        ):
             bar.update(min(getattr(sieve, unit), wanted) - bar.n)
     if state.is_main_process:
         sieve = Sieve(args.min_tokens, args.max_repeated)

@@ -152,10 +152,10 @@ def check_text_for(
         check_positions(config, args.block_size)
     wanted = tokens_of(args) * args.world_size or None
     for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
-        there = [source for source in sources if not made(source.name)]
-        if there:
-            check_sources(there, args.block_size, tokens)
-        for source in there:
+        existing = [source for source in sources if not made(source.name)]
+        if existing:
+            check_sources(existing, args.block_size, tokens)
+        for source in existing:
             streaming = args.streaming and tokens is wanted
             check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
@@ -238,8 +238,8 @@ def train_and_resume(trainer: Trainer) -> str | None:
     Raises:
         ValueError: when SIGTERM has stopped it, its checkpoint written.
     """
-    found = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
-    (checkpoint,) = broadcast_object_list(found)
+    checkpoints = [last_checkpoint(Path(trainer.args.output_dir)) if PartialState().is_main_process else None]
+    (checkpoint,) = broadcast_object_list(checkpoints)
     stop = StopOnSigterm()
     trainer.add_callback(stop)
     with stop:

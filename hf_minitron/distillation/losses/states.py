@@ -51,14 +51,14 @@ def relation_kl(
     """
     heads = math.gcd(student[0].shape[2], teacher[0].shape[2], student[1].shape[2], teacher[1].shape[2])
     student, teacher = (tuple(_regroup(part, heads) for part in pair) for pair in (student, teacher))
-    length, found = student[0].shape[2], []
+    length, divergences = student[0].shape[2], []
     for start in range(0, length, chunk_size):
         rows = slice(start, min(start + chunk_size, length))
         mask = torch.ones(rows.stop - start, rows.stop, dtype=torch.bool, device=student[0].device).tril(start)
         if attention_visibility is not None:
             mask = mask & attention_visibility[:, None, rows, : rows.stop]
-        found.append(checkpoint(_rows_kl, student, teacher, rows, mask, use_reentrant=False))
-    return torch.cat(found, 1)
+        divergences.append(checkpoint(_rows_kl, student, teacher, rows, mask, use_reentrant=False))
+    return torch.cat(divergences, 1)
 
 
 def _regroup(part: Tensor, heads: int) -> Tensor:
