@@ -68,14 +68,15 @@ def expected_block(run: Path, recipe: Path) -> str:
 
 
 def benchmark_block(results: Path) -> str:
-    """Return the benchmarks' ratios."""
-    rows = [["what", "command", "result"]]
+    """Return the benchmarks' ratios: what was measured, the command, and a line for each answer."""
+    parts = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
         if path == CLAIMS:
             continue
-        rows.append([found["what"], f"`{found['command']}`", found["result"]])
-    return markdown_table(rows)
+        answers = "\n".join(f"- {answer}" for answer in found["result"].split("; "))
+        parts.append(f"**{found['what'][0].upper()}{found['what'][1:]}** (`{found['command']}`)\n\n{answers}")
+    return "\n\n".join(parts)
 
 
 def claims_block(claims: dict) -> str:
