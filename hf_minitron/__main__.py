@@ -76,7 +76,7 @@ def _main(argv: Sequence[str]) -> int:
         check_chain(runs, overrides)
         run = runs[0]
         if args.verb == "plan":
-            print(plan_text(run))
+            print(plan_text(run, args.context))
             return 0
         if args.verb == "report":
             print(publish.report(with_values(run, stored_values(run) or {}), args.open))
@@ -118,8 +118,10 @@ def _push(args: argparse.Namespace) -> Callable[[publish.Args, Run], str] | None
     return (publish.preview if args.dry_run else publish.push) if getattr(args, "push", False) else None
 
 
-def plan_text(run: Run) -> str:
-    """Say what the target shape costs beside the teacher, from `config.json` alone."""
+def plan_text(run: Run, context: int | None = None) -> str:
+    """Say what the target shape costs beside the teacher, from `config.json` alone; at a context of so many tokens as well."""
+    if context is not None and context < 1:
+        raise RecipeError(f"--context: {context} is not a number of tokens from 1 on")
     args = bind(run, "prune", prune.Args)
     before, after, rows = prune.shapes(args, run.model)
     stored = AutoConfig.from_pretrained(resolve(run.model)).dtype or torch.float32
@@ -132,6 +134,15 @@ def plan_text(run: Run) -> str:
             f"bytes ({str(stored).removeprefix('torch.')})": parameters * size,
             "KV-cache bytes per token": shape.kv_cache_bytes_per_token(size),
             "FLOPs per token": shape.flops_per_token(rows),
+            **({"state bytes": shape.state_bytes(size)} if before.states else {}),
+            **(
+                {
+                    f"cache bytes at {context:,} tokens": shape.cache_bytes(context, size),
+                    f"FLOPs per token at {context:,} tokens": shape.flops_per_token(rows, context),
+                }
+                if context
+                else {}
+            ),
         }
 
     table = [["", "before", "after", ""]]
@@ -266,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
         several = {"nargs": "+", "help": "recipes, YAML files; a later one may build on what an earlier one makes"}
         one = {"help": "the recipe, a YAML file"}
         verb.add_argument("recipe", type=Path, **(several if name == "run" else one))
+        if name == "plan":
+            verb.add_argument("--context", type=int, metavar="TOKENS", help="also count cache and FLOPs at so many tokens")
         if name == "report":
             verb.add_argument("--open", action="store_true", help="open it in a browser")
         if name in ("run", "publish"):

@@ -124,6 +124,8 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; of a rotated one also its basis, as `plan/basis.safetensors` beside it, which it names."""
         content = {"before": dict(self.before.sizes), "after": dict(self.after.sizes), "keep": dict(self.keep)}
+        if set(self.before.windows) != {None}:
+            content["windows"] = {"before": self.before.windows, "after": self.after.windows}
         if self.rotated:
             file, basis = Path(path).parent / BASIS, self.require_basis().contiguous()
             file.parent.mkdir(exist_ok=True)
@@ -139,7 +141,8 @@ class Plan:
             ValueError: for a basis that is another plan's, or damaged.
         """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        plan, named = cls(Shape(content["before"]), Shape(content["after"]), content["keep"]), content.get("basis")
+        shapes = [Shape(content[side], windows=tuple(content.get("windows", {}).get(side, ()))) for side in ("before", "after")]
+        plan, named = cls(*shapes, content["keep"]), content.get("basis")
         if not named:
             return plan
         file = Path(path).parent / BASIS
@@ -218,7 +221,8 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
     kinds = {kind: len(set(layers) & set(found)) for kind, found in before.layer_kinds.items()}
-    return Plan(before, Shape({**after.sizes, **kinds}), keep)
+    windows = tuple(before.windows[layer] for layer in layers) if before.windows else ()
+    return Plan(before, Shape({**after.sizes, **kinds}, windows=windows), keep)
 
 
 def make_nonuniform_plan(

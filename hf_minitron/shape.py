@@ -40,12 +40,17 @@ class Shape:
             `attention_layers`, `mamba_layers`.
         coupled (`Mapping[str, str]`, *optional*): Axis to the one that it keeps its ratio to.
         by_kind (`Mapping[str, int]`, *optional*): Of a cut, how many layers of a kind shall stay.
+        windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
+            window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
+        states (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps whatever the number of tokens.
     """
 
     sizes: Mapping[str, int]
     layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
     coupled: Mapping[str, str] = field(default_factory=dict, compare=False)
     by_kind: Mapping[str, int] = field(default_factory=dict, compare=False)
+    windows: tuple[int | None, ...] = field(default=(), compare=False)
+    states: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
@@ -59,12 +64,13 @@ class Shape:
         """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
         return sum(self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes)) for row in rows)
 
-    def flops_per_token(self, rows: Mapping[str, str]) -> int:
+    def flops_per_token(self, rows: Mapping[str, str], context: int = 0) -> int:
         """Count the floating-point operations of the matrix products of one token's forward pass.
 
         Two per weight of every matrix that the token meets: of the experts those it is sent to, and the output head (for tied
-        embeddings, the embedding as head); looking up embeddings is free. The products of queries, keys and values grow with
-        the context and are left out.
+        embeddings, the embedding as head); looking up embeddings is free. To these come the products of a query with the keys
+        and of its weights with the values of a context of so many tokens. What a state-space layer does beside its matrices is
+        left out.
         """
         dims = {row: [axes.dim_names(dim) for dim in axes.parse(pattern)] for row, pattern in rows.items()}
         # what has a size that no cut changes, or a projector's, belongs to a vision model: no token of text meets it
@@ -78,17 +84,44 @@ class Shape:
                 continue
             weights = self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes))
             flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
-        return flops
+        key = self.sizes.get("qk_dim", self.sizes.get("head_dim", 0))
+        return flops + 2 * self._seen(context) * self.sizes.get("heads", 0) * (key + self.sizes.get("v_dim", key))
 
     def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Count the bytes that one token adds to the KV cache: in every layer a key and a value for each KV head.
+        """Count the bytes that one token adds to the KV cache of a long text: a key and a value for each KV head of a layer.
 
-        Multi-head latent attention keeps a narrow row instead, from which both are made (2405.04434, section 2.1).
+        Layers whose attention sees a sliding window add nothing, unless all do: then what a token within it adds is counted.
+        Multi-head latent attention keeps a narrow row in place of keys and values, from which both are made (2405.04434,
+        section 2.1).
         """
+        growing = self.windows.count(None)
+        layers = self["layers"] * growing // len(self.windows) if growing else self._seen(1)
+        return layers * self._kept_numbers * bytes_per_number
+
+    def cache_bytes(self, context: int, bytes_per_number: int) -> int:
+        """Count the bytes of everything that is kept of a text of so many tokens: keys and values, and states."""
+        return self._seen(context) * self._kept_numbers * bytes_per_number + self.state_bytes(bytes_per_number)
+
+    def state_bytes(self, bytes_per_number: int) -> int:
+        """Count the bytes of the states of Mamba, linear attention and short convolutions, which do not grow with the text."""
+        numbers = (
+            self.sizes.get(kind, 0) * axes.dim_size(axes.parse(state)[0], self.sizes) for kind, state in self.states.items()
+        )
+        return sum(numbers) * bytes_per_number
+
+    def _seen(self, context: int) -> int:
+        """Return how many tokens of a context the attention of all layers sees together."""
+        if not self.windows:
+            return self.sizes.get("attention_layers", self["layers"]) * context
+        seen = sum(context if window is None else min(window, context) for window in self.windows)
+        return self["layers"] * seen // len(self.windows)
+
+    @property
+    def _kept_numbers(self) -> int:
+        """How many numbers a layer of attention keeps of a token."""
         if "kv_rank" in self.sizes:
-            return self["layers"] * (self["kv_rank"] + self["rope"]) * bytes_per_number
-        layers = self.sizes.get("attention_layers", self["layers"])
-        return 2 * layers * self.kv_groups * self.sizes.get("head_dim", 0) * bytes_per_number
+            return self["kv_rank"] + self["rope"]
+        return 2 * self.kv_groups * self.sizes.get("head_dim", 0)
 
     @property
     def kv_groups(self) -> int:
@@ -119,7 +152,8 @@ class Shape:
         problems += [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
         if problems:
             raise ShapeError("; ".join(problems))
-        after = replace(self, sizes=self._with_dependent_sizes({**self.sizes, **target}, target, by_kind), by_kind=by_kind)
+        sizes = self._with_dependent_sizes({**self.sizes, **target}, target, by_kind)
+        after = replace(self, sizes=sizes, by_kind=by_kind)
         problems = [*self._head_problems(after), *after._expert_problems()]
         if problems:
             raise ShapeError("; ".join(problems))

@@ -1,10 +1,12 @@
 """Hybrids: layers of several kinds are cut by kind, removed, scored, pruned, distilled, evaluated and published."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
@@ -140,3 +142,33 @@ def test_layers_whose_kinds_repeat_stay_in_whole_periods():
     plan = make_plan(calibrate(model, tiny.blocks()).scores, shape, shape.cut_to({"layers": 4}))
     assert plan.keep["layers"] in ([0, 1, 2, 3], [4, 5, 6, 7])
     assert prune_model(model, plan).config.layers_block_type == model.config.layers_block_type[:4]
+
+
+@pytest.mark.parametrize("tokens", [12, 4])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "falcon_h1", "jamba", "nemotron_h", "qwen3_5_text"])
+def test_the_cache_that_is_counted_is_the_one_that_transformers_keeps(model_type, tokens):
+    model = tiny.model(model_type, dtype=torch.float32)
+    kept, shape = tiny.cached_numbers(model, tokens), Architecture.of(model.config).shape
+    one_less = {"gemma2": 3, "gemma3_text": 3}  # Transformers keeps a window without the token that is predicted from it
+    assert abs(4 * kept - shape.cache_bytes(tokens, 4)) <= 4 * 2 * 2 * 6 * one_less.get(model_type, 0)
+    for count in (8, 100):
+        grown = shape.cache_bytes(10**6 + count, 4) - shape.cache_bytes(10**6, 4)
+        assert grown == count * shape.kv_cache_bytes_per_token(4)
+
+
+def test_a_long_text_costs_gemma_what_its_few_full_layers_keep():
+    config = AutoConfig.from_pretrained(Path(__file__).parent / "configs/gemma-3-1b-pt")
+    shape = Architecture.of(config).shape
+    assert shape.kv_cache_bytes_per_token(2) == 4 * 2 * 256 * 2  # 4 of 26 layers see everything
+    assert shape.cache_bytes(32768, 2) == (4 * 32768 + 22 * 512) * 2 * 256 * 2
+    full = shape.flops_per_token(Architecture.of(config).rows)
+    assert shape.flops_per_token(Architecture.of(config).rows, 32768) - full == (4 * 32768 + 22 * 512) * 4 * 4 * 256
+
+
+def test_plan_counts_a_context(project, capsys):
+    assert main(["plan", str(project["path"]), "--context", "32768"]) == 0
+    out = capsys.readouterr().out
+    assert "cache bytes at 32,768 tokens" in out
+    assert "FLOPs per token at 32,768 tokens" in out
+    assert main(["plan", str(project["path"]), "--context", "0"]) == 1
+    assert "--context: 0 is not a number of tokens from 1 on" in capsys.readouterr().err

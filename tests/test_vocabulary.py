@@ -54,21 +54,18 @@ def test_costs_are_those_of_the_real_model(model_type, tied):
     model = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
     architecture = Architecture.of(model.config)
     rows, shape = architecture.rows, architecture.shape
-    buffers = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    buffers = sum(b.numel() for name, b in model.named_buffers() if name.endswith(("e_score_correction_bias", "expert_bias")))
     assert shape.num_parameters(rows) == model.num_parameters() + buffers
-    flops = 0
+    flops, tied = 0, model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, p in model.named_parameters():
         if name.endswith(("embed_positions.weight", "wpe.weight")) or (p is model.get_input_embeddings().weight and not tied):
             continue  # looked up
         if ".experts." in name:  # a token meets some of them; their biases are no products
             flops += 0 if p.dim() < 3 else 2 * p.numel() * shape["experts_per_token"] // shape["experts"]
-        elif p.dim() == 2:
+        elif p.dim() == 2 or "conv" in name and p.dim() == 3:
             flops += 2 * p.numel()
     assert shape.flops_per_token(rows) == flops
-    with torch.no_grad():
-        cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)) // 3
-    assert shape.kv_cache_bytes_per_token(2) == 2 * held
+    assert shape.cache_bytes(3, 2) == 2 * tiny.cached_numbers(model, 3)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,20 @@ def shake(made):
                 buffer.uniform_(0, 0.2)
 
 
+def cached_numbers(made, tokens):
+    """The numbers that a model's cache holds after some tokens: keys, values and states."""
+    with torch.no_grad():
+        out = made(input_ids=torch.arange(3, 3 + tokens)[None], use_cache=True)
+    cache = out.get("cache") if out.get("cache") is not None else out.past_key_values
+    return sum(map(_numbers, map(vars, cache.layers)))
+
+
+def _numbers(value):
+    if isinstance(value, torch.Tensor):
+        return value.numel() if value.is_floating_point() else 0
+    return sum(map(_numbers, value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()))
+
+
 def blocks(rows=6, length=12, seed=0):
     ids = torch.randint(3, SIZES["vocab"], (rows, length), generator=torch.Generator().manual_seed(seed))
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")

@@ -135,7 +135,16 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     # shared experts are one MLP of so many times an expert's width
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
-    return Shape(sizes, kinds, coupled)
+    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states)
+
+
+def _windows(config: PreTrainedConfig, sizes: Mapping[str, int], kinds: Mapping[str, Sequence[int]]) -> tuple[int | None, ...]:
+    """Return how many tokens the attention of each layer sees and keeps: `None` for all, 0 where there is none."""
+    window = _read(config, "sliding_window") or _read(config, "attention_chunk_size")
+    types = _read(config, "layer_types") or ["sliding_attention" if window else "full_attention"] * sizes["layers"]
+    attention = kinds.get("attention_layers", range(sizes["layers"]) if "heads" in sizes else ())
+    narrow = {layer for layer, kind in enumerate(types) if window and kind in ("sliding_attention", "chunked_attention")}
+    return tuple((window if layer in narrow else None) if layer in attention else 0 for layer in range(sizes["layers"]))
 
 
 def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> dict[str, str]:

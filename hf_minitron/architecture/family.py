@@ -29,6 +29,7 @@ class Family:
         from_parameters (`tuple[str, ...]`): Axes whose key in `config.json` is not the size that the class makes.
         settings (`Mapping[str, object]`): Entries of the student's `config.json`, for its class to make the sizes as they are.
         periods (`tuple[str, ...]`): Keys of `config.json` that say after how many layers a kind of layer comes again.
+        states (`Mapping[str, str]`): Kind of layers to the numbers that each keeps of a text whatever its length.
         only_ffn (`str`, *optional*): The axis that is called `ffn` in models without routed experts.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
         inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
@@ -53,6 +54,7 @@ class Family:
     from_parameters: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     periods: tuple[str, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
     only_ffn: str | None = None
     inexact: Mapping[str, str] = field(default_factory=dict)
     inexact_if: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -95,7 +95,7 @@ QWEN3_5_KEYS = CONFIG_KEYS | DELTA_KEYS
 QWEN3_5_MOE_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | DELTA_ROWS | QWEN_MOE_ROWS
 QWEN3_5_MOE_KEYS = QWEN_MOE_KEYS | DELTA_KEYS
 QWEN3_NEXT_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | NEXT_DELTA_ROWS | QWEN_MOE_ROWS | DENSE_LAYER_ROWS
-QWEN3_NEXT_KEYS = QWEN_MOE_KEYS
+QWEN3_NEXT_KEYS = QWEN_MOE_KEYS | {"key_dim": "linear_key_head_dim"}
 
 # nemotron_h: every layer is one norm and one mixer: Mamba-2, attention, an MLP or routed experts
 NEMOTRON_NORMS = (f"{ALL}.norm", "model.norm_f")
@@ -214,16 +214,35 @@ PURE_MAMBA2_KEYS = PURE_KEYS | {"ssm_heads": "num_heads", "ssm_dim": "head_dim",
 PURE_MAMBA1_KEYS = PURE_KEYS | {"ssm_heads": "intermediate_size", "dt_rank": "time_step_rank"}
 BACKBONE_ROLES = {"embeddings": "embedding"}
 
+# What a layer keeps of a text: the state of every head, and what its convolution has seen last.
+MAMBA2_STATE = (
+    "(ssm_heads ssm_dim ssm_state)+(ssm_heads ssm_dim kernel)+(ssm_groups ssm_state kernel)+(ssm_groups ssm_state kernel)"
+)
+MAMBA1_STATE = "(ssm_heads ssm_state)+(ssm_heads kernel)"
+DELTA_STATE = (
+    "(ssm_heads value_dim key_dim)+(ssm_groups key_dim kernel)+(ssm_groups key_dim kernel)+(ssm_heads value_dim kernel)"
+)
+MAMBA2_STATES = {"states": {"mamba_layers": MAMBA2_STATE}}
+
 SSM_AS_HIDDEN = {"ssm_heads": "hidden"}  # the class computes the width of Mamba from hidden
-GATED = {"inexact": {"ssm_heads": GATED_NORM}}
-MAMBA1_TABLE = {"rows": PURE_MAMBA1_ROWS, "norms": BACKBONE_NORMS, "config_keys": PURE_MAMBA1_KEYS, "roles": BACKBONE_ROLES}
-LFM2_TABLE = {"norms": LFM2_NORMS, "roles": LFM2_ROLES, "follows": LFM2_FOLLOWS, "coupled": {"conv_channels": "hidden"}}
+GATED = {"inexact": {"ssm_heads": GATED_NORM}} | MAMBA2_STATES
+MAMBA1_TABLE = {"rows": PURE_MAMBA1_ROWS, "norms": BACKBONE_NORMS, "config_keys": PURE_MAMBA1_KEYS, "roles": BACKBONE_ROLES,
+                "states": {"layers": MAMBA1_STATE}}  # fmt: skip
+LFM2_TABLE = {"norms": LFM2_NORMS, "roles": LFM2_ROLES, "follows": LFM2_FOLLOWS, "coupled": {"conv_channels": "hidden"},
+              "states": {"conv_layers": "(conv_channels kernel)"}}  # fmt: skip
 
 # What makes the family of each model type.
 TABLES = {
-    "qwen3_5_text": {"rows": QWEN3_5_ROWS, "norms": NORMS, "config_keys": QWEN3_5_KEYS},
-    "qwen3_5_moe_text": {"rows": QWEN3_5_MOE_ROWS, "norms": NORMS, "config_keys": QWEN3_5_MOE_KEYS},
-    "qwen3_next": {"rows": QWEN3_NEXT_ROWS, "norms": NORMS, "config_keys": QWEN3_NEXT_KEYS, "only_ffn": "dense_ffn"},
+    "qwen3_5_text": {
+        "rows": QWEN3_5_ROWS, "norms": NORMS, "config_keys": QWEN3_5_KEYS, "states": {"linear_layers": DELTA_STATE},
+    },
+    "qwen3_5_moe_text": {
+        "rows": QWEN3_5_MOE_ROWS, "norms": NORMS, "config_keys": QWEN3_5_MOE_KEYS, "states": {"linear_layers": DELTA_STATE},
+    },
+    "qwen3_next": {
+        "rows": QWEN3_NEXT_ROWS, "norms": NORMS, "config_keys": QWEN3_NEXT_KEYS, "only_ffn": "dense_ffn",
+        "states": {"linear_layers": "(linear_values key_dim)+(linear_qkv kernel)"},
+    },
     "nemotron_h": {
         **GATED, "rows": NEMOTRON_ROWS, "norms": NEMOTRON_NORMS, "config_keys": NEMOTRON_KEYS, "roles": NEMOTRON_ROLES,
         "only_ffn": "dense_ffn",
@@ -235,12 +254,12 @@ TABLES = {
     },
     "falcon_h1": {
         "rows": FALCON_H1_ROWS, "norms": NORMS, "config_keys": BAMBA_KEYS, "follows": FALCON_H1_FOLLOWS,
-        "inexact_if": {"ssm_heads": ("mamba_rms_norm", GATED_NORM)},
+        "inexact_if": {"ssm_heads": ("mamba_rms_norm", GATED_NORM)}, "states": {"layers": MAMBA2_STATE},
     },
     "jamba": {
         "rows": JAMBA_ROWS, "norms": NORMS, "config_keys": JAMBA_KEYS, "roles": FEED_FORWARD_ROLES,
         "periods": ("attn_layer_period", "expert_layer_period"), "coupled": {**SSM_AS_HIDDEN, "dense_ffn": "ffn"},
-        "only_ffn": "dense_ffn",
+        "only_ffn": "dense_ffn", "states": {"mamba_layers": MAMBA1_STATE},
     },
     "lfm2": {
         **LFM2_TABLE, "rows": LFM2_ROWS, "config_keys": CONFIG_KEYS, "from_parameters": ("ffn",),
@@ -249,7 +268,7 @@ TABLES = {
     "lfm2_moe": {**LFM2_TABLE, "rows": LFM2_MOE_ROWS, "config_keys": LFM2_MOE_KEYS},
     "mamba2": {
         **GATED, "rows": PURE_MAMBA2_ROWS, "norms": BACKBONE_NORMS, "config_keys": PURE_MAMBA2_KEYS, "roles": BACKBONE_ROLES,
-        "coupled": SSM_AS_HIDDEN,
+        "coupled": SSM_AS_HIDDEN, "states": {"layers": MAMBA2_STATE},
     },
     "mamba": MAMBA1_TABLE,
     "falcon_mamba": MAMBA1_TABLE,

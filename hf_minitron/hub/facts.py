@@ -21,7 +21,7 @@ from hf_minitron.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.publish import TOKEN
 from hf_minitron.model_files import is_hub_id, pinned
-from hf_minitron.plan import BY_LAYER, Plan
+from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
 from hf_minitron.saving import minimum_transformers
@@ -82,11 +82,14 @@ def cut_of(plan: Plan) -> dict[str, Any]:
     by_layer, kept = plan.sizes_by_layer, set(plan.kept_layers)
     dropped = [layer for layer in range(plan.before["layers"]) if layer not in kept]
     if dropped and not by_layer:
-        plain = "dense_layers" not in plan.before.sizes  # else layers are of two kinds
-        axes = [axis for axis in (*BY_LAYER, "experts") if axis in plan.after.axes and (plain or axis in ("heads", "kv_heads"))]
+        kinds = plan.before.sizes.keys() & {"attention_layers", "dense_layers"}  # not all layers have heads, or alike MLPs
+        mlp = ("ffn", "experts") if not kinds else ()
+        attention = ("heads", "kv_heads") if "attention_layers" not in kinds else ()
+        axes = [axis for axis in (*attention, *mlp) if axis in plan.after.axes]
         layers = range(plan.before["layers"])
         by_layer = {axis: [plan.after[axis] if layer in kept else 0 for layer in layers] for axis in axes}
     sizes = {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes)}
+    sizes["windows"] = {"before": list(plan.before.windows), "after": list(plan.after.windows)}
     return sizes | {"dropped": dropped, "by_layer": by_layer, "rotated": plan.rotated}
 
 

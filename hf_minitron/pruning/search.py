@@ -19,14 +19,17 @@ from hf_minitron import axes
 from hf_minitron.plan import make_plan
 from hf_minitron.shape import Shape
 
-# What a shape costs: from a shape (or many at once), its rows and the bytes of a number.
-Cost = Callable[[Shape, Mapping[str, str], int], int]
+# What a shape costs: from a shape (or many at once), its rows, the bytes of a number and the tokens of a context (0: the cache
+# that one more token of a long text takes).
+Cost = Callable[..., int]
 COSTS: dict[str, Cost] = {
-    "parameters": lambda shape, rows, size: shape.num_parameters(rows),
-    "body_parameters": lambda shape, rows, size: shape.num_parameters(body_rows(rows)),
-    "bytes": lambda shape, rows, size: shape.num_parameters(rows) * size,
-    "kv_cache_bytes": lambda shape, rows, size: shape.kv_cache_bytes_per_token(size),
-    "flops": lambda shape, rows, size: shape.flops_per_token(rows),
+    "parameters": lambda shape, rows, size, context=0: shape.num_parameters(rows),
+    "body_parameters": lambda shape, rows, size, context=0: shape.num_parameters(body_rows(rows)),
+    "bytes": lambda shape, rows, size, context=0: shape.num_parameters(rows) * size,
+    "kv_cache_bytes": lambda shape, rows, size, context=0: (
+        shape.cache_bytes(context, size) if context else shape.kv_cache_bytes_per_token(size)
+    ),
+    "flops": lambda shape, rows, size, context=0: shape.flops_per_token(rows, context),
 }
 # What is measured, of which a student shall have more, not less.
 SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -188,7 +191,7 @@ def candidates(
     Raises:
         ValueError: when there is none, with the nearest.
     """
-    many = Shape({axis: np.array([shape[axis] for _, shape in legal]) for axis in legal[0][1].sizes})
+    many = _many([shape for _, shape in legal])
     counted = {name: np.broadcast_to(costs[name](many), len(legal)) for name in limits}
     used = budget_fraction(counted, limits)
     (near,) = np.nonzero(np.abs(used - 1) <= tolerance)
@@ -251,11 +254,18 @@ def kept_share(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, 
     return sum((values.gather(-1, kept).sum() / values.sum()).item() for values, kept in pairs) / len(pairs)
 
 
+def _many(shapes: Sequence[Shape]) -> Shape:
+    """Return one shape whose sizes are arrays, so that costs are counted at once."""
+    first = shapes[0]
+    sizes = {axis: np.array([shape[axis] for shape in shapes]) for axis in first.sizes}
+    return replace(first, sizes=sizes)
+
+
 def size_probes(
     legal: Sequence[tuple[Mapping, Shape]], holds: Callable[[Shape], bool], rows: Mapping, count: int
 ) -> list[Shape]:
     """Return a few shapes from the smallest to the largest, near even steps, of those that can be built (`holds`)."""
-    many = Shape({axis: np.array([shape[axis] for _, shape in legal]) for axis in legal[0][1].sizes})
+    many = _many([shape for _, shape in legal])
     shapes = [legal[i][1] for i in np.argsort(many.num_parameters(rows), kind="stable")]
     places = np.linspace(0, len(shapes) - 1, count).round().astype(int)
     probes = []

@@ -49,6 +49,10 @@ class Args:
     tensor_parallel: int = field(
         default=1, metadata={"min": 1, "help": "Devices that heads, KV heads and MLP widths shall divide over."}
     )
+    context: int = field(
+        default=0,
+        metadata={"min": 0, "help": "Tokens at which kv_cache_bytes and flops are counted; 0: one more of a long text."},
+    )
     tolerance: float = field(default=0.05, metadata={"min": 0, "help": "How far from the budget, as a share of it."})
     top: int = field(default=5, metadata={"min": 1, "help": "Candidates, the best by score."})
     steps: int = field(default=300, metadata={"min": 1, "help": "distill.max_steps of a candidate; 2407.14679, figure 9."})
@@ -201,7 +205,7 @@ def _space(args: Args, run: Run) -> _Space:
     before.cut_to({}, multiple_of)  # refuses what is no divisor
     grid = search.default_grid(before, multiple_of) if args.grid is None else args.grid
     legal = search.legal_shapes(before, grid, multiple_of, args.tensor_parallel)
-    costs = {name: partial(cost, rows=rows, size=size) for name, cost in search.COSTS.items()}
+    costs = {name: partial(cost, rows=rows, size=size, context=args.context) for name, cost in search.COSTS.items()}
     return _Space(architecture, before, rows, legal, costs)
 
 
