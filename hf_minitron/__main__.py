@@ -129,21 +129,16 @@ def plan_text(run: Run, context: int | None = None) -> str:
 
     def costs(shape: Shape, rows: Mapping[str, str]) -> dict[str, int]:
         parameters = shape.num_parameters(rows)
-        return shape.axes | {
+        found = shape.axes | {
             "parameters": parameters,
             f"bytes ({str(stored).removeprefix('torch.')})": parameters * size,
             "KV-cache bytes per token": shape.kv_cache_bytes_per_token(size),
             "FLOPs per token": shape.flops_per_token(rows),
-            **({"state bytes": shape.state_bytes(size)} if before.states else {}),
-            **(
-                {
-                    f"cache bytes at {context:,} tokens": shape.cache_bytes(context, size),
-                    f"FLOPs per token at {context:,} tokens": shape.flops_per_token(rows, context),
-                }
-                if context
-                else {}
-            ),
         }
+        if context:
+            found[f"cache bytes at {context:,} tokens"] = shape.cache_bytes(context, size)
+            found[f"FLOPs per token at {context:,} tokens"] = shape.flops_per_token(rows, context)
+        return found | ({"state bytes": shape.state_bytes(size)} if shape.states else {})
 
     table = [["", "before", "after", ""]]
     for (name, old), new in zip(
