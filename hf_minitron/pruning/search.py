@@ -19,8 +19,7 @@ from hf_minitron import axes
 from hf_minitron.plan import make_plan
 from hf_minitron.shape import Shape
 
-# What a shape costs: from a shape (or many at once), its rows, the bytes of a number and the tokens of a context (0: the cache
-# that one more token of a long text takes).
+# What a shape (or many at once) costs, from its rows, the bytes of a number and a context (0: one more token of a long text).
 Cost = Callable[..., int]
 COSTS: dict[str, Cost] = {
     "parameters": lambda shape, rows, size, context=0: shape.num_parameters(rows),
@@ -256,9 +255,7 @@ def kept_share(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, 
 
 def _many(shapes: Sequence[Shape]) -> Shape:
     """Return one shape whose sizes are arrays, so that costs are counted at once."""
-    first = shapes[0]
-    sizes = {axis: np.array([shape[axis] for shape in shapes]) for axis in first.sizes}
-    return replace(first, sizes=sizes)
+    return replace(shapes[0], sizes={axis: np.array([shape[axis] for shape in shapes]) for axis in shapes[0].sizes})
 
 
 def size_probes(
