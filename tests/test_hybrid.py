@@ -13,7 +13,9 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.distillation.states import check_states
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import removal_costs
+from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.plan import Plan, make_plan
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.pruning.prune import prune_model
 from hf_minitron.shape import ShapeError
 from hf_minitron.stages.score import check_layers_target
@@ -172,3 +174,17 @@ def test_plan_counts_a_context(project, capsys):
     assert "FLOPs per token at 32,768 tokens" in out
     assert main(["plan", str(project["path"]), "--context", "0"]) == 1
     assert "--context: 0 is not a number of tokens from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "qwen3_5_text"])
+def test_an_mlp_takes_over_what_a_dropped_layer_of_another_kind_added(model_type):
+    teacher, blocks = tiny.model(model_type, dtype=torch.float32), tiny.blocks(100)
+    shape, states = Architecture.of(teacher.config).shape, []
+    plan = Plan(shape, shape.cut_to({"layers": 2}), {"layers": [0, 1]})
+    statistics, residuals = calibrate(teacher, blocks, moments=True), read_residuals(teacher, blocks, plan)
+    merged = prune_model(teacher, plan, statistics, [*DEFAULT_CORRECTIONS, "layer_merge"], residuals)
+    for model in (teacher, prune_model(teacher, plan), merged):
+        with torch.no_grad():
+            states.append(model(input_ids=blocks["input_ids"][:], use_cache=False, output_hidden_states=True).hidden_states[-1])
+    sliced, corrected = ((state - states[0]).square().mean() for state in states[1:])
+    assert corrected < 0.9 * sliced

@@ -235,6 +235,7 @@ LFM2_TABLE = {"norms": LFM2_NORMS, "roles": LFM2_ROLES, "follows": LFM2_FOLLOWS,
 TABLES = {
     "qwen3_5_text": {
         "rows": QWEN3_5_ROWS, "norms": NORMS, "config_keys": QWEN3_5_KEYS, "states": {"linear_layers": DELTA_STATE},
+        "pre_norm_residual": True,
     },
     "qwen3_5_moe_text": {
         "rows": QWEN3_5_MOE_ROWS, "norms": NORMS, "config_keys": QWEN3_5_MOE_KEYS, "states": {"linear_layers": DELTA_STATE},
@@ -247,7 +248,10 @@ TABLES = {
         **GATED, "rows": NEMOTRON_ROWS, "norms": NEMOTRON_NORMS, "config_keys": NEMOTRON_KEYS, "roles": NEMOTRON_ROLES,
         "only_ffn": "dense_ffn",
     },
-    "bamba": {**GATED, "rows": BAMBA_ROWS, "norms": NORMS, "config_keys": BAMBA_KEYS, "coupled": SSM_AS_HIDDEN},
+    "bamba": {
+        **GATED, "rows": BAMBA_ROWS, "norms": NORMS, "config_keys": BAMBA_KEYS, "coupled": SSM_AS_HIDDEN,
+        "pre_norm_residual": True,
+    },
     "granitemoehybrid": {
         **GATED, "rows": GRANITE_ROWS, "norms": NORMS, "config_keys": GRANITE_KEYS, "roles": GRANITE_ROLES,
         "coupled": SSM_AS_HIDDEN, "only_ffn": "shared_ffn",
@@ -262,7 +266,7 @@ TABLES = {
         "only_ffn": "dense_ffn", "states": {"mamba_layers": MAMBA1_STATE},
     },
     "lfm2": {
-        **LFM2_TABLE, "rows": LFM2_ROWS, "config_keys": CONFIG_KEYS, "from_parameters": ("ffn",),
+        **LFM2_TABLE, "rows": LFM2_ROWS, "config_keys": CONFIG_KEYS, "from_parameters": ("ffn",), "pre_norm_residual": True,
         "settings": {"block_auto_adjust_ff_dim": False},  # else the class rounds intermediate_size
     },
     "lfm2_moe": {**LFM2_TABLE, "rows": LFM2_MOE_ROWS, "config_keys": LFM2_MOE_KEYS},
