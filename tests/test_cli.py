@@ -42,9 +42,11 @@ def run(project, folder, *more, verb="run"):
 
 def test_every_stage_leaves_what_it_promises(done):
     for stage in (name for name, stage in STAGES.items() if stage.in_run and not stage.optional):
-        assert json.loads((done / stage / "done.json").read_text())["digest"] and not (done / f"{stage}.tmp").exists()
+        assert json.loads((done / stage / "done.json").read_text())["digest"]
+        assert not (done / f"{stage}.tmp").exists()
     report = json.loads((done / "evaluate/report.json").read_text())
-    assert list(report["models"]) == ["teacher", "pruned", "distilled"] and set(report["speed"]) == {"teacher", "distilled"}
+    assert list(report["models"]) == ["teacher", "pruned", "distilled"]
+    assert set(report["speed"]) == {"teacher", "distilled"}
     entries = {(entry["model"], entry["metric"]): entry for entry in report["entries"]}
     for model in report["models"]:
         assert entries[model, "perplexity"]["stderr"] > 0, model
@@ -56,13 +58,15 @@ def test_every_stage_leaves_what_it_promises(done):
     assert {path.stem for path in (done / "evaluate/samples").iterdir()} == set(report["models"])
     folder = done / "publish/model"
     student = AutoModelForCausalLM.from_pretrained(folder)
-    assert student.num_parameters() == report["models"]["distilled"]["parameters"] and student.config.intermediate_size == 48
+    assert student.num_parameters() == report["models"]["distilled"]["parameters"]
+    assert student.config.intermediate_size == 48
     ids = AutoTokenizer.from_pretrained(folder)("w1 w2", return_tensors="pt").input_ids
     assert student.generate(ids, max_new_tokens=2, eos_token_id=None).shape[1] == 4
     for name in ("README.md", "plan.json", "report.json", "recipe.yaml", "loss.png", "shapes.png", "generation_config.json"):
         assert (folder / name).stat().st_size > 0, name
     losses = [entry["loss"] for entry in json.loads((done / "distill/log.json").read_text())["history"] if "loss" in entry]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
 
 
 def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, done, tmp_path, capsys, monkeypatch):
@@ -93,8 +97,11 @@ def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, don
     assert capsys.readouterr().out.count("done before, skipped") == 5
     assert run(project, folder, "--evaluate.tokens", 128) == 0
     out = capsys.readouterr().out
-    assert out.count("done before, skipped") == 3 and "evaluate: done in" in out and "publish: done in" in out
-    assert "evaluate runs again: tokens 256 -> 128\n" in out and "publish runs again: evaluate " in out
+    assert out.count("done before, skipped") == 3
+    assert "evaluate: done in" in out
+    assert "publish: done in" in out
+    assert "evaluate runs again: tokens 256 -> 128\n" in out
+    assert "publish runs again: evaluate " in out
 
 
 def test_push_and_its_dry_run(project, done, tmp_path, capsys, hub):
@@ -108,7 +115,9 @@ def test_push_and_its_dry_run(project, done, tmp_path, capsys, hub):
     assert run(project, folder, *where, "--push", "--dry-run", verb="publish") == 0
     out = capsys.readouterr().out
     files = {path.name: path for path in (folder / "publish/model").iterdir()}
-    assert all(f"| {name} " in out for name in files) and "main of me/small" in out and not hub.requests
+    assert all(f"| {name} " in out for name in files)
+    assert "main of me/small" in out
+    assert not hub.requests
     assert run(project, folder, *where, "--push", verb="publish") == 0
     assert f"Pushed to {hub.address}/me/small\n" in capsys.readouterr().out
     assert {n: c for n, c in hub.files().items() if n in files} == {n: path.read_bytes() for n, path in files.items()}
@@ -128,7 +137,9 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
     out = capsys.readouterr().out
     assert f"{tiny.model().num_parameters():,}" in out
     student = tiny.model(hidden_size=24, intermediate_size=48).num_parameters()
-    assert f"{student:,}" in out and "KV-cache bytes per token" in out and "FLOPs per token" in out
+    assert f"{student:,}" in out
+    assert "KV-cache bytes per token" in out
+    assert "FLOPs per token" in out
 
 
 @pytest.mark.parametrize(
@@ -197,7 +208,8 @@ def test_a_damaged_teacher_is_told(project, tmp_path, capsys):
     save_file(tensors, shard, metadata={"format": "pt"})
     assert run(project, tmp_path / "a", "--model", teacher) == 1
     error = capsys.readouterr().err
-    assert repr(name) in error and "holds NaN or infinity" in error
+    assert repr(name) in error
+    assert "holds NaN or infinity" in error
     shard.write_bytes(shard.read_bytes()[:-100])
     assert run(project, tmp_path / "b", "--model", teacher) == 1
     assert f"{shard.name} is truncated" in capsys.readouterr().err
@@ -251,7 +263,8 @@ def test_an_interrupted_stage_leaves_nothing_that_looks_done(project, tmp_path, 
         run(project, tmp_path / "run", verb="score")
     assert not (tmp_path / "run/score").exists()
     monkeypatch.setattr("hf_minitron.stages.score.calibrate", calibrate.calibrate)
-    assert run(project, tmp_path / "run", verb="score") == 0 and (tmp_path / "run/score/done.json").is_file()
+    assert run(project, tmp_path / "run", verb="score") == 0
+    assert (tmp_path / "run/score/done.json").is_file()
 
 
 STEPS = 60
@@ -285,10 +298,12 @@ def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, un
     os.killpg(process.pid, how)
     said = process.stdout.read()
     process.wait(120)
-    assert not (folder / "distill").exists() and (folder / "prune/done.json").is_file()
+    assert not (folder / "distill").exists()
+    assert (folder / "prune/done.json").is_file()
     if how == signal.SIGTERM:  # it has saved where it was
         step = re.search(r"error: distill: Stopped by SIGTERM after step (\d+); its checkpoint is written", said)[1]
-        assert process.returncode == 1 and (checkpoints / f"checkpoint-{step}/trainer_state.json").is_file()
+        assert process.returncode == 1
+        assert (checkpoints / f"checkpoint-{step}/trainer_state.json").is_file()
     broken = folder / "distill.tmp/checkpoints/checkpoint-999"  # as if the kill had hit a checkpoint being written
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
@@ -309,7 +324,8 @@ def test_a_tied_head_is_stored_once(project, tmp_path):
     for stage in ("score", "prune", "distill"):
         assert run(project, tmp_path / "run", "--model", tmp_path / "teacher", verb=stage) == 0
     names = [load_file(tmp_path / f"run/{s}/student/model.safetensors").keys() for s in ("prune", "distill")]
-    assert names[0] == names[1] and "lm_head.weight" not in names[0]
+    assert names[0] == names[1]
+    assert "lm_head.weight" not in names[0]
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run/distill/student")
     assert torch.equal(student.lm_head.weight, student.model.embed_tokens.weight)
 
@@ -326,7 +342,8 @@ def test_plan_of_a_mixture_names_its_axes(project, tmp_path, capsys):
     target = "{ffn: 32, dense_ffn: 40, shared_ffn: 16, experts: 4}"
     assert run(project, tmp_path / "run", "--model", tmp_path / "moe", "--prune.target", target, verb="plan") == 0
     out = capsys.readouterr().out
-    assert all(f"| {axis} " in out for axis in ("dense_ffn", "shared_ffn", "experts")) and "experts_per_token" not in out
+    assert all(f"| {axis} " in out for axis in ("dense_ffn", "shared_ffn", "experts"))
+    assert "experts_per_token" not in out
 
 
 def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatch):
@@ -336,7 +353,8 @@ def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatc
     seen = []
     read_layers = calibrate.read_layers
     monkeypatch.setattr(calibrate, "read_layers", lambda *args: seen.append(1) or read_layers(*args))
-    assert run(project, tmp_path / "small", verb="score") == 0 and seen == [1]  # by itself, when the model does not fit
+    assert run(project, tmp_path / "small", verb="score") == 0
+    assert seen == [1]  # by itself, when the model does not fit
     whole, *others = (Statistics.load(tmp_path / name / "score").scores for name in ("whole", "layers", "small"))
     for other in others:
         assert all(torch.allclose(other[axis], values, rtol=1e-4) for axis, values in whole.items())
@@ -477,11 +495,13 @@ def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys)
     assert "50% of the layers' parameters stay" in capsys.readouterr().out
     folder = tmp_path / "run/publish/model"
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "minitron_pruned" and (folder / "modeling_pruned.py").is_file()
+    assert config["model_type"] == "minitron_pruned"
+    assert (folder / "modeling_pruned.py").is_file()
     report = json.loads((folder / "report.json").read_text())["models"]
     assert report["distilled"]["shape"]["layer_intermediate_size"] == config["layer_intermediate_size"]
     assert 0.3 < report["distilled"]["parameters"] / report["teacher"]["parameters"] < 0.8
-    assert (folder / "shapes.png").is_file() and "trust_remote_code=True" in (folder / "README.md").read_text()
+    assert (folder / "shapes.png").is_file()
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -494,7 +514,8 @@ def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys)
 )
 def test_a_nonuniform_cut_that_cannot_be_made_is_refused_before_any_work(project, tmp_path, capsys, more, words):
     assert run(project, tmp_path / "run", *more) == 1
-    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_rotation_and_merging_go_through_the_command(project, tmp_path, capsys, monkeypatch):
@@ -509,7 +530,8 @@ def test_rotation_and_merging_go_through_the_command(project, tmp_path, capsys, 
     assert run(project, tmp_path / "run [1]", *more, verb="plan") == 0
     assert "unties the output head" in capsys.readouterr().out
     plan = json.loads((tmp_path / "run [1]/prune/student/plan.json").read_text())
-    assert plan["keep"]["hidden"] == list(range(24)) and len(plan["keep"]["layers"]) == 2
+    assert plan["keep"]["hidden"] == list(range(24))
+    assert len(plan["keep"]["layers"]) == 2
     assert sorted(path.name for path in (tmp_path / "run [1]/prune").iterdir()) == ["done.json", "student"]
     monkeypatch.setattr("hf_minitron.stages.prune.fits", lambda *args: False)
     assert run(project, tmp_path / "run [1]", *more, "--prune.max_shard_bytes", "1000", verb="prune") == 1
@@ -533,7 +555,9 @@ def test_other_models_are_evaluated_too(project, done, tmp_path):
         found for found in report["comparisons"]
         if (found["model"], found["baseline"], found["metric"]) == ("other-1.0", "pruned", "perplexity")
     ]  # fmt: skip
-    assert same["value"] == same["baseline_value"] and same["p"] == 1 and same["verdict"] == "not distinguishable"
+    assert same["value"] == same["baseline_value"]
+    assert same["p"] == 1
+    assert same["verdict"] == "not distinguishable"
     dtype = report["settings"].pop("dtype")
     assert report["settings"] == {"limit": None, "few_shot": 1, "chat_template": False}
     assert dtype in ("float32", "bfloat16")

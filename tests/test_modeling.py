@@ -92,7 +92,8 @@ def test_a_uniform_one_equals_the_stock_model_to_the_bit(variant, attention):
     model = PrunedForCausalLM(PrunedConfig.from_stock(stock.config)).eval()
     model.load_state_dict(stock.state_dict())
     model.set_attn_implementation(attention)
-    assert model.dtype == torch.float32 and torch.equal(logits(model), logits(stock))
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model), logits(stock))
     assert torch.equal(model(PROMPT, labels=PROMPT).loss, stock(PROMPT, labels=PROMPT).loss)
     assert torch.equal(logits(model, logits_to_keep=2), logits(stock, logits_to_keep=2))
 
@@ -103,7 +104,8 @@ def test_absent_halves_have_no_parameters_and_the_config_tells_the_largest():
     assert not [name for name in names if "layers.0" in name and ("attn" in name or "input_layernorm" in name)]
     assert not [name for name in names if "layers.1" in name and ("mlp" in name or "post_attention" in name)]
     sizes = (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.intermediate_size)
-    assert sizes == (4, 2, 72) and getattr(model.config, "head_dim", None) == 6
+    assert sizes == (4, 2, 72)
+    assert getattr(model.config, "head_dim", None) == 6
     assert [layer.num_key_value_heads for layer in model.config.per_layer_config] == [0, 2, 2, 1]
     outputs = model(PROMPT, output_hidden_states=True)
     assert len(outputs.hidden_states) == 5
@@ -116,13 +118,16 @@ def test_save_and_load(variant, tmp_path):
     model = pruned(variant)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is PrunedForCausalLM and not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded) is PrunedForCausalLM
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert loaded.config.to_json_string() == model.config.to_json_string()
     assert torch.equal(logits(loaded), logits(model))
     assert type(AutoModel.from_pretrained(tmp_path)) is PrunedModel
     written = json.loads((tmp_path / "config.json").read_text())
     assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert written["num_attention_heads"] == 4 and written["layer_num_attention_heads"] == [0, 4, 2, 4]
+    assert written["num_attention_heads"] == 4
+    assert written["layer_num_attention_heads"] == [0, 4, 2, 4]
     assert AutoConfig.from_pretrained(tmp_path).layer_sizes == LISTS
 
 
@@ -154,7 +159,8 @@ except ValueError:
     command = [sys.executable, "-I", "-c", code, str(tmp_path), str(PROMPT.tolist()), str(PADDED.tolist())]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith("refused transformers_modules"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused transformers_modules"), done.stderr
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2, mixed", "smollm3, mixed"])
@@ -194,7 +200,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     plain, saving = pruned(), pruned()
     saving.gradient_checkpointing_enable()
     expected, found = gradients(plain), gradients(saving)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_compiles_in_one_graph():
@@ -268,10 +275,14 @@ def test_export_pads_to_a_stock_model_with_equal_logits(variant, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "pruned")
     export(tmp_path / "pruned", tmp_path / "padded", max_shard_bytes=20_000)
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "padded", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not list((tmp_path / "padded").glob("*.py"))
-    assert (tmp_path / "padded" / "tokenizer.json").is_file() and "auto_map" not in stock.config.to_dict()
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not list((tmp_path / "padded").glob("*.py"))
+    assert (tmp_path / "padded" / "tokenizer.json").is_file()
+    assert "auto_map" not in stock.config.to_dict()
     assert (stock.config.num_key_value_heads, stock.config.num_attention_heads, stock.config.intermediate_size) == (2, 8, 72)
-    assert stock.config.model_type == VARIANTS[variant][0] and stock.config.architectures == [type(stock).__name__]
+    assert stock.config.model_type == VARIANTS[variant][0]
+    assert stock.config.architectures == [type(stock).__name__]
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -281,7 +292,8 @@ def test_export_takes_mistral_where_llama_refuses_the_shape(tmp_path):
     model.save_pretrained(tmp_path / "pruned")
     export(tmp_path / "pruned", tmp_path / "padded")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
-    assert stock.config.model_type == "mistral" and stock.config.num_attention_heads == 12
+    assert stock.config.model_type == "mistral"
+    assert stock.config.num_attention_heads == 12
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -311,12 +323,14 @@ def test_converters_come_back():
     stock = stock_config()
     config = PrunedConfig.from_stock(stock, **LISTS)
     native = json.loads(json.dumps(config.to_per_layer_config()))
-    assert native["0"] == {"skip": ["attention"]} and native["1"] == {"skip": ["mlp"]}
+    assert native["0"] == {"skip": ["attention"]}
+    assert native["1"] == {"skip": ["mlp"]}
     assert native["3"] == {"num_key_value_heads": 1, "intermediate_size": 51}
     assert PrunedConfig.from_per_layer_config(stock, native).layer_sizes == LISTS
     lists = {**LISTS, "layer_num_attention_heads": [0, 4, 4, 4]}
     blocks = PrunedConfig.from_stock(stock, **lists).to_block_configs()
-    assert blocks[0]["attention"] == {"no_op": True} and blocks[3]["attention"]["n_heads_in_group"] == 4
+    assert blocks[0]["attention"] == {"no_op": True}
+    assert blocks[3]["attention"]["n_heads_in_group"] == 4
     assert PrunedConfig.from_block_configs(stock, blocks).layer_sizes == lists
     older = [{"attention": {"n_heads_in_group": 2, "no_op": False}, "ffn": {"ffn_mult": 10.0, "no_op": False}}] * 4
     assert PrunedConfig.from_block_configs(stock, older).layer_intermediate_size == [512] * 4  # 266, up to a multiple of 256
@@ -374,12 +388,12 @@ def test_what_converters_cannot_say_is_refused():
 
 def test_transformers_backends_find_what_they_ask_for():
     config = PrunedConfig.from_stock(stock_config("qwen3"), **LISTS)
-    assert PrunedModel.is_backend_compatible() and config.auto_map["AutoModel"] == "modeling_pruned.PrunedModel"
-    assert (
-        config.base_model_tp_plan["layers.*.mlp.down_proj"] == "rowwise"
-        and "layers.*.self_attn.q_norm" in config.base_model_tp_plan
-    )
-    assert "layers" in config.base_model_pp_plan and "base_model_tp_plan" not in config.to_dict()
+    assert PrunedModel.is_backend_compatible()
+    assert config.auto_map["AutoModel"] == "modeling_pruned.PrunedModel"
+    assert config.base_model_tp_plan["layers.*.mlp.down_proj"] == "rowwise"
+    assert "layers.*.self_attn.q_norm" in config.base_model_tp_plan
+    assert "layers" in config.base_model_pp_plan
+    assert "base_model_tp_plan" not in config.to_dict()
     assert PrunedConfig.from_stock(LlamaConfig()).base_model_tp_plan == LlamaConfig.base_model_tp_plan
 
 

@@ -156,7 +156,7 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
 
 
 def _write_shards(folder: Path, settings: dict, blocks: Dataset, recorder: _Recorder, state: PartialState) -> None:
-    """Write this process's shards: every so many-th, whatever number of processes began the cache."""
+    """Write every `num_processes`-th shard, from this process's on; another number of processes may have begun the cache."""
     size, total = settings["shard_blocks"], len(blocks)
     shards = range(-(-total // size))[state.process_index :: state.num_processes]
     own = sum(min(size, total - number * size) for number in shards)

@@ -104,7 +104,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
         axes.margins(x=0.12, y=0.15)
         axes.autoscale_view()
-        for x, y, numbers in _apart(axes, sizes, after):
+        for x, y, numbers in _grouped(axes, sizes, after):
             inside = {"color": "white", "ha": "center", "xytext": (0, 0)} if numbers.isdigit() else {"xytext": (9, 0)}
             axes.annotate(numbers, (x, y), textcoords="offset points", va="center", fontsize=9, weight="bold", **inside)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
@@ -148,7 +148,7 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         save(figure, path)
 
 
-def _apart(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
+def _grouped(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
     """Number points as they come, those that cover each other with one text for all."""
     found: list[list] = []
     places = axes.transData.transform(list(zip(xs, ys, strict=True))) * 72 / axes.figure.dpi  # in points

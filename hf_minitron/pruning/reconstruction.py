@@ -1,4 +1,4 @@
-"""Least-squares reconstruction: the kept inputs of a projection give what all of them gave, as nearly as they can."""
+"""Least-squares reconstruction: a projection's weights for the kept inputs are fitted to its output for all inputs."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ RIDGE = 0.1
 
 
 def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, extra: Tensor | None = None) -> Tensor:
-    """Map the kept inputs of a projection as near as possible to what it gave for all of them.
+    """Fit a projection's weights for the kept inputs to its output for all inputs.
 
     Minimises E|W x + y - W' x_kept|² + ridge · mean(E x_kept²) · |W' - W_kept|² in float64: a large ridge gives plain slicing.
 
@@ -19,7 +19,7 @@ def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, ex
         moment (`Tensor` of shape `(in, in)`): E[x xᵀ] of its inputs.
         kept (`Tensor` of shape `(kept,)`): The inputs that stay.
         ridge (`float`): As above.
-        extra (`Tensor` of shape `(out, in)`, *optional*): E[y xᵀ] of what shall be given beside; nothing when left out.
+        extra (`Tensor` of shape `(out, in)`, *optional*): E[y xᵀ] of a y that is added to the output; zero when left out.
 
     Returns:
         `Tensor` of shape `(out, kept)`: In the weight's dtype.
@@ -64,7 +64,7 @@ def factorised(
     del inner
 
     def solve(weight: Tensor, extra: Tensor | None = None) -> Tensor:
-        missing = weight[:, dropped].to(cross) @ cross  # what the dropped inputs gave, as the kept ones see it
+        missing = weight[:, dropped].to(cross) @ cross  # the dropped inputs' part of the output, times the kept inputs
         if extra is not None:
             missing = missing + extra[:, kept]
         return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T

@@ -132,7 +132,7 @@ def check_layers(args: Args, config: PreTrainedConfig) -> None:
     """Refuse a way of ranking layers that is unknown or that this model or these settings do not allow."""
     if args.sublayers and args.layer_by_layer:
         raise ValueError("sublayers: true runs the whole model, layer_by_layer holds one layer: set one of them")
-    if not _apart(args):
+    if not _needs_extra_pass(args):
         return
     task, metric = _task(args.layers)
     if args.layers_block > 1 and args.layers_remove:
@@ -182,9 +182,9 @@ def work(args: Args, run: Run) -> dict[str, float]:
     layers = Architecture.of(config).shape["layers"]
     limited = args.tokens if args.layers_limit is None else min(args.tokens, args.layers_limit * args.block_size)
     read = limited * layers if args.sublayers else 0
-    if _apart(args) and args.layers in METRICS:
+    if _needs_extra_pass(args) and args.layers in METRICS:
         read += limited * layers / 2 * (args.layers_remove or 1)
-    elif _apart(args):
+    elif _needs_extra_pass(args):
         read += (args.layers_limit or DOCUMENTS) * DOCUMENT_TOKENS * layers / args.layers_block
     return {"score": args.tokens, "read": read}
 
@@ -203,12 +203,12 @@ def run(args: Args, run: Run, out: Path) -> None:
     statistics = calibrate(
         model, blocks, args.batch_size, dtype, device, args.state_bytes, args.moments, args.metric, save_to=out
     )
-    if streamed and (_apart(args) or args.sublayers):
+    if streamed and (_needs_extra_pass(args) or args.sublayers):
         model = load_model(folder, dtype, device)
     scores, costs, provenance = dict(statistics.scores), {}, statistics.provenance | {"model": run.model}
     if revision := revision_of(folder):
         provenance["revision"] = revision
-    if _apart(args):
+    if _needs_extra_pass(args):
         scores["layers"], how = score_layers(args, model, blocks, tokenizer)
         provenance |= how | {"metrics": {**provenance["metrics"], "layers": args.layers}}
     if args.sublayers:
@@ -227,8 +227,8 @@ def _is_streamed(args: Args, folder: Path, dtype: torch.dtype, device: torch.dev
     whole = fits(folder, dtype, device, tokens, args.moments)
     weights_fit = whole or fits(folder, dtype, device, tokens)
     whole, weights_fit = broadcast_object_list([whole, weights_fit])
-    if not weights_fit and (_apart(args) or args.sublayers):
-        what = f"layers: {args.layers}" if _apart(args) else "sublayers: true"
+    if not weights_fit and (_needs_extra_pass(args) or args.sublayers):
+        what = f"layers: {args.layers}" if _needs_extra_pass(args) else "sublayers: true"
         raise ValueError(f"{what} needs the whole model, which does not fit in memory. Set device_map: auto, or "
                          "rank layers by block_importance, one at a time")  # fmt: skip
     if not whole:
@@ -268,7 +268,7 @@ def _limited(args: Args, blocks: Dataset) -> Dataset:
     return blocks.select(range(min(args.layers_limit or len(blocks), len(blocks))))
 
 
-def _apart(args: Args) -> bool:
+def _needs_extra_pass(args: Args) -> bool:
     """Return whether ranking layers takes more than the one pass that scores every axis."""
     return args.layers != "block_importance" or args.layers_block > 1 or args.layers_remove is not None
 
