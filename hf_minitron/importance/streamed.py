@@ -135,12 +135,11 @@ class _Loader:
         state = {name.removeprefix(f"{self.architecture.prefix}."): tensor for name, tensor in {**own, **self.shared}.items()}
         config = student_config(self.architecture, self._plan(layer))
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
+            None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
         )
-        own = {
-            name.removeprefix(f"{self.architecture.prefix}.") for name in outline(config).parameters
-        }  # without BERT's pooler
-        missing = own & set(info["missing_keys"])
+        prefix = f"{self.architecture.prefix}."
+        parameters = {name.removeprefix(prefix) for name in outline(config).parameters}  # without BERT's pooler
+        missing = parameters & set(info["missing_keys"])
         assert not missing, f"layer {layer} lacks {missing}"
         return model.to(self.device).eval()
 
