@@ -42,7 +42,8 @@ ROPE_SCALING = {
 # The first version of transformers that has a model type, where that is not long ago.
 SINCE = {
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
-    "glm4": "4.52", "glm4v": "4.53", "idefics3": "4.46", "internvl": "4.52", "mistral3": "4.50", "qwen2_vl": "4.45",
+    "glm4": "4.52", "glm4v": "4.53", "glm46v": "5.0",
+    "idefics3": "4.46", "internvl": "4.52", "llava_onevision": "4.45", "mistral3": "4.50", "qwen2_vl": "4.45",
     "qwen2_5_vl": "4.49", "qwen3_vl": "4.57", "smolvlm": "4.50",
     "gpt_oss": "4.55", "granite": "4.45", "ministral": "4.57", "minitron_pruned": "5.15", "nemotron": "4.44", "olmo2": "4.47",
     "qwen3": "4.51", "qwen3_moe": "4.51", "smollm3": "4.53", "vaultgemma": "4.57",

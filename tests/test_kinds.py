@@ -18,15 +18,15 @@ from hf_minitron.model_files import resolve, weights_of
 
 LLAMA = tiny.config().to_dict()
 TEXT = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}
-NEXT = {"model_type": "llava_next", "text_config": TEXT, "vision_config": {}}
+VIDEO = {"model_type": "video_llava", "text_config": TEXT, "vision_config": {}}
 # Small files of a model to the refusal.
 KINDS = {
     "vision-language": (
-        {"config.json": NEXT},
-        "is a multimodal model .llava_next.. Save its text part as a model of its own: m = Auto",
+        {"config.json": VIDEO},
+        "is a multimodal model .video_llava.. Save its text part as a model of its own: m = Auto",
     ),
     "vision-language in one": (
-        {"config.json": AutoConfig.for_model("qwen3_vl_moe").to_dict()},
+        {"config.json": AutoConfig.for_model("glm4v_moe").to_dict()},
         "Its text part is no causal language",
     ),
     "encoder": ({"config.json": AutoConfig.for_model("bert").to_dict()}, r"is an encoder \(bert\)"),
@@ -80,7 +80,7 @@ def test_the_text_part_is_got_as_the_refusal_says(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 14}
-    config = AutoConfig.for_model("llava_next", text_config=TEXT, vision_config=small | {"patch_size": 14})
+    config = AutoConfig.for_model("video_llava", text_config=TEXT, vision_config=small | {"patch_size": 14})
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "vl")
     with pytest.raises(ValueError, match="multimodal") as caught:
         resolve(tmp_path / "vl")

@@ -18,7 +18,8 @@ from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_checkpoint
 
 # What vision models have in their names on the Hub and in transformers 4, and not in 5.
-INSIDE = dict.fromkeys(("gemma3", "llava"), "vision_model.")
+INSIDE = dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision"), "vision_model.")
+NOT_IN_4 = ("glm46v", "qwen3_5", "qwen3_5_moe", "vipllava")  # of the last, a key of config.json had another name
 LOAD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,7 @@ save_file(found, sys.argv[2])
 @pytest.mark.slow
 def test_answers_to_text_and_images_in_transformers_4(tmp_path):
     folders, expected = {}, {}
-    for model_type in TYPES:
+    for model_type in [name for name in TYPES if name not in NOT_IN_4]:
         teacher = tiny_vision.model(model_type, torch.float32, **tiny_vision.THETAS.get(model_type, {}))
         teacher.save_pretrained(tmp_path / "teacher" / model_type)
         shape = Architecture.of(teacher.config).shape

@@ -36,6 +36,11 @@ SETTINGS = {
         {**QWEN, **WIDE, "image_size": 8},
         {**QWEN_IDS, "image_start_token_id": START, "image_end_token_id": END},
     ),
+    "glm46v": (
+        {**EIGHT, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.6}},
+        {**QWEN, **WIDE, "image_size": 8},
+        {**QWEN_IDS, "image_start_token_id": START, "image_end_token_id": END},
+    ),
     "idefics3": (
         {"model_type": "llama"},
         {**CLIP},
@@ -50,6 +55,21 @@ SETTINGS = {
         {"model_type": "llama"},
         {"model_type": "clip_vision_model", **CLIP},
         {"image_token_index": IMAGE, "image_seq_length": 4},
+    ),
+    "llava_next": (
+        {"model_type": "llama"},
+        {"model_type": "clip_vision_model", **CLIP},
+        {"image_token_index": IMAGE, "image_seq_length": 4, "image_grid_pinpoints": [[8, 8]]},
+    ),
+    "llava_onevision": (
+        {"model_type": "qwen2"},
+        {"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
+        {"image_token_index": IMAGE, "video_token_index": VIDEO, "image_grid_pinpoints": [[8, 8]]},
+    ),
+    "vipllava": (
+        {"model_type": "llama"},
+        {"model_type": "clip_vision_model", **CLIP},
+        {"image_token_index": IMAGE, "image_seq_length": 4, "vision_feature_layers": [-1, -2]},
     ),
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None},
@@ -69,6 +89,16 @@ SETTINGS = {
     "qwen3_vl": (
         {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 1]}},
         {**QWEN, **WIDE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        QWEN_IDS,
+    ),
+    "qwen3_5": (
+        {**tiny.DELTA, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1], "partial_rotary_factor": 1.0}},
+        {**QWEN, **WIDE, "num_position_embeddings": 16},
+        QWEN_IDS,
+    ),
+    "qwen3_5_moe": (
+        {**tiny.DELTA, **tiny.ROUTER, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 28},
+        {**QWEN, **WIDE, "num_position_embeddings": 16},
         QWEN_IDS,
     ),
     "smolvlm": (
@@ -106,7 +136,7 @@ def model(model_type, dtype=torch.float64, seed=0, **changes):
 def images(model_type, dtype=torch.float64):
     """Inputs of one picture between words."""
     generator = torch.Generator().manual_seed(1)
-    tokens = {"gemma3": 4, "llava": 4, "mistral3": 4}.get(model_type, 1)
+    tokens = {"gemma3": 4, "llava": 4, "llava_next": 10, "llava_onevision": 10, "mistral3": 4, "vipllava": 4}.get(model_type, 1)
     ids = torch.tensor([[5, 6, START, *[IMAGE] * tokens, END, 7, 8, 9]])
     size = 4 if model_type.startswith(("qwen", "glm")) else 16 if model_type == "mistral3" else 8
     pixels = torch.randn(1, 3, size, size, generator=generator, dtype=dtype)
@@ -117,6 +147,8 @@ def images(model_type, dtype=torch.float64):
             "image_grid_thw": torch.tensor([[1, 2, 2]]),
             "mm_token_type_ids": (ids == IMAGE).int(),
         }
+    if model_type in ("llava_next", "llava_onevision"):
+        return inputs | {"pixel_values": pixels[None].expand(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])}
     if model_type == "mistral3":
         return inputs | {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 16]])}
     if model_type in ("idefics3", "smolvlm"):

@@ -85,6 +85,9 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
     tower, kind = architecture.family.tower, architecture.config.model_type
     if tower is None:
         raise ShapeError(f"text_only: true, but model type {kind!r} is a language model of text alone already; leave it out")
+    if "experts" in architecture.shape.sizes:
+        raise ShapeError(f"text_only: true, but {kind!r} is a mixture, whose experts checkpoints of the text class hold "
+                         "otherwise; leave it out")  # fmt: skip
     text = copy.deepcopy(text_config(architecture.config).to_dict()) | tower.text
     text["tie_word_embeddings"] = architecture.config.tie_word_embeddings
     if rope := text.get("rope_parameters"):  # of text, all three positions of a token are one
@@ -96,7 +99,7 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
     }
     try:
         config = CONFIG_MAPPING[text["model_type"]]
-        known = {"head_dim", *(field.name for field in dataclasses.fields(config))}
+        known = {"head_dim", *(config.attribute_map or {}), *(field.name for field in dataclasses.fields(config))}
         config = config.from_dict({key: value for key, value in text.items() if key in known})
         made = outline(config)
     except Exception as error:  # config classes and modules raise their own kinds

@@ -4,7 +4,7 @@ A table only. The text model is bound by its own family; whatever else the model
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LANGUAGE_MODEL, TEXT_MODEL = "model.language_model", "model.text_model"
 WIDTH_INSIDE = "with images: the projector's inner width is that of hidden in its class, so that it loses channels as well"
@@ -49,31 +49,42 @@ ONE_MATRIX = Tower(TEXT_MODEL, {"model.connector.modality_projection.proj.weight
 MERGER = {"model.visual.merger.mlp.2.weight": "hidden _", "model.visual.merger.mlp.2.bias": "hidden"}
 QWEN2 = {"model_type": "qwen2"}
 
+GLM = Tower(
+    LANGUAGE_MODEL,
+    {},
+    fixed={"hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width"},
+    text={"model_type": "glm4", "attention_bias": True},
+)
+NEWLINE = replace(TWO_LAYERS, rows=TWO_LAYERS.rows | {"model.image_newline": "hidden"})
+FC2 = {"model.visual.merger.linear_fc2.weight": "hidden _", "model.visual.merger.linear_fc2.bias": "hidden"}
+DEEPSTACK = Tower(
+    LANGUAGE_MODEL,
+    {
+        **FC2,
+        "model.visual.deepstack_merger_list.{mergers}.linear_fc2.weight": "hidden _",
+        "model.visual.deepstack_merger_list.{mergers}.linear_fc2.bias": "hidden",
+    },
+    follows={"vision_config.out_hidden_size": "hidden"},
+    inexact={"layers": FIRST_LAYERS},
+    text={"model_type": "qwen3"},
+)
+FC2_ALONE = Tower(LANGUAGE_MODEL, FC2, follows={"vision_config.out_hidden_size": "hidden"})
+
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower(LANGUAGE_MODEL, {"model.multi_modal_projector.mm_input_projection_weight": "_ hidden"}),
-    "glm4v": Tower(
-        LANGUAGE_MODEL,
-        {},
-        fixed={"hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width"},
-        text={"model_type": "glm4", "attention_bias": True},
-    ),
+    "glm4v": GLM,
+    "glm46v": GLM,
     "idefics3": ONE_MATRIX,
     "internvl": TWO_LAYERS,
     "llava": TWO_LAYERS,
+    "llava_next": NEWLINE,
+    "llava_onevision": NEWLINE,
     "mistral3": TWO_LAYERS,
     "qwen2_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.hidden_size": "hidden"}, text=QWEN2),
     "qwen2_5_vl": Tower(LANGUAGE_MODEL, MERGER, follows={"vision_config.out_hidden_size": "hidden"}, text=QWEN2),
-    "qwen3_vl": Tower(
-        LANGUAGE_MODEL,
-        {
-            "model.visual.merger.linear_fc2.weight": "hidden _",
-            "model.visual.merger.linear_fc2.bias": "hidden",
-            "model.visual.deepstack_merger_list.{mergers}.linear_fc2.weight": "hidden _",
-            "model.visual.deepstack_merger_list.{mergers}.linear_fc2.bias": "hidden",
-        },
-        follows={"vision_config.out_hidden_size": "hidden"},
-        inexact={"layers": FIRST_LAYERS},
-        text={"model_type": "qwen3"},
-    ),
+    "qwen3_5": FC2_ALONE,
+    "qwen3_5_moe": FC2_ALONE,
+    "qwen3_vl": DEEPSTACK,
     "smolvlm": ONE_MATRIX,
+    "vipllava": TWO_LAYERS,
 }
