@@ -46,6 +46,8 @@ class Plan:
         rotated (`bool`, *optional*, defaults to `False`): Whether the indices of `hidden` count the components of a basis.
         basis (`Tensor` of shape `(hidden, hidden)`, *optional*): That basis, float64, one component per column; `None` of a
             rotated plan that was loaded from a folder without it, which cannot be pruned by.
+        corrections (`tuple[str, ...]`, *optional*): The corrections that were made with it, which `prune_model` and
+            `prune_checkpoint` make again unless told otherwise.
     """
 
     before: Shape
@@ -53,6 +55,7 @@ class Plan:
     keep: Mapping[str, list]
     rotated: bool = False
     basis: Tensor | None = field(default=None, compare=False)
+    corrections: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def kept_layers(self) -> list[int]:
@@ -126,6 +129,8 @@ class Plan:
         content = {"before": dict(self.before.sizes), "after": dict(self.after.sizes), "keep": dict(self.keep)}
         if set(self.before.windows) != {None}:
             content["windows"] = {"before": self.before.windows, "after": self.after.windows}
+        if self.corrections:
+            content["corrections"] = list(self.corrections)
         if self.rotated:
             file, basis = Path(path).parent / BASIS, self.require_basis().contiguous()
             file.parent.mkdir(exist_ok=True)
@@ -142,7 +147,8 @@ class Plan:
         """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         shapes = [Shape(content[side], windows=tuple(content.get("windows", {}).get(side, ()))) for side in ("before", "after")]
-        plan, named = cls(*shapes, content["keep"]), content.get("basis")
+        corrections, named = tuple(content.get("corrections", ())), content.get("basis")
+        plan = cls(*shapes, content["keep"], corrections=corrections)
         if not named:
             return plan
         file = Path(path).parent / BASIS

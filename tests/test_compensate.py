@@ -14,7 +14,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import _header, write_tensors
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
-from hf_minitron.plan import make_plan
+from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, corrections_for
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.reconstruction import factorised, least_squares
@@ -341,3 +341,23 @@ def test_writing_uses_one_thread_corrections_all_and_the_process_keeps_its_numbe
     finally:
         torch.set_num_threads(1)
     assert seen == {"solver": {3}, "pieces": {1}, "a new thread": {3}, "the caller": {3}}
+
+
+def test_a_saved_plan_makes_the_same_corrections_again(tmp_path):
+    """What is cut is one value: a plan with its basis and its corrections."""
+    teacher = tiny.model(dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    statistics = calibrate(teacher, tiny.blocks(), moments=True)
+    prune_checkpoint(
+        tmp_path / "teacher", {"hidden": 24}, tmp_path / "student", statistics=statistics, corrections=["rotation"]
+    )
+    plan = Plan.load(tmp_path / "student/plan.json")
+    assert plan.corrections == ("rotation",)
+    assert plan.rotated
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    again = prune_model(teacher, plan, statistics).state_dict()
+    default = prune_model(teacher, target, statistics).state_dict()
+    for name, value in expected.items():
+        assert torch.allclose(again[name], value, atol=1e-5), name
+    assert again["model.embed_tokens.weight"].shape == default["model.embed_tokens.weight"].shape
+    assert not torch.allclose(again["model.embed_tokens.weight"], default["model.embed_tokens.weight"], atol=1e-2)

@@ -19,12 +19,13 @@ def chosen_corrections(
     corrections: Sequence[str] | None,
     residuals: Residuals | None,
 ) -> Sequence[str]:
-    """Return the corrections to make: those asked for, else the default ones where there are statistics.
+    """Return the corrections to make: those asked for; else, where there are statistics, the plan's own or the default ones.
 
     Raises:
         ValueError: for what is given and would not be used, and for what is needed and not given.
     """
-    names = corrections if corrections is not None else DEFAULT_CORRECTIONS if moments is not None else ()
+    default = (plan.corrections or DEFAULT_CORRECTIONS) if moments is not None else ()
+    names = default if corrections is None else corrections
     check_corrections(architecture, plan, [*names, *(["rotation"] if plan.rotated else [])])
     if plan.rotated:
         plan.require_basis()

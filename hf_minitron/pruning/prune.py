@@ -40,7 +40,8 @@ def prune_model(
             statistics score best is kept.
         statistics (`Statistics`, *optional*): Of `calibrate(..., moments=True)`; no corrections without it.
         corrections (`Sequence[str]`, *optional*): Which of `hf_minitron.pruning.compensate.CORRECTIONS` to make; with
-            statistics, those of the three that cost no parameter which apply, by default.
+            statistics, by default those that the plan was saved with, else those of the three that cost no parameter which
+            apply.
         residuals (`Residuals`, *optional*): Of `read_residuals`, for layer_merge.
         text_only (`bool`, *optional*, defaults to `False`): Whether the student of a vision-language model is its text model
             alone, a causal language model.
@@ -90,7 +91,7 @@ def prune_checkpoint(
         source (`str` or `Path`): The teacher's folder.
         plan (`Plan` or `Mapping[str, int]`): As for `prune_model`.
         target (`str` or `Path`): The student's folder: weights, `config.json`, tokenizer, generation config and `plan.json`,
-            which, applied with the same statistics and corrections, gives the same student. It has its name once complete.
+            which, applied with the same statistics, gives the same student. It has its name once complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
         statistics (`Statistics`, *optional*): As for `prune_model`.
         corrections (`Sequence[str]`, *optional*): As for `prune_model`.
@@ -160,7 +161,7 @@ def _edited(
         rotation = tensors.rotation
         plan = rotation.plan(plan)
     made = corrections_for(tensors.architecture, plan, moments, names, rotation, residuals) if moments else None
-    return tensors, plan, made
+    return tensors, replace(plan, corrections=tuple(names)), made
 
 
 def with_projector(tensors: Tensors, plan: Plan) -> Plan:
