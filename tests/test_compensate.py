@@ -348,9 +348,8 @@ def test_a_saved_plan_makes_the_same_corrections_again(tmp_path):
     teacher = tiny.model(dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher")
     statistics = calibrate(teacher, tiny.blocks(), moments=True)
-    prune_checkpoint(
-        tmp_path / "teacher", {"hidden": 24}, tmp_path / "student", statistics=statistics, corrections=["rotation"]
-    )
+    target = {"hidden": 24}
+    prune_checkpoint(tmp_path / "teacher", target, tmp_path / "student", statistics=statistics, corrections=["rotation"])
     plan = Plan.load(tmp_path / "student/plan.json")
     assert plan.corrections == ("rotation",)
     assert plan.rotated
