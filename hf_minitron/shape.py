@@ -39,6 +39,7 @@ class Shape:
         layer_kinds (`Mapping[str, tuple[int, ...]]`, *optional*): Where layers differ in kind, the layers of each:
             `attention_layers`, `mamba_layers`.
         coupled (`Mapping[str, str]`, *optional*): Axis to the one that it keeps its ratio to.
+        fixed (`Mapping[str, str]`, *optional*): Axis to the reason why it cannot be cut.
         by_kind (`Mapping[str, int]`, *optional*): Of a cut, how many layers of a kind shall stay.
         windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
             window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
@@ -49,6 +50,7 @@ class Shape:
     layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
     coupled: Mapping[str, str] = field(default_factory=dict, compare=False)
     by_kind: Mapping[str, int] = field(default_factory=dict, compare=False)
+    fixed: Mapping[str, str] = field(default_factory=dict, compare=False)
     windows: tuple[int | None, ...] = field(default=(), compare=False)
     states: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -258,7 +260,9 @@ class Shape:
 
     def size_problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
         """Say what is wrong with the new size of one axis, whatever the others are."""
-        known = [known for known in CUTTABLE if known in self.sizes]
+        if reason := self.fixed.get(axis):
+            return [] if size == self[axis] else [f"{axis}: cannot be cut in this model: {reason}"]
+        known = [known for known in CUTTABLE if known in self.sizes and known not in self.fixed]
         if axis not in known:
             near = difflib.get_close_matches(str(axis), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

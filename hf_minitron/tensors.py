@@ -89,6 +89,9 @@ class CheckpointTensors:
         known, in_memory = self.architecture.stored, self.architecture.outline.in_memory
         stored_names = {name: name if name in known else in_memory(name) for name in self.checkpoint.specs}
         self._stored_as = {known[name].name: stored for stored, name in stored_names.items() if name in known}
+        for name, first in self.architecture.outline.tied.items():  # RoBERTa's head comes first in the model, and is not stored
+            if name in stored_names and first not in self._stored_as:
+                self._stored_as[first] = name
         for name, stored in self._stored_as.items():
             if known[name].role != "passthrough" and not DTYPES[self.spec(name).dtype].is_floating_point:
                 raise ValueError(f"{stored!r} in {folder} is stored as {self.spec(name).dtype}; save the model as bfloat16, "

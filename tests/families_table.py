@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.head import check_head
 from hf_minitron.shape import CUTTABLE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
@@ -21,13 +22,22 @@ def works(model_type):
     return CONFIG_MAPPING[model_type].model_type in {*FAMILIES, *tiny_vision.SETTINGS}
 
 
+def has_one_matrix(architecture):
+    """Whether a model's head is one matrix, as distillation and perplexity need it."""
+    try:
+        check_head(architecture.config)
+    except ValueError:
+        return False
+    return True
+
+
 def working(inexact):
     """Return the table of the types that can be pruned.
 
     Args:
         inexact: Model type and axis to the measured error of a cut, relative to the largest logit.
     """
-    rows = ["| model type | axes | inexact cuts | nonuniform | rotation |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| model type | axes | inexact cuts | distilled | nonuniform | rotation |", "|" + " --- |" * 6]
     for model_type in sorted(FAMILIES):
         architecture = Architecture.of(tiny.config(model_type))
         family, sizes = architecture.family, architecture.shape.sizes
@@ -39,7 +49,8 @@ def working(inexact):
         said = [f"{axis}: {why} ({inexact[model_type, leaders[axis]]:.2f})" for axis, why in family.inexact.items()]
         said += [f"{axis} where {key}: {why}" for axis, (key, why) in family.inexact_if.items()]
         ticks = ["yes" if architecture.supports(feature) else "" for feature in ("nonuniform", "rotation")]
-        rows.append(f"| {' | '.join([model_type, ', '.join(axes), '; '.join(said), *ticks])} |")
+        taught = "yes" if has_one_matrix(architecture) else ""
+        rows.append(f"| {' | '.join([model_type, ', '.join(axes), '; '.join(said), taught, *ticks])} |")
     return "\n".join(rows)
 
 

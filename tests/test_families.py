@@ -45,6 +45,12 @@ INEXACT = {
     ("minimax_m2", "heads"): 0.79,
     ("minimax_m2", "kv_heads"): 1.02,
     ("beam", "layers"): 0.47,
+    ("bitnet", "ffn"): 0.40,
+    ("bitnet", "hidden"): 0.10,  # with heads
+    ("bitnet", "heads"): 0.10,
+    ("bitnet", "kv_heads"): 0.27,
+    ("diffllama", "layers"): 0.34,
+    ("doge", "kv_heads"): 0.01,
     ("bloom", "hidden"): 0.01,  # with heads
     ("bloom", "heads"): 0.01,
     ("ctrl", "hidden"): 0.46,
@@ -141,7 +147,8 @@ def masked(model, plan, narrow_gated=False):
         for name, module in modules.items():
             if name in ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"):  # of BERT's head
                 narrow_norm(module, torch.as_tensor(plan.keep["hidden"]))
-            if isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]:
+            embedding = isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]
+            if embedding or name.endswith(("embeddings_project", "embedding_hidden_mapping_in")):
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
     yield
     for hook in hooks:
@@ -233,7 +240,8 @@ def assert_head_is_a_matrix(model):
     with last_hidden_states(model) as last:
         expected = logits(model)
     with torch.no_grad():
-        same = relative(head_of(model).logits(last.pop()), expected) < 1e-5
+        head, hidden = head_of(model), last.pop()
+        same = head.weight.shape[1] == hidden.shape[-1] and relative(head.logits(hidden), expected) < 1e-5
     try:
         check_head(model.config)
         assert same
@@ -261,7 +269,8 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     assert_head_is_a_matrix(loaded)
     assert loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
     loaded(input_ids=IDS, labels=IDS).loss.backward()
-    unused = ("lm_head.bias", "cls.predictions.bias") if model_type in tiny.BERTS else ()  # beside those of lm_head.decoder
+    unused = ("lm_head.bias", "cls.predictions.bias", "bert.pooler.weight", "bert.pooler.bias")  # the decoder has its own
+    unused = unused if model_type in tiny.BERTS else ()
     for name, parameter in loaded.named_parameters():
         gradient = parameter.grad is not None and parameter.grad.isfinite().all()
         assert gradient or name.endswith(CHOOSING) or ".indexer." in name or name in unused, name
@@ -270,10 +279,10 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "missing"), [("codegen", "transformer.wte.weight"), ("cpmant", "layernorm_before_attention")]
+    ("model_type", "missing"), [("moshi", "q_proj.linear.weight"), ("cpmant", "layernorm_before_attention")]
 )
 def test_an_unknown_family_is_refused_naming_every_missing_row(model_type, missing):
-    config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2, rotary_dim=4)
+    config = tiny.AutoConfig.for_model(model_type, hidden_size=40, num_attention_heads=4, num_hidden_layers=2)
     with pytest.raises(ValueError, match=f"does not cover model type '{model_type}'") as caught:
         Architecture.of(config)
     assert missing in str(caught.value)
@@ -327,7 +336,7 @@ ON_PAGE = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), r
 
 
 def test_how_many_types_of_the_mapping_work():
-    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 111
+    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 122
 
 
 @ON_PAGE
@@ -376,7 +385,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("model_type", "wrong"), [("bitnet", "mlp.ffn_sub_norm"), ("doge", "self_attn.A.")])
+@pytest.mark.parametrize(("model_type", "wrong"), [("dory", "lambda_1"), ("minimax_m3_vl_text", "mlp.gate.weight")])
 def test_an_unknown_family_with_almost_llamas_names_is_refused(model_type, wrong):
     with pytest.raises(ValueError, match=wrong):
         Architecture.of(tiny.config(model_type))

@@ -39,12 +39,13 @@ DELTA = {
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 BERTS = (
-    "bert", "bert-generation", "data2vec-text", "ernie", "megatron-bert", "roberta", "roberta-prelayernorm", "xlm-roberta-xl",
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "roberta",
+    "rembert", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
     "bamba": {**MAMBA2, "attn_layer_indices": [1], "head_dim": 8},
-    "biogpt": {"head_dim": None, "scale_embedding": False},
+    "biogpt": {"head_dim": None},
     "bloom": {"head_dim": None},
     "ctrl": {"head_dim": None, "dff": 72},
     "falcon": {"head_dim": None, "ffn_hidden_size": 72, "num_key_value_heads": None},
@@ -55,7 +56,12 @@ CHANGES = {
     "openai-gpt": {"head_dim": None},
     "persimmon": {"head_dim": None, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}},
     "xglm": {"head_dim": None, "ffn_dim": 72},
+    "bitnet": {"head_dim": None},
+    "codegen": {"head_dim": None, "n_inner": 72, "rotary_dim": 4},
+    "laguna": {**NARROW, "num_experts": 5, **SPARSE, "shared_expert_intermediate_size": 28, "sliding_window": 5},
     **dict.fromkeys(BERTS, {"head_dim": None, "is_decoder": True}),
+    "electra": {"head_dim": None, "is_decoder": True, "embedding_size": 16},
+    "rembert": {"head_dim": None, "is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 18},
     "axk1": {**MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy"},
     "deepseek_v3": MLA,
@@ -143,7 +149,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
-    *BERTS,
+    *BERTS, "bitnet", "codegen", "diffllama", "doge", "laguna",
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",
@@ -191,9 +197,9 @@ def config(model_type="llama", **changes):
 def target(shape, *axes):
     """Smaller legal sizes of some axes; of all that can be cut when none is named."""
     wanted = {axis: WIDTHS[axis] for axis in axes or WIDTHS if axis in shape.sizes and axis in WIDTHS}
-    wanted = {axis: size for axis, size in wanted.items() if axis not in shape.coupled}
+    wanted = {axis: size for axis, size in wanted.items() if axis not in {**shape.coupled, **shape.fixed}}
     if shape.sizes.get("head_dim") == 10:  # the class takes it to be hidden / heads
-        wanted |= {"hidden": 20, "heads": 2} if {"hidden", "heads", "kv_heads"} & wanted.keys() else {}
+        wanted |= {"hidden": 20, "heads": 2} if {"hidden", "heads", "kv_heads"} & wanted.keys() and not shape.fixed else {}
     if "expert_groups" in shape.sizes and "experts" in wanted:
         wanted["experts"] = 4  # two in each group
     if "kv_heads" not in axes and axes and shape.sizes.get("heads") == shape.kv_groups:

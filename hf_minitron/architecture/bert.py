@@ -45,20 +45,59 @@ HEAD_ROWS = {
     "lm_head.decoder.bias": "vocab",
     "lm_head.bias": "vocab",
 }
+# Embeddings, and what the head gives, of another width than the hidden states, which stays as it is.
+NARROW_ROWS = {
+    "electra": {
+        "electra.embeddings.word_embeddings.weight": "vocab embedding",
+        "electra.embeddings.position_embeddings.weight": "positions embedding",
+        "electra.embeddings.token_type_embeddings.weight": "types embedding",
+        "electra.embeddings.LayerNorm.weight": "embedding",
+        "electra.embeddings.LayerNorm.bias": "embedding",
+        "electra.embeddings_project.weight": "hidden embedding",
+        "electra.embeddings_project.bias": "hidden",
+        "generator_predictions.dense.weight": "embedding hidden",
+        "generator_predictions.dense.bias": "embedding",
+        "generator_predictions.LayerNorm.weight": "embedding",
+        "generator_predictions.LayerNorm.bias": "embedding",
+        "generator_lm_head.weight": "vocab embedding",
+        "generator_lm_head.bias": "vocab",
+    },
+    "rembert": {
+        "rembert.embeddings.word_embeddings.weight": "vocab embedding",
+        "rembert.embeddings.position_embeddings.weight": "positions embedding",
+        "rembert.embeddings.token_type_embeddings.weight": "types embedding",
+        "rembert.embeddings.LayerNorm.weight": "embedding",
+        "rembert.embeddings.LayerNorm.bias": "embedding",
+        "rembert.encoder.embedding_hidden_mapping_in.weight": "hidden embedding",
+        "rembert.encoder.embedding_hidden_mapping_in.bias": "hidden",
+        "cls.predictions.dense.weight": "given hidden",
+        "cls.predictions.dense.bias": "given",
+        "cls.predictions.LayerNorm.weight": "given",
+        "cls.predictions.LayerNorm.bias": "given",
+        "cls.predictions.decoder.weight": "vocab given",
+    },
+}
+
 # Model type to the name of the model without its head.
 PREFIXES = {
     "bert": "bert",
     "bert-generation": "bert",
+    "big_bird": "bert",
+    "camembert": "roberta",
     "data2vec-text": "data2vec_text",
+    "electra": "electra",
     "ernie": "ernie",
     "megatron-bert": "bert",
+    "rembert": "rembert",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
+    "roformer": "roformer",
+    "xlm-roberta": "roberta",
     "xlm-roberta-xl": "roberta",
 }
 NORMS = {
     name: (
-        f"{prefix}.embeddings.LayerNorm",
+        *([] if name in NARROW_ROWS else [f"{prefix}.embeddings.LayerNorm"]),
         *(f"{prefix}.encoder.layer.{{layers}}.{norm}" for norm in LAYER_NORMS),
         f"{prefix}.encoder.ln",
         f"{prefix}.encoder.LayerNorm",
@@ -74,9 +113,13 @@ TABLES = {
         | {f"{prefix}.encoder.layer.{{layers}}.{module}.weight": f"hidden {read}" for module, read in OUTPUTS.items()}
         | {f"{prefix}.encoder.layer.{{layers}}.{module}.bias": "hidden" for module in OUTPUTS}
         | {f"{norm}.{kind}": "hidden" for norm in NORMS[name] for kind in ("weight", "bias")}
-        | HEAD_ROWS,
+        | {f"{prefix}.encoder.embed_positions.weight": "positions head_dim"}
+        | {f"{prefix}.pooler.weight": "hidden hidden", f"{prefix}.pooler.bias": "hidden"}
+        | HEAD_ROWS
+        | NARROW_ROWS.get(name, {}),
         "norms": NORMS[name],
         "config_keys": GPT_NEOX_KEYS,
+        "follows": {"embedding_size": "hidden"} if name == "roformer" else {},
     }
     for name, prefix in PREFIXES.items()
 }

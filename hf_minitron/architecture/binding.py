@@ -135,7 +135,8 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     # shared experts are one MLP of so many times an expert's width
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
-    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states)
+    fixed = {axis: why for axis, why in family.fixed.items() if axis in sizes}
+    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states, fixed=fixed)
 
 
 def _windows(config: PreTrainedConfig, sizes: Mapping[str, int], kinds: Mapping[str, Sequence[int]]) -> tuple[int | None, ...]:

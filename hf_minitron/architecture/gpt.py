@@ -120,6 +120,10 @@ GPTJ_ROWS = {
     "lm_head.bias": "vocab",
 }
 
+# The rows of queries, keys and values lie in four groups, one for each of the devices that it was trained on.
+FOUR_GROUPS = "queries, keys and values lie in four groups of heads, and the class takes head_dim to be hidden / heads"
+CODEGEN_ROWS = GPTJ_ROWS | {"transformer.h.{layers}.attn.qkv_proj.weight": "qkv_rows hidden"}
+
 # Linear layers in place of GPT-2's Conv1D, and one key and value for all heads.
 BIGCODE_KEYS = GPT2_KEYS | {"kv_heads": 1}
 BIGCODE_ROWS = GPT2_ROWS | {
@@ -215,10 +219,16 @@ PERSIMMON_NORMS = (
 SINES = (
     "positions are told by sines whose wavelengths follow from hidden, and the embedding may be multiplied by its square root"
 )
-SCALED = {"hidden": ("scale_embedding", SCALED_EMBEDDING)}
+SCALED = {"rescaled": SCALED_EMBEDDING, "rescaled_if": "scale_embedding"}
 # Model type to its family.
 TABLES = {
-    "biogpt": {"rows": BIOGPT_ROWS, "norms": BIOGPT_NORMS, "config_keys": BIOGPT_KEYS, "inexact_if": SCALED},
+    "biogpt": {"rows": BIOGPT_ROWS, "norms": BIOGPT_NORMS, "config_keys": BIOGPT_KEYS, **SCALED},
+    "codegen": {
+        "rows": CODEGEN_ROWS,
+        "norms": GPT2_NORMS,
+        "config_keys": GPTJ_KEYS,
+        "fixed": dict.fromkeys(("hidden", "heads"), FOUR_GROUPS),
+    },
     "ctrl": {"rows": CTRL_ROWS, "norms": CTRL_NORMS, "config_keys": CTRL_KEYS, "inexact": {"hidden": SINES}},
     "gpt2": {"rows": GPT2_ROWS, "norms": GPT2_NORMS, "config_keys": GPT2_KEYS, "inexact_if": GPT2_INEXACT},
     "gpt_bigcode": {"rows": BIGCODE_ROWS, "norms": GPT2_NORMS, "config_keys": BIGCODE_KEYS},

@@ -40,6 +40,20 @@ ATTENTION_ROWS = {
     # hunyuan
     "model.layers.{layers}.self_attn.query_layernorm.weight": "head_dim",
     "model.layers.{layers}.self_attn.key_layernorm.weight": "head_dim",
+    # bitnet: a norm behind all heads
+    "model.layers.{layers}.self_attn.attn_sub_norm.weight": "(heads head_dim)",
+    # diffllama: how much of a second attention is taken off
+    "model.layers.{layers}.self_attn.lambda_q1": "head_dim",
+    "model.layers.{layers}.self_attn.lambda_k1": "head_dim",
+    "model.layers.{layers}.self_attn.lambda_q2": "head_dim",
+    "model.layers.{layers}.self_attn.lambda_k2": "head_dim",
+    # doge: which tokens a KV head forgets, told by the values of all; and a weight for every channel of the stream
+    "model.layers.{layers}.self_attn.A": "kv_heads",
+    "model.layers.{layers}.self_attn.dt_proj.weight": "kv_heads (kv_heads head_dim)",
+    "model.layers.{layers}.input_residual": "hidden",
+    "model.layers.{layers}.post_attention_residual": "hidden",
+    # laguna: a gate for every head
+    "model.layers.{layers}.self_attn.g_proj.weight": "heads hidden",
     # stablelm: a norm of its own for every head
     "model.layers.{layers}.self_attn.q_layernorm.norms.{heads}.weight": "head_dim",
     "model.layers.{layers}.self_attn.k_layernorm.norms.{kv_heads}.weight": "head_dim",
@@ -69,6 +83,7 @@ MLP_ROWS = {
     "model.layers.{layers}.mlp.fc1.bias": "ffn",
     "model.layers.{layers}.mlp.fc2.weight": "hidden ffn",
     "model.layers.{layers}.mlp.fc2.bias": "hidden",
+    "model.layers.{layers}.mlp.ffn_sub_norm.weight": "ffn",
     # apertus: the numbers of its activation
     "model.layers.{layers}.mlp.act_fn.alpha_p": "one",
     "model.layers.{layers}.mlp.act_fn.alpha_n": "one",
@@ -132,3 +147,16 @@ GEMMA_MODEL_TYPES = ("gemma2", "gemma3_text", "vaultgemma")
 
 FULL_WIDTH_NORM = "queries and keys are normalised over all their heads together, fewer of them after the cut"
 FULL_NORM = {"inexact": dict.fromkeys(("heads", "kv_heads"), FULL_WIDTH_NORM)}
+
+SUB_NORM = "a norm stands behind attention and inside the MLP, over fewer numbers after the cut"
+PAIRED_HEADS = "each half of the heads is taken off the other"
+NUMBERED_LAYERS = "how much of a second attention is taken off follows from the number of the layer, which a cut changes"
+FORGETTING = "which tokens a KV head forgets is told by the values of all KV heads, fewer of them after the cut"
+# Model type to what its family has of its own, beside Llama's.
+TABLES = {
+    "bitnet": {"config_keys": STABLELM_KEYS, "inexact": dict.fromkeys(("ffn", "heads", "kv_heads"), SUB_NORM)},
+    "cohere": {"rows": COHERE_ROWS},
+    "diffllama": {"fixed": dict.fromkeys(("heads", "kv_heads"), PAIRED_HEADS), "inexact": {"layers": NUMBERED_LAYERS}},
+    "doge": {"inexact": {"kv_heads": FORGETTING}},
+    "stablelm": {"config_keys": STABLELM_KEYS},
+}

@@ -101,6 +101,8 @@ ERNIE_KEYS = NARROW_KEYS | {
 
 COUNTED_LAYERS = "what a layer adds is divided by a number that grows with the layers before it"
 
+OWN_HEADS = "its config lists a number of heads for every layer"
+
 # Model type to what its family has of its own, beside MOE_ROWS and QWEN_MOE_KEYS.
 TABLES = {
     "qwen2_moe": {},
@@ -125,6 +127,7 @@ TABLES = {
     "afmoe": {"config_keys": EXAONE_KEYS, "rescaled": SCALED_EMBEDDING, "rescaled_if": "mup_enabled"},
     "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
     "glm4_moe": {"config_keys": GLM_KEYS},
+    "laguna": {"fixed": dict.fromkeys(("heads", "kv_heads"), OWN_HEADS)},
     "solar_open": {"config_keys": GLM_KEYS},
     "dots1": {"config_keys": GLM_KEYS},
     "hunyuan_v1_moe": {"config_keys": HUNYUAN_KEYS},

@@ -111,7 +111,7 @@ def default_grid(before: Shape, multiple_of: Mapping[str, int]) -> dict[str, lis
     unit = {"heads": groups, "experts": before.sizes.get("expert_groups", 1)}
     grid = {}
     for axis, share in LEAST_SHARE.items():
-        if axis in before.sizes and axis not in before.coupled:
+        if axis in before.sizes and axis not in {**before.coupled, **before.fixed}:
             size = before[axis]
             step = math.lcm(unit.get(axis, 1), before.unit(axis), multiple_of.get(axis, 1))
             least, step = math.ceil(share * size), step * max(1, math.ceil(size / STEPS / step)) if axis != "layers" else step
