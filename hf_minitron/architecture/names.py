@@ -24,13 +24,6 @@ def stored_rows(row: str, pattern: str, model: Outline, shape: Shape) -> dict[st
         pattern (`str`): Its axes.
         model (`Outline`): The model.
         shape (`Shape`): Its shape.
-
-    Example:
-
-    ```python
-    >>> stored_rows("model.layers.{moe_layers}.mlp.experts.down_proj", "experts hidden ffn", outline(config), shape)
-    {'model.layers.{moe_layers}.mlp.experts.{experts}.down_proj.weight': 'hidden ffn'}
-    ```
     """
     numbers = {placeholder: INDEX + at for at, placeholder in enumerate(axes.placeholders(row))}
     tensor = torch.empty(axes.tensor_shape(pattern, shape.sizes), device="meta")
