@@ -179,10 +179,18 @@ def test_lora_adds_to_the_text_model_only():
     assert all(".language_model." in name for name in names)
 
 
-def test_what_cannot_be_cut_is_refused_in_one_line():
-    teacher = tiny_vision.model("glm4v")
-    with pytest.raises(ValueError, match="hidden stays 40, for the merger of its vision model") as caught:
-        check_target(Architecture.of(teacher.config), Architecture.of(teacher.config).shape.cut_to({"hidden": 20}))
+@pytest.mark.parametrize(
+    ("axis", "size", "reason"),
+    [
+        ("hidden", 20, "the merger of its vision"),
+        ("heads", 2, "its class takes the size of a head"),
+        ("kv_heads", 1, "its class"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_in_one_line(axis, size, reason):
+    architecture = Architecture.of(tiny_vision.config("glm4v"))
+    with pytest.raises(ValueError, match=f"cannot be cut in a glm4v: {reason}") as caught:
+        check_target(architecture, architecture.shape.cut_to({axis: size}))
     assert "\n" not in str(caught.value)
 
 

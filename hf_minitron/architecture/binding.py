@@ -92,6 +92,7 @@ def within(family: Family, tower: Tower, model: Outline) -> Family:
         rows=rows | outside,
         norms=tuple(map(moved, family.norms)),
         stored={moved(row): {moved(part): p for part, p in parts.items()} for row, parts in family.stored.items()},
+        fixed={**family.fixed, **tower.fixed},
         tower=tower,
         outside=outside,
     )

@@ -147,9 +147,6 @@ def _try_config(
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
     tower = family.tower or Tower("", {})
     elsewhere = {key: after[axis] for key, axis in tower.follows.items()}
-    for axis, why in tower.fixed.items():
-        if after[axis] != architecture.shape[axis]:
-            return None, f"{axis} stays {architecture.shape[axis]}, for {why}"
     try:
         student = with_text(architecture.config, changes, elsewhere)
         made = outline(student)

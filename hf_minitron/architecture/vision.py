@@ -52,7 +52,10 @@ QWEN2 = {"model_type": "qwen2"}
 GLM = Tower(
     LANGUAGE_MODEL,
     {},
-    fixed={"hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width"},
+    fixed={
+        "hidden": "the merger of its vision model is as wide inside as hidden, and its norm sees the whole width",
+        "heads": "its class takes the size of a head to be hidden / heads, and hidden stays",
+    },
     text={"model_type": "glm4", "attention_bias": True},
 )
 NEWLINE = replace(TWO_LAYERS, rows=TWO_LAYERS.rows | {"model.image_newline": "hidden"})
