@@ -246,7 +246,8 @@ def assert_head_is_a_matrix(model):
         check_head(model.config)
         assert same
     except ValueError as error:
-        assert not same and "is more than a matrix" in str(error)
+        assert not same
+        assert "is more than a matrix" in str(error)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -259,13 +260,16 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", max_shard_bytes=20_000)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert type(loaded) is type(teacher) and not loaded.config.name_or_path.endswith("teacher")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded) is type(teacher)
+    assert not loaded.config.name_or_path.endswith("teacher")
     assert Architecture.of(loaded.config).shape == plan.after
     stored = {t.data_ptr(): t.numel() for t in loaded.state_dict().values()}
     assert sum(stored.values()) == plan.after.num_parameters(Architecture.of(loaded.config).rows)
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
-    assert (tmp_path / "student" / "plan.json").is_file() and (tmp_path / "student" / "tokenizer.json").is_file()
+    assert (tmp_path / "student" / "plan.json").is_file()
+    assert (tmp_path / "student" / "tokenizer.json").is_file()
     assert_head_is_a_matrix(loaded)
     assert loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
     loaded(input_ids=IDS, labels=IDS).loss.backward()
@@ -420,11 +424,13 @@ def test_a_shape_that_llama_refuses_becomes_a_mistral_with_equal_logits(tmp_path
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32})  # fmt: skip
     plan = plan_for(teacher, hidden=30)
     student = prune_model(teacher, plan)
-    assert student.config.model_type == "mistral" and student.config.sliding_window is None
+    assert student.config.model_type == "mistral"
+    assert student.config.sliding_window is None
     teacher.save_pretrained(tmp_path / "teacher")
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
     config = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert config["model_type"] == "mistral" and config["architectures"] == ["MistralForCausalLM"]
+    assert config["model_type"] == "mistral"
+    assert config["architectures"] == ["MistralForCausalLM"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert torch.equal(logits(loaded), logits(student))
     with masked(teacher.double(), plan):
@@ -484,7 +490,8 @@ def test_checkpoints_as_they_lie_on_the_hub(model_type, change, tmp_path):
     plan = plan_for(teacher, **tiny.target(Architecture.of(teacher.config).shape))
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
 
 
@@ -521,7 +528,9 @@ def test_the_config_says_all_that_changed():
     config = tiny.config("gpt2", n_inner=None)
     architecture = Architecture.of(config)
     shape = architecture.shape
-    assert shape["ffn"] == 160 and shape["head_dim"] == 10 and config.n_inner is None
+    assert shape["ffn"] == 160
+    assert shape["head_dim"] == 10
+    assert config.n_inner is None
     student = student_config(architecture, Plan(shape, shape.cut_to({"hidden": 20, "heads": 2}), {"hidden": []}))
     assert (student.n_embd, student.n_head, student.n_inner, config.n_embd) == (20, 2, 160, 40)
 

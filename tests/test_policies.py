@@ -140,6 +140,17 @@ def test_a_process_of_the_suite_has_one_thread():
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_an_assertion_claims_one_thing(path):
+    """So that a failure says which."""
+    both = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
+    ]
+    assert not both, f"{path.name}: `assert a and b` in lines {both}; write two"
+
+
 def test_whatever_is_no_python_is_in_the_wheel():
     patterns = json.loads(re.search(r"^hf_minitron = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1])
     packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
