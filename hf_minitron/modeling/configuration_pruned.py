@@ -43,7 +43,11 @@ except ImportError as error:
 
 # The stock model types that this class can hold, and what their classes do that their configs do not say.
 STOCK: dict[str, dict[str, Any]] = {
+    "cwm": {},
+    "exaone": {},
     "granite": {},
+    "internlm3": {},
+    "iquestcoder": {},
     "llama": {},
     "ministral": {},
     "mistral": {},
