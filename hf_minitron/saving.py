@@ -39,8 +39,19 @@ ROPE_SCALING = {
     "olmo2": ("type", "factor"),
     "phi3": ("type", "short_factor", "long_factor"),
 }
-# The first version of transformers that has a model type, where that is not long ago.
+# The first version of transformers that has a model type, where that is not long ago; of the newest, one that has it.
+NEWEST = "5.24"
 SINCE = {
+    **dict.fromkeys((
+        "afmoe", "apertus1p5_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v32", "exaone", "exaone_moe", "flint",
+        "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", 
+        "kolibri1",
+        "laguna", "mellum", "minicpm3", "minimax_m2", "ministral3", "nanochat", "sarvam_mla", "solar_open", "youtu",
+    ), NEWEST),
+    "apertus": "4.56", "bitnet": "4.52", "deepseek_v2": "4.54", "diffllama": "4.48", "doge": "4.54", "dots1": "4.53",
+    "ernie4_5": "4.54", "ernie4_5_moe": "4.54", "exaone4": "4.54", "flex_olmo": "4.57", "glm": "4.46", "glm4_moe": "4.54",
+    "granitemoe": "4.45", "granitemoeshared": "4.49", "helium": "4.49", "hunyuan_v1_dense": "4.56", "hunyuan_v1_moe": "4.56",
+    "llama4_text": "4.51", "olmo3": "4.57", "olmoe": "4.45", "phimoe": "4.46", "seed_oss": "4.56",
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
     "glm4": "4.52", "glm4v": "4.53", "glm46v": "5.0",
     "idefics3": "4.46", "internvl": "4.52", "llava_onevision": "4.45", "mistral3": "4.50", "qwen2_vl": "4.45",
