@@ -225,4 +225,8 @@ def check_script(path, options):
     if options:
         sys.path.insert(0, str((ROOT / path).parent))
         script = importlib.import_module(Path(path).stem)
-        HfArgumentParser((script.ScriptArguments, script.DistillationArguments)).parse_args_into_dataclasses(options)
+        if hasattr(script, "ScriptArguments"):
+            HfArgumentParser((script.ScriptArguments, script.DistillationArguments)).parse_args_into_dataclasses(options)
+        else:
+            known = re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / path).read_text())
+            assert {option for option in options if option.startswith("--")} <= set(known)
