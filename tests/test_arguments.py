@@ -11,9 +11,11 @@ import tiny
 import yaml
 from transformers import HfArgumentParser
 
-from hf_minitron import DistillationArguments
+from hf_minitron import DistillationArguments, DistillationTrainer
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.adapters import check_lora
+from hf_minitron.distillation.batch import collate
+from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.run import RecipeError
 from hf_minitron.stages.every import STAGES
@@ -272,3 +274,32 @@ def test_a_parser_of_the_command_line_changes_no_check():
 def test_a_list_within_a_list_is_refused(project, key, item, capsys):
     assert main(["run", str(project["path"]), f"--{key}", f"[x, {item}]"]) == 1
     assert f"error: {key}: {yaml.safe_load(item)!r} is no item of its list" in capsys.readouterr().err
+
+
+def test_attention_is_chosen_for_both_models(tmp_path):
+    losses = []
+    for name in (None, "sdpa", "eager"):
+        args = DistillationArguments(str(tmp_path), bf16=False, report_to="none", attn_implementation=name)
+        trainer = DistillationTrainer(tiny.model(seed=1), tiny.model(), args, train_dataset=tiny.blocks())
+        used = {model.config._attn_implementation for model in (trainer.model, trainer.teacher.model)}
+        assert used == {name or "sdpa"}
+        losses.append(trainer.compute_loss(trainer.model, collate(list(tiny.blocks()))).item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("flash", None, "attn_implementation: 'flash' cannot be had"),
+        ("flash_attention_2", None, "attn_implementation: 'flash_attention_2' cannot be had .*FlashAttention2"),
+        ("sdpa", {"attn_implementation": "eager"}, "attn_implementation: teacher_model_init_kwargs has one too"),
+    ],
+)
+def test_attention_that_cannot_be_had_is_refused(tmp_path, name, kwargs, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        settings = {"attn_implementation": name, "teacher_model_init_kwargs": kwargs, "report_to": "none"}
+        args = DistillationArguments(str(tmp_path), bf16=False, **settings)
+        check_attention(tiny.config(), args.attn_implementation)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="attn_implementation: 'flex_attention' is not for"):
+        check_attention(tiny.config("bloom"), "flex_attention")

@@ -83,6 +83,13 @@ class DistillationArguments(TrainingArguments):
     teacher_model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Passed to from_pretrained when the teacher is given by name: revision, dtype, ..."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How student and live teacher compute attention: sdpa, eager, flex_attention, flash_attention_2; as they "
+            "were loaded when left out. With cross_documents: false sdpa and eager make a dense mask, the others none."
+        },
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: training stops at a NaN or infinite loss, and this waits for every micro-batch."}
@@ -126,7 +133,9 @@ class DistillationArguments(TrainingArguments):
         check_optimizer(self)
         check_schedule(self)
         self.teacher_model_init_kwargs = with_hidden_token(self.teacher_model_init_kwargs)
-        split_kwargs(self.teacher_model_init_kwargs)
+        kwargs = split_kwargs(self.teacher_model_init_kwargs)[1]
+        if self.attn_implementation is not None and "attn_implementation" in kwargs:
+            raise ValueError("attn_implementation: teacher_model_init_kwargs has one too; leave one of them out")
         self._check_losses()
         self._check_states()
 

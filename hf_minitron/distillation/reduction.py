@@ -18,6 +18,12 @@ def per_token(total: Tensor, num_items: Tensor | int, processes: int = 1) -> Ten
     return total * processes / torch.as_tensor(num_items).clamp(min=1)
 
 
+def balanced(states: Tensor, others: Tensor, accelerator: Accelerator) -> Tensor:
+    """Scale the sum of the losses on states to that of the others (2407.14679, section 3), the same on all processes."""
+    ours, theirs = accelerator.reduce(torch.stack([others.detach(), states.detach()]), "sum")
+    return states * (ours / theirs.clamp(min=torch.finfo(theirs.dtype).tiny))
+
+
 class NamedMeans:
     """Means of named losses over steps or over tokens, the same on all processes.
 

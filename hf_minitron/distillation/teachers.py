@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.architecture.config import auto_class
 from hf_minitron.distillation.cached import META, CachedTeacher, check_losses
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
 from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.errors import one_line
 from hf_minitron.head import check_head
 from hf_minitron.vocabulary import check_vocabularies
 
@@ -32,7 +34,9 @@ def teacher_for(
     if args.teacher_model_init_kwargs and not isinstance(given, str | Path):
         raise ValueError("teacher_model_init_kwargs: teacher_model is loaded already; leave them out, or give its name")
     if not isinstance(given, CachedTeacher):
-        return LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k)
+        live = LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k)
+        set_attention(live.model, args.attn_implementation)
+        return live
     check_losses(given.record, args.losses, args.temperature)
     if args.top_k is not None:
         raise ValueError(
@@ -42,6 +46,29 @@ def teacher_for(
         if isinstance(blocks, Dataset):
             given.check_blocks(blocks)
     return given
+
+
+def set_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Let a model compute attention as `attn_implementation` says; as it does where that is `None`.
+
+    Raises:
+        ValueError: for a name that Transformers does not know, a package that is not installed, or a class that cannot.
+    """
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"attn_implementation: {name!r} cannot be had ({one_line(error)}); leave it out") from error
+    if model.config._attn_implementation != name:  # Transformers only warns
+        raise ValueError(f"attn_implementation: {name!r} is not for {model.config.model_type}; leave it out")
+
+
+def check_attention(config: PreTrainedConfig, name: str | None) -> None:
+    """Refuse as `set_attention` does, by a model without weights."""
+    if name is not None:
+        with torch.device("meta"):
+            set_attention(auto_class(config).from_config(config), name)
 
 
 def check_models(

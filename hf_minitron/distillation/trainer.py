@@ -22,11 +22,11 @@ from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.losses.output import OutputLosses
-from hf_minitron.distillation.reduction import NamedMeans, per_token
+from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import LiveTeacher, base_of, freeze_vision, no_tokens, unsharded_head
-from hf_minitron.distillation.teachers import Given, check_models, teacher_for
+from hf_minitron.distillation.teachers import Given, check_models, set_attention, teacher_for
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
 from hf_minitron.plan import Plan
@@ -183,7 +183,8 @@ class DistillationTrainer(Trainer):
             total, sums = self._losses(hidden, head_of(student), signal, targets)
         if self._states:
             states = self._states(*seen, inputs)
-            total = total + self._balanced(total.detach(), sum(self.args.losses[name] * part for name, part in states.items()))
+            added = sum(self.args.losses[name] * part for name, part in states.items())
+            total = total + (added if self.args.balance == "static" else balanced(added, total, self.accelerator))
             sums |= {name: part.detach() for name, part in states.items()}
         if sharded:  # nothing is added, but the backward pass goes through the head's module, which gathers its weights
             total = total + outputs.logits[:, :0].sum()
@@ -278,7 +279,8 @@ class DistillationTrainer(Trainer):
             card.save(Path(self.args.output_dir) / "README.md")
 
     def _watch(self, model: PreTrainedModel) -> None:
-        """Read a student's states from now on: that of this trainer, or the next that `model_init` makes."""
+        """Prepare a student, that of this trainer or the next that `model_init` makes, and read its states from now on."""
+        set_attention(base_of(model), self.args.attn_implementation)
         freeze_vision(base_of(model))
         self._states = self._state_losses(base_of(model))
 
@@ -291,10 +293,3 @@ class DistillationTrainer(Trainer):
         return StateLosses(
             student, self.teacher.model, names, args.layer_pairs, kept, args.state_distance, args.chunk_size, args.seed
         )
-
-    def _balanced(self, logits: Tensor, states: Tensor) -> Tensor:
-        """Scale the sum of the losses on states to that of the others (2407.14679, section 3), the same on all processes."""
-        if self.args.balance == "static":
-            return states
-        ours, theirs = self.accelerator.reduce(torch.stack([logits, states.detach()]), "sum")
-        return states * (ours / theirs.clamp(min=torch.finfo(theirs.dtype).tiny))

@@ -22,6 +22,7 @@ from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.stopping import StopOnSigterm
+from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
@@ -150,6 +151,7 @@ def check_text_for(
     """
     for config in configs:
         check_positions(config, args.block_size)
+        check_attention(config, args.attn_implementation)
     wanted = tokens_of(args) * args.world_size or None
     for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
         existing = [source for source in sources if not made(source.name)]
