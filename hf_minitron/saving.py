@@ -22,7 +22,7 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import special_float, text_config
 from hf_minitron.side_files import side_files
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,9 @@ ROPE_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_fact
 # Names in transformers 4 of other entries of config.json.
 OLDER_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 # Model types whose heads, in transformers 4, together are as wide as the hidden states.
-HEADS_ARE_HIDDEN = ("qwen2_moe",)
+HEADS_ARE_HIDDEN = ("granitemoehybrid", "jamba", "qwen2_moe")
+# Names in transformers 4 of the kinds of layers, which transformers 5 reads too.
+OLDER_LAYER_TYPES = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
 # Model types whose classes in transformers 4 take a `rope_scaling` of exactly these entries.
 ROPE_SCALING = {
     "olmo": ("type", "factor"),
@@ -46,12 +48,13 @@ SINCE = {
         "afmoe", "apertus1p5_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v32", "exaone", "exaone_moe", "flint",
         "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
         "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "ministral3", "nanochat", "sarvam_mla", "solar_open",
-        "youtu",
+        "youtu", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text",
     ), NEWEST),
     "apertus": "4.56", "bitnet": "4.52", "deepseek_v2": "4.54", "diffllama": "4.48", "doge": "4.54", "dots1": "4.53",
     "ernie4_5": "4.54", "ernie4_5_moe": "4.54", "exaone4": "4.54", "flex_olmo": "4.57", "glm": "4.46", "glm4_moe": "4.54",
     "granitemoe": "4.45", "granitemoeshared": "4.49", "helium": "4.49", "hunyuan_v1_dense": "4.56", "hunyuan_v1_moe": "4.56",
     "llama4_text": "4.51", "olmo3": "4.57", "olmoe": "4.45", "phimoe": "4.46", "seed_oss": "4.56",
+    "bamba": "4.48", "falcon_h1": "4.53", "granitemoehybrid": "4.52", "lfm2": "4.54", "qwen3_next": "4.57",
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
     "glm4": "4.52", "glm4v": "4.53", "glm46v": "5.0",
     "idefics3": "4.46", "internvl": "4.52", "llava_onevision": "4.45", "mistral3": "4.50", "qwen2_vl": "4.45",
@@ -75,8 +78,11 @@ def save_config(config: PreTrainedConfig, folder: str | Path, **changes: Any) ->
         setattr(config, key, value)
     config.save_pretrained(folder)
     path = Path(folder) / CONFIG_NAME
-    content = json.loads(path.read_text(encoding="utf-8"))
+    # infinity as Python's JSON has it: what Transformers writes in its place, transformers 4 does not read
+    content = json.loads(path.read_text(encoding="utf-8"), object_hook=special_float)
     content |= legacy_rope(config) or {}
+    if older := OLDER_LAYER_TYPES.get(config.model_type):
+        content["layer_types"] = [older[kind] for kind in content["layer_types"]]
     for part in config.sub_configs:
         content[part] |= legacy_rope(getattr(config, part)) or {}
     content |= {older: content[name] for older, name in OLDER_NAMES.get(config.model_type, {}).items()}
@@ -121,7 +127,8 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 def minimum_transformers(config: PreTrainedConfig) -> str | None:
     """Return the first version of transformers that computes what a config says; `None` for model types of long ago."""
     since, config = SINCE.get(config.model_type), text_config(config)
-    own_heads = config.model_type in HEADS_ARE_HIDDEN and config.head_dim * config.num_attention_heads != config.hidden_size
+    size = getattr(config, "head_dim", None)  # of a head; left out, heads are as wide as hidden
+    own_heads = config.model_type in HEADS_ARE_HIDDEN and size and size * config.num_attention_heads != config.hidden_size
     return "5.0" if (own_heads or legacy_rope(config) is None) and config.model_type != "minitron_pruned" else since
 
 
