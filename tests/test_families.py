@@ -129,7 +129,7 @@ def masked(model, plan, narrow_gated=False):
                 width = (module.nx if hasattr(module, "nx") else module.in_features) // sizes[axis]
                 scaled_input(module, vector(sizes[axis], keep[axis]).repeat_interleave(width))
                 mixer = modules[name.rpartition(".")[0]]
-                if narrow_gated and axis == "ssm_heads":
+                if narrow_gated and axis == "ssm_heads" and hasattr(mixer, "norm"):
                     narrow_gated_norm(mixer.norm, sizes, keep[axis])
                 if hasattr(mixer, "x_proj"):  # Mamba-1
                     scaled_input(mixer.x_proj, vector(sizes[axis], keep[axis]))
@@ -223,12 +223,29 @@ def test_pruned_equals_masked(model_type, axis):
         assert error < bar, error  # norms, routers and rotations compute in float32
 
 
-@pytest.mark.parametrize(
-    ("model_type", "axis"),
-    [("bamba", "hidden"), ("granitemoehybrid", "hidden"), ("mamba2", "hidden"), ("nemotron_h", "ssm_heads")],
-)
-def test_heads_of_mamba_are_cut_exactly_but_for_the_norm_behind_them(model_type, axis):
-    teacher = tiny.model(model_type)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MAMBA = [
+    ("bamba", {}, "hidden"),
+    ("bamba", {"mamba_proj_bias": True, **BIASES}, "hidden"),
+    ("falcon_h1", {"projectors_bias": True, "mamba_proj_bias": True, **BIASES}, "hidden"),
+    ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}, "ssm_heads"),
+    ("granitemoehybrid", {}, "hidden"),
+    ("granitemoehybrid", {"num_local_experts": 0, "shared_intermediate_size": 48}, "ffn"),
+    ("jamba", {"mamba_proj_bias": True}, "hidden"),
+    ("jamba", {"num_experts": 1}, "ffn"),
+    ("lfm2", {"conv_bias": True}, "hidden"),
+    ("mamba", {"use_bias": True}, "hidden"),
+    ("mamba2", {}, "hidden"),
+    ("nemotron_h", {}, "ssm_heads"),
+    ("nemotron_h", {"use_bias": True, **BIASES}, "hidden"),
+    ("nemotron_h", {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]}, "ffn"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "heads"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "axis"), MAMBA, ids=str)
+def test_variants_of_hybrids_are_cut_exactly_but_for_the_norm_behind_mamba(model_type, changes, axis):
+    teacher = tiny.model(model_type, **changes)
     plan = plan_for(teacher, **tiny.target(Architecture.of(teacher.config).shape, axis))
     pruned = logits(prune_model(teacher, plan))
     with masked(teacher, plan, narrow_gated=True):

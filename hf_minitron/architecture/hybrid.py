@@ -113,7 +113,9 @@ NEMOTRON_ROWS = {
     "model.layers.{moe_layers}.mixer.experts.up_proj": "experts ffn hidden",
     "model.layers.{moe_layers}.mixer.experts.down_proj": "experts hidden ffn",
     "model.layers.{moe_layers}.mixer.shared_experts.up_proj.weight": "shared_ffn hidden",
+    "model.layers.{moe_layers}.mixer.shared_experts.up_proj.bias": "shared_ffn",
     "model.layers.{moe_layers}.mixer.shared_experts.down_proj.weight": "hidden shared_ffn",
+    "model.layers.{moe_layers}.mixer.shared_experts.down_proj.bias": "hidden",
     **HEAD_ROWS,
 }
 NEMOTRON_KEYS = CONFIG_KEYS | {
