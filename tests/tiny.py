@@ -57,6 +57,7 @@ CHANGES = {
     "persimmon": {"head_dim": None, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}},
     "xglm": {"head_dim": None, "ffn_dim": 72},
     "bitnet": {"head_dim": None},
+    "minimax_m3_vl_text": {**ROUTER, **SPARSE, "dense_intermediate_size": 88, "shared_intermediate_size": 28},
     "codegen": {"head_dim": None, "n_inner": 72, "rotary_dim": 4},
     "laguna": {**NARROW, "num_experts": 5, **SPARSE, "shared_expert_intermediate_size": 28, "sliding_window": 5},
     **dict.fromkeys(BERTS, {"head_dim": None, "is_decoder": True}),
@@ -149,7 +150,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
-    *BERTS, "bitnet", "codegen", "diffllama", "doge", "laguna",
+    *BERTS, "minimax_m3_vl_text", "bitnet", "codegen", "diffllama", "doge", "laguna",
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",

@@ -36,7 +36,10 @@ EXPERT_ROWS = {
 }
 # llama4 has one, too, aria several; deepseek's are one MLP as wide as several experts
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
-SHARED_ROWS = {f"{BLOCK}.shared_expert_gate.weight": "one hidden"} | {
+SHARED_ROWS = {
+    f"{BLOCK}.shared_expert_gate.weight": "one hidden",
+    f"{BLOCK}.shared_experts.gate_up_proj.weight": "shared_ffn+shared_ffn hidden",  # minimax_m3
+} | {
     f"{BLOCK}.{name}.{projection}.weight": "hidden shared_ffn" if projection == "down_proj" else "shared_ffn hidden"
     for name in SHARED_NAMES
     for projection in ("gate_proj", "up_proj", "down_proj")
@@ -45,6 +48,7 @@ DENSE_LAYER_ROWS = {
     "model.layers.{dense_layers}.mlp.gate_proj.weight": "dense_ffn hidden",
     "model.layers.{dense_layers}.mlp.up_proj.weight": "dense_ffn hidden",
     "model.layers.{dense_layers}.mlp.down_proj.weight": "hidden dense_ffn",
+    "model.layers.{dense_layers}.mlp.gate_up_proj.weight": "dense_ffn+dense_ffn hidden",  # minimax_m3
 }
 # input first: llama4, aria
 TRANSPOSED_ROWS = {
@@ -91,6 +95,8 @@ COHERE_KEYS = WIDE_KEYS | {"dense_ffn": "prefix_dense_intermediate_size", "share
 HUNYUAN_KEYS = WIDE_KEYS | {"experts_per_token": "moe_topk", "shared_experts": 1}
 LLAMA4_KEYS = MIXTRAL_KEYS | {"dense_ffn": "intermediate_size_mlp", "shared_experts": 1}
 
+MINIMAX_KEYS = GRANITE_KEYS | {"dense_ffn": "dense_intermediate_size"}
+
 KOLIBRI_KEYS = NARROW_KEYS | {"shared_ffn": "shared_expert_intermediate_size"}
 QWEN_MOE_KEYS = KOLIBRI_KEYS | {"experts": "num_experts"}
 GLM_KEYS = NARROW_KEYS | GROUP_KEYS | {"experts": "n_routed_experts", "shared_experts": "n_shared_experts"}
@@ -120,6 +126,7 @@ TABLES = {
     "aria_text": {"rows": TRANSPOSED_ROWS, "config_keys": ARIA_KEYS, "stored": ARIA_STORED},
     "cohere2_moe": {"config_keys": COHERE_KEYS},
     "mellum": {"config_keys": NARROW_KEYS},
+    "minimax_m3_vl_text": {"config_keys": MINIMAX_KEYS},
     "kolibri1": {"config_keys": KOLIBRI_KEYS},
     "ernie4_5_moe": {"config_keys": ERNIE_KEYS},
     "exaone_moe": {"config_keys": EXAONE_KEYS},
