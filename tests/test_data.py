@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from hf_minitron import DistillationTrainer, token_blocks
 from hf_minitron.__main__ import main
 from hf_minitron.data import adds_bos_token, check_first_block, text_hash
-from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
 from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.mixture import check_sources, mixed_blocks, read_sources
@@ -95,6 +96,13 @@ def test_rows_of_documents_are_padded_with_what_sees_nothing(tmp_path):
     assert torch.allclose(trainer.compute_loss(student, batch), expected, atol=1e-12)
 
 
+# Transformers resets no recurrent state, and no convolution, where positions start again.
+CROSS = (
+    "opt", "gpt_oss", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("model_type", [*tiny.MODEL_TYPES, "nonuniform"])
 def test_which_models_keep_documents_apart(model_type):
     model = nonuniform(0) if model_type == "nonuniform" else tiny.model(model_type, dtype=torch.float32)
@@ -103,14 +111,22 @@ def test_which_models_keep_documents_apart(model_type):
         found = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
         alone = torch.cat([model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in pieces(apart())])
     holds = torch.allclose(found, alone, atol=1e-3)
-    assert holds == (model_type not in ("opt", "gpt_oss"))
-    subjects = [model] if model_type == "nonuniform" else [model, random_model(model.config, torch.float32)]
-    for subject in subjects:
+    assert holds == (model_type not in CROSS)
+    checks = [partial(check_documents_apart, model)]
+    if model_type != "nonuniform":
+        checks.append(partial(check_config, model.config))
+    for check in checks:
         if holds:
-            check_documents_apart(subject)
+            check()
         else:
             with pytest.raises(ValueError, match="takes no notice of where a document starts: set cross_documents to true"):
-                check_documents_apart(subject)
+                check()
+
+
+def check_config(config):
+    """What a stage looks at before weights are read."""
+    check_layer_kinds(config)
+    check_documents_apart(random_model(config, torch.float32))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -382,7 +382,7 @@ def test_what_converters_cannot_say_is_refused():
         PrunedConfig.from_per_layer_config(stock_config(), {1: {"hidden_size": 1}})
     with pytest.raises(ValueError, match="Block 0 has replace_with_linear"):
         PrunedConfig.from_block_configs(stock_config(), [{"attention": {"replace_with_linear": True}, "ffn": {}}])
-    with pytest.raises(ValueError, match="cannot hold model type 'gemma'; it can hold granite, llama"):
+    with pytest.raises(ValueError, match="cannot hold model type 'gemma'; it can hold cwm, exaone, granite"):
         PrunedConfig.from_stock(tiny.config("gemma"))
 
 

@@ -20,7 +20,7 @@ from hf_minitron.checkpoint import (
 )
 from hf_minitron.data import adds_bos_token, check_first_block
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
 from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
@@ -162,6 +162,7 @@ def check_text_for(
             check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
         if not isinstance(config, PrunedConfig):  # no family's; it masks them
+            check_layer_kinds(config)
             check_documents_apart(random_model(config, torch.float32))
 
 
