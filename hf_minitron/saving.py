@@ -48,7 +48,7 @@ SINCE = {
         "afmoe", "apertus1p5_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v32", "exaone", "exaone_moe", "flint",
         "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
         "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral3", "nanochat", "sarvam_mla",
-        "solar_open", "youtu", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text",
+        "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text",
     ), NEWEST),
     "apertus": "4.56", "bitnet": "4.52", "deepseek_v2": "4.54", "diffllama": "4.48", "doge": "4.54", "dots1": "4.53",
     "ernie4_5": "4.54", "ernie4_5_moe": "4.54", "exaone4": "4.54", "flex_olmo": "4.57", "glm": "4.46", "glm4_moe": "4.54",

@@ -40,7 +40,7 @@ DELTA = {
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 BERTS = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "roberta",
-    "rembert", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+    "rembert", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
 # Where a model type needs more than SIZES: other keys, its own head size, a mixture's sizes.
 CHANGES = {
@@ -70,6 +70,17 @@ CHANGES = {
         **MLA, "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 5, "index_head_dim": 5, "index_n_heads": 3,
     },
     "glm4_moe_lite": {**MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "axk2": {
+        **MLA, "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 5, "index_head_dim": 5, "index_n_heads": 3,
+        "gated_norm_rank": 9,
+    },
+    "glm_moe_dsa": {
+        **MLA, "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 5, "index_head_dim": 5, "index_n_heads": 3,
+    },
+    "roc_bert": {
+        "head_dim": None, "is_decoder": True, "pronunciation_vocab_size": 19, "shape_vocab_size": 21,
+        "pronunciation_embed_dim": 11, "shape_embed_dim": 13,
+    },
     "minicpm3": {**MLA, "scale_emb": 3, "scale_depth": 1.2, "dim_model_base": 16},
     "sarvam_mla": {**MLA, "q_lora_rank": None, "first_k_dense_replace": 2},
     "youtu": MLA,
@@ -150,7 +161,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
-    *BERTS, "minimax_m3_vl_text", "bitnet", "codegen", "diffllama", "doge", "laguna",
+    *BERTS, "minimax_m3_vl_text", "bitnet", "codegen", "diffllama", "doge", "laguna", "glm_moe_dsa", "axk2",
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",

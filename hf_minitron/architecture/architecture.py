@@ -195,10 +195,10 @@ class Architecture:
         return [f"{stem}{layer}" for layer in range(self.shape["layers"])]
 
     def _modules(self, row: str) -> Iterator[Place]:
-        """Yield layer and name of the modules of this model that a row of names stands for."""
-        inside = bool(axes.placeholders(row))
-        for layer in range(self.shape["layers"]) if inside else [None]:
-            name = row.format_map(dict.fromkeys(axes.placeholders(row), layer))
+        """Yield layer and name of the modules of this model that a row of names stands for, in the layers of its kind."""
+        kind = next(iter(axes.placeholders(row)), "")
+        for layer in self.shape.layer_kinds.get(kind, range(self.shape["layers"])) if kind else [None]:
+            name = row.format_map({kind: layer})
             if name in self.outline.modules:
                 yield layer, name
 

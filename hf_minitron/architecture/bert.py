@@ -78,6 +78,16 @@ NARROW_ROWS = {
     },
 }
 
+# How tokens look and sound, beside the embedding of their own.
+OTHER_ROWS = {
+    "roc_bert": {
+        "roc_bert.embeddings.pronunciation_embed.weight": "pronunciations pronunciation",
+        "roc_bert.embeddings.shape_embed.weight": "shapes shape",
+        "roc_bert.embeddings.map_inputs_layer.weight": "hidden hidden+shape+pronunciation",
+        "roc_bert.embeddings.map_inputs_layer.bias": "hidden",
+    },
+}
+
 # Model type to the name of the model without its head.
 PREFIXES = {
     "bert": "bert",
@@ -89,6 +99,7 @@ PREFIXES = {
     "ernie": "ernie",
     "megatron-bert": "bert",
     "rembert": "rembert",
+    "roc_bert": "roc_bert",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
     "roformer": "roformer",
@@ -116,7 +127,8 @@ TABLES = {
         | {f"{prefix}.encoder.embed_positions.weight": "positions head_dim"}
         | {f"{prefix}.pooler.weight": "hidden hidden", f"{prefix}.pooler.bias": "hidden"}
         | HEAD_ROWS
-        | NARROW_ROWS.get(name, {}),
+        | NARROW_ROWS.get(name, {})
+        | OTHER_ROWS.get(name, {}),
         "norms": NORMS[name],
         "config_keys": GPT_NEOX_KEYS,
         "follows": {"embedding_size": "hidden"} if name == "roformer" else {},

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -152,6 +153,10 @@ def _windows(config: PreTrainedConfig, sizes: Mapping[str, int], kinds: Mapping[
 def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> dict[str, str]:
     """Return what is wrong with each parameter that has no row, or another shape than its row says; empty if none is."""
     problems = {}
+    counts = Counter(row for row, _ in matches.values() if axes.placeholders(row) == ("layers",))
+    for row, count in counts.items():
+        if count < shape["layers"]:
+            problems[row] = f"{row!r} stands in {count} of {shape['layers']} layers, but its row means all"
     for name, size in model.parameters.items():
         row, like = matches.get(name, (None,))[0], re.sub(r"\.\d+\.", ".{layers}.", name, count=1)
         names = set().union(*map(axes.dim_names, axes.parse(family.rows[row]))) if row else set()

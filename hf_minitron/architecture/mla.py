@@ -27,6 +27,17 @@ DENSE_ROWS = llama.EMBEDDING_ROWS | MLA_ROWS | llama.MLP_ROWS | llama.NORM_ROWS 
 # axk1 has a norm after its experts
 AXK_ROWS = MOE_ROWS | {"model.layers.{moe_layers}.mlp.post_mlp_layernorm.weight": "hidden"}
 AXK_NORMS = (*llama.NORMS, "model.layers.{moe_layers}.mlp.post_mlp_layernorm")
+# axk2: a gate behind norms, told by what they give; queries and their gates in one projection
+AXK2_GATED = ("model.layers.{layers}.input_layernorm", "model.layers.{moe_layers}.post_attention_layernorm")
+AXK2_NORMS = (*(f"{norm}.norm" for norm in AXK2_GATED), "model.layers.{dense_layers}.post_attention_layernorm", "model.norm")
+AXK2_ROWS = (
+    {row: pattern for row, pattern in MOE_ROWS.items() if not row.endswith("post_attention_layernorm.weight")}
+    | {f"{norm}.weight": "hidden" for norm in AXK2_NORMS}
+    | {f"{norm}.mlp.fc1.weight": "gate_rank hidden" for norm in AXK2_GATED}
+    | {f"{norm}.mlp.fc2.weight": "hidden gate_rank" for norm in AXK2_GATED}
+    | {"model.layers.{layers}.self_attn.q_gate_proj.weight": "(heads q_and_gate_dim) q_ranks"}
+)
+AXK2_ROLES = {"layernorm.mlp.fc1": "mixer", "layernorm.mlp.fc2": "mixer", "q_gate_proj": "query"}
 
 # The ranks, and the sizes of a head's parts, are read off the parameters.
 MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")}
@@ -42,6 +53,8 @@ TABLES = {
     "deepseek_v32": {},
     "glm4_moe_lite": {},
     "sarvam_mla": {},
+    "glm_moe_dsa": {},
+    "axk2": {"rows": AXK2_ROWS, "norms": AXK2_NORMS, "roles": AXK2_ROLES},
     "axk1": {"rows": AXK_ROWS, "norms": AXK_NORMS},
     "youtu": {"rows": DENSE_ROWS, "config_keys": DENSE_KEYS},
     "minicpm3": {

@@ -23,7 +23,7 @@ from hf_minitron.shape import Shape, ShapeError
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
 LAYER_LISTS = (
     "layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta", "attention_layers", "moe_topk",
-    "num_attention_heads_per_layer",
+    "num_attention_heads_per_layer", "indexer_types",
 )  # fmt: skip
 # Entries that list layers by their indices, which a depth cut counts anew.
 INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs")
