@@ -55,6 +55,7 @@ SINCE = {
     "granitemoe": "4.45", "granitemoeshared": "4.49", "helium": "4.49", "hunyuan_v1_dense": "4.56", "hunyuan_v1_moe": "4.56",
     "llama4_text": "4.51", "olmo3": "4.57", "olmoe": "4.45", "phimoe": "4.46", "seed_oss": "4.56",
     "bamba": "4.48", "falcon_h1": "4.53", "granitemoehybrid": "4.52", "lfm2": "4.54", "qwen3_next": "4.57",
+    "minimax": "4.53", "modernbert-decoder": "4.54",
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
     "glm4": "4.52", "glm4v": "4.53", "glm46v": "5.0",
     "idefics3": "4.46", "internvl": "4.52", "llava_onevision": "4.45", "mistral3": "4.50", "qwen2_vl": "4.45",

@@ -197,10 +197,9 @@ class Architecture:
     def _modules(self, row: str) -> Iterator[Place]:
         """Yield layer and name of the modules of this model that a row of names stands for, in the layers of its kind."""
         kind = next(iter(axes.placeholders(row)), "")
-        for layer in self.shape.layer_kinds.get(kind, range(self.shape["layers"])) if kind else [None]:
-            name = row.format_map({kind: layer})
-            if name in self.outline.modules:
-                yield layer, name
+        layers = {"": (None,), "layers": range(self.shape["layers"]), **self.shape.layer_kinds}.get(kind, ())
+        names = {row.format_map({kind: layer}): layer for layer in layers}
+        yield from ((layer, name) for name, layer in names.items() if name in self.outline.modules)
 
     @property
     def tapped(self) -> tuple[str, ...]:

@@ -116,6 +116,30 @@ NORMS = {
     )
     for name, prefix in PREFIXES.items()
 }
+# modernbert-decoder: the norm of the embeddings is the first layer's, too
+MODERN_NORMS = (
+    "model.embeddings.norm",
+    "model.layers.{normed_layers}.attn_norm",
+    "model.layers.{layers}.mlp_norm",
+    "model.final_norm",
+)
+MODERN_MODULES = {
+    "model.layers.{layers}.attn.q_proj": ("(heads head_dim)", "hidden"),
+    "model.layers.{layers}.attn.k_proj": ("(heads head_dim)", "hidden"),
+    "model.layers.{layers}.attn.v_proj": ("(heads head_dim)", "hidden"),
+    "model.layers.{layers}.attn.Wo": ("hidden", "(heads head_dim)"),
+    "model.layers.{layers}.mlp.Wi": ("ffn+ffn", "hidden"),
+    "model.layers.{layers}.mlp.Wo": ("hidden", "ffn"),
+    "lm_head.dense": ("hidden", "hidden"),
+    "decoder": ("vocab", "hidden"),
+}
+MODERN_ROWS = (
+    {"model.embeddings.tok_embeddings.weight": "vocab hidden"}
+    | {f"{module}.weight": f"{given} {read}" for module, (given, read) in MODERN_MODULES.items()}
+    | {f"{module}.bias": given for module, (given, _) in MODERN_MODULES.items()}
+    | {f"{norm}.{kind}": "hidden" for norm in (*MODERN_NORMS, "lm_head.norm") for kind in ("weight", "bias")}
+)
+FIRST_NORM = "its first layer has no norm before attention, so that no other one can be the first"
 TABLES = {
     name: {
         "rows": {f"{prefix}.embeddings.{embedding}": pattern for embedding, pattern in EMBEDDINGS.items()}
@@ -134,4 +158,11 @@ TABLES = {
         "follows": {"embedding_size": "hidden"} if name == "roformer" else {},
     }
     for name, prefix in PREFIXES.items()
+} | {
+    "modernbert-decoder": {
+        "rows": MODERN_ROWS,
+        "norms": MODERN_NORMS,
+        "config_keys": GPT_NEOX_KEYS,
+        "fixed": {"layers": FIRST_NORM},
+    }
 }

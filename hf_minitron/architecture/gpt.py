@@ -184,6 +184,15 @@ CTRL_ROWS = {
 }
 CTRL_NORMS = ("transformer.h.{layers}.layernorm1", "transformer.h.{layers}.layernorm2", "transformer.layernorm")
 
+# The last layer has a bias that the others lack.
+LAST_BIAS = "only its last layer has a bias after attention, so that no other one can be the last"
+JAPANESE_ROWS = {row.replace("gpt_neox.", "gpt_neox_japanese."): pattern for row, pattern in GPT_NEOX_ROWS.items()} | {
+    "gpt_neox_japanese.layers.{biased_layers}.attention.dense_bias": "hidden",
+    "embed_out.weight": "vocab hidden",
+}
+JAPANESE_KEYS = {axis: key for axis, key in GPT_NEOX_KEYS.items() if axis != "ffn"}
+JAPANESE_NORMS = tuple(norm.replace("gpt_neox.", "gpt_neox_japanese.") for norm in GPT_NEOX_NORMS)
+
 # OPT's layers under another prefix.
 XGLM_KEYS = OPT_KEYS | {"layers": "num_layers", "hidden": "d_model", "heads": "attention_heads"}
 XGLM_ROWS = {row.replace(".decoder.", "."): pattern for row, pattern in OPT_ROWS.items()} | {
@@ -234,6 +243,13 @@ TABLES = {
     "gpt_bigcode": {"rows": BIGCODE_ROWS, "norms": GPT2_NORMS, "config_keys": BIGCODE_KEYS},
     "gpt_neo": {"rows": NEO_ROWS, "norms": GPT2_NORMS, "config_keys": NEO_KEYS},
     "gpt_neox": {"rows": GPT_NEOX_ROWS, "norms": GPT_NEOX_NORMS, "config_keys": GPT_NEOX_KEYS, "stored": GPT_NEOX_STORED},
+    "gpt_neox_japanese": {
+        "rows": JAPANESE_ROWS,
+        "norms": JAPANESE_NORMS,
+        "config_keys": JAPANESE_KEYS,
+        "coupled": FOUR_TIMES,
+        "fixed": {"layers": LAST_BIAS},
+    },
     "gptj": {"rows": GPTJ_ROWS, "norms": GPT2_NORMS, "config_keys": GPTJ_KEYS},
     "openai-gpt": {"rows": OPENAI_ROWS, "norms": GPT2_NORMS, "config_keys": OPENAI_KEYS, "coupled": FOUR_TIMES},
     "opt": {"rows": OPT_ROWS, "norms": OPT_NORMS, "config_keys": OPT_KEYS, "follows": OPT_FOLLOWS},

@@ -7,7 +7,15 @@ is a head of one number.
 """
 
 from hf_minitron.architecture.llama import ATTENTION_ROWS, CONFIG_KEYS, EMBEDDING_ROWS, HEAD_ROWS, MLP_ROWS
-from hf_minitron.architecture.moe import DENSE_LAYER_ROWS, EXPERT_ROWS, QWEN_MOE_KEYS, ROUTER_KEYS, ROUTER_ROWS, SHARED_ROWS
+from hf_minitron.architecture.moe import (
+    DENSE_LAYER_ROWS,
+    EXPERT_ROWS,
+    MIXTRAL_KEYS,
+    QWEN_MOE_KEYS,
+    ROUTER_KEYS,
+    ROUTER_ROWS,
+    SHARED_ROWS,
+)
 
 ALL, ATTENTION, MAMBA = "model.layers.{layers}", "model.layers.{attention_layers}", "model.layers.{mamba_layers}"
 LINEAR, CONV = "model.layers.{linear_layers}.linear_attn", "model.layers.{conv_layers}.conv"
@@ -216,6 +224,24 @@ PURE_MAMBA2_KEYS = PURE_KEYS | {"ssm_heads": "num_heads", "ssm_dim": "head_dim",
 PURE_MAMBA1_KEYS = PURE_KEYS | {"ssm_heads": "intermediate_size", "dt_rank": "time_step_rank"}
 BACKBONE_ROLES = {"embeddings": "embedding"}
 
+# minimax: linear attention, whose heads forget at a pace of their own, which checkpoints hold
+LIGHTNING = "model.layers.{linear_layers}.self_attn"
+MINIMAX_ROWS = OUTER_ROWS | ROUTER_ROWS | EXPERT_ROWS | {
+    **{row: pattern for row, pattern in SOME_ATTENTION_ROWS.items() if ".qkv_proj." not in row},
+    f"{LIGHTNING}.qkv_proj.weight": "(heads qkv head_dim) hidden",
+    f"{LIGHTNING}.norm.weight": "(heads head_dim)",
+    f"{LIGHTNING}.output_gate.weight": "(heads head_dim) hidden",
+    f"{LIGHTNING}.out_proj.weight": "hidden (heads head_dim)",
+    f"{LIGHTNING}.slope_rate": "heads one one",
+    f"{LIGHTNING}.query_decay": "heads block one",
+    f"{LIGHTNING}.key_decay": "heads block one",
+    f"{LIGHTNING}.diagonal_decay": "one heads block block",
+}  # fmt: skip
+MINIMAX_ROLES = dict.fromkeys(
+    ("self_attn.norm", "output_gate", "slope_rate", "query_decay", "key_decay", "diagonal_decay"), "mixer"
+)
+HEADS_NORM = "the norm behind linear attention normalises all heads together, fewer of them after the cut"
+
 # What a layer keeps of a text: the state of every head, and what its convolution has seen last.
 MAMBA2_STATE = (
     "(ssm_heads ssm_dim ssm_state)+(ssm_heads ssm_dim kernel)+(ssm_groups ssm_state kernel)+(ssm_groups ssm_state kernel)"
@@ -275,6 +301,10 @@ TABLES = {
     "mamba2": {
         **GATED, "rows": PURE_MAMBA2_ROWS, "norms": BACKBONE_NORMS, "config_keys": PURE_MAMBA2_KEYS, "roles": BACKBONE_ROLES,
         "coupled": SSM_AS_HIDDEN, "states": {"layers": MAMBA2_STATE},
+    },
+    "minimax": {
+        "rows": MINIMAX_ROWS, "norms": NORMS, "config_keys": MIXTRAL_KEYS, "roles": MINIMAX_ROLES,
+        "inexact": dict.fromkeys(("heads", "kv_heads"), HEADS_NORM), "states": {"linear_layers": "(heads head_dim head_dim)"},
     },
     "mamba": MAMBA1_TABLE,
     "falcon_mamba": MAMBA1_TABLE,

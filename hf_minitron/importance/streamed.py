@@ -85,7 +85,7 @@ def read_layers(
 
 def check_streamable(architecture: Architecture) -> None:
     """Refuse a model whose layers do not compute the same wherever they stand."""
-    if reason := architecture.inexact_for_text.get("layers"):
+    if reason := {**architecture.inexact_for_text, **architecture.family.fixed}.get("layers"):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
 
 
