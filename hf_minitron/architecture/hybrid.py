@@ -7,15 +7,7 @@ is a head of one number.
 """
 
 from hf_minitron.architecture.llama import ATTENTION_ROWS, CONFIG_KEYS, EMBEDDING_ROWS, HEAD_ROWS, MLP_ROWS
-from hf_minitron.architecture.moe import (
-    DENSE_LAYER_ROWS,
-    EXPERT_ROWS,
-    MIXTRAL_KEYS,
-    QWEN_MOE_KEYS,
-    ROUTER_KEYS,
-    ROUTER_ROWS,
-    SHARED_ROWS,
-)
+from hf_minitron.architecture.moe import DENSE_LAYER_ROWS, EXPERT_ROWS, QWEN_MOE_KEYS, ROUTER_KEYS, ROUTER_ROWS, SHARED_ROWS
 
 ALL, ATTENTION, MAMBA = "model.layers.{layers}", "model.layers.{attention_layers}", "model.layers.{mamba_layers}"
 LINEAR, CONV = "model.layers.{linear_layers}.linear_attn", "model.layers.{conv_layers}.conv"
@@ -233,13 +225,9 @@ MINIMAX_ROWS = OUTER_ROWS | ROUTER_ROWS | EXPERT_ROWS | {
     f"{LIGHTNING}.output_gate.weight": "(heads head_dim) hidden",
     f"{LIGHTNING}.out_proj.weight": "hidden (heads head_dim)",
     f"{LIGHTNING}.slope_rate": "heads one one",
-    f"{LIGHTNING}.query_decay": "heads block one",
-    f"{LIGHTNING}.key_decay": "heads block one",
+    **dict.fromkeys((f"{LIGHTNING}.query_decay", f"{LIGHTNING}.key_decay"), "heads block one"),
     f"{LIGHTNING}.diagonal_decay": "one heads block block",
 }  # fmt: skip
-MINIMAX_ROLES = dict.fromkeys(
-    ("self_attn.norm", "output_gate", "slope_rate", "query_decay", "key_decay", "diagonal_decay"), "mixer"
-)
 HEADS_NORM = "the norm behind linear attention normalises all heads together, fewer of them after the cut"
 
 # What a layer keeps of a text: the state of every head, and what its convolution has seen last.
@@ -303,7 +291,7 @@ TABLES = {
         "coupled": SSM_AS_HIDDEN, "states": {"layers": MAMBA2_STATE},
     },
     "minimax": {
-        "rows": MINIMAX_ROWS, "norms": NORMS, "config_keys": MIXTRAL_KEYS, "roles": MINIMAX_ROLES,
+        "rows": MINIMAX_ROWS, "norms": NORMS, "config_keys": CONFIG_KEYS | ROUTER_KEYS,
         "inexact": dict.fromkeys(("heads", "kv_heads"), HEADS_NORM), "states": {"linear_layers": "(heads head_dim head_dim)"},
     },
     "mamba": MAMBA1_TABLE,

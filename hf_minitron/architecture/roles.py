@@ -121,6 +121,12 @@ ROLES = {
             "in_proj_b",
             "in_proj_qkvz",
             "in_proj_ba",
+            "self_attn.norm",
+            "output_gate",
+            "slope_rate",
+            "query_decay",
+            "key_decay",
+            "diagonal_decay",
         ),
         "mixer",
     ),  # fmt: skip
