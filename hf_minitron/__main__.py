@@ -82,7 +82,7 @@ def _main(argv: Sequence[str]) -> int:
             print(publish.report(with_values(run, stored_values(run) or {}), args.open))
             return 0
     keep_freed_memory()
-    PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
+    state = PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
     push = _push(args)
     if args.verb == "run":
         if len(runs) > 1:
@@ -91,6 +91,7 @@ def _main(argv: Sequence[str]) -> int:
             run_all(run, push)
     else:
         run_stages(run, [args.verb], push)
+    state.destroy_process_group()  # its threads may abort a process that ends without
     return 0
 
 

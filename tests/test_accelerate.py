@@ -38,6 +38,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     open(out + ".json", "w").write(json.dumps([[e[key] for key in ("loss", "grad_norm", *losses)] for e in history]))
+trainer.accelerator.end_training()
 """
 
 
