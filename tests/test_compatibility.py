@@ -313,9 +313,7 @@ def test_an_old_files_buffers_are_left_out_and_kill_no_save(tmp_path, project):
         assert main([stage, str(tmp_path / "recipe.yaml")]) == 0
     student = tmp_path / "run" / "distill" / "student"
     assert {spec.dtype for spec in Checkpoint(student).specs.values()} == {"F32"}
-    _, info = AutoModelForCausalLM.from_pretrained(student, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    tiny.load_complete(student)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(GPU.type == "cpu" and not REHEARSAL, reason="there is no GPU"),
 ]
 needs_cuda = pytest.mark.skipif(GPU.type == "cpu", reason="there is no GPU")
-PAIR = {"student": {"seed": 1, "hidden_size": 24, "intermediate_size": 50}, "teacher": {}}
+STUDENT = {"seed": 1, "hidden_size": 24, "intermediate_size": 50}
 # Families whose modules differ most: routed experts, Conv1D, latent attention, soft caps, fused projections, sinks.
 FAMILIES = ("llama", "mixtral", "deepseek_v3", "gpt2", "gpt_neox", "gemma2", "phi3", "gpt_oss", "qwen2_moe")
 
@@ -56,7 +56,7 @@ def trainer_on(device, folder, teacher=None, student=None, dtype=torch.float64, 
     values = {"bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     values |= {"max_steps": 3, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", **CONSTANT}
     args = DistillationArguments(str(folder), use_cpu=device.type == "cpu", **(values | changes))
-    student = tiny.model(dtype=dtype, **PAIR["student"]) if student is None else student
+    student = tiny.model(dtype=dtype, **STUDENT) if student is None else student
     return DistillationTrainer(student, teacher or tiny.model(dtype=dtype), args, train_dataset=RAGGED)
 
 
@@ -112,7 +112,7 @@ def test_every_setting(tmp_path, changes):
 def test_an_adapter(tmp_path):
     def student():
         torch.manual_seed(3)
-        base = tiny.model(**PAIR["student"])
+        base = tiny.model(**STUDENT)
         made = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
         return made.double()
 

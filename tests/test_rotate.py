@@ -73,10 +73,8 @@ def test_rotation_on_disk_equals_that_in_memory_and_loses_less(model_type, tied,
     plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 24, "ffn": 48}))
     names = ("rotation", "least_squares", "norm_ratio")
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", statistics=statistics, corrections=names)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    loaded = tiny.load_complete(tmp_path / "student")
     made = prune_model(teacher, plan, statistics, names)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
     assert not loaded.config.tie_word_embeddings
     for name, value in made.state_dict().items():
         assert torch.allclose(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-4), name

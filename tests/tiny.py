@@ -277,6 +277,14 @@ def _numbers(value):
     return sum(map(_numbers, value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()))
 
 
+def load_complete(folder, auto=AutoModelForCausalLM):
+    """Load a model by plain Transformers, which finds every tensor in the folder and no other."""
+    loaded, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    return loaded
+
+
 def blocks(rows=6, length=12, seed=0):
     ids = torch.randint(3, SIZES["vocab"], (rows, length), generator=torch.Generator().manual_seed(seed))
     return Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
