@@ -155,9 +155,6 @@ def pieces(
         yield tensor
         return
     keep = {axis: index for axis, index in keep.items() if any(axis in dim_names(dim) for dim in dims)}
-    if not dims:  # one number
-        yield tensor
-        return
     if any(index.dim() == 2 for index in keep.values()):  # every expert keeps its own
         experts, _, rest = pattern.partition(" ")
         assert experts == "experts", f"{pattern!r} does not begin with experts"

@@ -167,7 +167,7 @@ def _rehearse_training(
 ) -> dict[str, tuple[float, float]]:
     """Return the seconds of distilling a token, forward and backward, and of an optimizer step."""
     student.train()
-    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the name since transformers 5.23
+    if args.gradient_checkpointing:  # since transformers 5.23 it repeats activation_checkpointing
         student.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
     autocast = partial(torch.autocast, ids.device.type, torch.bfloat16, enabled=args.bf16)

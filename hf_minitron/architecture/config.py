@@ -62,7 +62,7 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
         config (`PreTrainedConfig`): Any config.
         supported (`Container[str]`): The model types that can be pruned.
     """
-    kind, text = config.model_type, config.get_text_config(decoder=True)
+    kind, text = config.model_type, text_config(config)
     if config.is_encoder_decoder:
         return f"Model type {kind!r} does not make a causal language model, but an encoder and a decoder; choose another one"
     if kind in TOWERS:

@@ -90,14 +90,14 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     known = get_model_conversion_mapping(model, add_legacy=False)
     renamings = tuple(renaming for renaming in known if isinstance(renaming, WeightRenaming))
     config, class_name = _config(kind, content), type(model).__name__
-    return Outline(config, shapes, tied, modules, class_name, base_name(model), renamings, _conversions(model))
+    return Outline(config, shapes, tied, modules, class_name, base_name(model), renamings, _conversions(known))
 
 
-def _conversions(model: PreTrainedModel) -> tuple[WeightTransform, ...]:
+def _conversions(known: Iterable[WeightTransform]) -> tuple[WeightTransform, ...]:
     """Return the conversions that only rename the tensors of a checkpoint or put them together, which a cut can go through."""
     return tuple(
         conversion
-        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        for conversion in known
         if not isinstance(conversion, PrefixChange)
         and not (
             isinstance(conversion, WeightConverter)

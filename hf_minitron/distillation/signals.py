@@ -46,7 +46,7 @@ class DenseSignal:
         student_logp = log_probabilities(student_logits, temperature)
         teacher_logp = log_probabilities(teacher_logits[:, :shared], temperature)
         if self.top_k is None or self.top_k >= shared:
-            return student_logp if shared == student_logp.shape[-1] else student_logp[:, :shared], teacher_logp
+            return first_entries(student_logp, shared), teacher_logp
         values, ids = teacher_logp.topk(self.top_k)
         return append_remainder(student_logp.gather(-1, ids)), append_remainder(values)
 
@@ -55,6 +55,11 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return float32 (float64 for float64) log-probabilities of logits of any dtype, shape `(rows, vocab)`."""
     wide = wide_dtype(logits)
     return (logits if temperature == 1 else logits.to(wide) / temperature).log_softmax(-1, dtype=wide)
+
+
+def first_entries(logp: Tensor, count: int) -> Tensor:
+    """Return so many columns of `(rows, vocab)`: the gradient of a slice, even of all, costs another such table."""
+    return logp if count == logp.shape[-1] else logp[:, :count]
 
 
 def append_remainder(logp: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class SparseSignal:
         if self.rest is not None:
             least = 8 * torch.finfo(logp.dtype).eps  # what rounding leaves of one minus a sum that is one
             rest = 1 - student.exp().sum(-1)
-            if shared < logp.shape[-1]:  # the gradient of a slice, even an empty one, costs a table of the whole vocabulary
+            if shared < logp.shape[-1]:  # as in `first_entries`
                 rest = rest - logp[:, shared:].exp().sum(-1)
             student = torch.cat([student, rest.clamp(min=least).log()[:, None]], -1)
             rest = self.rest[rows].to(logp.dtype).clamp(min=math.log(least))
@@ -131,7 +136,7 @@ class StoredSignal:
         """Return log-probabilities of student and teacher for some rows, each `(rows, shared vocab)`: as `DenseSignal` does."""
         shared = min(student_logits.shape[-1], self.logp.shape[-1])
         teacher_logp = log_probabilities(self.logp[rows, :shared].to(wide_dtype(student_logits)), temperature)
-        return log_probabilities(student_logits, temperature)[:, :shared], teacher_logp
+        return first_entries(log_probabilities(student_logits, temperature), shared), teacher_logp
 
 
 Signal = DenseSignal | SparseSignal | StoredSignal

@@ -82,11 +82,12 @@ def check_models(
 
     Returns: the size of the smaller vocabulary.
     """
-    for model in [student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]:
+    run = [student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
+    for model in run:
         check_head(model.config)
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     least = check_vocabularies(models, tokenizer, train_dataset)
     if "position_ids" in (getattr(train_dataset, "column_names", None) or ()):
-        for reader in [student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]:
-            check_documents_apart(reader)
+        for model in run:
+            check_documents_apart(model)
     return least

@@ -132,12 +132,12 @@ class _Loader:
 
     def model_of(self, layer: int, own: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return the base model with one layer only, of its tensors from `read`."""
-        state = {name.removeprefix(f"{self.architecture.prefix}."): tensor for name, tensor in {**own, **self.shared}.items()}
+        prefix = f"{self.architecture.prefix}."
+        state = {name.removeprefix(prefix): tensor for name, tensor in {**own, **self.shared}.items()}
         config = student_config(self.architecture, self._plan(layer))
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
         )
-        prefix = f"{self.architecture.prefix}."
         parameters = {name.removeprefix(prefix) for name in outline(config).parameters}  # without BERT's pooler
         missing = parameters & set(info["missing_keys"])
         assert not missing, f"layer {layer} lacks {missing}"
