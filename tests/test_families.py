@@ -143,12 +143,12 @@ def masked(model, plan, narrow_gated=False):
             elif axis == "experts" and axis in keep:
                 silence_experts(modules[name.rpartition(".")[0]], vector(sizes["experts"], keep["experts"]) == 0, hooks)
             elif axis == "hidden" and axis in keep:
-                narrow_norm(module, keep["hidden"])
+                narrow_norm(module, keep["hidden"], sizes["hidden"])
     if "hidden" in plan.keep:
         mask = vector(sizes["hidden"], plan.keep["hidden"])
         for name, module in modules.items():
             if name in ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm", "lm_head.norm"):  # of BERT's head
-                narrow_norm(module, torch.as_tensor(plan.keep["hidden"]))
+                narrow_norm(module, torch.as_tensor(plan.keep["hidden"]), sizes["hidden"])
             embedding = isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]
             if embedding or name.endswith(("embeddings_project", "embedding_hidden_mapping_in", "map_inputs_layer")):
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
@@ -190,9 +190,9 @@ def narrow_gated_norm(norm, sizes, kept):
     norm.forward = lambda states, gate: torch.zeros_like(states).index_copy(-1, at, narrow(states[..., at], gate[..., at]))
 
 
-def narrow_norm(norm, kept):
+def narrow_norm(norm, kept, hidden):
     """Let a norm see the kept channels only, and give zeros for the others."""
-    narrow, hidden = copy.deepcopy(norm), tiny.SIZES["hidden"]
+    narrow = copy.deepcopy(norm)
     for name, parameter in list(narrow.named_parameters()):
         setattr(narrow, name, torch.nn.Parameter(parameter.data[kept]))
     if hasattr(narrow, "normalized_shape"):
@@ -485,6 +485,29 @@ def test_a_shape_that_llama_refuses_becomes_a_mistral_with_equal_logits(tmp_path
     assert torch.equal(logits(loaded), logits(student))
     with masked(teacher.double(), plan):
         assert relative(logits(loaded).double(), logits(teacher)) < 1e-4
+
+
+@pytest.mark.parametrize("rotated", [1.0, 0.5])
+@pytest.mark.parametrize("target", [{"hidden": 24, "ffn": 32}, {"heads": 2, "layers": 2}, {"kv_heads": 1}], ids=str)
+def test_a_phi3_of_longrope_becomes_a_mistral_with_equal_logits(rotated, target, tmp_path):
+    """Its class counts the factors by hidden / heads; Mistral's rotates all channels of a head, and of Phi-4 only some are."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": rotated, "short_factor": [1.0, 1.1, 1.3, 1.7],
+            "long_factor": [1.5, 2.0, 4.0, 9.0]}  # fmt: skip
+    width = int(32 / rotated)
+    teacher = tiny.model("phi3", torch.float32, hidden_size=width, head_dim=None, rope_parameters=rope,
+                         original_max_position_embeddings=9, partial_rotary_factor=rotated)  # fmt: skip
+    plan = plan_for(teacher, **target)
+    student = prune_model(teacher, plan)
+    assert (student.config.model_type, student.config.architectures) == ("mistral", ["MistralForCausalLM"])
+    teacher.save_pretrained(tmp_path / "teacher")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    loaded = tiny.load_complete(tmp_path / "student")
+    assert torch.equal(logits(loaded), logits(student))
+    student = prune_model(teacher.double(), plan)
+    with masked(teacher, plan), torch.no_grad():
+        for tokens in (8, 12):  # by the short factors, and by the long ones
+            found, expected = (model(input_ids=IDS[:, :tokens], use_cache=False).logits for model in (student, teacher))
+            assert relative(found, expected) < 1e-6
 
 
 LAYER_KINDS = [

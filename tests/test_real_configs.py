@@ -241,6 +241,15 @@ def test_plan_agrees_with_the_published_count(repository, tmp_path, capsys):
     assert changed <= CUT | {"transformers_version", "_name_or_path", "head_dim", "text_config"}, changed
 
 
+@pytest.mark.parametrize("repository", ["microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-4-mini-instruct"])
+@pytest.mark.parametrize("target", [{"hidden": 2560}, {"heads": 16}, {"kv_heads": 4}], ids=str)
+def test_a_phi3_of_longrope_can_be_cut_in_every_width(repository, target, tmp_path, capsys):
+    """Its class counts the factors of longrope by hidden / heads; the student is a Mistral where it refuses them."""
+    code, table, errors = plan(folder(repository), target, tmp_path, capsys)
+    assert code == 0, errors
+    assert {axis: int(table[axis][1].replace(",", "")) for axis in target} == target
+
+
 @pytest.mark.parametrize("repository", REFUSED)
 def test_what_cannot_be_pruned_is_refused_in_one_line(repository, tmp_path, capsys):
     code, table, errors = plan(folder(repository), {}, tmp_path, capsys)

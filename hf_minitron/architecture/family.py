@@ -37,6 +37,8 @@ class Family:
             tensors make up for it: to the power of old size / new size that they are multiplied by. `last_norm` is a role here.
         rescaled_if (`str`): The key of `config.json` that says whether it does, where it depends.
         fallback_config (`Mapping`): Changes to `config.json` that give a class with equal logits and fewer limits on shapes.
+        fallback_rows (`Mapping[str, Mapping[str, str]]`): Rows that are held in parts there, to the rows of these parts;
+            that class rotates every channel of a head.
         pre_norm_residual (`bool`): Whether all norms are RMS norms that stand before attention and MLP, both of which are added
             to the residual stream as they are; rotating it and merging layers take that for granted.
         tower (`Tower`, *optional*): Where the text model stands, in the family of a vision-language model.
@@ -61,6 +63,7 @@ class Family:
     rescaled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rescaled_if: str = ""
     fallback_config: Mapping[str, object] = field(default_factory=dict)
+    fallback_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     pre_norm_residual: bool = False
     tower: Tower | None = None
     outside: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +104,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(llama.PRE_NORM_MODEL_TYPES, PRE_NORM),
     # LlamaConfig insists that hidden divides by heads; Mistral's class does not, and is the same where there is no bias
     "llama": replace(PRE_NORM, fallback_config={"model_type": "mistral", "sliding_window": None}),
+    # Phi3Config counts the factors of longrope by hidden / heads
+    "phi3": replace(PRE_NORM, fallback_config={"model_type": "mistral"}, fallback_rows=llama.PHI3_PARTS),
     "gemma": replace(PRE_NORM, **GEMMA),
     **dict.fromkeys(llama.GEMMA_MODEL_TYPES, replace(LLAMA, **GEMMA)),
     **dict.fromkeys(llama.FULL_NORM_MODEL_TYPES, replace(LLAMA, rows=llama.FULL_NORM_ROWS, **llama.FULL_NORM)),

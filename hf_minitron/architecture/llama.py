@@ -138,6 +138,17 @@ PRE_NORM_MODEL_TYPES = (
     "iquestcoder", "llama", "ministral", "ministral3", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
 )  # fmt: skip
 
+# What classes with Llama's names hold in place of phi3's matrices.
+PHI3_PARTS = {
+    "model.layers.{layers}.self_attn.qkv_proj.weight": {
+        f"model.layers.{{layers}}.self_attn.{name}.weight": ATTENTION_ROWS[f"model.layers.{{layers}}.self_attn.{name}.weight"]
+        for name in ("q_proj", "k_proj", "v_proj")
+    },
+    "model.layers.{layers}.mlp.gate_up_proj.weight": {
+        f"model.layers.{{layers}}.mlp.{name}.weight": "ffn hidden" for name in ("gate_proj", "up_proj")
+    },
+}
+
 # Queries and keys are normalised over all heads, so that cutting heads changes that norm.
 FULL_NORM_MODEL_TYPES = ("olmo2", "olmo3")
 

@@ -14,6 +14,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config, with_text
 from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.rotary import FullRotary
 from hf_minitron.architecture.vision import Tower
 from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
@@ -70,10 +71,18 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
         return _nonuniform(architecture.config, plan)
     student, reason = _try_config(architecture, plan.after, plan.kept_layers)
     if student is None and architecture.family.fallback_config:
-        student, _ = _try_config(architecture, plan.after, plan.kept_layers, architecture.family.fallback_config)
+        student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture))
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
     return student
+
+
+def _fallback(architecture: Architecture) -> dict[str, object]:
+    """Return the changes to a config that give the family's other class."""
+    family, config = architecture.family, text_config(architecture.config)
+    rotary = FullRotary.of(config, architecture.shape["head_dim"]) if family.fallback_rows else None
+    full = {"rope_parameters": dict(rotary.parameters), "partial_rotary_factor": 1.0} if rotary else {}
+    return {**family.fallback_config, **full}
 
 
 def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, str]]:
@@ -155,7 +164,7 @@ def _try_config(
     student.name_or_path = ""  # not the folder that the teacher was loaded from
     if more:
         student.architectures = [made.class_name]
-    found, expected = made.parameters, _expected(architecture, after, layers)
+    found, expected = made.parameters, _expected(architecture, after, layers, family.fallback_rows if more else {})
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not wrong:
         return student, ""
@@ -194,8 +203,10 @@ def _period(places: Sequence[int], layers: int) -> tuple[int, int]:
     return period, places[0] % period if places else layers
 
 
-def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter of the student."""
+def _expected(
+    architecture: Architecture, after: Shape, layers: Sequence[int], parts: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of the student, of some rows of their parts."""
     expected = {}
     for parameter in architecture.parameters.values():
         indices = parameter.indices
@@ -207,7 +218,8 @@ def _expected(architecture: Architecture, after: Shape, layers: Sequence[int]) -
             i not in layers if axes.axis_of_placeholder(axis) == "layers" else i >= after[axis] for axis, i in indices.items()
         )
         if not dropped:
-            expected[parameter.row.format_map(places)] = axes.tensor_shape(parameter.pattern, after.sizes)
+            rows = parts.get(parameter.row, {parameter.row: parameter.pattern})
+            expected |= {row.format_map(places): axes.tensor_shape(pattern, after.sizes) for row, pattern in rows.items()}
     return expected
 
 

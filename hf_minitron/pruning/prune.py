@@ -18,6 +18,7 @@ from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space
 from hf_minitron.plan import Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
+from hf_minitron.pruning.parts import in_parts
 from hf_minitron.pruning.rotate import rotated
 from hf_minitron.saving import copy_side_files, repair_generation, save_config
 from hf_minitron.statistics import Residuals, Statistics
@@ -119,7 +120,10 @@ def _student(
     tensors: Tensors, edit: Plan, corrections: Corrections | None, text_only: bool
 ) -> tuple[PreTrainedConfig, Iterator[tuple[str, TensorSpec, Iterator[Tensor]]]]:
     """Return the student's config and its tensors, as `prune_tensors` does."""
-    student, pruned = student_config(tensors.architecture, edit), prune_tensors(tensors, edit, corrections)
+    architecture = tensors.architecture
+    student, pruned = student_config(architecture, edit), prune_tensors(tensors, edit, corrections)
+    if architecture.family.fallback_rows and student.model_type != architecture.config.model_type:
+        pruned = in_parts(architecture, edit, pruned)
     if not text_only:
         return student, pruned
     student, names = text_alone(Architecture.of(student))
