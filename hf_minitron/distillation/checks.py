@@ -198,20 +198,6 @@ def check_schedule(args: TrainingArguments) -> None:
         raise ValueError(f"lr_scheduler_kwargs: {kwargs} make a learning rate that is NaN, infinite or negative with {name}")
 
 
-def check_engine(trainer: Trainer) -> None:
-    """Refuse ways to spread a model over devices, and a loss inside of the model, that the chunked loss does not know."""
-    args, parallel = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process (DataParallel): start with `accelerate launch` instead")
-    for kind in ("tp", "cp", "sp"):
-        if getattr(parallel, f"{kind}_size", 1) > 1:
-            raise ValueError(f"parallelism_config: {kind}_size is above 1: no tensor, context or sequence parallelism here")
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):  # since transformers 5.19
-        raise ValueError("model: sharded by from_pretrained(distributed_config=...); load it whole, accelerate shards it")
-    if getattr(trainer.model.config, "output_router_logits", False):
-        raise ValueError("model: output_router_logits adds a loss that is none of `losses`; set it to False in its config")
-
-
 def check_mapping(name: str, value: Any, example: str) -> None:
     """Refuse what is neither left out nor a table."""
     if value is not None and not isinstance(value, Mapping):

@@ -1,5 +1,6 @@
 """A live teacher: frozen, in eval mode and in its own dtype, never part of the student or of its checkpoints."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,10 +57,12 @@ class LiveTeacher:
         """Shard the teacher as accelerate shards the student, where it does (FSDP2, ZeRO-3)."""
         if accelerator.is_fsdp2:
             plugin = accelerator.state.fsdp_plugin
-            wrapped = plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy
+            # its own dtype, whatever the student's; and accelerate writes down its class of layers, which may be another
+            teachers = copy.copy(plugin)
+            teachers.mixed_precision_policy = None
+            accelerator.state.fsdp_plugin = teachers
             self.model = fsdp2_prepare_model(accelerator, self.model)
-            # accelerate has written down the teacher's class of layers; the student's may be another
-            plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = wrapped
+            accelerator.state.fsdp_plugin = plugin
         elif (plugin := accelerator.state.deepspeed_plugin) is not None and plugin.zero_stage == 3:
             import deepspeed  # an optional dependency
 

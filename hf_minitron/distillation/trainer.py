@@ -19,8 +19,8 @@ from transformers.utils import CONFIG_NAME
 
 from hf_minitron.distillation.batch import POSITIONS, TARGETS, at_positions, collate, model_inputs, positions_of, with_targets
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
-from hf_minitron.distillation.checks import check_engine
 from hf_minitron.distillation.config import DistillationArguments
+from hf_minitron.distillation.engine import prepare_engine, train_in_float32
 from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
@@ -105,7 +105,7 @@ class DistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        check_engine(self)
+        prepare_engine(self)
         self._prepare_models(teacher_model)
         weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
         self._losses = OutputLosses(weights, args.temperature, args.beta, args.label_smoothing_factor, args.chunk_size)
@@ -282,6 +282,8 @@ class DistillationTrainer(Trainer):
         """Prepare a student, that of this trainer or the next that `model_init` makes, and read its states from now on."""
         set_attention(base_of(model), self.args.attn_implementation)
         freeze_vision(base_of(model))
+        if not self.is_deepspeed_enabled:  # it keeps a float32 copy itself
+            train_in_float32(model)
         self._states = self._state_losses(base_of(model))
 
     def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:

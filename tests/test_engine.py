@@ -1,0 +1,39 @@
+"""What the trainer sets of accelerate's engine, and what weights it trains."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_distillation import CONSTANT, RAGGED, arguments
+
+from hf_minitron import DistillationTrainer
+from hf_minitron.distillation.engine import prepare_engine
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_trained_in_float32(tmp_path, caplog, dtype):
+    """As the same weights loaded in float32 are; in 16 bits a small step would be rounded away."""
+    caplog.set_level(logging.WARNING)
+    stored, trained = tiny.model(seed=1, dtype=dtype), []
+    for student in (stored, tiny.model(seed=1, dtype=dtype).float()):
+        values = {"max_steps": 2, "per_device_train_batch_size": 2, **CONSTANT, "learning_rate": 1e-6}
+        trainer = DistillationTrainer(student, tiny.model(), arguments(tmp_path, **values), train_dataset=RAGGED)
+        trainer.train()
+        trained.append(dict(student.named_parameters()))
+    assert [record.message for record in caplog.records if "float32" in record.message] == [
+        "model: its weights of 16 bits are trained, and saved, in float32; bf16=True computes in bfloat16"
+    ]
+    for name, weight in trained[0].items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, trained[1][name]), name
+        assert not torch.equal(weight, weight.to(dtype)), f"{name} has not moved"
+
+
+def test_flat_parameters_are_refused():
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    accelerator = SimpleNamespace(state=state, is_fsdp2=False)
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1), accelerator=accelerator)
+    with pytest.raises(ValueError, match="fsdp_config: version 1, whose flat parameters .*; set version: 2"):
+        prepare_engine(trainer)
