@@ -31,11 +31,12 @@ def has_one_matrix(architecture):
     return True
 
 
-def working(inexact):
+def working(inexact, corrected):
     """Return the table of the types that can be pruned.
 
     Args:
         inexact: Model type and axis to the measured error of a cut, relative to the largest logit.
+        corrected: What is left of it once norms are corrected, of some.
     """
     rows = ["| model type | axes | inexact cuts | distilled | nonuniform | rotation |", "|" + " --- |" * 6]
     for model_type in sorted(FAMILIES):
@@ -46,7 +47,9 @@ def working(inexact):
         ]
         axes += [f"{axis} (with {leader})" for axis, leader in architecture.shape.coupled.items()]
         leaders = {axis: architecture.shape.coupled.get(axis, axis) for axis in family.inexact}
-        said = [f"{axis}: {why} ({inexact[model_type, leaders[axis]]:.2f})" for axis, why in family.inexact.items()]
+        left = {axis: f", {corrected[model_type, axis]:.2f} corrected" for axis in leaders if (model_type, axis) in corrected}
+        errors = {axis: f"{inexact[model_type, leader]:.2f}{left.get(axis, '')}" for axis, leader in leaders.items()}
+        said = [f"{axis}: {why} ({errors[axis]})" for axis, why in family.inexact.items()]
         said += [f"{axis} where {key}: {why}" for axis, (key, why) in family.inexact_if.items()]
         ticks = ["yes" if architecture.supports(feature) else "" for feature in ("nonuniform", "rotation")]
         taught = "yes" if has_one_matrix(architecture) else ""
@@ -82,9 +85,9 @@ def part(page, name):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(PAGE.parent.parent))
-    from test_families import INEXACT
+    from test_families import CORRECTED, INEXACT
 
     page = PAGE.read_text()
-    for name, text in (("working", working(INEXACT)), ("refused", refused())):
+    for name, text in (("working", working(INEXACT, CORRECTED)), ("refused", refused())):
         page = page.replace(f"<!-- {name} -->\n{part(page, name)}\n", f"<!-- {name} -->\n{text}\n")
     PAGE.write_text(page)

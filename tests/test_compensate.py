@@ -98,6 +98,45 @@ def test_a_corrected_projection_is_nearer_to_what_it_gave(model_type, axis):
     assert corrected < 0.97 * plain
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "olmoe", "minimax_m2"])
+def test_a_norm_over_all_heads_is_corrected_by_the_energy_of_those_that_stay(model_type):
+    """As in real models, heads differ in energy; then most of what the cut does to queries and keys is made up for."""
+    teacher = tiny.model(model_type, torch.float32)
+    shape = Architecture.of(teacher.config).shape
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            for heads, weight in (("heads", layer.self_attn.q_proj.weight), ("kv_heads", layer.self_attn.k_proj.weight)):
+                weight.mul_(torch.linspace(0.3, 2, shape[heads]).repeat_interleave(shape["head_dim"])[:, None])
+    statistics = calibrate(teacher, tiny.blocks(40), moments=True)
+    target = {"kv_heads": 1, **({"hidden": 20, "heads": 2} if model_type == "olmoe" else {})}
+    plan = make_plan(statistics.scores, shape, shape.cut_to(target))
+    name = "model.layers.0.self_attn.k_norm"
+
+    def given(model):
+        found = []
+        hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: found.append((args[0], out)))
+        with torch.no_grad():
+            model(input_ids=IDS, use_cache=False)
+        hook.remove()
+        return found[0]
+
+    whole, kept = given(teacher), plan.keep_at(0)["kv_heads"][:, None] * shape["head_dim"] + torch.arange(shape["head_dim"])
+    energy = whole[0].square() / whole[0].square().mean(-1, keepdim=True)
+    ratio = energy[..., kept.flatten()].mean().sqrt()
+    plain, corrected = (prune_model(teacher, plan, *more) for more in ((), (statistics, ["norm_ratio"])))
+    sliced = teacher.get_parameter(f"{name}.weight")[kept.flatten()]
+    assert torch.allclose(corrected.get_parameter(f"{name}.weight"), sliced * ratio, rtol=1e-4)
+    if "hidden" not in plan.keep:
+        before, after = ((given(model)[1] - whole[1][..., kept.flatten()]).square().mean() for model in (plain, corrected))
+        assert after < before / 10
+    older = Statistics(statistics.scores, Moments())
+    for key, value in statistics.moments.items():
+        if key != name:
+            older.moments[key] = value
+    with pytest.raises(ValueError, match=f"Corrections need the moments of '{name}'"):
+        prune_model(teacher, plan, older, ["norm_ratio"])
+
+
 def test_a_hidden_cut_gives_norms_and_readers_nearer_to_the_old_ones():
     teacher = tiny.model(dtype=torch.float32)
     with torch.no_grad():

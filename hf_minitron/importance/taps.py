@@ -122,7 +122,8 @@ def moment_readings(architecture: Architecture) -> Iterator[Reading]:
     for module, read in architecture.reads.items():
         if read.moment == module:
             yield Reading(read.axis, read.layer, module, INPUT, [SecondMoment()], sizes, moment="")
-    for layer, norm in architecture.taps("hidden"):
+    norms = [*architecture.taps("hidden"), *((norm.layer, name) for name, norm in architecture.inner_norms.items())]
+    for layer, norm in norms:
         yield Reading("hidden", layer, norm, INPUT, [ChannelEnergy()], sizes, moment="")
     for read in dict.fromkeys(architecture.hidden_reads.values()):
         module, dot, side = read.moment.rpartition(".")

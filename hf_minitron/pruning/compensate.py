@@ -24,7 +24,7 @@ HEADS: axes.Dim = (("heads", "head_dim"),)
 CORRECTIONS = {
     "least_squares": "least-squares reconstruction of every projection whose inputs are cut",
     "bias": "biases keep the mean output of projections",
-    "norm_ratio": "the weights of norms are scaled by the share of energy that the kept hidden channels have",
+    "norm_ratio": "the weights of norms are scaled by the share of energy that the kept channels or heads have",
     "layer_merge": "the MLP before dropped layers is fitted to give their residuals, too (another pass over the text)",
     "head_residual": "query heads that stay lean away from those that go (2407.14679, section 2.3)",
     "rotation": "hidden channels are principal components of the stream before they are cut (unties the head, a matrix more)",
@@ -91,8 +91,8 @@ class Corrections:
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
         sizes, source = self.plan.before.sizes, self.architecture.reads.get(parameter.module)
         tensor = self._with_head_residual(parameter, tensor, keep)
-        if parameter.role == "norm":
-            return (self._norm(parameter, tensor, keep) if "hidden" in keep else tensor), keep, sizes
+        if parameter.role == "norm" or parameter.module in self.architecture.inner_norms:
+            return self._norm(parameter, tensor, keep), keep, sizes
         if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._merges(source)):
             return tensor, keep, sizes
         weight = self.architecture.weights[parameter.module]
@@ -178,14 +178,15 @@ class Corrections:
         return Counter(read.moment for parameter in self.architecture.parameters.values() for read in self._sources(parameter))
 
     def _norm(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
-        if "norm_ratio" not in self.names or parameter.kind != "weight":
+        kept = axes.dim_index(parameter.dims[0], keep, self.plan.before.sizes)
+        if "norm_ratio" not in self.names or parameter.kind != "weight" or kept is None:
             return tensor
-        if self.rotation is None:
+        if self.rotation is None or parameter.role != "norm":
             energy = self.moments[parameter.module]
         else:
             (source,) = self._sources(parameter)
             energy = self._input(source)[:-1].diagonal()
-        ratio, offset = (energy[keep["hidden"]].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
+        ratio, offset = (energy[kept].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
         return (tensor + offset) * ratio - offset
 
     def _with_head_residual(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
@@ -227,9 +228,10 @@ def _check_moments(moments: Moments, plan: Plan, architecture: Architecture) -> 
     """Refuse moments that lack something, or are those of another model."""
     hidden = plan.before["hidden"]
     wanted = {norm: 1 for _, norm in architecture.taps("hidden")} | {read.moment: 2 for read in architecture.reads.values()}
-    for name, dims in wanted.items():
-        shape = moments.shapes.get(name)
-        if shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != hidden:
+    inner = {name: norm.shape[0] for name, norm in architecture.inner_norms.items()}
+    for name, dims in (wanted | dict.fromkeys(inner, 1)).items():
+        shape, size = moments.shapes.get(name), inner.get(name, hidden)
+        if shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != size:
             what = "none" if shape is None else f"those of shape {shape}"
             raise ValueError(f"Corrections need the moments of {name!r}, and statistics has {what}: score this model again")
 

@@ -100,6 +100,9 @@ def _no_bias(architecture: Architecture, plan: Plan) -> str:
 
 
 def _no_norm(architecture: Architecture, plan: Plan) -> str:
+    inner = set().union(*(axes.dim_names(norm.dims[0]) for norm in architecture.inner_norms.values()))
+    if inner & plan.keep.keys():
+        return ""
     if "hidden" not in plan.keep:
         return f"has no effect: hidden is not cut ({_cut(plan)})"
     weighted = any(norm in architecture.weights for _, norm in architecture.taps("hidden"))
