@@ -22,9 +22,6 @@ OUTPUT, INPUT = ".output", ".input"
 
 HIDDEN: axes.Dim = (("hidden",),)
 
-# The axes that a norm inside of attention or an MLP may see.
-INNER = ("heads", "kv_heads", "ffn")
-
 # Where activations are read: the layer (`None` outside of the layers) and the module.
 Place = tuple[int | None, str]
 
@@ -218,12 +215,6 @@ class Architecture:
     def norm_offset(self) -> float:
         """What the norms add to their stored weights."""
         return norm_offset(self.config.model_type, self.trace.modules, (name for _, name in self.taps("hidden")))
-
-    @cached_property
-    def inner_norms(self) -> dict[str, Parameter]:
-        """The weights of the norms that see all heads or FFN channels of a layer together, by their modules."""
-        found = (p for p in self.parameters.values() if p.kind == "weight" and len(p.dims) == 1 and p.role != "norm")
-        return {p.module: p for p in found if any(axis in axes.dim_names(p.dims[0]) for axis in INNER)}
 
     @cached_property
     def hidden_reads(self) -> dict[str, Read]:

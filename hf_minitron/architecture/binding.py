@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -14,6 +14,9 @@ from hf_minitron.architecture.family import FAMILIES, Family
 from hf_minitron.architecture.outline import Outline
 from hf_minitron.architecture.vision import Tower
 from hf_minitron.shape import AXES, Shape
+
+# The axes that a norm inside of attention or an MLP may see.
+INNER = {"heads", "kv_heads", "ffn"}
 
 # Name of a parameter to its row, and what the placeholders of the row stand for.
 Matches = Mapping[str, tuple[str, dict[str, int]]]
@@ -103,6 +106,12 @@ def _filled(match: tuple[str, dict] | None, rows: Mapping[str, str], shape: tupl
     """Return a pattern with the sizes of the dimensions that stay as they are."""
     tokens = rows[match[0]].split() if match else ["_"] * len(shape)
     return " ".join(str(size) if token == "_" else token for token, size in zip(tokens, shape, strict=True))
+
+
+def inner_norms(parameters: Iterable[Parameter]) -> dict[str, Parameter]:
+    """Return the weights of the norms that see all heads or FFN channels of a layer together, by their modules."""
+    vectors = (p for p in parameters if p.kind == "weight" and len(p.dims) == 1 and p.role != "norm")
+    return {p.module: p for p in vectors if INNER & axes.dim_names(p.dims[0])}
 
 
 def match_rows(family: Family, model: Outline) -> Matches:

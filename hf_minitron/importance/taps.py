@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture
+from hf_minitron.architecture.binding import inner_norms
 from hf_minitron.importance.activation import WIDTHS
 from hf_minitron.importance.metrics import DEFAULTS, METRICS, Chosen, Metric, needs_outgoing
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
@@ -122,7 +123,10 @@ def moment_readings(architecture: Architecture) -> Iterator[Reading]:
     for module, read in architecture.reads.items():
         if read.moment == module:
             yield Reading(read.axis, read.layer, module, INPUT, [SecondMoment()], sizes, moment="")
-    norms = [*architecture.taps("hidden"), *((norm.layer, name) for name, norm in architecture.inner_norms.items())]
+    norms = [
+        *architecture.taps("hidden"),
+        *((p.layer, p.module) for p in inner_norms(architecture.parameters.values()).values()),
+    ]
     for layer, norm in norms:
         yield Reading("hidden", layer, norm, INPUT, [ChannelEnergy()], sizes, moment="")
     for read in dict.fromkeys(architecture.hidden_reads.values()):

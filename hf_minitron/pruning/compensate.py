@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import INPUT, OUTPUT, Architecture, Parameter, Read
+from hf_minitron.architecture.binding import inner_norms
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.reconstruction import RIDGE, factorised, solver_device
 from hf_minitron.statistics import Moments, Residuals
@@ -91,7 +92,7 @@ class Corrections:
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
         sizes, source = self.plan.before.sizes, self.architecture.reads.get(parameter.module)
         tensor = self._with_head_residual(parameter, tensor, keep)
-        if parameter.role == "norm" or parameter.module in self.architecture.inner_norms:
+        if parameter.role == "norm" or parameter.module in self._inner_norms:
             return self._norm(parameter, tensor, keep), keep, sizes
         if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._merges(source)):
             return tensor, keep, sizes
@@ -173,6 +174,10 @@ class Corrections:
         return found
 
     @cached_property
+    def _inner_norms(self) -> Mapping[str, Parameter]:
+        return inner_norms(self.architecture.parameters.values())
+
+    @cached_property
     def _consumers(self) -> Counter:
         """How many parameters are still to be corrected by each moment."""
         return Counter(read.moment for parameter in self.architecture.parameters.values() for read in self._sources(parameter))
@@ -228,7 +233,7 @@ def _check_moments(moments: Moments, plan: Plan, architecture: Architecture) -> 
     """Refuse moments that lack something, or are those of another model."""
     hidden = plan.before["hidden"]
     wanted = {norm: 1 for _, norm in architecture.taps("hidden")} | {read.moment: 2 for read in architecture.reads.values()}
-    inner = {name: norm.shape[0] for name, norm in architecture.inner_norms.items()}
+    inner = {name: norm.shape[0] for name, norm in inner_norms(architecture.parameters.values()).items()}
     for name, dims in (wanted | dict.fromkeys(inner, 1)).items():
         shape, size = moments.shapes.get(name), inner.get(name, hidden)
         if shape is None or len(shape) != dims or (name.endswith((INPUT, OUTPUT)) or dims == 1) and shape[-1] != size:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.binding import inner_norms
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names
 from hf_minitron.statistics import Moments, Residuals
@@ -100,7 +101,7 @@ def _no_bias(architecture: Architecture, plan: Plan) -> str:
 
 
 def _no_norm(architecture: Architecture, plan: Plan) -> str:
-    inner = set().union(*(axes.dim_names(norm.dims[0]) for norm in architecture.inner_norms.values()))
+    inner = set().union(*(axes.dim_names(norm.dims[0]) for norm in inner_norms(architecture.parameters.values()).values()))
     if inner & plan.keep.keys():
         return ""
     if "hidden" not in plan.keep:
