@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -91,7 +92,8 @@ def _main(argv: Sequence[str]) -> int:
             run_all(run, push)
     else:
         run_stages(run, [args.verb], push)
-    state.destroy_process_group()  # its threads may abort a process that ends without
+    gc.collect()  # a trainer's cycles hold the group
+    state.destroy_process_group()  # gloo's threads let go of tensors late, which aborts a process that ends meanwhile
     return 0
 
 

@@ -38,8 +38,19 @@ trainer.train()
 if trainer.is_world_process_zero():
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     open(out + ".json", "w").write(json.dumps([[e[key] for key in ("loss", "grad_norm", *losses)] for e in history]))
-trainer.accelerator.end_training()
 """
+
+ENDING = """
+sys.stdout.flush()
+__import__("os")._exit(0)  # gloo's threads let go of tensors late, which aborts an interpreter that ends meanwhile
+"""
+
+
+def script(place, text, **values):
+    """Write a script for `launch`."""
+    path = place / "script.py"
+    path.write_text(text.format(tests=str(Path(__file__).parent), **values) + ENDING)
+    return path
 
 
 def launch(processes, *command):
@@ -60,11 +71,9 @@ def launch(processes, *command):
 )
 def test_two_processes_equal_one(tmp_path, losses, teacher):
     """Rows have different lengths, so the processes hold different numbers of tokens. States are balanced over both."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
     histories = []
     for processes, batch in ((1, 2), (2, 1)):
-        launch(processes, script, tmp_path / f"out-{processes}", batch, json.dumps(losses), teacher)
+        launch(processes, script(tmp_path, SCRIPT), tmp_path / f"out-{processes}", batch, json.dumps(losses), teacher)
         histories.append(json.loads((tmp_path / f"out-{processes}.json").read_text()))
     one, two = histories
     assert len(one) == 4
@@ -110,10 +119,9 @@ if state.is_main_process:
 @pytest.mark.parametrize("losses", [{"forward_kl": 1.0}, {"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}])
 def test_sharded_student_and_teacher_equal_one_process(tmp_path, losses):
     """FSDP2, by torch's own fully_shard: accelerate leaves it off on a CPU."""
-    script, histories = tmp_path / "script.py", []
-    script.write_text(SHARDED.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
+    histories = []
     for processes in (1, 2):
-        launch(processes, script, tmp_path / "out", json.dumps(losses))
+        launch(processes, script(tmp_path, SHARDED), tmp_path / "out", json.dumps(losses))
         histories.append(json.loads((tmp_path / "out.json").read_text()))
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
     assert histories[0][-1] < histories[0][0]
@@ -144,9 +152,7 @@ for model_type in ("llama", "qwen2_moe"):
 
 
 def test_scores_of_two_processes_equal_those_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCORES.format(tests=os.path.dirname(tiny.__file__)))  # noqa: PTH120
-    launch(2, script, f"{tmp_path}/two-")
+    launch(2, script(tmp_path, SCORES), f"{tmp_path}/two-")
     for model_type in ("llama", "qwen2_moe"):
         one = calibrate(tiny.model(model_type, dtype=torch.float32), tiny.blocks(7), batch_size=2, moments=True)
         expected = {**one.scores, **{name: moment for name, moment in one.moments.items() if moment.dim() == 1}}
@@ -174,12 +180,29 @@ open(f"{folder}/{{state.process_index}}.json", "w").write(json.dumps(costs))  # 
 
 
 def test_costs_of_removal_in_two_processes_equal_those_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(COSTS.format(tests=os.path.dirname(tiny.__file__), folder=tmp_path))  # noqa: PTH120
-    launch(2, script)
+    launch(2, script(tmp_path, COSTS, folder=tmp_path))
     for rank in range(2):
         for metric, costs in json.loads((tmp_path / f"{rank}.json").read_text()).items():
             assert costs == pytest.approx(removal_costs(tiny.model(), tiny.blocks(7), metric).tolist(), rel=1e-5), metric
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from hf_minitron.__main__ import main
+assert main(sys.argv[1:]) == 0
+left = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in left), left
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_the_command_leaves_no_thread_of_its_process_group(project, tmp_path):
+    """Such a thread may let go of a tensor while the interpreter ends, which aborts the process."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**project["recipe"], "run": str(tmp_path / "run")}))
+    for stage in ("score", "prune", "distill"):
+        launch(2, script(tmp_path, COMMAND), stage, recipe)
 
 
 def test_the_command_distills_in_two_processes(project, tmp_path):
@@ -211,11 +234,8 @@ def test_evaluation_in_two_processes_equals_that_in_one(project, tmp_path):
     for name, changes in {"teacher": {}, "student": {"intermediate_size": 48, "seed": 1}}.items():
         tiny.model(dtype=torch.float32, **changes).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    script = tmp_path / "script.py"
-    values = {"tests": os.path.dirname(tiny.__file__), "folder": tmp_path, "tasks": str(project["folder"] / "tasks")}  # noqa: PTH120
-    script.write_text(EVALUATION.format(**values))
     for processes in (1, 2):
-        launch(processes, script)
+        launch(processes, script(tmp_path, EVALUATION, folder=tmp_path, tasks=str(project["folder"] / "tasks")))
     one, *two = ([*numbers(json.loads((tmp_path / f"{name}.json").read_text()))] for name in ("1-0", "2-0", "2-1"))
     assert len(one) > 100
     for found in two:
@@ -242,10 +262,8 @@ def test_a_model_split_over_two_processes_is_measured_as_a_whole_one(tmp_path):
     for name, changes in {"teacher": {}, "student": {"intermediate_size": 48, "seed": 1}}.items():
         tiny.model(dtype=torch.float32, **changes).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)
-    script = tmp_path / "script.py"
-    script.write_text(SPLIT_MODEL.format(tests=os.path.dirname(tiny.__file__), folder=tmp_path))  # noqa: PTH120
     for processes in (1, 2):
-        launch(processes, script)
+        launch(processes, script(tmp_path, SPLIT_MODEL, folder=tmp_path))
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0"))
     assert two["models"] == one["models"]
     found, expected = ([*numbers(r["entries"])] for r in (two, one))
@@ -300,8 +318,7 @@ assert not any(folder.iterdir()), "what the others waited for is deleted"
 
 
 def test_processes_that_wait_for_the_first_one_are_in_no_collective_call(tmp_path):
-    (tmp_path / "script.py").write_text(PATIENT)
-    launch(2, tmp_path / "script.py", tmp_path / "run")
+    launch(2, script(tmp_path, PATIENT), tmp_path / "run")
 
 
 FAILING = """
@@ -331,10 +348,9 @@ DistillationTrainer(student, teacher, args, train_dataset=tiny.blocks(), callbac
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "raised"])
 def test_a_rank_that_fails_ends_all_within_seconds(tmp_path, how):
-    (tmp_path / "script.py").write_text(FAILING.format(tests=str(Path(__file__).parent)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(tmp_path / "script.py"), str(tmp_path / "out"), how]
+    command = [*launcher, str(script(tmp_path, FAILING)), str(tmp_path / "out"), how]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert any("failing now" in line for line in started.stdout)
     _, errors = started.communicate(timeout=45)  # torchrun itself looks every few seconds
