@@ -13,7 +13,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
-from test_accelerate import launch
+from test_accelerate import launch, script
 from test_distillation import RAGGED, arguments, gradients
 from transformers import DataCollatorWithFlattening
 
@@ -628,10 +628,8 @@ write_cache(tiny.model(dtype=tiny.torch.float32), tiny.blocks(70), sys.argv[1], 
 
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(tiny.__file__).parent)))
     for processes in (1, 2):
-        launch(processes, script, tmp_path / str(processes))
+        launch(processes, script(tmp_path, SCRIPT), tmp_path / str(processes))
     assert files(tmp_path / "1") == files(tmp_path / "2")
     assert len(files(tmp_path / "1")) == 15
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from test_accelerate import launch
+from test_accelerate import launch, script
 from test_distillation import arguments, full_loss
 from transformers import AutoModelForCausalLM
 
@@ -734,10 +734,8 @@ for name, more in dict(dispatched={{}}, own={{"accelerator_config": {{"dispatch_
 
 @pytest.mark.slow
 def test_two_processes_share_a_stream(texts):
-    script = texts / "script.py"
-    script.write_text(SCRIPT.format(tests=str(tiny.Path(tiny.__file__).parent), texts=str(texts)))
     for processes, batch in ((1, 2), (2, 1)):
-        launch(processes, script, batch)
+        launch(processes, script(texts, SCRIPT, texts=str(texts)), batch)
     for name in ("dispatched", "own"):
         one, two = (json.loads((texts / f"{name}-{batch}-0.json").read_text()) for batch in (2, 1))
         assert two[0] == pytest.approx(one[0], rel=1e-6)

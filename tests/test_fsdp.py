@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_accelerate import launch
+from test_accelerate import launch, script
 from test_distillation import CONSTANT, RAGGED, arguments
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -94,8 +94,7 @@ def keep(path, history, state):
 def sharded(tmp_path_factory):
     """Every case, trained by two processes."""
     folder = tmp_path_factory.mktemp("sharded")
-    (folder / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    launch(2, folder / "script.py", folder)
+    launch(2, script(folder, SCRIPT), folder)
     return folder
 
 

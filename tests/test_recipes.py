@@ -20,7 +20,7 @@ from accelerate.utils import launch as launch_environments
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from datasets import Dataset
-from test_accelerate import launch
+from test_accelerate import launch, script
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -343,10 +343,9 @@ def test_models_sharded_as_fsdp2_says_learn_as_in_one_process(tmp_path, monkeypa
     """By accelerate's own function, whose units torch's `fully_shard` in test_accelerate.py need not be."""
     environment("fsdp2", monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # of what the Trainer would make of it on a CPU
-    script, histories = tmp_path / "script.py", []
-    script.write_text(SHARDED.format(tests=str(Path(__file__).parent)))
+    histories = []
     for processes in (1, 2):
-        launch(processes, script, tmp_path / "out")
+        launch(processes, script(tmp_path, SHARDED), tmp_path / "out")
         histories.append(json.loads((tmp_path / "out.json").read_text()))
     one, two = histories
     assert len(one) == 3
