@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import gc
 import logging
 import os
 import sys
@@ -31,7 +30,7 @@ from hf_minitron.stage import Stages
 from hf_minitron.stages import prune, publish
 from hf_minitron.stages.every import STAGES
 from hf_minitron.texts import COMMITS
-from hf_minitron.waiting import from_first
+from hf_minitron.waiting import end_group, from_first
 
 INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
@@ -92,8 +91,7 @@ def _main(argv: Sequence[str]) -> int:
             run_all(run, push)
     else:
         run_stages(run, [args.verb], push)
-    gc.collect()  # a trainer's cycles hold the group
-    state.destroy_process_group()  # gloo's threads let go of tensors late, which aborts a process that ends meanwhile
+    end_group()
     return 0
 
 

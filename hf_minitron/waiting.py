@@ -1,5 +1,6 @@
 """Waiting for another process on a file: a collective call would give up after ten minutes, and keep accelerators busy."""
 
+import gc
 import itertools
 import time
 from pathlib import Path
@@ -39,3 +40,9 @@ def from_first(folder: Path, value: T = None) -> T:
     if state.is_main_process:
         ready.unlink()
     return shared[0]
+
+
+def end_group() -> None:
+    """Free the process group and its threads: one of gloo's lets go of a tensor late, which aborts an interpreter that ends."""
+    gc.collect()  # a trainer, in cycles with itself, holds the group
+    PartialState().destroy_process_group()
