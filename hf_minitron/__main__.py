@@ -82,7 +82,7 @@ def _main(argv: Sequence[str]) -> int:
             print(publish.report(with_values(run, stored_values(run) or {}), args.open))
             return 0
     keep_freed_memory()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
+    PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
     push = _push(args)
     if args.verb == "run":
         if len(runs) > 1:
