@@ -23,7 +23,7 @@ from hf_minitron.__main__ import main as command
 from hf_minitron.checkpoint import best_device
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.text import perplexity
-from hf_minitron.inputs import read_json
+from hf_minitron.json_files import read_json
 
 BLOCK = 512
 TARGET = {"hidden": 512, "ffn": 1152}

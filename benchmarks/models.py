@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_minitron import load_text
 from hf_minitron.hub import plots
-from hf_minitron.inputs import read_json
+from hf_minitron.json_files import read_json
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.saving import save_config

@@ -16,10 +16,11 @@ from claims import PAPER
 from keep_cards import keep
 
 from hf_minitron import Report
-from hf_minitron.__main__ import STAGES
 from hf_minitron.evaluation.report import TEXT, Comparison
-from hf_minitron.evaluation.wording import markdown_table, measured, millions, quality_rows, sentence, speed_rows
-from hf_minitron.inputs import read_json
+from hf_minitron.evaluation.wording import measured, millions, quality_rows, sentence, speed_rows
+from hf_minitron.json_files import read_json
+from hf_minitron.stages.every import STAGES
+from hf_minitron.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"

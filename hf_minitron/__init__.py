@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-import hf_minitron.modeling  # noqa: F401  transformers' Auto classes know nonuniform models from here on
+from hf_minitron.registration import follow_transformers
 
 if TYPE_CHECKING:
     from hf_minitron.architecture.architecture import Architecture
@@ -70,3 +70,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOME]
+
+
+follow_transformers()  # so that its Auto classes know nonuniform models

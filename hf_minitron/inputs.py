@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
 from hf_minitron import formats
+from hf_minitron.json_files import read_json, write_whole
 from hf_minitron.model_files import pinned, revision_of
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.side_files import SIDE_FILES
@@ -243,19 +244,3 @@ def holds(path: Path, content: list) -> bool:
 def _load(path: Path) -> dict:
     content = read_json(path)
     return {key: mark for key, mark in content.items() if isinstance(mark, list) and mark}
-
-
-def read_json(path: Path) -> dict:
-    """Read a small file that a run keeps for itself; one that is absent or damaged says nothing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is never seen half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -1,39 +1,19 @@
-"""A recipe: a YAML file with one section per stage, and overrides, as typed arguments.
+"""A recipe as a run, and its sections as typed arguments.
 
-It knows no stage: `__main__` hands it the table of stages.
+It knows no stage: the command hands it the table of stages.
 """
 
 import dataclasses
-import difflib
-import math
-import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hf_minitron.errors import one_line
-from hf_minitron.hub.publish import TOKEN
-from hf_minitron.run import RecipeError, Run
-from hf_minitron.yaml_text import DEEPEST, load_yaml
-
-TOP_LEVEL = {
-    "run": "folder for everything the run makes",
-    "model": "the teacher: a folder or a Hub id",
-    "seed": "random seed",
-    "minutes": "time for all stages on this machine, which it measures first: tokens, steps and documents shrink to fit",
-}
-
-
-# A recipe is small: more than this is a mistake.
-LARGEST = 1_000_000
+from hf_minitron.recipe_file import arguments, read_recipe
+from hf_minitron.run import Run
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, type]) -> Run:
-    """Read a recipe, apply overrides, and refuse what no stage knows.
+    """Return the run of a recipe with overrides; refuse what no stage knows.
 
     Args:
         path (`Path`): The YAML file.
@@ -41,91 +21,12 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
         stages (`Mapping[str, type]`): Name of every stage to the dataclass of its section.
 
     Raises:
-        RecipeError: for an unreadable file, an unknown stage or key (with the nearest one), or a missing model.
+        RecipeError: as `read_recipe`.
     """
-    if not path.is_file():
-        raise RecipeError(f"No recipe at {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
-    check_no_token(text, f"the recipe {path}")
-    recipe = read_yaml(text, str(path)) or {}
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{path} holds a {type(recipe).__name__}, not sections by name")
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        section = recipe
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
-        section[last] = value
-    check_no_token(yaml.safe_dump(recipe, width=LARGEST), f"the recipe {path}")  # however it was written
-    _check_keys("recipe", recipe, [*TOP_LEVEL, *stages])
-    for stage, args in stages.items():
-        if not isinstance(recipe.get(stage) or {}, dict):
-            raise RecipeError(f"{stage}: {recipe[stage]!r} is not a section of key: value lines")
-        _check_keys(stage, recipe.get(stage) or {}, [field.name for field in dataclasses.fields(args) if field.init])
-    if not recipe.get("model"):
-        raise RecipeError(f"{path} names no model: add `model:` with a folder or a Hub id")
-    seed = recipe.get("seed", 0)
-    if type(seed) is not int or seed < 0:
-        raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
-    minutes = recipe.get("minutes", 1)
-    if not isinstance(minutes, int | float) or isinstance(minutes, bool) or not 0 < minutes < math.inf:
-        raise RecipeError(f"minutes: {minutes!r} is not a number above zero")
+    keys = {stage: [field.name for field in dataclasses.fields(args) if field.init] for stage, args in stages.items()}
+    recipe = read_recipe(path, overrides, keys)
     folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
-    return Run(folder, str(recipe["model"]), seed, recipe, path, stages)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Read YAML, with an error that says where it stands."""
-    if len(text) > LARGEST:
-        raise RecipeError(f"{where} has {len(text):,} characters; a recipe has at most {LARGEST:,}")
-    try:
-        return load_yaml(text)
-    except RecursionError:
-        raise RecipeError(f"{where} is nested deeper than the {DEEPEST} levels that a recipe may have") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
-        raise RecipeError(f"{where} is not YAML: {one_line(error)}") from error
-
-
-def check_no_token(text: str, where: str) -> None:
-    """Refuse an access token or key, which would be shown or published; it is not repeated.
-
-    Raises:
-        RecipeError: naming where it stands.
-    """
-    if TOKEN.search(text):
-        raise RecipeError(f"{where} holds an access token (hf_... or another's), which would be published: take it out, renew "
-                          "it, and use `hf auth login` or HF_TOKEN")  # fmt: skip
-
-
-def read_overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """Read `--section.key value` and `--section.key=value`.
-
-    Args:
-        rest (`Sequence[str]`): What is left of the command line.
-
-    Returns:
-        `dict[str, Any]`: Dotted key to value, as `load_recipe` takes them.
-
-    Raises:
-        RecipeError: for a word that is neither, a key without a value, or a value that is not YAML.
-    """
-    overrides, items = {}, list(rest)
-    while items:
-        item = items.pop(0)
-        if not item.startswith("--"):
-            raise RecipeError(f"Cannot read {item!r}: overrides are --section.key value")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            if not items:
-                raise RecipeError(f"--{key} needs a value")
-            value = items.pop(0)
-        overrides[key] = read_yaml(value, f"--{key} {value}")
-    return overrides
+    return Run(folder, str(recipe["model"]), recipe.get("seed", 0), recipe, path, stages)
 
 
 def bind(run: Run, stage: str, args_type: type) -> Any:
@@ -134,67 +35,4 @@ def bind(run: Run, stage: str, args_type: type) -> Any:
     Raises:
         RecipeError: naming the section, for a missing or an ill-typed value.
     """
-    section, values = run.section(stage), {}
-    declared = typing.get_type_hints(args_type)  # not the fields' types, which HfArgumentParser changes
-    for field in dataclasses.fields(args_type):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.name in section:
-            least = field.metadata.get("min")
-            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], declared[field.name], least)
-        elif required and field.init:
-            raise RecipeError(f"{stage}.{field.name} is missing: {field.metadata.get('help', '')}")
-    try:
-        return args_type(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{stage}: {error}") from error
-
-
-def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
-    for key in found:
-        if key not in known:
-            near = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
-
-
-def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> Any:
-    """Refuse a value that is not of the declared type; types beyond YAML's own are left to the dataclass."""
-    union = typing.get_origin(declared) in (typing.Union, types.UnionType)
-    kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
-    if not kinds <= _KINDS.keys():
-        return value
-    if bool in kinds and str not in kinds and isinstance(value, str):
-        value = YES_NO.get(value.lower(), value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    finite = number and abs(value) <= sys.float_info.max
-    if finite and int in kinds and value == int(value):
-        value = int(value)
-    elif finite and float in kinds:
-        value = float(value)
-    elif number or type(value) not in kinds:
-        quotes = "; put it in quotes" if number and str in kinds else ""
-        wanted = " or ".join(words for kind, words in _KINDS.items() if kind in kinds)
-        raise RecipeError(f"{name}: {value!r} is not {wanted}{quotes}")
-    if least is not None and value is not None and value < least:
-        raise RecipeError(f"{name}: {value} must be at least {least}")
-    for item in value if isinstance(value, list) else ():
-        if isinstance(item, list | dict):
-            raise RecipeError(f"{name}: {item!r} is no item of its list, which takes names and numbers; write [a, b]")
-    return value
-
-
-# Keys of before, and what they are called now.
-RENAMED = {"halves": "sublayers"}
-
-# Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.
-YES_NO = {"yes": True, "on": True, "no": False, "off": False}
-# The types of YAML, in words.
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    dict: "a section of key: value lines",
-    types.NoneType: "null",
-}
+    return arguments(run.section(stage), stage, args_type)

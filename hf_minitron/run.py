@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_minitron import inputs
-from hf_minitron.inputs import read_json, write_whole
+from hf_minitron.errors import RecipeError
+from hf_minitron.json_files import read_json, write_whole
 from hf_minitron.waiting import READY
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
@@ -30,10 +31,6 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 # Held by the process that works in a run's folder; the operating system lets go of it when that ends, however it ends.
 LOCK = "run.lock"
-
-
-class RecipeError(ValueError):
-    """A recipe or an override that cannot be run."""
 
 
 @dataclass(frozen=True)

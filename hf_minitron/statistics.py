@@ -14,7 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_minitron.inputs import write_whole
+from hf_minitron.json_files import write_whole
 
 RECORD, TABLES, MOMENTS = "statistics.json", "statistics.safetensors", "moments"
 

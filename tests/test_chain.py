@@ -11,13 +11,12 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from hf_minitron import __main__ as command
+from hf_minitron import command
+from hf_minitron.__main__ import main
 from hf_minitron.chain import placeholder_models
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
-
-main = command.main
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 from hf_minitron import Report
-from hf_minitron.evaluation.wording import markdown_table, millions, quality_rows
+from hf_minitron.evaluation.wording import millions, quality_rows
+from hf_minitron.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "runs/smollm2-135m-width"

@@ -22,9 +22,10 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, HfArgumentParser
 
-from hf_minitron.__main__ import _parser
+from hf_minitron.__main__ import parser
 from hf_minitron.architecture.family import FAMILIES
-from hf_minitron.recipe import bind, load_recipe, read_overrides
+from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import read_overrides
 from hf_minitron.stages.every import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +210,7 @@ def check_verb(words, project):
     if "--help" in words or len(words) == 1:
         assert words[0] in {"run", "plan", "report", *STAGES}
         return
-    args, rest = _parser().parse_known_args(words)
+    args, rest = parser().parse_known_args(words)
     overrides = read_overrides(rest)
     for recipe in args.recipe if isinstance(args.recipe, list) else [args.recipe]:
         own = "/" not in str(recipe)

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import yaml
 
-from hf_minitron.__main__ import check_stages, own_stages, plan_text, told
+from hf_minitron.command import check_stages, own_stages, plan_text, told
 from hf_minitron.data import check_first_block
 from hf_minitron.evaluation import tasks
-from hf_minitron.recipe import YES_NO, bind, load_recipe
+from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import YES_NO
 from hf_minitron.run import RecipeError
 from hf_minitron.stages.every import STAGES
 
@@ -103,7 +104,7 @@ def refusal(work):
 
 def check(path):
     run = load_recipe(path, {}, SECTIONS)
-    plan_text(run)
+    plan_text(run.recipe)
     check_stages(run, list(own_stages(run)), None)
 
 

@@ -18,7 +18,7 @@ from hf_minitron.evaluation.tasks import Tasks
 from hf_minitron.hub.facts import shorten
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.retry import retry
-from hf_minitron.recipe import read_yaml
+from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.side_files import side_files
 from hf_minitron.stages import distill, training
@@ -188,7 +188,7 @@ def test_what_an_interrupted_attempt_has_left_is_no_missing_space(project, check
     left = sum(path.stat().st_size for path in (checkpoints / "distill.tmp").rglob("*") if path.is_file())
     needed = []
     monkeypatch.setattr("hf_minitron.stages.training.require_space", lambda path, number, what: needed.append(number))
-    monkeypatch.setattr("hf_minitron.__main__.execute", lambda *args: None)
+    monkeypatch.setattr("hf_minitron.command.execute", lambda *args: None)
     for folder in (checkpoints, tmp_path / "fresh"):
         assert main(["distill", str(project["path"]), "--run", str(folder)]) == 0
     assert left > 100_000
@@ -343,7 +343,7 @@ def test_ctrl_c_says_one_line(project, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_minitron.__main__.run_stages", interrupted)
+    monkeypatch.setattr("hf_minitron.command.run_stages", interrupted)
     assert main(["score", str(project["path"])]) == 130
     assert capsys.readouterr().err == "\nStopped by Ctrl-C. Start the same command again to go on\n"
 

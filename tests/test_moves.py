@@ -171,7 +171,7 @@ def move_model(hub, **files):
 
 
 def test_a_model_that_moves_makes_stages_run_again_unless_only_its_card_does(models, project, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_minitron.__main__.time_allows", lambda *args: ({}, ""))  # which takes most of the time
+    monkeypatch.setattr("hf_minitron.command.time_allows", lambda *args: ({}, ""))  # which takes most of the time
     first = models.repos["me/tiny"]["refs"]["main"]
     recipe = {**project["recipe"], "run": str(tmp_path / "run"), "model": "me/tiny", "prune": {"target": {"ffn": 48}}}
     recipe["score"] = {**recipe["score"], "text": "me/data@v1:plain"}

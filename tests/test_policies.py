@@ -19,9 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-modeling errors yaml_text axes shape ranking plan probe architecture formats texts side_files model_kinds model_files inputs
-statistics data vocabulary mixture memory environment waiting head checkpoint tensors saving run stage execute pruning
-importance distillation evaluation hub recipe stages chain estimate __main__
+registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats texts side_files
+model_kinds model_files json_files inputs statistics data vocabulary mixture memory environment waiting head checkpoint tensors
+saving run stage execute pruning importance distillation evaluation hub recipe stages planning chain estimate command __main__
 """.split()
 
 
@@ -88,7 +88,7 @@ def test_sizes_and_docstrings(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
-COMMAND = "stages recipe run execute chain estimate __main__".split()
+COMMAND = "stages recipe recipe_file run execute planning chain estimate command __main__".split()
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_of(path).split(".")[0] not in COMMAND], ids=name_of)

@@ -22,12 +22,13 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
 from hf_minitron.evaluation.significance import compare_paired
-from hf_minitron.evaluation.wording import comparison_rows, markdown_table, measured, sentence
+from hf_minitron.evaluation.wording import comparison_rows, measured, sentence
 from hf_minitron.hub import publish as publishing
 from hf_minitron.hub.card import write_card
 from hf_minitron.hub.publish import Target, files_to_push, preview, push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.shape import Shape
+from hf_minitron.tables import markdown_table
 
 
 def report():

@@ -25,19 +25,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_minitron import DistillationArguments, DistillationTrainer
-from hf_minitron.__main__ import check_stages, own_stages, plan_text
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
 from hf_minitron.chain import placeholder_models, with_placeholders
 from hf_minitron.checkpoint import TensorSpec, write_sparse_checkpoint
+from hf_minitron.command import check_stages, own_stages, plan_text
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.evaluation.tasks import task_manager
 from hf_minitron.formats import text_files
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
-from hf_minitron.recipe import TOP_LEVEL, bind, load_recipe
+from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import TOP_LEVEL
 from hf_minitron.stages import prune
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.training import sources_of
@@ -162,7 +163,7 @@ def test_targets_are_held_by_a_class_and_of_the_size_they_say(name, tmp_path):
             layers = layer_parameters(architecture, before.sizes) * before["layers"]
             counts[1] += int(args.nonuniform * layers) - layers
         else:
-            text = plan_text(run)
+            text = plan_text(run.recipe)
             assert all(f" {count:,} |" in text for count in said)
             assert args.target
         assert said == counts

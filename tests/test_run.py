@@ -11,7 +11,8 @@ import yaml
 
 from hf_minitron import inputs
 from hf_minitron.inputs import text_files
-from hf_minitron.recipe import bind, load_recipe, read_yaml
+from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, again, begin, done_digest, finish
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import yaml
 
+from hf_minitron.errors import RecipeError
 from hf_minitron.hub import facts
-from hf_minitron.recipe import RecipeError, bind, load_recipe
+from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages import publish
 from hf_minitron.stages.every import STAGES
 from hf_minitron.yaml_text import dump_yaml, load_yaml

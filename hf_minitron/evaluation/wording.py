@@ -1,7 +1,7 @@
 """A report in words: titles, digits, sentences and tables, all made when they are shown."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
@@ -56,14 +56,6 @@ def sentence(found: Comparison) -> str:
     more = f"; about {_rounded(needed):,} would be needed for a difference of this size" if needed else ""
     return (f"{found.model} and {found.baseline} are not distinguishable on {metric} with these {found.samples:,} samples "
             f"({words}){more}.")  # fmt: skip
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows, the first of them a header, as a Markdown table with aligned columns: names left, numbers right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 def millions(parameters: int) -> str:

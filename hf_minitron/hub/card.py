@@ -13,7 +13,6 @@ from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
-    markdown_table,
     metric_rows,
     millions,
     sentence,
@@ -21,6 +20,7 @@ from hf_minitron.evaluation.wording import (
     speed_rows,
 )
 from hf_minitron.shape import Shape
+from hf_minitron.tables import markdown_table
 from hf_minitron.yaml_text import dump_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

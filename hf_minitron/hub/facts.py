@@ -17,9 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import hf_minitron
 from hf_minitron.architecture.config import pipeline_tag
+from hf_minitron.errors import TOKEN
 from hf_minitron.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
-from hf_minitron.hub.publish import TOKEN
 from hf_minitron.model_files import is_hub_id, pinned
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS

@@ -17,19 +17,14 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionN
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
 from hf_minitron.distillation.training_card import TAGS
-from hf_minitron.evaluation.wording import markdown_table
+from hf_minitron.errors import TOKEN
 from hf_minitron.hub.retry import retry, scrub, status_of
+from hf_minitron.tables import markdown_table
 
 REQUIRED = ("README.md", "config.json", "report.json", "plan.json", "recipe.yaml")
 INDEX = "model.safetensors.index.json"
 # The Hub's hard limits (https://huggingface.co/docs/hub/storage-limits, section "Explanations")
 MAX_FILE_BYTES, MAX_FILES_PER_FOLDER = 500 * 10**9, 10_000
-# Access tokens and keys, by the forms of those who issue them: the Hub, GitHub, GitLab, OpenAI and others, AWS, Google, Slack
-TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,}"
-    r"|glpat-[\w-]{20,}|sk-[\w-]{32,}|AKIA[0-9A-Z]{16}(?![0-9A-Z])|AIza[\w-]{35}|xox[abeprs]-[\w-]{20,})"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 BINARY = (".safetensors", ".bin", ".gguf", ".png", ".jpg", ".parquet", ".model")
 SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")  # a collection: its owner, its title and its id
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")  # one of these makes a repository one that holds a model

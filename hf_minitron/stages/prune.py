@@ -1,18 +1,15 @@
 """prune: keep the best-scored part of every axis and write the student as a stock checkpoint."""
 
 import logging
-from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
 
 from hf_minitron.architecture import outline as meta
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import check_not_quantized
-from hf_minitron.architecture.student import check_target, student_config, text_alone
+from hf_minitron.architecture.student import student_config, text_alone
 from hf_minitron.checkpoint import (
     NAMES,
     Checkpoint,
@@ -28,76 +25,22 @@ from hf_minitron.checkpoint import (
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import Plan, make_plan
-from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS, check_names
+from hf_minitron.pruning.compensate import check_names
 from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
-from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.shape import Shape
 from hf_minitron.side_files import side_files
 from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
+from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uses_rotation
 from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import CheckpointTensors
 
 logger = logging.getLogger(__name__)
-
-
-MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
-
-
-@dataclass(frozen=True)
-class Args:
-    """The `prune:` section."""
-
-    target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
-    nonuniform: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the layers' parameters that stays, each layer's heads and ffn as they matter; target: {} then."
-        },
-    )
-    multiple_of: dict = field(
-        default_factory=lambda: dict(MULTIPLE_OF),
-        metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
-    )
-    corrections: list = field(
-        default_factory=lambda: list(DEFAULT_CORRECTIONS),
-        metadata={
-            "help": f"How kept weights are corrected for dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
-        },
-    )
-    text_only: bool = field(
-        default=False,
-        metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},
-    )
-    max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
-
-
-def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
-    """Return the shapes before and after and the rows of the model, from `config.json` alone; refuse an illegal target."""
-    architecture = _teacher(model)
-    before = architecture.shape
-    after = before.cut_to(args.target, args.multiple_of)
-    check_target(architecture, after)
-    if args.text_only:
-        text_alone(architecture)
-    return before, after, architecture.rows
-
-
-def _teacher(model: str) -> Architecture:
-    config = AutoConfig.from_pretrained(resolve(model))
-    check_not_quantized(config, model)
-    return Architecture.of(config)
-
-
-def student_rows(args: Args, model: str) -> dict[str, str]:
-    """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
-    architecture = _teacher(model)
-    student = untied(architecture) if uses_rotation(args) else architecture
-    return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
@@ -110,7 +53,7 @@ def outline(args: Args, model: str, folder: Path) -> None:
     if args.nonuniform is not None:
         raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
     before, after, _ = shapes(args, model)
-    architecture = _teacher(model)
+    architecture = teacher(model)
     architecture = untied(architecture) if uses_rotation(args) else architecture
     kept = before.first_layers(after["layers"], after.by_kind)
     config = student_config(architecture, Plan(before, after, {"layers": kept}))
@@ -123,20 +66,9 @@ def outline(args: Args, model: str, folder: Path) -> None:
     copy_side_files(resolve(model), folder, processors=not args.text_only)
 
 
-def uses_rotation(args: Args) -> bool:
-    """Return whether the student's stream is rotated."""
-    return "rotation" in args.corrections and "hidden" in args.target
-
-
 def uses_layer_merge(args: Args) -> bool:
     """Return whether to read what dropped layers added, with another pass over the text."""
     return "layer_merge" in args.corrections and "layers" in args.target
-
-
-def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
-    """Return the axes of a cut that changes more than masking would, with the reason."""
-    reasons = _teacher(model).inexact
-    return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
 
 
 def check(args: Args, run: Run) -> None:
@@ -169,12 +101,12 @@ def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
     names = args.corrections
     if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
         cut, names = ["heads", "kv_heads", "ffn"], [name for name in names if name != "head_residual"]
-    check_corrections(_teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
+    check_corrections(teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
 
 
 def check_nonuniform(args: Args, run: Run) -> None:
     """Refuse what a nonuniform cut cannot be made with."""
-    architecture, score = _teacher(run.model), run.section("score")
+    architecture, score = teacher(run.model), run.section("score")
     if not 0 < args.nonuniform < 1:
         raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
     if args.target:

@@ -16,7 +16,7 @@ from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, write_card
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.publish import Target, check_no_token
-from hf_minitron.inputs import read_json
+from hf_minitron.json_files import read_json
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.side_files import side_files

@@ -25,7 +25,7 @@ from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape, ShapeError
 from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, evaluate
-from hf_minitron.stages.prune import MULTIPLE_OF
+from hf_minitron.stages.target import MULTIPLE_OF
 from hf_minitron.statistics import Statistics
 
 FOLDER = "candidates"

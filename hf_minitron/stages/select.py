@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_minitron.evaluation.report import Entry, Report
-from hf_minitron.evaluation.wording import markdown_table, measured, millions
+from hf_minitron.evaluation.wording import measured, millions
 from hf_minitron.hub.plots import plot_candidates
-from hf_minitron.recipe import bind, read_yaml
+from hf_minitron.recipe import bind
+from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, Run, damaged, done_digest
 from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, evaluate, prune, score, search
+from hf_minitron.tables import markdown_table
 from hf_minitron.yaml_text import dump_yaml
 
 CANDIDATE = (score.STAGE, prune.STAGE, distill.STAGE, evaluate.STAGE)

@@ -1,0 +1,57 @@
+"""`hf-minitron plan`: what a recipe's target costs, from `config.json` alone."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_minitron.errors import RecipeError, told
+from hf_minitron.recipe_file import KEYS, arguments, read_recipe
+from hf_minitron.shape import Shape
+from hf_minitron.stages import target
+from hf_minitron.tables import markdown_table
+
+
+def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
+    """Print the plan of a recipe; return the command's exit code."""
+    with told():
+        recipe = read_recipe(args.recipe, overrides, dict.fromkeys(KEYS["stages"]))
+        print(plan_text(recipe, args.context))
+    return 0
+
+
+def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:
+    """Say what the target shape costs beside the teacher, from `config.json` alone; at a context of so many tokens as well."""
+    if context is not None and context < 1:
+        raise RecipeError(f"--context: {context} is not a number of tokens from 1 on")
+    args, model = arguments(recipe.get("prune") or {}, "prune", target.Args), str(recipe["model"])
+    before, after, rows = target.shapes(args, model)
+    stored = target.teacher(model).config.dtype or torch.float32
+    size = stored.itemsize
+
+    def costs(shape: Shape, rows: Mapping[str, str]) -> dict[str, int]:
+        parameters = shape.num_parameters(rows)
+        found = shape.axes | {
+            "parameters": parameters,
+            f"bytes ({str(stored).removeprefix('torch.')})": parameters * size,
+            "KV-cache bytes per token": shape.kv_cache_bytes_per_token(size),
+            "FLOPs per token": shape.flops_per_token(rows),
+        }
+        if context:
+            found[f"cache bytes at {context:,} tokens"] = shape.cache_bytes(context, size)
+            found[f"FLOPs per token at {context:,} tokens"] = shape.flops_per_token(rows, context)
+        return found | ({"state bytes": shape.state_bytes(size)} if shape.states else {})
+
+    table = [["", "before", "after", ""]]
+    for (name, old), new in zip(
+        costs(before, rows).items(), costs(after, target.student_rows(args, model)).values(), strict=True
+    ):
+        table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
+    inexact = target.inexact(model, before, after)
+    if args.nonuniform is not None:
+        share = f"{args.nonuniform:.0%} of the layers' parameters stay"
+        inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact
+    if target.uses_rotation(args):
+        inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
+    return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())

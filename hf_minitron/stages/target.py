@@ -1,0 +1,79 @@
+"""The `prune:` section, and the sizes that it asks for: from `config.json` alone, which `hf-minitron plan` looks at."""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import check_not_quantized
+from hf_minitron.architecture.student import check_target, text_alone
+from hf_minitron.model_files import resolve
+from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
+from hf_minitron.pruning.rotate import untied
+from hf_minitron.shape import CUTTABLE, Shape
+
+MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
+
+
+@dataclass(frozen=True)
+class Args:
+    """The `prune:` section."""
+
+    target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
+    nonuniform: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the layers' parameters that stays, each layer's heads and ffn as they matter; target: {} then."
+        },
+    )
+    multiple_of: dict = field(
+        default_factory=lambda: dict(MULTIPLE_OF),
+        metadata={"help": "Divisors of new sizes; GPUs like multiples of 8 at least, 64 for tensor parallel."},
+    )
+    corrections: list = field(
+        default_factory=lambda: list(DEFAULT_CORRECTIONS),
+        metadata={
+            "help": f"How kept weights are corrected for dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
+        },
+    )
+    text_only: bool = field(
+        default=False,
+        metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},
+    )
+    max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
+
+
+def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
+    """Return the shapes before and after and the rows of the model, from `config.json` alone; refuse an illegal target."""
+    architecture = teacher(model)
+    before = architecture.shape
+    after = before.cut_to(args.target, args.multiple_of)
+    check_target(architecture, after)
+    if args.text_only:
+        text_alone(architecture)
+    return before, after, architecture.rows
+
+
+def teacher(model: str) -> Architecture:
+    """Return the architecture of a run's model, from its small files alone; refuse a quantized one."""
+    config = AutoConfig.from_pretrained(resolve(model, weights=False))
+    check_not_quantized(config, model)
+    return Architecture.of(config)
+
+
+def student_rows(args: Args, model: str) -> dict[str, str]:
+    """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
+    architecture = teacher(model)
+    student = untied(architecture) if uses_rotation(args) else architecture
+    return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
+
+
+def uses_rotation(args: Args) -> bool:
+    """Return whether the student's stream is rotated."""
+    return "rotation" in args.corrections and "hidden" in args.target
+
+
+def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
+    """Return the axes of a cut that changes more than masking would, with the reason."""
+    reasons = teacher(model).inexact
+    return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}

@@ -1,0 +1,93 @@
+"""What the command imports before it answers, and what its help lists without importing anything."""
+
+import json
+import subprocess
+import sys
+
+import keys_table
+import pytest
+import transformers
+import yaml
+
+from hf_minitron.__main__ import main
+
+# Seconds of processor time each, or what brings them along.
+SLOW = {"torch", "transformers", "numpy", "scipy", "matplotlib", "peft", "datasets", "accelerate", "pandas", "lm_eval"}
+IMPORTED = """
+import sys
+from hf_minitron.__main__ import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as exit:
+    code = exit.code
+print("imported", code, *sys.modules)
+"""
+
+
+def imported(*argv):
+    """Exit code of a command in a process of its own, and the modules it imported."""
+    found = subprocess.run([sys.executable, "-c", IMPORTED, *map(str, argv)], capture_output=True, text=True)
+    assert found.stdout, found.stderr
+    _, code, *modules = found.stdout.splitlines()[-1].split()
+    return int(code), set(modules), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected", "message"),
+    [
+        (["--help"], 0, ""),
+        (["distill", "--help"], 0, ""),
+        (["plna", "recipe.yaml"], 1, "'plna' is not a verb; did you mean 'plan'?"),
+        (["run", "{recipe}", "--score.tokns", "9"], 1, "Unknown key 'tokns' in score; did you mean 'tokens'?"),
+        (["run", "{recipe}", "--distill.learning_rat", "1"], 1, "did you mean 'learning_rate'?"),
+        (["plan", "nowhere.yaml"], 1, "nowhere.yaml"),
+    ],
+)
+def test_help_and_typos_are_answered_before_any_library_is_imported(project, argv, expected, message):
+    code, modules, error = imported(*(word.format(recipe=project["path"]) for word in argv))
+    assert code == expected
+    assert message in error
+    assert not modules & SLOW
+    assert len(modules) < 300
+
+
+def test_plan_imports_what_a_model_without_weights_needs(project):
+    code, modules, error = imported("plan", project["path"])
+    assert code == 0, error
+    unneeded = {"peft", "datasets", "pandas", "matplotlib", "lm_eval", "transformers.trainer", "transformers.training_args"}
+    assert not modules & unneeded
+
+
+def test_nonuniform_models_are_known_whichever_package_is_imported_first():
+    code = "; ".join(
+        [
+            "from transformers import AutoConfig, AutoModelForCausalLM",
+            "config = AutoConfig.for_model('minitron_pruned')",
+            "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as known",
+            "print(known[type(config)].__name__)",
+        ]
+    )
+    found = subprocess.run([sys.executable, "-c", f"import hf_minitron; {code}"], capture_output=True, text=True)
+    assert found.stdout.strip() == "PrunedForCausalLM", found.stderr
+
+
+def test_the_help_lists_what_sections_hold():
+    written = json.loads(keys_table.FILE.read_text())
+    if written["transformers"] != transformers.__version__:
+        pytest.skip("written with another version of transformers")
+    assert written == json.loads(json.dumps(keys_table.table())), "python tests/keys_table.py"
+
+
+def test_help_shows_type_default_and_allowed_values(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    said = capsys.readouterr().out
+    assert "distill.learning_rate    Peak learning rate (2408.11796, table 4). (a number; default 0.0001)" in said
+    assert '(text: no, steps, epoch; default "no")' in said
+
+
+def test_a_recipe_that_is_no_file_is_told(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "x", "scor": {}}))
+    assert main(["plan", str(path)]) == 1
+    assert "Unknown key 'scor' in recipe; did you mean 'score'?" in capsys.readouterr().err
