@@ -1,6 +1,7 @@
 """The grammar of the axis map: patterns such as `"(heads head_dim) hidden"`, matching parameter names, taking indices.
 
-A pattern has one token per tensor dimension, C-ordered as in einops. A token that is a number is a size that no cut changes.
+A pattern has one token per tensor dimension, C-ordered as in einops; `a+b` is a concatenation, `groups|a|b` one in every
+group. A token that is a number is a size that no cut changes.
 """
 
 import math
@@ -16,7 +17,13 @@ from torch import Tensor
 Dim = tuple[tuple[str, ...], ...]
 
 _TERM = r"(?:\(\w+(?: \w+)*\)|\w+)"
-_DIM = re.compile(rf"{_TERM}(?:\+{_TERM})*")
+_DIM = re.compile(rf"{_TERM}(?:[+|]{_TERM})*")
+
+
+class ByGroup(tuple):
+    """A `Dim` whose terms lie side by side in every group: `groups|a|b`, where `groups` divides the first axes of the terms."""
+
+    groups: str = ""
 
 
 class AxisError(ValueError):
@@ -37,7 +44,16 @@ def parse(pattern: str) -> tuple[Dim, ...]:
     dims = dim_patterns(pattern)
     if " ".join(dims) != pattern:
         raise AxisError(f"Cannot read the pattern {pattern!r}: write axes, '(a b)' products and 'a+b' sums with one space")
-    return tuple(tuple(tuple(term.strip("()").split()) for term in terms(dim)) for dim in dims)
+    return tuple(map(_parse_dim, dims))
+
+
+def _parse_dim(dim: str) -> Dim:
+    found = tuple(tuple(term.strip("()").split()) for term in terms(dim))
+    if "|" not in dim:
+        return found
+    grouped = ByGroup(found[1:])
+    (grouped.groups,) = found[0]
+    return grouped
 
 
 def dim_patterns(pattern: str) -> list[str]:
@@ -97,16 +113,18 @@ def dim_index(dim: Dim, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) ->
     """
     if not dim_names(dim) & keep.keys():
         return None
-    indices, offset = [], 0
+    groups = sizes[dim.groups] if isinstance(dim, ByGroup) else 1
+    width, indices, offset = dim_size(dim, sizes) // groups, [], 0
     for term in dim:
         size = math.prod(sizes[axis] for axis in term)
-        index = torch.arange(offset, offset + size).view([sizes[axis] for axis in term])
+        index = torch.arange(size).view([sizes[axis] for axis in term])
         for position, axis in enumerate(term):
             if axis in keep:
                 index = index.index_select(position, keep[axis])
-        indices.append(index.flatten())
-        offset += size
-    return torch.cat(indices)
+        share = size // groups
+        indices.append(index.flatten() // share * width + index.flatten() % share + offset)
+        offset += share
+    return torch.cat(indices) if groups == 1 else torch.cat(indices).sort().values
 
 
 def join(shape: tuple[int, ...], parts: Iterable[Tensor]) -> Tensor:

@@ -47,8 +47,9 @@ SINCE = {
     **dict.fromkeys((
         "afmoe", "apertus1p5_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v32", "exaone", "exaone_moe", "flint",
         "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
-        "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral3", "nanochat", "sarvam_mla",
-        "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text",
+        "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral3", "nanochat", "olmo_hybrid",
+        "sarvam_mla", "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text",
+        "qwen3_5_text",
     ), NEWEST),
     "apertus": "4.56", "bitnet": "4.52", "deepseek_v2": "4.54", "diffllama": "4.48", "doge": "4.54", "dots1": "4.53",
     "ernie4_5": "4.54", "ernie4_5_moe": "4.54", "exaone4": "4.54", "flex_olmo": "4.57", "glm": "4.46", "glm4_moe": "4.54",
@@ -59,7 +60,7 @@ SINCE = {
     "arcee": "4.53", "cohere2": "4.48", "deepseek_v3": "4.51", "gemma2": "4.42", "gemma3": "4.50", "gemma3_text": "4.50",
     "glm4": "4.52", "glm4v": "4.53", "glm46v": "5.0",
     "idefics3": "4.46", "internvl": "4.52", "llava_onevision": "4.45", "mistral3": "4.50", "qwen2_vl": "4.45",
-    "qwen2_5_vl": "4.49", "qwen3_vl": "4.57", "smolvlm": "4.50",
+    "qwen2_5_vl": "4.49", "qwen3_vl": "4.57", "qwen3_vl_moe": "5.0", "smolvlm": "4.50",
     "gpt_oss": "4.55", "granite": "4.45", "ministral": "4.57", "minitron_pruned": "5.15", "nemotron": "4.44", "olmo2": "4.47",
     "qwen3": "4.51", "qwen3_moe": "4.51", "smollm3": "4.53", "vaultgemma": "4.57",
 }  # fmt: skip

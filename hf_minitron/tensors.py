@@ -1,6 +1,7 @@
 """`Tensors`: the parameters of a model, in memory or of a checkpoint on disk, under the names of its architecture."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.binding import Parameter
 from hf_minitron.architecture.config import auto_class, check_not_quantized
 from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
 from hf_minitron.model_files import resolve
@@ -92,6 +94,10 @@ class CheckpointTensors:
         for name, first in self.architecture.outline.tied.items():  # RoBERTa's head comes first in the model, and is not stored
             if name in stored_names and first not in self._stored_as:
                 self._stored_as[first] = name
+        self._chunks = {name: chunks for name, parts in self.architecture.parts.items() if (chunks := self._as_chunks(parts))}
+        for name, chunks in self._chunks.items():
+            self._stored_as = {part: stored for part, stored in self._stored_as.items() if stored not in chunks}
+            self._stored_as[name] = chunks[0]
         for name, stored in self._stored_as.items():
             if known[name].role != "passthrough" and not DTYPES[self.spec(name).dtype].is_floating_point:
                 raise ValueError(f"{stored!r} in {folder} is stored as {self.spec(name).dtype}; save the model as bfloat16, "
@@ -105,15 +111,32 @@ class CheckpointTensors:
 
     def on_disk(self, name: str) -> str:
         """Return the name that a tensor has in the files; one that they have not is as it is."""
-        return self._stored_as.get(name, name)
+        return name if name in self._chunks else self._stored_as.get(name, name)
 
     def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of a tensor, from the file's header."""
-        return self.checkpoint.specs[self._stored_as[name]]
+        spec = self.checkpoint.specs[self._stored_as[name]]
+        whole = name in self._chunks or self._turned(name)
+        return replace(spec, shape=self.architecture.stored[name].shape) if whole else spec
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, mapped from its file."""
-        return self.checkpoint.read(self._stored_as[name])
+        if name in self._chunks:
+            return torch.cat([self.checkpoint.read(chunk) for chunk in self._chunks[name]])
+        tensor = self.checkpoint.read(self._stored_as[name])
+        return tensor.transpose(1, 2) if self._turned(name) else tensor
+
+    def _as_chunks(self, parts: Sequence[Parameter]) -> list[str]:
+        """Return the names of the parts of a parameter where they were saved as equal chunks of it, not as what they are."""
+        names = [self._stored_as[part.name] for part in parts if part.name in self._stored_as]
+        shapes = [self.checkpoint.specs[name].shape for name in names]
+        alike = len(names) < len(parts) or all(shape == part.shape for shape, part in zip(shapes, parts, strict=True))
+        return [] if alike else names
+
+    def _turned(self, name: str) -> bool:
+        """Return whether the matrices of routed experts lie transposed in the files (Qwen3-VL's), as Transformers sees."""
+        shape, expected = self.checkpoint.specs[self._stored_as[name]].shape, self.architecture.stored[name].shape
+        return len(shape) == 3 and shape != expected and (shape[0], shape[2], shape[1]) == expected
 
     def _check_tied(self) -> None:
         """Refuse a head that is stored beside the embedding it is tied to, when it differs: Transformers would use it."""

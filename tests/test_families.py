@@ -37,6 +37,8 @@ INEXACT = {
     ("olmo2", "kv_heads"): 0.65,
     ("olmo3", "heads"): 0.52,
     ("olmo3", "kv_heads"): 0.50,
+    ("olmo_hybrid", "heads"): 0.16,
+    ("olmo_hybrid", "kv_heads"): 0.48,
     ("flex_olmo", "heads"): 0.28,
     ("flex_olmo", "kv_heads"): 0.75,
     ("olmoe", "hidden"): 0.29,  # with heads
@@ -74,6 +76,8 @@ CORRECTED = {
     ("olmo2", "kv_heads"): 0.61,
     ("olmo3", "heads"): 0.41,
     ("olmo3", "kv_heads"): 0.49,
+    ("olmo_hybrid", "heads"): 0.14,
+    ("olmo_hybrid", "kv_heads"): 0.50,
     ("flex_olmo", "heads"): 0.30,
     ("flex_olmo", "kv_heads"): 0.74,
     ("olmoe", "heads"): 0.30,
@@ -169,6 +173,9 @@ def masked(model, plan, narrow_gated=False):
         for name, module in modules.items():
             if name in ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm", "lm_head.norm"):  # of BERT's head
                 narrow_norm(module, torch.as_tensor(plan.keep["hidden"]), sizes["hidden"])
+            if name in architecture.weights and architecture.weights[name].role in ("output", "down"):
+                if isinstance(module, torch.nn.Linear):  # some attention reads the stream without a norm
+                    hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
             embedding = isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]
             if embedding or name.endswith(("embeddings_project", "embedding_hidden_mapping_in", "map_inputs_layer")):
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
@@ -413,7 +420,7 @@ ON_PAGE = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), r
 
 
 def test_how_many_types_of_the_mapping_work():
-    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 131
+    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 132
 
 
 @ON_PAGE
@@ -599,6 +606,23 @@ def test_checkpoints_as_they_lie_on_the_hub(model_type, change, tmp_path):
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
     loaded = tiny.load_complete(tmp_path / "student")
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
+
+
+def test_parts_that_transformers_saves_as_equal_chunks_have_their_own_sizes_on_the_hub(tmp_path):
+    """The convolutions of query, key and value of OLMo-Hybrid; both kinds of checkpoint give the same student."""
+    teacher = tiny.model("olmo_hybrid", dtype=torch.float32)
+    plan = plan_for(teacher, hidden=24, ssm_heads=4)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tensors, convolution = load_file(tmp_path / "teacher" / "model.safetensors"), "model.layers.2.linear_attn.conv1d.weight"
+    chunks = [convolution.replace("conv1d", f"{part}_conv1d") for part in "qkv"]
+    assert [len(tensors[name]) for name in chunks] == [26, 26, 24]
+    own = torch.cat([tensors[name] for name in chunks]).split([10, 10, 56])
+    tensors |= {name: part.clone() for name, part in zip(chunks, own, strict=True)}
+    save_file(tensors, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    loaded = tiny.load_complete(tmp_path / "student")
+    assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
+    assert [len(load_file(tmp_path / "student" / "model.safetensors")[name]) for name in chunks] == [10, 10, 28]
 
 
 def test_experts_that_are_fused_on_disk_too(tmp_path):

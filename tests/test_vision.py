@@ -6,6 +6,7 @@ import pytest
 import tiny
 import tiny_vision
 import torch
+from safetensors.torch import load_file, save_file
 from test_distillation import arguments
 from test_families import logits, masked, plan_for, relative, rename, vector
 from transformers import AutoModelForImageTextToText
@@ -22,17 +23,18 @@ from hf_minitron.tensors import ModelTensors
 
 TYPES = tuple(tiny_vision.SETTINGS)
 # Those that are like another one, but for names.
-ALIKE = ("glm46v", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen3_5_moe", "smolvlm", "vipllava")
+ALIKE = ("glm46v", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwen3_5_moe", "qwen3_vl_moe", "smolvlm",
+         "vipllava")  # fmt: skip
 # What gives image features of the hidden width, and of those that are as wide inside, the second matrix.
 GIVERS = {
     "qwen2_vl": ["model.visual.merger"],
     "qwen2_5_vl": ["model.visual.merger"],
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), ["model.visual.merger"]),
-    "qwen3_vl": ["model.visual.merger", "model.visual.deepstack_merger_list.0"],
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), ["model.visual.merger", "model.visual.deepstack_merger_list.0"]),
     "idefics3": ["model.connector"],
     "smolvlm": ["model.connector"],
 }
-GLM, HYBRIDS, MIXTURES = ("glm4v", "glm46v"), ("qwen3_5", "qwen3_5_moe"), ("qwen3_5_moe",)
+GLM, HYBRIDS, MIXTURES = ("glm4v", "glm46v"), ("qwen3_5", "qwen3_5_moe"), ("qwen3_5_moe", "qwen3_vl_moe")
 SECOND = "model.multi_modal_projector.linear_2"
 
 
@@ -131,6 +133,19 @@ def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
     assert_same(again, loaded)
+
+
+def test_experts_that_lie_transposed_on_the_hub_are_turned(tmp_path):
+    """As Qwen3-VL-30B-A3B's; the student's experts have as many columns as rows, which Transformers takes as they lie."""
+    teacher = tiny_vision.model("qwen3_vl_moe", torch.float32)
+    plan = plan_for(teacher, hidden=24, ffn=12)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tensors = load_file(tmp_path / "teacher" / "model.safetensors")
+    turned = {name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in tensors.items()}
+    save_file(turned, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    assert_same(tiny.load_complete(tmp_path / "teacher", AutoModelForImageTextToText), teacher)
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    assert_same(tiny.load_complete(tmp_path / "student", AutoModelForImageTextToText), prune_model(teacher, plan))
 
 
 @pytest.mark.parametrize("model_type", marked(TYPES))

@@ -19,7 +19,8 @@ from hf_minitron.pruning.prune import prune_checkpoint
 
 # What vision models have in their names on the Hub and in transformers 4, and not in 5.
 INSIDE = dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision"), "vision_model.")
-NOT_IN_4 = ("glm46v", "qwen3_5", "qwen3_5_moe", "vipllava")  # of the last, a key of config.json had another name
+# Experts of qwen3_vl_moe lay transposed; of vipllava, a key of config.json had another name.
+NOT_IN_4 = ("glm46v", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "vipllava")
 LOAD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file

@@ -91,6 +91,11 @@ SETTINGS = {
         {**QWEN, **WIDE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         QWEN_IDS,
     ),
+    "qwen3_vl_moe": (
+        {**tiny.NARROW, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1]}, "mlp_only_layers": [1]},
+        {**QWEN, **WIDE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        QWEN_IDS,
+    ),
     "qwen3_5": (
         {**tiny.DELTA, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1], "partial_rotary_factor": 1.0}},
         {**QWEN, **WIDE, "num_position_embeddings": 16},

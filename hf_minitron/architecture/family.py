@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import alibi, bert, gpt, hybrid, llama, mla, moe
+from hf_minitron.architecture import alibi, bert, delta, gpt, hybrid, llama, mla, moe
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(**table) for name, table in (gpt.TABLES | alibi.TABLES | bert.TABLES).items()},
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
-    **{name: Family(**table) for name, table in hybrid.TABLES.items()},
+    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES).items()},
 }
 
 

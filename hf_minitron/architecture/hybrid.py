@@ -7,10 +7,10 @@ is a head of one number.
 """
 
 from hf_minitron.architecture.llama import ATTENTION_ROWS, CONFIG_KEYS, EMBEDDING_ROWS, HEAD_ROWS, MLP_ROWS
-from hf_minitron.architecture.moe import DENSE_LAYER_ROWS, EXPERT_ROWS, QWEN_MOE_KEYS, ROUTER_KEYS, ROUTER_ROWS, SHARED_ROWS
+from hf_minitron.architecture.moe import EXPERT_ROWS, QWEN_MOE_KEYS, ROUTER_KEYS, ROUTER_ROWS
 
 ALL, ATTENTION, MAMBA = "model.layers.{layers}", "model.layers.{attention_layers}", "model.layers.{mamba_layers}"
-LINEAR, CONV = "model.layers.{linear_layers}.linear_attn", "model.layers.{conv_layers}.conv"
+CONV = "model.layers.{conv_layers}.conv"
 DENSE, MOE = "model.layers.{dense_layers}.feed_forward", "model.layers.{moe_layers}.feed_forward"
 
 # What the gated norm behind a Mamba-2 or its like sees.
@@ -58,44 +58,6 @@ def _norm_rows(norms: tuple[str, ...]) -> dict[str, str]:
 NORMS = (f"{ALL}.input_layernorm", f"{ALL}.post_attention_layernorm", f"{ALL}.pre_ff_layernorm", "model.norm",
          "model.final_layernorm")  # fmt: skip
 OUTER_ROWS = EMBEDDING_ROWS | HEAD_ROWS | _norm_rows(NORMS)
-
-# qwen3_5: gated delta net; q_proj gives the query and a gate of every head.
-GATED_ATTENTION_ROWS = SOME_ATTENTION_ROWS | {f"{ATTENTION}.self_attn.q_proj.weight": "(heads query_and_gate head_dim) hidden"}
-DELTA = "(ssm_groups key_dim)+(ssm_groups key_dim)+(ssm_heads value_dim)"
-DELTA_ROWS = {
-    f"{LINEAR}.in_proj_qkv.weight": f"{DELTA} hidden",
-    f"{LINEAR}.in_proj_z.weight": "(ssm_heads value_dim) hidden",
-    f"{LINEAR}.in_proj_b.weight": "ssm_heads hidden",
-    f"{LINEAR}.in_proj_a.weight": "ssm_heads hidden",
-    f"{LINEAR}.conv1d.weight": f"{DELTA} one kernel",
-    f"{LINEAR}.dt_bias": "ssm_heads",
-    f"{LINEAR}.A_log": "ssm_heads",
-    f"{LINEAR}.norm.weight": "value_dim",
-    f"{LINEAR}.out_proj.weight": "hidden (ssm_heads value_dim)",
-}
-# qwen3_next: the heads of a group lie together in one projection, q, k, v and z; they stay as they are
-NEXT_DELTA_ROWS = {
-    f"{LINEAR}.in_proj_qkvz.weight": "linear_qkvz hidden",
-    f"{LINEAR}.in_proj_ba.weight": "linear_ba hidden",
-    f"{LINEAR}.conv1d.weight": "linear_qkv one kernel",
-    f"{LINEAR}.dt_bias": "linear_heads",
-    f"{LINEAR}.A_log": "linear_heads",
-    f"{LINEAR}.norm.weight": "value_dim",
-    f"{LINEAR}.out_proj.weight": "hidden linear_values",
-}
-DELTA_KEYS = {
-    "ssm_heads": "linear_num_value_heads",
-    "ssm_groups": "linear_num_key_heads",
-    "key_dim": "linear_key_head_dim",
-    "value_dim": "linear_value_head_dim",
-}
-QWEN_MOE_ROWS = ROUTER_ROWS | EXPERT_ROWS | SHARED_ROWS
-QWEN3_5_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | DELTA_ROWS | MLP_ROWS
-QWEN3_5_KEYS = CONFIG_KEYS | DELTA_KEYS
-QWEN3_5_MOE_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | DELTA_ROWS | QWEN_MOE_ROWS
-QWEN3_5_MOE_KEYS = QWEN_MOE_KEYS | DELTA_KEYS
-QWEN3_NEXT_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | NEXT_DELTA_ROWS | QWEN_MOE_ROWS | DENSE_LAYER_ROWS
-QWEN3_NEXT_KEYS = QWEN_MOE_KEYS | {"key_dim": "linear_key_head_dim"}
 
 # nemotron_h: every layer is one norm and one mixer: Mamba-2, attention, an MLP or routed experts
 NEMOTRON_NORMS = (f"{ALL}.norm", "model.norm_f")
@@ -235,9 +197,6 @@ MAMBA2_STATE = (
     "(ssm_heads ssm_dim ssm_state)+(ssm_heads ssm_dim kernel)+(ssm_groups ssm_state kernel)+(ssm_groups ssm_state kernel)"
 )
 MAMBA1_STATE = "(ssm_heads ssm_state)+(ssm_heads kernel)"
-DELTA_STATE = (
-    "(ssm_heads value_dim key_dim)+(ssm_groups key_dim kernel)+(ssm_groups key_dim kernel)+(ssm_heads value_dim kernel)"
-)
 MAMBA2_STATES = {"states": {"mamba_layers": MAMBA2_STATE}}
 
 SSM_AS_HIDDEN = {"ssm_heads": "hidden"}  # the class computes the width of Mamba from hidden
@@ -249,17 +208,6 @@ LFM2_TABLE = {"norms": LFM2_NORMS, "roles": LFM2_ROLES, "follows": LFM2_FOLLOWS,
 
 # What makes the family of each model type.
 TABLES = {
-    "qwen3_5_text": {
-        "rows": QWEN3_5_ROWS, "norms": NORMS, "config_keys": QWEN3_5_KEYS, "states": {"linear_layers": DELTA_STATE},
-        "pre_norm_residual": True,
-    },
-    "qwen3_5_moe_text": {
-        "rows": QWEN3_5_MOE_ROWS, "norms": NORMS, "config_keys": QWEN3_5_MOE_KEYS, "states": {"linear_layers": DELTA_STATE},
-    },
-    "qwen3_next": {
-        "rows": QWEN3_NEXT_ROWS, "norms": NORMS, "config_keys": QWEN3_NEXT_KEYS, "only_ffn": "dense_ffn",
-        "states": {"linear_layers": "(linear_values key_dim)+(linear_qkv kernel)"},
-    },
     "nemotron_h": {
         **GATED, "rows": NEMOTRON_ROWS, "norms": NEMOTRON_NORMS, "config_keys": NEMOTRON_KEYS, "roles": NEMOTRON_ROLES,
         "only_ffn": "dense_ffn",

@@ -1,7 +1,7 @@
 """Names on disk: what Transformers' conversion mapping calls the parameters of a model in its checkpoints."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -36,8 +36,16 @@ def stored_rows(row: str, pattern: str, model: Outline, shape: Shape) -> dict[st
     if list(found) == [row]:
         return {}
     patterns = _patterns(pattern, list(found))
-    fits = all(axes.tensor_shape(part, shape.sizes) == found[name] for name, part in patterns.items())
-    return patterns if fits else {}
+    sizes = {name: axes.tensor_shape(part, shape.sizes) for name, part in patterns.items()}
+    fits = all(size == found[name] for name, size in sizes.items())
+    # Transformers may save equal chunks of what it has joined from parts of different sizes
+    return patterns if fits or _joined(sizes.values()) == _joined(found.values()) == tuple(tensor.shape) else {}
+
+
+def _joined(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of tensors put together along their first dimension."""
+    first, *_ = shapes = list(shapes)
+    return sum(shape[0] for shape in shapes), *first[1:]
 
 
 def _patterns(pattern: str, names: Sequence[str]) -> dict[str, str]:

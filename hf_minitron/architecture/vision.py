@@ -72,7 +72,6 @@ DEEPSTACK = Tower(
     text={"model_type": "qwen3"},
 )
 FC2_ALONE = Tower(LANGUAGE_MODEL, FC2, follows={"vision_config.out_hidden_size": "hidden"})
-
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower(LANGUAGE_MODEL, {"model.multi_modal_projector.mm_input_projection_weight": "_ hidden"}),
     "glm4v": GLM,
@@ -88,6 +87,7 @@ TOWERS: dict[str, Tower] = {
     "qwen3_5": FC2_ALONE,
     "qwen3_5_moe": FC2_ALONE,
     "qwen3_vl": DEEPSTACK,
+    "qwen3_vl_moe": replace(DEEPSTACK, text={"model_type": "qwen3_moe"}),
     "smolvlm": ONE_MATRIX,
     "vipllava": TWO_LAYERS,
 }
