@@ -2,27 +2,36 @@
 
 Documents are packed one after another with the end token between them and cut into blocks of equal
 length, so that no block is padded. Where the tokenizer begins a text with a BOS token, so does every document and every block:
-some models (Gemma) read nothing well that does not begin with it. Blocks are made at once, or, of a stream, as they are
-asked for.
+some models (Gemma) read nothing well that does not begin with it. Blocks are made once and mapped into memory: any row is read
+at once, so training goes on at any step without reading what was before.
 """
 
 import hashlib
 import logging
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
 from math import ceil
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_minitron.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, small_dtype
 from hf_minitron.formats import text_files
+from hf_minitron.shards import tables_of, write_blocks
 from hf_minitron.texts import load_text, unreadable
 
 logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 64  # documents handed to the tokenizer at a time
+_FEW = 20_000  # documents that one process tokenizes as fast as several
+_STREAMS = 8  # processes that read a stream
+_BUFFER = {"buffer_size": 10_000}  # documents among which a stream is shuffled
 
 
 def adds_bos_token(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None = None) -> bool:
@@ -50,53 +59,57 @@ def token_blocks(
     max_tokens: int | None = None,
     seed: int | None = None,
     cross_documents: bool = True,
-    shuffle_buffer: int = 10_000,
     name: str = "The text",
     add_bos_token: bool | None = None,
-) -> Dataset | IterableDataset:
+    labels: bool | None = None,
+    folder: Path | None = None,
+) -> Dataset:
     """Pack documents into token sequences of one length: blocks, or packed sequences.
 
+    Many documents are tokenized by one process for each core, those of a stream while they are read. Token ids take two bytes,
+    or four where the vocabulary has more than 65,536.
+
     Args:
-        documents (`Dataset` or `IterableDataset`): One document per row, in a column `text`. Of a stream, blocks are made as
-            they are asked for; it never ends: when the documents do, they are read again in another order, so that a Trainer
-            sees one long epoch and finds its place in it after an interruption.
+        documents (`Dataset` or `IterableDataset`): One document per row, from `load_text`. A stream is read as far as needed.
         tokenizer (`PreTrainedTokenizerBase`): The teacher's; its end token separates documents.
         block_size (`int`): Tokens per block.
-        max_tokens (`int`, *optional*): Stop when this many tokens are packed; all text (a stream: never) when left out.
-        seed (`int`, *optional*): Shuffle the documents with it first.
+        max_tokens (`int`, *optional*): Stop when this many tokens are packed; all text when left out.
+        seed (`int`, *optional*): Shuffle the documents with it first: all of them; of a stream its files, and 10,000 documents
+            at a time.
         cross_documents (`bool`, *optional*, defaults to `True`): Whether tokens attend to the documents before theirs in the
             block, as is usual in pretraining (Megatron's default, and so the papers'). Otherwise attention is
             document-masked: every row has `position_ids` that start again at each document, from which Transformers makes
             the mask.
-        shuffle_buffer (`int`, *optional*, defaults to 10,000): Documents among which a stream is shuffled; they are in memory.
         name (`str`, *optional*): What errors and warnings call the text.
         add_bos_token (`bool`, *optional*): Whether every document, and every block that begins in the midst of one, begins with
             the BOS token; as the tokenizer itself does when left out.
+        labels (`bool`, *optional*): Whether rows have `labels`, -100 at tokens that are not predicted; when left out, where
+            there are such: BOS tokens, and what is no answer in a chat.
+        folder (`Path`, *optional*): Where to write the blocks, as Arrow files that are mapped into memory; in memory when left
+            out.
 
     Returns:
-        `Dataset` or `IterableDataset`: One block per row, `input_ids` of length `block_size`; of the same length `position_ids`
-            for document-masked attention, and with BOS tokens `labels`, which are -100 there: a BOS token is not predicted. The
-            incomplete last block is left out.
+        `Dataset`: One block per row, `input_ids` of length `block_size`; of the same length `position_ids` for document-masked
+            attention, and `labels`. The incomplete last block is left out.
 
     Raises:
-        ValueError: when the text is too short for one block (a stream's: when the first block is asked for).
+        ValueError: when the text is too short for one block.
     """
     wanted = _blocks_wanted(tokenizer, block_size, max_tokens, name)
-    settings = {"tokenizer": tokenizer, "block_size": block_size, "cross_documents": cross_documents, "name": name}
-    settings["opening"] = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
-    if isinstance(documents, IterableDataset):
-        if seed is not None:
-            documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        stream = IterableDataset.from_generator(_again_and_again, gen_kwargs={"documents": documents, **settings})
-        return (stream if wanted is None else stream.take(wanted)).with_format("torch")
+    opening = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
+    columns = check_documents(documents, tokenizer, name)
     if seed is not None:
-        documents = documents.shuffle(seed=seed)
-    batches, number = documents.iter(_READ_TOGETHER), ceil(len(documents) / _READ_TOGETHER)
+        documents = documents.shuffle(seed=seed, **_BUFFER if isinstance(documents, IterableDataset) else {})
+    batches = _encoded(documents, Encoder(tokenizer, opening), _readers(documents))
+    number = None if isinstance(documents, IterableDataset) else ceil(len(documents) / _READ_TOGETHER)
+    packing = {"block_size": block_size, "cross_documents": cross_documents, "opening": opening, "name": name}
+    packing["labels"] = bool(opening) or has_labels(columns) if labels is None else labels
     with tqdm(batches, "Tokenizing", number, unit=" documents", unit_scale=_READ_TOGETHER, leave=False) as batches:
-        blocks = list(islice(_pack(batches, **settings), wanted))
+        tables = tables_of(_pack(batches, **packing), wanted)
+        blocks = concatenate_datasets(list(map(Dataset, tables))) if folder is None else write_blocks(folder, tables)
     if wanted is not None and len(blocks) < wanted:
         logger.warning("%s holds only %s of the %s blocks asked for", name, f"{len(blocks):,}", f"{wanted:,}")
-    return Dataset.from_dict({key: [block[key] for block in blocks] for key in blocks[0]}).with_format("torch")
+    return blocks.with_format("torch")
 
 
 def _blocks_wanted(tokenizer: PreTrainedTokenizerBase, block_size: int, max_tokens: int | None, name: str) -> int | None:
@@ -105,6 +118,22 @@ def _blocks_wanted(tokenizer: PreTrainedTokenizerBase, block_size: int, max_toke
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
     return None if max_tokens is None else max_tokens // block_size
+
+
+def bytes_per_token(
+    tokenizer: PreTrainedTokenizerBase, block_size: int, cross_documents: bool, add_bos_token: bool | None = None
+) -> int:
+    """Return the bytes that blocks take for a token of text, with arguments as for `token_blocks`: id, position and label."""
+    positions = 0 if cross_documents else np.dtype(small_dtype(block_size)).itemsize
+    return np.dtype(id_dtype(tokenizer)).itemsize + positions + 4 * adds_bos_token(tokenizer, add_bos_token)
+
+
+def check_documents(documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Return the columns of documents; refuse a tokenizer that cannot read what they hold."""
+    row = next(iter(documents.with_format(None)), {})
+    columns = documents.column_names or list(row)
+    check_encoder(columns, row, tokenizer, name)
+    return columns
 
 
 def check_first_block(
@@ -141,58 +170,94 @@ def check_first_block(
             documents.data.column("text").validate(full=True)  # that it is UTF-8, which nobody has looked at yet
         except ValueError as error:
             raise unreadable(source, error, files) from error
-    next(_pack(documents.iter(_READ_TOGETHER), tokenizer, block_size, True, source))
+    next(_pack(_encoded(documents, Encoder(tokenizer, [])), block_size, True, source))
     if not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
         raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
 
 
-def _again_and_again(documents: IterableDataset, name: str, **settings) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the blocks of a stream, pass after pass; every pass has its own order when the stream is shuffled."""
-    for epoch in count():
-        if epoch == 1:
-            logger.warning("%s is at its end and is read again", name)
-        documents.set_epoch(epoch)
-        yield from _pack(documents.iter(_READ_TOGETHER), name=name, **settings)
+def _readers(documents: Dataset | IterableDataset) -> int:
+    """Return how many processes read and tokenize.
+
+    Those of a stream share its files, so their number decides the order of the documents: it is the same on every machine.
+    """
+    if isinstance(documents, IterableDataset):
+        return min(documents.num_shards, _STREAMS) if documents.num_shards > 1 else 0
+    return len(os.sched_getaffinity(0)) if len(documents) > _FEW and hasattr(os, "sched_getaffinity") else 0
+
+
+def _encoded(documents: Dataset | IterableDataset, encoder: Encoder, readers: int = 0) -> Iterator[Tokens | Refused]:
+    """Yield the tokens of some documents at a time, in order."""
+    threads = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if readers else threads or "true"  # processes have no threads beside them
+    try:
+        how = {
+            "collate_fn": encoder,
+            "num_workers": readers,
+            "generator": torch.Generator(),
+        }  # nobody's random numbers are drawn
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are cores
+            batches = iter(DataLoader(documents.with_format(None), _READ_TOGETHER, **how))
+        yield from batches
+    except ValueError as error:  # of another process it comes with where that was
+        raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        os.environ.update({} if threads is None else {"TOKENIZERS_PARALLELISM": threads})
 
 
 def _pack(
-    batches: Iterable[dict],
-    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[Tokens | Refused],
     block_size: int,
     cross_documents: bool,
     name: str,
     opening: Sequence[int] = (),
+    labels: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the blocks of one pass; what waits for the next batch of documents is shorter than a block."""
-    tokens, starts = np.empty(0, np.int32), np.empty(0, bool)  # whether a document starts at a token
-    num_documents, num_blocks, end = 0, 0, 0
-    index = np.arange(block_size, dtype=np.int32)
-    for rows in batches:
-        if wrong := [number for number, text in enumerate(rows["text"], num_documents) if not isinstance(text, str)]:
-            raise ValueError(f"{name}: document {wrong[0]:,} (from 0) holds no text. Leave it out, or set text_column")
-        ids = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [[*opening, *document] if document[:1] != opening else document for document in ids]  # a chat has its own
-        pieces = [np.asarray([*document, tokenizer.eos_token_id], np.int32) for document in ids]
-        tokens = np.concatenate([tokens[end:], *pieces])
-        starts = np.concatenate([starts[end:], *(np.arange(len(piece)) == 0 for piece in pieces)])
-        end = 0
-        while end < len(tokens):
-            added = () if starts[end] else opening  # a block in the midst of a document begins as one
-            block = slice(end, end + block_size - len(added))
-            if block.stop > len(tokens):
-                break
-            row, first = np.concatenate([np.asarray(added, np.int32), tokens[block]]), starts[block]
-            first = np.concatenate([np.ones(len(added), bool), first])
-            positions = index - np.maximum.accumulate(np.where(first, index, 0))  # a block's start counts as one
-            labels = {"labels": np.where(first, np.int32(-100), row)} if opening else {}
-            yield {"input_ids": row} | ({} if cross_documents else {"position_ids": positions}) | labels
-            end, num_blocks = block.stop, num_blocks + 1
-        num_documents = num_documents + len(pieces)
+    """Yield some blocks at a time, `(blocks, block_size)` each; what waits for more documents is shorter than one."""
+    rest, num_documents, num_blocks = None, 0, 0
+    index = np.arange(block_size)
+    for batch in batches:
+        if isinstance(batch, Refused):
+            raise ValueError(f"{name}: document {num_documents + batch.number:,} (from 0) {batch.reason}")
+        num_documents += batch.starts.sum()
+        tokens = batch if rest is None else Tokens(*map(np.concatenate, zip(rest, batch, strict=True)))
+        begins, end = _begins(tokens.starts, block_size, len(opening))
+        rest = Tokens(*(part[end:] for part in tokens))
+        if not len(begins):
+            continue
+        added = np.where(tokens.starts[begins], 0, len(opening))  # a block in the midst of a document begins as one
+        places = np.maximum(begins[:, None] + index - added[:, None], 0)
+        ids, first, learnt = (part[places] for part in tokens)
+        ids[added > 0, : len(opening)] = opening
+        learnt[added > 0, : len(opening)] = False
+        first[:, 0] = True  # a block's start counts as one
+        blocks = {"input_ids": ids}
+        if not cross_documents:
+            positions = index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+            blocks["position_ids"] = positions.astype(small_dtype(block_size))
+        yield blocks | ({"labels": np.where(learnt, ids.astype(np.int32), np.int32(-100))} if labels else {})
+        num_blocks += len(begins)
     if num_blocks == 0:
         raise ValueError(
-            f"{name} is too short for one block: {len(tokens):,} tokens in {num_documents:,} documents, block_size "
-            f"{block_size:,}. Give more text or a smaller block_size"
+            f"{name} is too short for one block: {0 if rest is None else len(rest.ids):,} tokens in {num_documents:,} "
+            f"documents, block_size {block_size:,}. Give more text or a smaller block_size"
         )
+
+
+def _begins(starts: np.ndarray, block_size: int, opening: int) -> tuple[np.ndarray, int]:
+    """Return where blocks begin among some tokens, and where the last one ends.
+
+    One that begins in the midst of a document holds fewer of them by the tokens that open it.
+    """
+    if not opening:
+        number = len(starts) // block_size
+        return np.arange(number) * block_size, number * block_size
+    begins, begin, at_start = [], 0, starts.tolist()
+    while begin < len(at_start) and (end := begin + block_size - (0 if at_start[begin] else opening)) <= len(at_start):
+        begins.append(begin)
+        begin = end
+    return np.array(begins, int), begin
 
 
 def text_hash(blocks: Dataset) -> str:

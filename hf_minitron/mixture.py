@@ -10,15 +10,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.data import token_blocks
+from hf_minitron.data import check_documents, token_blocks
+from hf_minitron.encoding import has_labels
+from hf_minitron.shards import read_blocks
 from hf_minitron.texts import check_text, load_text
 
 logger = logging.getLogger(__name__)
+
+# Of a folder of blocks of several sources: which block of all stands in each row.
+ROWS = "rows.npy"
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,13 @@ def mixed_blocks(
     seed: int | None = None,
     streaming: bool = False,
     cross_documents: bool = True,
-    shuffle_buffer: int = 10_000,
     add_bos_token: bool | None = None,
-) -> Dataset | IterableDataset:
+    folder: Path | None = None,
+) -> Dataset:
     """Load sources and pack them into blocks, each source as `token_blocks` does.
 
     A source that ends before its share is reached is read again, with a warning that names it. Without `max_tokens` nothing is
-    read twice: blocks end where the first source would have to be (a stream never ends).
+    read twice: blocks end where the first source would have to be.
 
     Args:
         sources (`Sequence[Source]`): What to mix, from `read_sources`.
@@ -106,12 +112,12 @@ def mixed_blocks(
         block_size (`int`): Tokens per block.
         max_tokens (`int`, *optional*): Tokens wanted.
         seed (`int`, *optional*): Shuffle the documents of every source with it.
-        streaming (`bool`, *optional*, defaults to `False`): Read and tokenize while the blocks are asked for.
-        cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`.
-        shuffle_buffer (`int`, *optional*): As for `token_blocks`, for every source; `add_bos_token` (`bool`, *optional*) too.
+        streaming (`bool`, *optional*, defaults to `False`): Read sources as far as needed, rather than fetch and convert all.
+        cross_documents (`bool`, *optional*, defaults to `True`): As for `token_blocks`; `add_bos_token` (`bool`) too.
+        folder (`Path`, *optional*): Where to write the blocks, see `read_mixture`; in memory when left out.
 
     Returns:
-        `Dataset` or `IterableDataset`: One block per row, the same for the same arguments.
+        `Dataset`: One block per row, the same for the same arguments.
 
     Raises:
         ValueError: naming the source, when it lacks its column or is too short for one block.
@@ -121,29 +127,40 @@ def mixed_blocks(
     ```python
     >>> sources = read_sources({"train.jsonl": 0.8, "code.jsonl": {"weight": 0.2, "column": "content"}})  # or of the Hub
     >>> blocks = mixed_blocks(sources, tokenizer, block_size=256, seed=0, streaming=True)
-    >>> len(next(iter(blocks))["input_ids"])
+    >>> len(blocks[0]["input_ids"])
     256
     ```
     """
     check_sources(sources, block_size, max_tokens)
     shares, order = _shares(sources), None
     tokens = [max_tokens if len(sources) == 1 else None] * len(sources)
-    if len(sources) > 1 and max_tokens is not None and not streaming:
+    if len(sources) > 1 and max_tokens is not None:
         order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
         tokens = [int(number) * block_size for number in np.bincount(order)]
-    settings = {"cross_documents": cross_documents, "shuffle_buffer": shuffle_buffer, "add_bos_token": add_bos_token}
+    texts = [load_text(source.name, source.split, source.column, streaming) for source in sources]
+    settings = {"cross_documents": cross_documents, "add_bos_token": add_bos_token}
+    columns = [check_documents(text, tokenizer, source.name) for text, source in zip(texts, sources, strict=True)]
+    if any(map(has_labels, columns)):
+        settings["labels"] = True  # of all, to be rows of one dataset
     parts = []
-    for name, split, column, wanted in ((s.name, s.split, s.column, n) for s, n in zip(sources, tokens, strict=True)):
-        documents = load_text(name, split, column, streaming)
-        parts.append(token_blocks(documents, tokenizer, block_size, wanted, seed, name=name, **settings))
+    for number, (text, source, wanted) in enumerate(zip(texts, sources, tokens, strict=True)):
+        settings |= {"name": source.name, "folder": folder and folder / f"{number}"}
+        parts.append(token_blocks(text, tokenizer, block_size, wanted, seed, **settings))
     if len(parts) == 1:
         return parts[0]
-    if streaming:
-        stream = IterableDataset.from_generator(_take_turns, gen_kwargs={"streams": tuple(parts), "shares": shares})
-        return (stream if max_tokens is None else stream.take(max_tokens // block_size)).with_format("torch")
     sizes = np.array([len(part) for part in parts])
     order = _until_one_ends(shares, sizes, sources) if order is None else order
-    return concatenate_datasets(parts).select(_rows(order, sizes, sources))
+    rows = _rows(order, sizes, sources)
+    if folder is not None:
+        np.save(folder / ROWS, rows)
+    return concatenate_datasets(parts).select(rows)
+
+
+def read_mixture(folder: Path) -> Dataset:
+    """Return the blocks that `mixed_blocks` has written to a folder, mapped into memory."""
+    parts = [read_blocks(folder / f"{number}") for number in range(len([*folder.glob("*/00000.arrow")]))]
+    blocks = concatenate_datasets(parts)
+    return blocks.select(np.load(folder / ROWS)) if len(parts) > 1 else blocks
 
 
 def _shares(sources: Sequence[Source]) -> np.ndarray:
@@ -158,12 +175,6 @@ def _turns(shares: np.ndarray) -> Iterator[int]:
         number = int(np.argmax(shares * (taken.sum() + 1) - taken))
         taken[number] += 1
         yield number
-
-
-def _take_turns(streams: Sequence[IterableDataset], shares: np.ndarray) -> Iterator[dict]:
-    streams = [iter(stream.with_format(None)) for stream in streams]
-    for number in _turns(shares):
-        yield next(streams[number])
 
 
 def _until_one_ends(shares: np.ndarray, sizes: np.ndarray, sources: Sequence[Source]) -> np.ndarray:

@@ -265,7 +265,7 @@ def test_ids_beyond_the_vocabulary_are_refused_where_the_text_has_them(tmp_path)
         DistillationTrainer(**given, train_dataset=blocks)
     with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
         calibrate(given["teacher_model"], blocks)
-    stream = token_blocks(Dataset.from_dict({"text": [*texts, "w1 <image> w2 w3"]}).to_iterable_dataset(), tokenizer, 16)
+    stream = blocks.to_iterable_dataset()
     given["args"] = arguments(tmp_path, max_steps=8)
     with pytest.raises(ValueError, match="The text holds id 99, but the model's vocabulary has 99"):
         DistillationTrainer(**given, train_dataset=stream).train()

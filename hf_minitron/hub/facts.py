@@ -27,7 +27,7 @@ from hf_minitron.run import Run, done_digest, made_by
 from hf_minitron.saving import minimum_transformers
 from hf_minitron.yaml_text import load_yaml
 
-STAGES = ("correct", "synthesize", "score", "prune", "cache", "distill", "evaluate")
+STAGES = ("correct", "synthesize", "tokenize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
 # A path of this machine: all of a text, where blanks may be in it, and within one.
 PATH = re.compile(r"/\S+|/[^\n/]+/[^\n]+")

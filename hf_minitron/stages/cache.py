@@ -15,10 +15,10 @@ from hf_minitron.distillation.records import record_of
 from hf_minitron.distillation.teacher import teacher_folder
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
-from hf_minitron.run import CHECKPOINTS, Run
+from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, synthesize
-from hf_minitron.stages.training import BLOCK_SETTINGS, make_blocks, make_eval_blocks
+from hf_minitron.stages.training import BLOCK_SETTINGS, blocks_of, tokens_made, tokens_wanted
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,6 @@ def check(args: Args, run: Run) -> None:
     """Refuse a distillation that the cache could not serve."""
     training = bind(run, "distill", distill.Args)
     distill.check_blocks(training, run)
-    if training.streaming:
-        raise ValueError("streaming: a stream has no end, and a cache holds every sequence: leave one of them out")
     if training.teacher and adapter_base(training.teacher):
         raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
                          "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
@@ -68,9 +66,12 @@ def run(args: Args, run: Run, out: Path) -> None:
     training = bind(run, "distill", distill.Args)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     training.text, training.eval_text = (synthesize.text_of(run, text) for text in (training.text, training.eval_text))
-    blocks = make_blocks(training, tokenizer, out / CHECKPOINTS, run.seed, args.tokens)
-    if eval_blocks := make_eval_blocks(training, tokenizer, out / CHECKPOINTS):
-        blocks = concatenate_datasets([blocks, eval_blocks])
+    blocks, eval_blocks = blocks_of(
+        training, tokenizer, out, run.seed, args.tokens or tokens_wanted(training), tokens_made(run)
+    )
+    if eval_blocks:
+        read = [name for name in ("input_ids", "position_ids") if name in blocks.column_names]
+        blocks = concatenate_datasets([part.select_columns(read) for part in (blocks, eval_blocks)])
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
                         training.teacher_model_init_kwargs)  # fmt: skip
@@ -87,7 +88,7 @@ STAGE = Stage(
     check,
     run,
     work,
-    uses=("correct", "synthesize"),
+    uses=("correct", "synthesize", "tokenize"),
     reads=tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs")),
     optional=True,
     distributed=True,

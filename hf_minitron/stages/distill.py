@@ -22,7 +22,7 @@ from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import train_model
-from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_of
+from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_made, tokens_of
 from hf_minitron.stages.validation import eval_tokens_of
 
 
@@ -90,7 +90,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         args.teacher_model_init_kwargs = None  # the teacher is not loaded
         facts["cache"] = teacher.meta
     args.text, args.eval_text = (synthesize.text_of(run, text) for text in (args.text, args.eval_text))
-    if train_model(args, run, source, teacher, out, "student", **facts).is_world_process_zero():
+    if train_model(args, run, source, teacher, out, "student", tokens_made(run), **facts).is_world_process_zero():
         copy_plan(source, out / "student")
 
 
@@ -110,7 +110,7 @@ STAGE = Stage(
     run,
     work,
     needs=("prune",),
-    uses=("correct", "synthesize", "cache"),
+    uses=("correct", "synthesize", "tokenize", "cache"),
     scales=("max_steps", "warmup_steps"),
     distributed=True,
 )

@@ -1,12 +1,13 @@
 """The stages, in the order in which `run` does them; then those that look for a target rather than make a model."""
 
-from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize
+from hf_minitron.stages import cache, correct, distill, evaluate, prune, publish, score, search, select, synthesize, tokenize
 
 STAGES = {
     stage.name: stage
     for stage in (
         correct.STAGE,
         synthesize.STAGE,
+        tokenize.STAGE,
         score.STAGE,
         prune.STAGE,
         cache.STAGE,

@@ -19,7 +19,7 @@ from hf_minitron.environment import environment
 from hf_minitron.probe import base_name
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import copy_side_files, save_config
-from hf_minitron.stages.training import TextArguments, make_blocks, make_eval_blocks, train_and_resume
+from hf_minitron.stages.training import TextArguments, blocks_of, tokens_wanted, train_and_resume
 from hf_minitron.stages.validation import callbacks_of
 
 # Size limit of one weights file of a trained model.
@@ -27,7 +27,14 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def train_model(
-    args: TextArguments, run: Run, source: Path, teacher: CachedTeacher | str | Path | None, out: Path, name: str, **facts
+    args: TextArguments,
+    run: Run,
+    source: Path,
+    teacher: CachedTeacher | str | Path | None,
+    out: Path,
+    name: str,
+    made: Path | None = None,
+    **facts,
 ) -> DistillationTrainer:
     """Train the model of a folder; write it to a folder in `out`, beside `log.json`.
 
@@ -38,17 +45,18 @@ def train_model(
         teacher (`CachedTeacher`, `str`, `Path` or `None`): As for `DistillationTrainer`.
         out (`Path`): The stage's folder.
         name (`str`): Of the folder of the trained model.
+        made (`Path`, *optional*): Where its blocks are, as for `blocks_of`.
         **facts: More for the log.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
-    data = {"train_dataset": make_blocks(args, tokenizer, out / CHECKPOINTS, run.seed)}
-    data["eval_dataset"] = make_eval_blocks(args, tokenizer, out / CHECKPOINTS)
+    blocks, eval_blocks = blocks_of(args, tokenizer, out, run.seed, tokens_wanted(args), made)
     model = load_model(source, torch.float32).train()
     set_seed(run.seed)  # LoRA's additions begin at random
     model = model if args.lora is None else add_lora(model, args.lora)
     callbacks = callbacks_of(args)
-    trainer = DistillationTrainer(model, teacher, args, processing_class=tokenizer, callbacks=callbacks, **data)
+    data = {"train_dataset": blocks, "eval_dataset": eval_blocks, "processing_class": tokenizer}
+    trainer = DistillationTrainer(model, teacher, args, callbacks=callbacks, **data)
     resumed = train_and_resume(trainer)
     save_trained(trainer, source, out / name)
     save_log(trainer, out, resumed=resumed, **facts)

@@ -1,5 +1,6 @@
 """What the stages that train share: their text, their checkpoints, and a model saved as it was stored."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.architecture.architecture import Architecture
@@ -18,19 +19,21 @@ from hf_minitron.checkpoint import (
     require_space,
     resolve,
 )
-from hf_minitron.data import adds_bos_token, check_first_block
+from hf_minitron.data import bytes_per_token, check_first_block
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
 from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
-from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_sources
+from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_mixture, read_sources
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
-from hf_minitron.run import Run
+from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of
 from hf_minitron.waiting import wait_for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,11 +57,9 @@ class TextArguments:
     add_bos_token: bool | None = field(
         default=None, metadata={"help": "Begin documents and blocks with the BOS token; as the tokenizer does when left out."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read and tokenize while training; needs max_steps."})
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"min": 1, "help": "Documents of each source among which streaming shuffles."}
+    streaming: bool = field(
+        default=False, metadata={"help": "Read text as far as it is needed, rather than fetch and convert all of it first."}
     )
-
     eval_text: str | dict = field(
         default="",
         metadata={
@@ -86,8 +87,6 @@ class TextArguments:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default and tracker not in self.report_to:
                 raise ValueError(f"{name}: {getattr(self, name)!r} has no effect without report_to: {tracker}; leave it out")
         sources_of(self)
-        if self.streaming and self.max_steps <= 0:
-            raise ValueError(f"streaming: a stream has no end, so max_steps says when training stops; it is {self.max_steps}")
         if 0 < self.max_steps <= self.warmup_steps:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps:g} are not fewer than max_steps: {self.max_steps}; set it lower"
@@ -114,10 +113,10 @@ RESERVED = {
 
 
 # What of a section decides which blocks are made of its text.
-BLOCK_SETTINGS = (
-    "text", "text_column", "split", "block_size", "cross_documents", "add_bos_token", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_text", "eval_tokens",
+PACKING_SETTINGS = (
+    "text", "text_column", "split", "streaming", "block_size", "cross_documents", "add_bos_token", "eval_text", "eval_tokens",
 )  # fmt: skip
+BLOCK_SETTINGS = (*PACKING_SETTINGS, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def sources_of(args: TextArguments) -> list[Source]:
@@ -128,6 +127,11 @@ def sources_of(args: TextArguments) -> list[Source]:
 def tokens_per_step(args: DistillationArguments) -> int:
     """Count the tokens of an optimizer step on one process."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.block_size
+
+
+def tokens_wanted(args: DistillationArguments) -> int | None:
+    """Count the tokens that all steps of all processes need; `None`, all, where epochs are counted instead."""
+    return tokens_of(args) * args.world_size or None
 
 
 def tokens_of(args: DistillationArguments) -> int:
@@ -152,7 +156,7 @@ def check_text_for(
     for config in configs:
         check_positions(config, args.block_size)
         check_attention(config, args.attn_implementation)
-    wanted = tokens_of(args) * args.world_size or None
+    wanted = tokens_wanted(args)
     for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
         existing = [source for source in sources if not made(source.name)]
         if existing:
@@ -183,10 +187,9 @@ def check_space(run: Run, args: DistillationArguments, stage: str, tokenizer: Pr
     What an interrupted attempt has left is part of both, or goes first. Adapters and epochs of a text of unknown size count as
     nothing.
     """
-    columns = 1 + (not args.cross_documents) + adds_bos_token(tokenizer, args.add_bos_token)  # ids, positions, labels
-    tokens = 0 if args.streaming else tokens_of(args) * args.world_size
-    tokens += args.eval_tokens if eval_sources_of(args) else 0
-    needed = 4 * columns * (tokens + tokens // args.block_size)  # a number for every token, and where each sequence begins
+    tokens = (tokens_wanted(args) or 0) + (args.eval_tokens if eval_sources_of(args) else 0)
+    tokens = 0 if stage == "distill" and tokens_made(run) else tokens
+    needed = tokens * bytes_per_token(tokenizer, args.block_size, args.cross_documents, args.add_bos_token)
     if args.lora is None:
         config = AutoConfig.from_pretrained(resolve(run.model))
         model = Architecture.of(config)  # from the config alone: with a cache the teacher's weights may be gone
@@ -196,43 +199,74 @@ def check_space(run: Run, args: DistillationArguments, stage: str, tokenizer: Pr
     require_space(run.folder, needed - run.left_bytes(stage), f"the text and the checkpoints of {stage}")
 
 
+def blocks_of(
+    args: TextArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    seed: int,
+    max_tokens: int | None = None,
+    made: Path | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Return the blocks of a section for training and for evaluation.
+
+    Args:
+        args (`TextArguments`): The section.
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
+        out (`Path`): The folder of the stage that reads them.
+        seed (`int`): Shuffles the documents.
+        max_tokens (`int`, *optional*): How many tokens for training; all when left out.
+        made (`Path`, *optional*): Where the stage `tokenize` has made them; they are made here when left out.
+    """
+    if made is None:  # another number of processes wants other blocks
+        path = out / CHECKPOINTS / f"blocks-{max_tokens or 'all'}"
+        return make_blocks(args, tokenizer, path, seed, max_tokens), make_eval_blocks(
+            args, tokenizer, path.with_name("eval-blocks")
+        )
+    blocks = read_mixture(made / "train")
+    wanted = len(blocks) if max_tokens is None else max_tokens // args.block_size
+    if wanted > len(blocks):
+        logger.warning("tokenize has made %s of the %s blocks asked for", f"{len(blocks):,}", f"{wanted:,}")
+    blocks = blocks.select(range(min(wanted, len(blocks))))
+    return blocks, read_mixture(made / "eval") if eval_sources_of(args) else None
+
+
+def tokens_made(run: Run) -> Path | None:
+    """Return where the stage `tokenize` has made the blocks of distill's text; `None` without such a section."""
+    return run.path("tokenize") if "tokenize" in run.recipe else None
+
+
 def make_blocks(
-    args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_tokens: int | None = None
-) -> Dataset | IterableDataset:
-    """Return the training blocks: a stream, or a file that one process makes once, whatever interrupts training later.
+    args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, max_tokens: int | None
+) -> Dataset:
+    """Return the training blocks, files that one process makes once, whatever interrupts training later.
 
     Args:
         args (`TextArguments`): The section.
         tokenizer (`PreTrainedTokenizerBase`): The teacher's.
         folder (`Path`): Where to keep them.
         seed (`int`): Shuffles the documents.
-        max_tokens (`int`, *optional*): How many tokens; what all steps of all processes need when left out.
+        max_tokens (`int`, *optional*): How many tokens; all when left out.
     """
-    wanted = max_tokens or tokens_of(args) * args.world_size or None
-    settings = {"streaming": args.streaming, "cross_documents": args.cross_documents, "shuffle_buffer": args.shuffle_buffer}
+    settings = {"streaming": args.streaming, "cross_documents": args.cross_documents, "add_bos_token": args.add_bos_token}
     settings |= {"sources": sources_of(args), "tokenizer": tokenizer, "block_size": args.block_size, "seed": seed}
-    settings["add_bos_token"] = args.add_bos_token
-    if args.streaming:
-        return mixed_blocks(**settings)
-    # another number of processes wants other blocks
-    return _made_once(folder / f"blocks-{wanted or 'all'}", partial(mixed_blocks, **settings, max_tokens=wanted))
+    return _made_once(folder, partial(mixed_blocks, **settings, max_tokens=max_tokens))
 
 
 def make_eval_blocks(args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Dataset | None:
-    """Return the blocks for evaluation, a file that one process makes once; `None` where nothing is evaluated."""
+    """Return the blocks for evaluation, files that one process makes once; `None` where nothing is evaluated."""
     if not (sources := eval_sources_of(args)):
         return None
     settings = {"max_tokens": args.eval_tokens, "cross_documents": args.cross_documents, "add_bos_token": args.add_bos_token}
-    return _made_once(folder / "eval-blocks", partial(mixed_blocks, sources, tokenizer, args.block_size, **settings))
+    return _made_once(folder, partial(mixed_blocks, sources, tokenizer, args.block_size, **settings))
 
 
-def _made_once(path: Path, make: Callable[[], Dataset]) -> Dataset:
-    """Return a dataset that the first process makes, and all read."""
+def _made_once(path: Path, make: Callable[..., Dataset]) -> Dataset:
+    """Return blocks that the first process makes, and all read."""
     if PartialState().is_main_process and not path.exists():
         with complete_or_absent(path) as unfinished:
-            make().save_to_disk(unfinished)
+            make(folder=unfinished)
     wait_for(path)
-    return load_from_disk(path).with_format("torch")
+    return read_mixture(path)
 
 
 def train_and_resume(trainer: Trainer) -> str | None:

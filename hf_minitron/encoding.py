@@ -1,0 +1,266 @@
+"""Documents to tokens, and which of them are predicted: all of a text, only the answers of a chat.
+
+What a row holds is told by its columns, as in TRL's SFTTrainer: `text`; `messages`; `prompt` and `completion`, both texts or
+both messages; `input_ids`, tokens already. Chats are written by the tokenizer's chat template. Where it marks answers
+(`{% generation %}`) it says which tokens they are; else they are what the template adds for them, which is verified.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hf_minitron.errors import one_line
+
+# Columns of rows that are tokens already: where nothing is learnt, each in its own way.
+MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+class Tokens(NamedTuple):
+    """Some documents as tokens, one after another: their ids, which of them starts a document, and which is predicted."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    learnt: np.ndarray
+
+
+class Refused(NamedTuple):
+    """The first of some rows that is no document, and why."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Rows to tokens; a text is followed by the end token, a chat ends as its template ends it, and tokens are as they are.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        opening (`Sequence[int]`): What each text begins with: the BOS token, or nothing.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    opening: Sequence[int]
+
+    @cached_property
+    def dtype(self) -> type:
+        """What ids are stored as."""
+        return id_dtype(self.tokenizer)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Tokens | Refused:
+        """Return the tokens of some rows."""
+        try:
+            documents = ENCODERS[kind_of(rows[0])](self, rows)
+        except _RowError as error:
+            return Refused(*error.args)
+        lengths = np.array([len(ids) for ids, _ in documents])
+        flat = np.concatenate([np.asarray(ids, self.dtype) for ids, _ in documents])
+        starts = np.zeros(len(flat), bool)
+        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        learnt = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask in documents])
+        if self.opening:
+            learnt[starts & (flat == self.opening[0])] = False  # given, not predicted
+        return Tokens(flat, starts, learnt)
+
+    def texts(self, rows: Sequence[Mapping]) -> "Documents":
+        """Return the tokens of texts."""
+        for number, row in enumerate(rows):
+            if not isinstance(row["text"], str):
+                raise _RowError(number, "holds no text. Leave it out, or set text_column")
+        ids = self.tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+        return [([*self._opened(row), self.tokenizer.eos_token_id], None) for row in ids]
+
+    def ready(self, rows: Sequence[Mapping]) -> "Documents":
+        """Return tokens that are such already, without padding."""
+        return [_each(number, _ready, row, np.iinfo(self.dtype).max) for number, row in enumerate(rows)]
+
+    def pairs(self, rows: Sequence[Mapping]) -> "Documents":
+        """Return the tokens of prompts with their completions, which are predicted: of texts with an end token, of messages."""
+        if not isinstance(rows[0]["prompt"], str):
+            return self._spans([_each(number, self._written_pair, row) for number, row in enumerate(rows)])
+        end, texts = self.tokenizer.eos_token, []
+        for number, row in enumerate(rows):
+            prompt, completion = row["prompt"], row["completion"]
+            if not (isinstance(prompt, str) and isinstance(completion, str)):
+                raise _RowError(number, "has a prompt and a completion that are not both texts. Leave it out")
+            texts.append((prompt + completion.removesuffix(end), [(len(prompt), len(prompt) + len(completion))]))
+        documents = []
+        for ids, learnt in self._spans(texts):
+            opened = self._opened(ids)
+            given = np.zeros(len(opened) - len(ids), bool)
+            documents.append(([*opened, self.tokenizer.eos_token_id], np.concatenate([given, learnt, [True]])))
+        return documents
+
+    def chats(self, rows: Sequence[Mapping]) -> "Documents":
+        """Return the tokens of conversations, in which the assistant's turns are predicted."""
+        if _GENERATION.search(self.tokenizer.get_chat_template()):
+            return [_each(number, self._marked_chat, row) for number, row in enumerate(rows)]
+        return self._spans([_each(number, self._written_chat, row) for number, row in enumerate(rows)])
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        return [*self.opening, *ids] if ids[:1] != self.opening else ids  # one may begin so by itself
+
+    def _marked_chat(self, row: Mapping) -> tuple[list[int], np.ndarray]:
+        messages = _messages(row["messages"])
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        made = self._template(messages, row, **how)
+        return made["input_ids"], _some(np.array(made["assistant_masks"], bool))
+
+    def _written_chat(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, and where the assistant's turns begin and end in it."""
+        messages = _messages(row["messages"])
+        whole, spans = self._template(messages, row, tokenize=False), []
+        for number, turn in enumerate(messages):
+            if turn["role"] == "assistant":
+                before = self._template(messages[:number], row, tokenize=False, add_generation_prompt=True)
+                through = self._template(messages[: number + 1], row, tokenize=False)
+                spans.append((self._prefix(before, whole), self._prefix(through, whole)))
+        if not spans:
+            raise ValueError("has no turn of the assistant, so nothing in it is learnt. Leave it out")
+        return whole, spans
+
+    def _written_pair(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
+        prompt, completion = _messages(row["prompt"]), _messages(row["completion"])
+        whole = self._template([*prompt, *completion], row, tokenize=False)
+        before = self._template(prompt, row, tokenize=False, add_generation_prompt=True)
+        return whole, [(self._prefix(before, whole), len(whole))]
+
+    def _template(self, messages: list[dict], row: Mapping, **how: Any) -> Any:
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools or None, **how)
+        except Exception as error:  # whatever a template raises
+            raise ValueError(
+                f"is refused by the chat template of {_name(self.tokenizer)}: {one_line(error)}. Leave it out"
+            ) from error
+
+    def _prefix(self, part: str, whole: str) -> int:
+        if not whole.startswith(part):
+            raise ValueError(f"cannot be split into turns: the chat template of {_name(self.tokenizer)} writes a turn "
+                             "in another way once more follow. Give it one that marks answers by {% generation %}")  # fmt: skip
+        return len(part)
+
+    def _spans(self, texts: Sequence[tuple[str, list[tuple[int, int]]]]) -> "Documents":
+        """Tokenize texts, and learn the tokens with a character in one of their spans."""
+        made = self.tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        documents = []
+        for ids, offsets, (_, spans) in zip(made["input_ids"], made["offset_mapping"], texts, strict=True):
+            first, last = np.array(offsets, int).reshape(-1, 2).T
+            learnt = np.zeros(len(ids), bool)
+            for begin, end in spans:
+                learnt |= (last > begin) & (first < end)
+            documents.append((ids, learnt))
+        return documents
+
+
+Documents = list[tuple[Sequence[int], np.ndarray | None]]
+# What a row holds, by the column that says so.
+ENCODERS: dict[str, Callable[[Encoder, Sequence[Mapping]], Documents]] = {
+    "text": Encoder.texts,
+    "messages": Encoder.chats,
+    "completion": Encoder.pairs,
+    "input_ids": Encoder.ready,
+}
+
+
+def small_dtype(count: int) -> type:
+    """Return the type of two or four bytes that holds so many numbers from 0 on."""
+    return np.uint16 if count <= 2**16 else np.uint32
+
+
+def id_dtype(tokenizer: PreTrainedTokenizerBase) -> type:
+    """Return the type of two or four bytes that holds all ids of a tokenizer, some of which may be left out."""
+    return small_dtype(max(tokenizer.get_vocab().values()) + 1)
+
+
+def kind_of(columns: Sequence[str]) -> str:
+    """Return what rows hold, one of `ENCODERS`, by their columns."""
+    for kind in ENCODERS:
+        if kind in columns:
+            return kind
+    raise ValueError(
+        f"the columns {', '.join(columns)} hold no documents: want text, messages, prompt and completion, or input_ids"
+    )
+
+
+def has_labels(columns: Sequence[str]) -> bool:
+    """Return whether some tokens of rows with these columns are not predicted."""
+    return kind_of(columns) in ("messages", "completion") or any(mask in columns for mask in MASKS[:3])
+
+
+def check_encoder(columns: Sequence[str], row: Mapping, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that cannot say which tokens of a chat are answers."""
+    if not has_labels(columns) or kind_of(columns) == "input_ids":
+        return
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name} holds chats or completions, whose tokens only a fast tokenizer places: {_name(tokenizer)} is none"
+        )
+    if not isinstance(row.get("prompt"), str) and not tokenizer.chat_template:
+        raise ValueError(
+            f"{name} holds chats, and {_name(tokenizer)} has no chat template: give it one, or write the chats as text"
+        )
+
+
+class _RowError(Exception):
+    pass
+
+
+def _each(number: int, encode: Callable, *args: Any) -> Any:
+    try:
+        return encode(*args)
+    except ValueError as error:
+        raise _RowError(number, str(error)) from error
+
+
+def _ready(row: Mapping, most: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(row["input_ids"])
+    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError("has input_ids that are no list of whole numbers. Leave it out")
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= most:
+        raise ValueError(f"holds the id {ids.max() if ids.max() > most else ids.min():,}, which the tokenizer does not have")
+    real, learnt = np.ones(len(ids), bool), np.ones(len(ids), bool)
+    for name in MASKS:
+        if (mask := row.get(name)) is None:
+            continue
+        mask = np.asarray(mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"has {len(mask)} {name} for {len(ids)} input_ids. Leave it out")
+        if name == "attention_mask":
+            real = mask.astype(bool)
+        elif name == "labels":
+            if not np.array_equal(mask[mask != -100], ids[mask != -100]):
+                raise ValueError("has labels that are neither its input_ids nor -100: they must not be shifted")
+            learnt &= mask != -100
+        else:
+            learnt &= mask.astype(bool)
+    return ids[real], learnt[real]
+
+
+def _messages(turns: Any) -> list[dict]:
+    """Return messages as a template reads them: `role` and `content`, which some call `from` and `value`, without nulls."""
+    if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError("holds no messages. Leave it out")
+    names = {"from": "role", "value": "content"}
+    made = [{names.get(key, key): value for key, value in turn.items() if value is not None} for turn in turns]
+    for turn in made:
+        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str):
+            raise ValueError(f"holds a message without a role, or whose content is no text: {str(turn)[:60]}. Leave it out")
+    return made
+
+
+def _some(learnt: np.ndarray) -> np.ndarray:
+    if not learnt.any():
+        raise ValueError("has no turn of the assistant, so nothing in it is learnt. Leave it out")
+    return learnt
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "the tokenizer"
