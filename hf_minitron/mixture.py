@@ -132,26 +132,26 @@ def mixed_blocks(
     ```
     """
     check_sources(sources, block_size, max_tokens)
-    shares, order = _shares(sources), None
+    order = None
     tokens = [max_tokens if len(sources) == 1 else None] * len(sources)
     if len(sources) > 1 and max_tokens is not None:
-        order = np.fromiter(islice(_turns(shares), max_tokens // block_size), int)
+        order = np.fromiter(islice(_turns(_shares(sources)), max_tokens // block_size), int)
         tokens = [int(number) * block_size for number in np.bincount(order)]
     texts = [load_text(source.name, source.split, source.column, streaming) for source in sources]
-    settings = {"cross_documents": cross_documents, "add_bos_token": add_bos_token}
     columns = [check_documents(text, tokenizer, source.name) for text, source in zip(texts, sources, strict=True)]
-    if any(map(has_labels, columns)):
-        settings["labels"] = True  # of all, to be rows of one dataset
+    labels = True if any(map(has_labels, columns)) else None  # of all, to be rows of one dataset
     parts = []
-    for number, (text, source, wanted) in enumerate(zip(texts, sources, tokens, strict=True)):
-        settings |= {"name": source.name, "folder": folder and folder / f"{number}"}
-        parts.append(token_blocks(text, tokenizer, block_size, wanted, seed, **settings))
-    if len(parts) == 1:
-        return parts[0]
+    for number, (text, source) in enumerate(zip(texts, sources, strict=True)):
+        part = (tokenizer, block_size, tokens[number], seed, cross_documents, source.name, add_bos_token, labels)
+        parts.append(token_blocks(text, *part, folder and folder / f"{number}"))
+    return _mixed(parts, sources, order, folder) if len(parts) > 1 else parts[0]
+
+
+def _mixed(parts: Sequence[Dataset], sources: Sequence[Source], order: np.ndarray | None, folder: Path | None) -> Dataset:
+    """Return the blocks of several sources, mixed; write down in a folder which stands where."""
     sizes = np.array([len(part) for part in parts])
-    order = _until_one_ends(shares, sizes, sources) if order is None else order
-    rows = _rows(order, sizes, sources)
-    if folder is not None:
+    rows = _rows(_until_one_ends(_shares(sources), sizes, sources) if order is None else order, sizes, sources)
+    if folder:
         np.save(folder / ROWS, rows)
     return concatenate_datasets(parts).select(rows)
 
