@@ -27,7 +27,7 @@ BASIS = "plan/basis.safetensors"
 LARGE_BASIS = 64 * 2**20  # hidden 2,896
 
 # Axes that are cut alike in all of the model; `projector` is the inner width of a vision model's, which follows hidden.
-EVERYWHERE = ("hidden", "projector")
+EVERYWHERE = ("hidden", "projector", "vocab")
 # Axes whose size may differ from layer to layer.
 BY_LAYER = ("heads", "kv_heads", "ffn")
 
@@ -39,10 +39,10 @@ class Plan:
     Args:
         before (`Shape`): The teacher's shape.
         after (`Shape`): The student's shape.
-        keep (`Mapping[str, list]`): Ascending kept indices of every axis that is cut: `layers` and `hidden` one list; the
-            others one list per kept layer, in the order of `layers`, empty where a layer has no such axis (or loses it: its
-            MLP or its attention goes). Of a routed `ffn` that list holds one list per kept expert. Lists may differ in length
-            from layer to layer; `after` has the largest then.
+        keep (`Mapping[str, list]`): Ascending kept indices of every axis that is cut: `layers`, `hidden` and `vocab` one
+            list; the others one list per kept layer, in the order of `layers`, empty where a layer has no such axis (or loses
+            it: its MLP or its attention goes). Of a routed `ffn` that list holds one list per kept expert. Lists may differ in
+            length from layer to layer; `after` has the largest then.
         rotated (`bool`, *optional*, defaults to `False`): Whether the indices of `hidden` count the components of a basis.
         basis (`Tensor` of shape `(hidden, hidden)`, *optional*): That basis, float64, one component per column; `None` of a
             rotated plan that was loaded from a folder without it, which cannot be pruned by.
@@ -206,14 +206,15 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
     cut = [axis for axis in after.axes if after[axis] != before[axis]]
     missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores)
     if missing:
-        raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}")
+        how = "; hf_minitron.tokens.token_scores gives those of vocab" if "vocab" in missing else ""
+        raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}{how}")
     for axis in cut:
         check_scores(scores, axis, before)
     keep: dict[str, list] = {}
     if "layers" in cut:
         keep["layers"] = best_layers(scores["layers"], before, after)
-    if "hidden" in cut:
-        keep["hidden"] = best(scores["hidden"], after["hidden"])
+    for axis in [axis for axis in ("hidden", "vocab") if axis in cut]:
+        keep[axis] = best(scores[axis], after[axis])
     layers = keep.get("layers", range(before["layers"]))
     for axis in ("ffn", "dense_ffn", "shared_ffn", "experts", "ssm_heads", "conv_channels"):
         if axis in cut:

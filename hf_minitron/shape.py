@@ -13,12 +13,13 @@ from hf_minitron import axes
 
 # The axes of the vocabulary, in the order in which they are shown. `ffn` is the inner width of the MLP, of every routed expert
 # in a mixture of experts; `dense_ffn` that of a mixture's plain layers, `shared_ffn` that of its shared experts; `ssm_heads`
-# are those of Mamba and the value heads of linear attention, `conv_channels` what a short convolution mixes.
+# are those of Mamba and the value heads of linear attention, `conv_channels` what a short convolution mixes; `kv_rank` and
+# `q_rank` the narrow rows of multi-head latent attention.
 AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads", "kv_heads", "ssm_heads", "conv_channels",
-        "head_dim", "vocab")  # fmt: skip
+        "head_dim", "kv_rank", "q_rank", "vocab")  # fmt: skip
 
-# 2407.14679, section 2: depth (layers) and width (the others). `head_dim` and `vocab` stay as they are.
-CUTTABLE = AXES[:10]
+# 2407.14679, section 2: depth (layers) and width (the others). `head_dim` stays as it is.
+CUTTABLE = tuple(axis for axis in AXES if axis not in ("head_dim", "kv_rank", "q_rank"))
 
 # Heads that share something: every group keeps as many of its own.
 GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}

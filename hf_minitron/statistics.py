@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_minitron.json_files import write_whole
 
 RECORD, TABLES, MOMENTS = "statistics.json", "statistics.safetensors", "moments"
+TOKENS = "token_counts"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Statistics:
             channel of its input, `(hidden,)`.
         sublayer_costs (`Mapping[str, Tensor]`, *optional*): `heads` and `ffn`, each `(layers,)`: what removing the
             attention, or the MLP, of each layer costs.
+        token_counts (`Tensor` of shape `(vocab,)`, *optional*): How often each token is in the text, int64.
         text (`Mapping[str, Any]`, *optional*): What was read: the hash, tokens and blocks, and the source where it has a name.
         provenance (`Mapping[str, Any]`, *optional*): The model and its revision, settings and library versions.
 
@@ -47,6 +49,7 @@ class Statistics:
     scores: Mapping[str, Tensor]
     moments: "Moments" = field(default_factory=lambda: Moments())
     sublayer_costs: Mapping[str, Tensor] = field(default_factory=dict)
+    token_counts: Tensor | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,6 +66,7 @@ class Statistics:
         tensors = {
             f"{table}.{axis}": values.contiguous() for table, by_axis in tables.items() for axis, values in by_axis.items()
         }
+        tensors |= {} if self.token_counts is None else {TOKENS: self.token_counts}
         save_file(tensors, folder / TABLES)
         record = {"text": dict(self.text), "provenance": dict(self.provenance), "moments": self.moments.shapes}
         write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
@@ -79,11 +83,13 @@ class Statistics:
             raise ValueError(f"{folder} holds no statistics: {RECORD} is missing. Score the model again")
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         tables: dict[str, dict[str, Tensor]] = {"scores": {}, "sublayer_costs": {}}
-        for name, values in load_file(folder / TABLES).items():
+        stored = load_file(folder / TABLES)
+        tokens = stored.pop(TOKENS, None)
+        for name, values in stored.items():
             table, _, axis = name.partition(".")
             tables[table][axis] = values
         return cls(moments=Moments(folder / MOMENTS, record["moments"]), text=record["text"], provenance=record["provenance"],
-                   **tables)  # fmt: skip
+                   token_counts=tokens, **tables)  # fmt: skip
 
 
 class Moments(Mapping[str, Tensor]):

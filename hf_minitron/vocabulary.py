@@ -64,6 +64,33 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     return parts | {"list of merges": model.get("merges"), "scores": scores}
 
 
+def teacher_ids(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_size: int, student_size: int
+) -> list[int]:
+    """Return the teacher's ids of the tokens of a student that has some of them, in the order of the student's ids.
+
+    Args:
+        teacher (`PreTrainedTokenizerBase`): The teacher's tokenizer.
+        student (`PreTrainedTokenizerBase`): The student's, cut out of it.
+        teacher_size (`int`): Of the teacher's vocabulary.
+        student_size (`int`): Of the student's; its ids without a token are those of the teacher that have none.
+
+    Raises:
+        ValueError: for a student with tokens that the teacher lacks, or with other rules.
+    """
+    theirs, ours = teacher.get_vocab(), {index: token for token, index in student.get_vocab().items() if index < student_size}
+    rules = [_rules(tokenizer) or {} for tokenizer in (teacher, student)]
+    unlike = [part for part in ("normalizer", "pre_tokenizer", "model type") if rules[0].get(part) != rules[1].get(part)]
+    unknown = sorted(token for token in ours.values() if theirs.get(token, teacher_size) >= teacher_size)
+    free = sorted(set(range(teacher_size)) - set(theirs.values()))[: student_size - len(ours)]
+    if unknown or unlike or len(free) < student_size - len(ours):
+        reason = f"it has no {unknown[0]!r}" if unknown else f"it has another {unlike[0]}" if unlike else "it has fewer ids"
+        raise ValueError(f"The student's vocabulary of {student_size:,} is no part of the teacher's of {teacher_size:,}: "
+                         f"{reason}. Distill from the model that the student was cut out of, or one with its tokenizer")  # fmt: skip
+    rest = iter(free)
+    return [theirs[ours[index]] if index in ours else next(rest) for index in range(student_size)]
+
+
 def check_ids(blocks: Dataset, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Refuse blocks with ids that a model does not have.
 

@@ -42,9 +42,8 @@ def working(inexact, corrected):
     for model_type in sorted(FAMILIES):
         architecture = Architecture.of(tiny.config(model_type))
         family, sizes = architecture.family, architecture.shape.sizes
-        axes = [
-            axis for axis in CUTTABLE if sizes.get(axis, 1) > 1 and axis not in {**family.fixed, **architecture.shape.coupled}
-        ]
+        others = {**family.fixed, **architecture.shape.coupled, "vocab": "every model type has it"}
+        axes = [axis for axis in CUTTABLE if sizes.get(axis, 1) > 1 and axis not in others]
         axes += [f"{axis} (with {leader})" for axis, leader in architecture.shape.coupled.items()]
         leaders = {axis: architecture.shape.coupled.get(axis, axis) for axis in family.inexact}
         left = {axis: f", {corrected[model_type, axis]:.2f} corrected" for axis in leaders if (model_type, axis) in corrected}

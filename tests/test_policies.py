@@ -20,8 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
 registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats texts side_files
-model_kinds model_files json_files inputs statistics encoding shards data vocabulary mixture memory environment waiting head
-checkpoint tensors saving run stage execute pruning importance distillation evaluation hub recipe stages planning chain
+model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture memory environment waiting
+head checkpoint tensors saving run stage execute pruning importance distillation evaluation hub recipe stages planning chain
 estimate command __main__
 """.split()
 

@@ -78,7 +78,8 @@ def test_costs_are_those_of_the_real_model(model_type, tied):
         ({"heads": 3}, "heads: 3 do not divide over 2 KV heads.*Use one of 2, 4"),
         ({"heads": 4, "kv_heads": 1}, "heads: 4 do not divide over 1"),
         ({"fnn": 8}, "did you mean 'ffn'"),
-        ({"vocab": 8}, "vocab: not an axis of this model that can be cut"),
+        ({"vocab": 100}, "vocab: 100 is larger than the model's 99"),
+        ({"head_dim": 4}, "head_dim: not an axis of this model that can be cut"),
         ({"ffn": -8, "hidden": 48}, "ffn: -8.*hidden: 48"),
     ],
 )

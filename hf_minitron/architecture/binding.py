@@ -15,6 +15,7 @@ from hf_minitron.architecture.outline import Outline
 from hf_minitron.architecture.vision import Tower
 from hf_minitron.shape import AXES, Shape
 
+IMAGES = "its processor puts images in by the ids of tokens; cut it in a text model that was saved alone"
 # The axes that a norm inside of attention or an MLP may see.
 INNER = {"heads", "kv_heads", "ffn"}
 
@@ -96,7 +97,7 @@ def within(family: Family, tower: Tower, model: Outline) -> Family:
         rows=rows | outside,
         norms=tuple(map(moved, family.norms)),
         stored={moved(row): {moved(part): p for part, p in parts.items()} for row, parts in family.stored.items()},
-        fixed={**family.fixed, **tower.fixed},
+        fixed={**family.fixed, **tower.fixed, "vocab": IMAGES},
         tower=tower,
         outside=outside,
     )

@@ -1,8 +1,10 @@
 """Configs as they are read, those that cannot be pruned, and why."""
 
 import copy
+import hashlib
 import inspect
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +17,52 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from hf_minitron.architecture.vision import TOWERS
 
 TEXT_CONFIG = "text_config"
+# Entries of config.json and generation_config.json that hold ids of tokens, one or several.
+TOKEN_IDS = re.compile(r"(\w+_)?token_(ids?|index)|(begin_)?suppress_tokens|(bad|force)_words_ids")
+# The entry that says which tokens a model has of the one that it was made of: a hash of their ids.
+PRUNED_VOCAB = "pruned_vocab"
+
+
+class NewIds:
+    """The ids that tokens have once some are cut; those beyond the vocabulary, which no model has, stay beyond.
+
+    Args:
+        ids (`Sequence[int]`): The old ids of the tokens that stay, in their new order.
+        size (`int`): Of the vocabulary before.
+    """
+
+    def __init__(self, ids: Sequence[int], size: int):
+        self.ids, self.size, self._new = ids, size, {old: new for new, old in enumerate(ids)}
+
+    def __call__(self, old: int) -> int | None:
+        """Return a token's new id; `None` of one that goes, and what stands for no token as it is."""
+        if old < 0:
+            return old
+        return self._new.get(old) if old < self.size else old - self.size + len(self.ids)
+
+    def changes(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of a config that name tokens, with their new ids."""
+        return {key: self._renumbered(value) for key, value in content.items() if TOKEN_IDS.fullmatch(key)}
+
+    def mark(self, before: str | None) -> str:
+        """Return the hash of the ids, of a vocabulary that was cut already together with that one's."""
+        return hashlib.sha256(f"{before or self.size} {list(self.ids)}".encode()).hexdigest()[:16]
+
+    def _renumbered(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [new for new in map(self._renumbered, value) if new is not None]
+        return self(value) if type(value) is int else value
+
+
+def named_ids(*contents: Mapping[str, Any]) -> set[int]:
+    """Return the ids of tokens that configs name."""
+
+    def flat(value: Any) -> set[int]:
+        if isinstance(value, list | tuple):
+            return set().union(*map(flat, value))
+        return {value} if type(value) is int and value >= 0 else set()
+
+    return {i for content in contents for key, value in content.items() if TOKEN_IDS.fullmatch(key) for i in flat(value)}
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import text_config, with_text
+from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, text_config, with_text
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
 from hf_minitron.architecture.vision import Tower
@@ -69,9 +69,10 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
             raise ShapeError(f"{axis}: cannot be cut in a {architecture.config.model_type}: {reason}")
     if plan.by_layer:
         return _nonuniform(architecture.config, plan)
-    student, reason = _try_config(architecture, plan.after, plan.kept_layers)
+    tokens = _new_tokens(architecture, plan)
+    student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens)
     if student is None and architecture.family.fallback_config:
-        student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture))
+        student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture) | tokens)
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
     return student
@@ -83,6 +84,15 @@ def _fallback(architecture: Architecture) -> dict[str, object]:
     rotary = FullRotary.of(config, architecture.shape["head_dim"]) if family.fallback_rows else None
     full = {"rope_parameters": dict(rotary.parameters), "partial_rotary_factor": 1.0} if rotary else {}
     return {**family.fallback_config, **full}
+
+
+def _new_tokens(architecture: Architecture, plan: Plan) -> dict[str, object]:
+    """Return what the student's config says of tokens; until a plan says which of them stay, that the first ones do."""
+    before, after = plan.before.sizes.get("vocab"), plan.after.sizes.get("vocab")
+    if before == after:
+        return {}
+    config, new = text_config(architecture.config), NewIds(plan.keep.get("vocab", range(after)), before)
+    return new.changes(config.to_dict()) | {PRUNED_VOCAB: new.mark(getattr(config, PRUNED_VOCAB, None))}
 
 
 def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, str]]:
@@ -152,7 +162,7 @@ def _try_config(
         key: axes.dim_size(axes.parse(size)[0], after.sizes) for key, size in family.follows.items() if hasattr(config, key)
     }
     changes |= _by_layer(architecture, layers) | family.settings | (more or {})
-    kind = type(config) if more is None else CONFIG_MAPPING[changes["model_type"]]
+    kind = CONFIG_MAPPING[changes["model_type"]] if "model_type" in changes else type(config)
     changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
     tower = family.tower or Tower("", {})
     elsewhere = {key: after[axis] for key, axis in tower.follows.items()}
@@ -162,9 +172,9 @@ def _try_config(
     except Exception as error:  # config classes and modules raise their own kinds
         return None, one_line(error)
     student.name_or_path = ""  # not the folder that the teacher was loaded from
-    if more:
+    if kind is not type(config):
         student.architectures = [made.class_name]
-    found, expected = made.parameters, _expected(architecture, after, layers, family.fallback_rows if more else {})
+    found, expected = made.parameters, _expected(architecture, after, layers, family.fallback_rows if kind is not type(config) else {})
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not wrong:
         return student, ""

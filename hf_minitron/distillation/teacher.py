@@ -1,7 +1,7 @@
 """A live teacher: frozen, in eval mode and in its own dtype, never part of the student or of its checkpoints."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationMethod
 
+from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import best_dtype, load_model
 from hf_minitron.distillation.batch import at_positions, model_inputs, positions_of
@@ -22,7 +23,7 @@ from hf_minitron.head import head_of
 from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.probe import last_hidden_states
-from hf_minitron.vocabulary import difference
+from hf_minitron.vocabulary import difference, teacher_ids
 
 
 class LiveTeacher:
@@ -43,6 +44,7 @@ class LiveTeacher:
         init_kwargs: dict | None = None,
         top_k: int | None = None,
     ):
+        self._named = (model, init_kwargs) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
             model = _load(model, device, init_kwargs)
         self.model = base_of(model)
@@ -52,6 +54,29 @@ class LiveTeacher:
         self.model.eval().requires_grad_(False)
         self.config = self.model.config
         self._top_k = top_k
+
+    def share_vocabulary(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Leave the teacher only the tokens of its student, under the student's ids, where that has some of them.
+
+        What the teacher says of these is renormalised, and a text is read in the student's tokens.
+
+        Args:
+            config (`PreTrainedConfig`): The student's.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): The student's.
+
+        Raises:
+            ValueError: for a student whose tokens are no part of the teacher's, or a teacher whose tokenizer is not known.
+        """
+        mark, size = pruned_vocab(config), text_config(self.config).vocab_size
+        if mark == pruned_vocab(self.config):
+            return
+        if self._named is None or tokenizer is None:
+            raise ValueError(f"The student has some of the tokens of the model that it was cut out of, and a teacher of {size:,} "
+                             "others: give teacher_model by its name and the student's tokenizer as processing_class, or a "
+                             "teacher with the same tokens (prune_model with a plan of vocab alone)")  # fmt: skip
+        theirs = AutoTokenizer.from_pretrained(teacher_folder(*self._named))
+        keep_tokens(self.model, teacher_ids(theirs, tokenizer, size, text_config(config).vocab_size))
+        setattr(text_config(self.model.config), PRUNED_VOCAB, mark)
 
     def shard(self, accelerator: Accelerator) -> None:
         """Shard the teacher as accelerate shards the student, where it does (FSDP2, ZeRO-3)."""
@@ -81,6 +106,32 @@ class LiveTeacher:
             with last_hidden_states(self.model) as hidden:
                 self.model(**model_inputs(inputs), use_cache=False, logits_to_keep=no_tokens(positions))
             return DenseSignal(at_positions(hidden.pop(), positions), head_of(self.model), self._top_k)
+
+
+def pruned_vocab(config: PreTrainedConfig) -> str | None:
+    """Return which tokens a model has of the one that it was cut out of; `None` for all."""
+    return getattr(text_config(config), PRUNED_VOCAB, None)
+
+
+@torch.no_grad()
+def keep_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Leave a model only the rows of some tokens in its embedding and its head, in a new order.
+
+    Args:
+        model (`PreTrainedModel`): It is changed.
+        ids (`Sequence[int]`): The tokens' ids, by their new ones.
+
+    Raises:
+        ValueError: for a model whose embedding or head is not on a device.
+    """
+    kept = {id(part.weight): part for part in (model.get_output_embeddings(), model.get_input_embeddings())}
+    tables = [table for part in kept.values() for table in (part.weight, getattr(part, "bias", None)) if table is not None]
+    if any(table.is_meta or not table.is_floating_point() for table in tables):
+        raise ValueError("The teacher's embedding or head is offloaded or quantized, so that it cannot leave out the tokens that "
+                         "the student lacks: leave device_map out, or these modules out of the quantization")  # fmt: skip
+    for table in tables:
+        table[: len(ids)] = table[list(ids)]
+    model.resize_token_embeddings(len(ids), mean_resizing=False)
 
 
 def no_tokens(like: Tensor) -> Tensor:

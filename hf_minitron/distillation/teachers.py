@@ -12,7 +12,7 @@ from hf_minitron.distillation.cached import META, CachedTeacher, check_losses
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
-from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.errors import one_line
 from hf_minitron.head import check_head
 from hf_minitron.vocabulary import check_vocabularies
@@ -21,9 +21,17 @@ Given = PreTrainedModel | CachedTeacher | str | Path | None
 
 
 def teacher_for(
-    args: DistillationArguments, given: Given, device: torch.device, datasets: Iterable[object]
+    args: DistillationArguments,
+    given: Given,
+    device: torch.device,
+    datasets: Iterable[object],
+    student: PreTrainedConfig,
+    tokenizer: object,
 ) -> LiveTeacher | CachedTeacher | None:
-    """Return the teacher of a training, `None` where no loss needs one; refuse one that cannot serve its losses and data."""
+    """Return the teacher of a training, `None` where no loss needs one; refuse one that cannot serve its losses and data.
+
+    It has the vocabulary of the student.
+    """
     needed = args.losses.keys() - {CROSS_ENTROPY}
     if given is None and needed:
         raise ValueError(f"losses: {sorted(needed)[0]} needs a teacher: give teacher_model; cross_entropy alone needs none")
@@ -36,8 +44,10 @@ def teacher_for(
     if not isinstance(given, CachedTeacher):
         live = LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k)
         set_attention(live.model, args.attn_implementation)
+        live.share_vocabulary(student, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
         return live
     check_losses(given.record, args.losses, args.temperature)
+    given.check_vocabulary(pruned_vocab(student))
     if args.top_k is not None:
         raise ValueError(
             f"top_k: {args.top_k}, but a cache holds what it holds; make it with k: {args.top_k}, or leave top_k out"

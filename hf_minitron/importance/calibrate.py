@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -85,7 +86,7 @@ def calibrate(
     scores = _by_axis(readings, Architecture.of(config).shape)
     for axis in scores.keys() & metrics.keys() - read.keys():
         scores |= BASELINES[metrics[axis]](model, {axis: scores[axis]})
-    statistics = Statistics(scores, store, text=_text_identity(blocks), provenance=_provenance(config, dtype, metrics))
+    statistics = Statistics(scores, store, **_text_facts(blocks, config), provenance=_provenance(config, dtype, metrics))
     if save_to is not None and PartialState().is_main_process:
         statistics.save(save_to)
     return statistics
@@ -135,11 +136,24 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
     return scores
 
 
-def _text_identity(blocks: Dataset) -> dict[str, Any]:
-    """Return what identifies the text that was read."""
+def token_counts(blocks: Dataset, config: PreTrainedConfig) -> Tensor:
+    """Count how often each token of a model is in a text, shape `(vocab,)`; padding is none of it."""
+    vocab_size = text_config(config).vocab_size
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for rows in blocks.with_format("numpy").iter(batch_size=256):
+        nothing = [None] * len(rows["input_ids"])
+        masks = rows.get("attention_mask", nothing)
+        read = [ids if mask is None else ids[mask.astype(bool)] for ids, mask in zip(rows["input_ids"], masks, strict=True)]
+        counts += torch.from_numpy(np.bincount(np.concatenate(read), minlength=vocab_size))
+    return counts
+
+
+def _text_facts(blocks: Dataset, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what identifies the text that was read, and how often it has each token."""
     masks = "attention_mask" in blocks.column_names
     tokens = sum(int(mask.sum()) for mask in blocks["attention_mask"]) if masks else len(blocks) * len(blocks[0]["input_ids"])
-    return {"sha256": text_hash(blocks), "tokens": tokens, "blocks": len(blocks)}
+    identity = {"sha256": text_hash(blocks), "tokens": tokens, "blocks": len(blocks)}
+    return {"text": identity, "token_counts": token_counts(blocks, config)}
 
 
 def _provenance(config: PreTrainedConfig, dtype: torch.dtype, metrics: Mapping[str, Chosen]) -> dict[str, Any]:

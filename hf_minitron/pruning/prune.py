@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import NewIds, text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
 from hf_minitron.plan import Plan, make_plan
@@ -20,6 +20,7 @@ from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
 from hf_minitron.pruning.parts import in_parts
 from hf_minitron.pruning.rotate import rotated
+from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for
 from hf_minitron.saving import copy_side_files, repair_generation, save_config
 from hf_minitron.statistics import Residuals, Statistics
 from hf_minitron.tensors import CheckpointTensors, ModelTensors, Tensors
@@ -72,6 +73,9 @@ def prune_model(
         if name in state and state[name].dtype != tensor.dtype:  # from_pretrained knows one dtype for all
             tensor.data = state[name]
     made.generation_config = copy.deepcopy(model.generation_config)
+    if "vocab" in edit.keep:
+        new = NewIds(edit.keep["vocab"], edit.before["vocab"])
+        made.generation_config.update(**new.changes(made.generation_config.to_dict()))
     repair_generation(made.generation_config)
     return made.to(model.device).train(model.training)
 
@@ -113,6 +117,8 @@ def prune_checkpoint(
         write_tensors(folder, specs, ((name, pieces) for name, _, pieces in pruned), max_shard_bytes)
         save_config(student, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(Path(source), folder, processors=not text_only)
+        if "vocab" in edit.keep:
+            cut_tokenizer_files(folder, edit.keep["vocab"], edit.before["vocab"])
         edit.save(folder / "plan.json")
 
 
@@ -148,7 +154,8 @@ def _edited(
             raise ValueError(f"plan: the sizes {dict(plan)} need statistics to choose by: calibrate(model, ...) measures them")
         after = shape.cut_to(plan)
         check_target(tensors.architecture, after)
-        plan = make_plan(statistics.scores, shape, after)
+        folder = tensors.checkpoint.folder if isinstance(tensors, CheckpointTensors) else None
+        plan = make_plan(statistics.scores if folder is None else scores_for(folder, statistics, shape, after), shape, after)
     if plan.before != shape:
         raise ValueError(f"The plan is for a model of shape {plan.before.axes}, this one has {shape.axes}; make a plan for it")
     attention = shape.layer_kinds.get("attention_layers")

@@ -30,6 +30,8 @@ from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.rotate import untied
+from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
+from hf_minitron.ranking import best
 from hf_minitron.run import Run, done_digest
 from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.shape import Shape
@@ -56,7 +58,10 @@ def outline(args: Args, model: str, folder: Path) -> None:
     architecture = teacher(model)
     architecture = untied(architecture) if uses_rotation(args) else architecture
     kept = before.first_layers(after["layers"], after.by_kind)
-    config = student_config(architecture, Plan(before, after, {"layers": kept}))
+    keep = {"layers": kept}
+    if after["vocab"] != before["vocab"]:
+        keep["vocab"] = best(vocab_scores(model, torch.zeros(before["vocab"]), after["vocab"]), after["vocab"])
+    config = student_config(architecture, Plan(before, after, keep))
     config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
@@ -64,6 +69,8 @@ def outline(args: Args, model: str, folder: Path) -> None:
         folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()}
     )
     copy_side_files(resolve(model), folder, processors=not args.text_only)
+    if "vocab" in keep:
+        cut_tokenizer_files(folder, keep["vocab"], before["vocab"])
 
 
 def uses_layer_merge(args: Args) -> bool:
@@ -85,6 +92,8 @@ def check(args: Args, run: Run) -> None:
     folder = resolve(run.model)
     check_generation(folder)
     side_files(folder)
+    if "vocab" in args.target:
+        vocab_scores(run.model, torch.zeros(full["vocab"]), after["vocab"])
     if uses_layer_merge(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
     tensors = CheckpointTensors(folder)
@@ -131,7 +140,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     if args.nonuniform is not None:
         plan = _nonuniform_plan(args, run, statistics)
     else:
-        plan = make_plan(statistics.scores, before, after)
+        plan = make_plan(scores_for(run.model, statistics, before, after), before, after)
     names = args.corrections
     if uses_layer_merge(args) and plan.dropped_after:
         device = best_device()

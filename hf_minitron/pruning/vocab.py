@@ -1,0 +1,85 @@
+"""Cutting the vocabulary of a model's folder: which tokens stay, and the tokenizer of these."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from hf_minitron.architecture.config import NewIds, named_ids, text_config
+from hf_minitron.model_files import resolve
+from hf_minitron.shape import Shape
+from hf_minitron.statistics import Statistics
+from hf_minitron.tokens import TOKENIZER_FILE, Tokens, token_scores
+from hf_minitron.vocabulary import PROBE
+
+# What is stored beside tokenizer.json and says the same of all tokens.
+OLDER_FILES = ("vocab*", "merges.txt", "added_tokens.json", "*.model")
+
+
+def vocab_scores(model: str | Path, counts: Tensor, count: int) -> Tensor:
+    """Return `token_scores` of a model's folder or Hub id, in which the tokens that its configs name stay."""
+    folder = resolve(model)
+    generation = folder / GENERATION_CONFIG_NAME
+    contents = [AutoConfig.from_pretrained(folder).to_dict(), text_config(AutoConfig.from_pretrained(folder)).to_dict()]
+    contents += [json.loads(generation.read_text(encoding="utf-8"))] if generation.is_file() else []
+    return token_scores(folder, counts, count, named_ids(*contents))
+
+
+def scores_for(model: str | Path, statistics: Statistics, before: Shape, after: Shape) -> Mapping[str, Tensor]:
+    """Return the scores of a cut: those of statistics and, where the vocabulary is cut, those of its tokens.
+
+    Raises:
+        ValueError: for statistics without the counts of tokens.
+    """
+    if after.sizes.get("vocab") == before.sizes.get("vocab"):
+        return statistics.scores
+    if statistics.token_counts is None or len(statistics.token_counts) != before["vocab"]:
+        raise ValueError("vocab: the statistics do not count the tokens of this model's text; score the model again")
+    return {**statistics.scores, "vocab": vocab_scores(model, statistics.token_counts, after["vocab"])}
+
+
+def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], size: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of some tokens, which writes every text as one with the others does.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The teacher's.
+        ids (`Sequence[int]`): What stays, `plan.keep["vocab"]`.
+        size (`int`): The teacher's vocabulary, `plan.before["vocab"]`.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        cut_tokenizer_files(Path(folder), ids, size)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def cut_tokenizer_files(folder: Path, ids: Sequence[int], size: int) -> None:
+    """Write the tokenizer of a folder, and what `generation_config.json` says of tokens, again for some tokens.
+
+    Raises:
+        ValueError: for a tokenizer that cannot be cut, or writes another text then.
+    """
+    new, before = NewIds(ids, size), AutoTokenizer.from_pretrained(folder)
+    _write(folder / TOKENIZER_FILE, Tokens.of(folder).cut(ids, size))
+    for name in (TOKENIZER_CONFIG_FILE, GENERATION_CONFIG_NAME):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if added := content.get("added_tokens_decoder"):
+                content["added_tokens_decoder"] = {str(new(int(index))): token for index, token in added.items()}
+            _write(folder / name, content | new.changes(content))
+    for path in {path for pattern in OLDER_FILES for path in folder.glob(pattern)}:
+        path.unlink()
+    after = AutoTokenizer.from_pretrained(folder)
+    texts = [side.decode(side(PROBE, add_special_tokens=False)["input_ids"]) for side in (before, after)]
+    if texts[0] != texts[1]:
+        raise ValueError(f"vocab: {type(before).__name__} with {len(ids):,} tokens gives another text back than with all: "
+                         "leave vocab out")  # fmt: skip
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
