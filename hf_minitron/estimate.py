@@ -25,6 +25,7 @@ from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal
+from hf_minitron.distillation.teacher import keep_tokens
 from hf_minitron.evaluation.speed import generate, random_model, seconds_of
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.head import head_of, next_token_rows
@@ -106,9 +107,10 @@ def rehearse(run: Run, stages: Stages) -> dict[str, float]:
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # without the stages' progress bars
         teacher = random_model(config, best_dtype(device), depth, vocab=None).to(device)
         block = min(bound["distill"].block_size, TOKENS)
-        ids = torch.randint(before["vocab"], (max(1, TOKENS // block), block), device=device)
+        ids = torch.randint(after["vocab"], (max(1, TOKENS // block), block), device=device)
         student, times = _rehearse_pruning(teacher, ids, bound["prune"])
         times |= _rehearse_reading(teacher, student, ids)
+        keep_tokens(teacher, range(after["vocab"]))
         times |= _rehearse_training(teacher, student.float(), ids, bound["distill"])
     more = dict.fromkeys(("score", "prune", "read", "decode"), before["layers"] / depth - 1)
     more |= dict.fromkeys(("compare", "train"), after["layers"] / depth - 1)
@@ -141,7 +143,8 @@ def _rehearse_pruning(
     with TemporaryDirectory() as folder:
         measure = partial(calibrate, teacher, blocks, len(ids), moments=bool(args.corrections), save_to=folder)
         measured = measure()
-        plan, used = make_plan(measured.scores, shape, after), measured if args.corrections else None
+        tokens = {"vocab": torch.arange(shape["vocab"], 0.0, -1)}  # any will do
+        plan, used = make_plan({**measured.scores, **tokens}, shape, after), measured if args.corrections else None
         score = _seconds(measure) / ids.numel()
         student = prune_model(teacher, plan, used)
         cut = seconds_of(lambda: prune_model(teacher, plan, used))

@@ -21,6 +21,7 @@ class Stage:
         work (`Callable[[args, Run], dict[str, float]]`, *optional*): Its units of work, see `hf_minitron.estimate`.
         needs (`Sequence[str]`): The stages whose folders it always reads.
         uses (`Sequence[str]`): Those that it reads if the recipe has them.
+        needs_for (`Callable[[Run], Sequence[str]]`, *optional*): Those that it reads for some settings of the recipe.
         reads (`Sequence[str]`): Values of other sections that it reads, such as `distill.text`.
         scales (`Sequence[str]`): The arguments that shrink so that a run fits into its minutes.
         optional (`bool`): Whether `run` leaves it out where the recipe has no section for it.
@@ -38,6 +39,7 @@ class Stage:
     work: Callable[[Any, Run], dict[str, float]] | None = None
     needs: Sequence[str] = ()
     uses: Sequence[str] = ()
+    needs_for: Callable[[Run], Sequence[str]] | None = None
     reads: Sequence[str] = ()
     scales: Sequence[str] = ()
     optional: bool = False
@@ -53,7 +55,8 @@ class Stage:
 
     def needs_in(self, run: Run) -> tuple[str, ...]:
         """Return what the stage depends on in a run beside its own section: stages, and values named as in `distill.text`."""
-        return (*self.needs, *(name for name in self.uses if name in run.recipe), *self.reads)
+        more = () if self.needs_for is None else self.needs_for(run)
+        return (*self.needs, *more, *(name for name in self.uses if name in run.recipe), *self.reads)
 
 
 Stages = Mapping[str, Stage]

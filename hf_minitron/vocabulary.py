@@ -86,7 +86,7 @@ def teacher_ids(
     if unknown or unlike or len(free) < student_size - len(ours):
         reason = f"it has no {unknown[0]!r}" if unknown else f"it has another {unlike[0]}" if unlike else "it has fewer ids"
         raise ValueError(f"The student's vocabulary of {student_size:,} is no part of the teacher's of {teacher_size:,}: "
-                         f"{reason}. Distill from the model that the student was cut out of, or one with its tokenizer")  # fmt: skip
+                         f"{reason}. Distill from the model that it was cut out of, or one with its tokenizer")  # fmt: skip
     rest = iter(free)
     return [theirs[ours[index]] if index in ours else next(rest) for index in range(student_size)]
 

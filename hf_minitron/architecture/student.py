@@ -174,7 +174,8 @@ def _try_config(
     student.name_or_path = ""  # not the folder that the teacher was loaded from
     if kind is not type(config):
         student.architectures = [made.class_name]
-    found, expected = made.parameters, _expected(architecture, after, layers, family.fallback_rows if kind is not type(config) else {})
+    renamed = family.fallback_rows if kind is not type(config) else {}
+    found, expected = made.parameters, _expected(architecture, after, layers, renamed)
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not wrong:
         return student, ""

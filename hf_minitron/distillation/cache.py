@@ -14,14 +14,15 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import require_space
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.batch import POSITIONS
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
-from hf_minitron.distillation.teacher import LiveTeacher
+from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.head import head_chunks
 from hf_minitron.waiting import wait_for
 
@@ -39,6 +40,7 @@ def write_cache(
     batch_size: int = 4,
     chunk_size: int = 256,
     init_kwargs: dict | None = None,
+    student: str | Path | None = None,
 ) -> dict:
     """Precompute a teacher's outputs for packed sequences; an interrupted write is resumed.
 
@@ -58,6 +60,9 @@ def write_cache(
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
         init_kwargs (`dict`, *optional*): How a teacher that is named is loaded, as `teacher_model_init_kwargs`.
 
+        student (`str` or `Path`, *optional*): The folder of a student that has some of the teacher's tokens: those, under its
+            ids, are what is cached, and the sequences are in its tokens.
+
     Returns: what `cache.json` says, with `bytes_per_token`.
 
     Raises:
@@ -71,20 +76,31 @@ def write_cache(
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
     lengths, identity = _lengths(blocks), teacher_identity(model, init_kwargs)
-    record = record_of(method, identity["vocab_size"], dtype)
+    shared = {} if student is None else _vocabulary(student)
+    record = record_of(method, (identity | shared)["vocab_size"], dtype)
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
-    settings |= {"teacher": identity, "text": text_hash(blocks)}
+    settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
     settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
     settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        recorder = _Recorder(LiveTeacher(model, state.device, init_kwargs), record, seed, batch_size, chunk_size)
+        teacher = LiveTeacher(model, state.device, init_kwargs)
+        if shared:
+            teacher.share_vocabulary(AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student))
+        recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
         _write_shards(folder, settings, blocks, recorder, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
     wait_for(folder / META)
     return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def _vocabulary(student: str | Path) -> dict:
+    """Return what a cache says of the tokens of a student that has some of its teacher's; nothing of one that has all."""
+    config = AutoConfig.from_pretrained(student)
+    mark = pruned_vocab(config)
+    return {} if mark is None else {PRUNED_VOCAB: mark, "vocab_size": text_config(config).vocab_size}
 
 
 def _lengths(blocks: Dataset) -> list[int]:

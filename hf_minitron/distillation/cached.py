@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
 from hf_minitron.distillation.batch import TARGETS, at_positions, positions_of
@@ -68,7 +68,7 @@ class CachedTeacher:
             what = "is not finished: write it again, and it goes on" if (self.folder / UNFINISHED).is_file() else "has none"
             raise ValueError(f"No cache of a teacher at {self.folder}: it {what}")
         self.meta = json.loads((self.folder / META).read_text(encoding="utf-8"))
-        self.config = PreTrainedConfig(vocab_size=self.meta["teacher"]["vocab_size"])
+        self.config = PreTrainedConfig(vocab_size=self.meta.get("vocab_size", self.meta["teacher"]["vocab_size"]))
         self.config.model_type = self.meta["teacher"]["model_type"]
         self.record = record_of(self.meta["method"], self.config.vocab_size, self.meta["dtype"])
         numbers = range(-(-self.meta["blocks"] // self.meta["shard_blocks"]))
@@ -139,9 +139,22 @@ class CachedTeacher:
         """
         theirs, ours = self.meta["teacher"], teacher_identity(model, init_kwargs)
         for key, value in ours.items():
-            if value is not None and value != theirs[key]:
-                raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs[key]}, not {value}. "
+            if value is not None and value != theirs.get(key):
+                raise ValueError(f"The cache {self.folder} is of another teacher: its {key} is {theirs.get(key)}, not {value}. "
                                  "Precompute this one in another cache")  # fmt: skip
+
+    def check_vocabulary(self, mark: str | None) -> None:
+        """Refuse a cache of other tokens than the student has.
+
+        Args:
+            mark (`str`, *optional*): `pruned_vocab` in the student's config.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        if self.meta.get(PRUNED_VOCAB, self.meta["teacher"].get(PRUNED_VOCAB)) != mark:
+            raise ValueError(f"The cache {self.folder} is of {self.config.vocab_size:,} tokens, which are not the student's: "
+                             "make one of those, write_cache(..., student=its folder)")  # fmt: skip
 
     def _what(self) -> str:
         size = self.meta["block_size"] or "differing numbers of"
@@ -281,4 +294,6 @@ def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | No
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)][:16].to("cpu", torch.bfloat16)
         digest.update(f"{name} {list(tensor.shape)} ".encode() + some.view(torch.int16).numpy().tobytes())
     weights = None if tensors is None else digest.hexdigest()
-    return {"model_type": config.model_type, "vocab_size": text_config(config).vocab_size, "weights": weights}
+    mark = getattr(text_config(config), PRUNED_VOCAB, None)
+    identity = {"model_type": config.model_type, "vocab_size": text_config(config).vocab_size, "weights": weights}
+    return identity | ({} if mark is None else {PRUNED_VOCAB: mark})

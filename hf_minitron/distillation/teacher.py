@@ -71,9 +71,9 @@ class LiveTeacher:
         if mark == pruned_vocab(self.config):
             return
         if self._named is None or tokenizer is None:
-            raise ValueError(f"The student has some of the tokens of the model that it was cut out of, and a teacher of {size:,} "
-                             "others: give teacher_model by its name and the student's tokenizer as processing_class, or a "
-                             "teacher with the same tokens (prune_model with a plan of vocab alone)")  # fmt: skip
+            raise ValueError(f"The student has some tokens of the model that it was cut out of, the teacher all {size:,}: "
+                             "give teacher_model by its name and the student's tokenizer as processing_class, or a teacher "
+                             "that is cut alike (prune_model with a plan of vocab alone)")  # fmt: skip
         theirs = AutoTokenizer.from_pretrained(teacher_folder(*self._named))
         keep_tokens(self.model, teacher_ids(theirs, tokenizer, size, text_config(config).vocab_size))
         setattr(text_config(self.model.config), PRUNED_VOCAB, mark)
@@ -127,8 +127,8 @@ def keep_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
     kept = {id(part.weight): part for part in (model.get_output_embeddings(), model.get_input_embeddings())}
     tables = [table for part in kept.values() for table in (part.weight, getattr(part, "bias", None)) if table is not None]
     if any(table.is_meta or not table.is_floating_point() for table in tables):
-        raise ValueError("The teacher's embedding or head is offloaded or quantized, so that it cannot leave out the tokens that "
-                         "the student lacks: leave device_map out, or these modules out of the quantization")  # fmt: skip
+        raise ValueError("The teacher's embedding or head is offloaded or quantized, so that it cannot leave out the tokens "
+                         "that the student lacks: leave device_map out, or these two out of the quantization")  # fmt: skip
     for table in tables:
         table[: len(ids)] = table[list(ids)]
     model.resize_token_embeddings(len(ids), mean_resizing=False)

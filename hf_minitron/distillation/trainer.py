@@ -124,7 +124,8 @@ class DistillationTrainer(Trainer):
         repair_generation(student.generation_config)  # what cannot be saved is told now, not at the first checkpoint
         head_of(student)  # refuses what cannot be chunked, before the teacher is loaded
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        self.teacher = teacher_for(self.args, teacher_model, self.accelerator.device, [self.train_dataset, *evaluated])
+        data, theirs = [self.train_dataset, *evaluated], (student.config, self.processing_class)
+        self.teacher = teacher_for(self.args, teacher_model, self.accelerator.device, data, *theirs)
         least = check_models(student, self.teacher, self.processing_class, self.train_dataset)
         if self.data_collator is collate:
             self.data_collator = partial(collate, ignored=[self.args.length_column_name], vocab_size=least)

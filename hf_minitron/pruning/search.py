@@ -41,7 +41,7 @@ MAX_SHAPES = 1_000_000  # shapes that are counted; 2 GB of memory, a minute
 
 # Axes that are cut together, and their order in a candidate's score.
 TOGETHER = (("layers",), ("hidden",), ("ffn",), ("dense_ffn",), ("shared_ffn",), ("experts",), ("heads", "kv_heads"),
-            ("ssm_heads",), ("conv_channels",))  # fmt: skip
+            ("ssm_heads",), ("conv_channels",), ("vocab",))  # fmt: skip
 # Axes that tensor parallelism splits over its devices.
 SPLIT = ("heads", "kv_heads", "ssm_heads", "ffn", "dense_ffn", "shared_ffn")
 

@@ -8,7 +8,6 @@ from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import resolve
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import check_losses
 from hf_minitron.distillation.records import record_of
@@ -17,7 +16,7 @@ from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage
-from hf_minitron.stages import distill, synthesize
+from hf_minitron.stages import distill, prune, synthesize
 from hf_minitron.stages.training import BLOCK_SETTINGS, blocks_of, tokens_made, tokens_wanted
 
 
@@ -53,7 +52,8 @@ def check(args: Args, run: Run) -> None:
         raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
                          "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
     config = AutoConfig.from_pretrained(teacher_folder(training.teacher or run.model, training.teacher_model_init_kwargs))
-    check_losses(record_of(args.how, text_config(config).vocab_size, args.dtype), training.losses, training.temperature)
+    vocab = run.section("prune")["target"]["vocab"] if prune.cuts_vocab(run) else text_config(config).vocab_size
+    check_losses(record_of(args.how, vocab, args.dtype), training.losses, training.temperature)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -64,7 +64,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `cache.json` and the shards; say how many bytes a token takes."""
     training = bind(run, "distill", distill.Args)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    tokenizer = AutoTokenizer.from_pretrained(prune.student_of(run))
     training.text, training.eval_text = (synthesize.text_of(run, text) for text in (training.text, training.eval_text))
     blocks, eval_blocks = blocks_of(
         training, tokenizer, out, run.seed, args.tokens or tokens_wanted(training), tokens_made(run)
@@ -74,7 +74,8 @@ def run(args: Args, run: Run, out: Path) -> None:
         blocks = concatenate_datasets([part.select_columns(read) for part in (blocks, eval_blocks)])
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
-                        training.teacher_model_init_kwargs)  # fmt: skip
+                        training.teacher_model_init_kwargs,
+                        prune.student_of(run) if prune.cuts_vocab(run) else None)  # fmt: skip
     PartialState().print(
         f"{facts['tokens']:,} tokens of {facts['blocks']:,} sequences, {facts['bytes_per_token']:.1f} bytes per token",
         flush=True,
@@ -89,6 +90,7 @@ STAGE = Stage(
     run,
     work,
     uses=("correct", "synthesize", "tokenize"),
+    needs_for=lambda run: ("prune",) if prune.cuts_vocab(run) else (),
     reads=tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs")),
     optional=True,
     distributed=True,

@@ -1,6 +1,7 @@
 """prune: keep the best-scored part of every axis and write the student as a stock checkpoint."""
 
 import logging
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def outline(args: Args, model: str, folder: Path) -> None:
     copy_side_files(resolve(model), folder, processors=not args.text_only)
     if "vocab" in keep:
         cut_tokenizer_files(folder, keep["vocab"], before["vocab"])
+
+
+def cuts_vocab(run: Run) -> bool:
+    """Return whether a run's student has fewer tokens than its teacher."""
+    target = run.section("prune").get("target")
+    return isinstance(target, Mapping) and "vocab" in target
+
+
+def student_of(run: Run) -> Path:
+    """Return the folder that tells in which tokens a run's student reads a text: its own where it has fewer."""
+    return run.path("prune") / "student" if cuts_vocab(run) else resolve(run.model)
 
 
 def uses_layer_merge(args: Args) -> bool:

@@ -97,7 +97,10 @@ def check(args: Args, run: Run) -> None:
 
 def run(args: Args, run: Run, out: Path) -> None:
     """Write `candidates.json`."""
-    space, scores = _space(args, run), Statistics.load(run.path("score")).scores
+    space, statistics = _space(args, run), Statistics.load(run.path("score"))
+    scores = dict(statistics.scores)
+    if statistics.token_counts is not None:  # the share of the text that the commonest tokens are
+        scores["vocab"] = statistics.token_counts.double()
     speeds = any(name in args.budget for name in search.SPEEDS)
     teacher = {name: cost(space.before) for name, cost in space.costs.items()} | (space.speeds(space.before) if speeds else {})
     limits = search.limits_of(args.budget, teacher)
