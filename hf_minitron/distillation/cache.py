@@ -80,20 +80,30 @@ def write_cache(
     record = record_of(method, (identity | shared)["vocab_size"], dtype)
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
-    settings |= {"position_ids": "position_ids" in blocks.column_names, "blocks": len(blocks), "batch_size": batch_size}
-    settings["block_size"] = lengths[0] if len(set(lengths)) == 1 else None
-    settings["shard_blocks"] = min(MAX_SHARD_BLOCKS, -(-len(blocks) // MIN_SHARDS))
+    settings |= {"position_ids": "position_ids" in blocks.column_names, "batch_size": batch_size, **_sizes(lengths)}
     tokens = sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        teacher = LiveTeacher(model, state.device, init_kwargs)
-        if shared:
-            teacher.share_vocabulary(AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student))
+        teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
         recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
         _write_shards(folder, settings, blocks, recorder, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
     wait_for(folder / META)
     return json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def _teacher(teacher: LiveTeacher, student: str | Path | None) -> LiveTeacher:
+    """Return a teacher with the tokens of its student, where that has some of them."""
+    if student is not None:
+        teacher.share_vocabulary(AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student))
+    return teacher
+
+
+def _sizes(lengths: Sequence[int]) -> dict:
+    """Return what a cache says of the number of its sequences and of their lengths."""
+    shard_blocks = min(MAX_SHARD_BLOCKS, -(-len(lengths) // MIN_SHARDS))
+    same = lengths[0] if len(set(lengths)) == 1 else None
+    return {"blocks": len(lengths), "block_size": same, "shard_blocks": shard_blocks}
 
 
 def _vocabulary(student: str | Path) -> dict:
