@@ -174,8 +174,8 @@ def test_a_teacher_loses_the_rows_of_other_tokens_in_place(model_type):
 
 def test_a_run_with_a_cache_reads_it_in_the_students_tokens(project, whole, tmp_path):
     distill = {**project["recipe"]["distill"], "max_steps": 2}
-    path = recipe(project, tmp_path, distill=distill, cache={"method": "top_k", "k": 8})
-    for stage in ("score", "prune", "cache", "distill"):
+    path = recipe(project, tmp_path, distill=distill, cache={"method": "top_k", "k": 8}, tokenize={"tokens": 256})
+    for stage in ("score", "prune", "tokenize", "cache", "distill"):
         assert main([stage, path]) == 0, stage
     meta = json.loads((tmp_path / "run" / "cache" / "cache.json").read_text())
     assert meta["vocab_size"] == VOCAB

@@ -90,7 +90,7 @@ STAGE = Stage(
     run,
     work,
     uses=("correct", "synthesize", "tokenize"),
-    needs_for=lambda run: ("prune",) if prune.cuts_vocab(run) else (),
+    needs_for=prune.vocab_needs,
     reads=tuple(f"distill.{key}" for key in (*BLOCK_SETTINGS, "teacher", "teacher_model_init_kwargs")),
     optional=True,
     distributed=True,

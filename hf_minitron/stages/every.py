@@ -7,9 +7,9 @@ STAGES = {
     for stage in (
         correct.STAGE,
         synthesize.STAGE,
-        tokenize.STAGE,
         score.STAGE,
         prune.STAGE,
+        tokenize.STAGE,
         cache.STAGE,
         distill.STAGE,
         evaluate.STAGE,

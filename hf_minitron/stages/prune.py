@@ -80,6 +80,11 @@ def cuts_vocab(run: Run) -> bool:
     return isinstance(target, Mapping) and "vocab" in target
 
 
+def vocab_needs(run: Run) -> tuple[str, ...]:
+    """Return the stage that writes the tokenizer by which a text is read, where the student has one of its own."""
+    return ("prune",) if cuts_vocab(run) else ()
+
+
 def student_of(run: Run) -> Path:
     """Return the folder that tells in which tokens a run's student reads a text: its own where it has fewer."""
     return run.path("prune") / "student" if cuts_vocab(run) else resolve(run.model)

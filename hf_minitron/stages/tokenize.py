@@ -10,7 +10,7 @@ from hf_minitron.data import bytes_per_token
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage
-from hf_minitron.stages import distill, synthesize
+from hf_minitron.stages import distill, prune, synthesize
 from hf_minitron.stages.training import PACKING_SETTINGS, make_blocks, make_eval_blocks
 
 
@@ -41,7 +41,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write `train/` and, where distill evaluates, `eval/`."""
     training = bind(run, "distill", distill.Args)
     training.text, training.eval_text = (synthesize.text_of(run, text) for text in (training.text, training.eval_text))
-    tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
+    tokenizer = AutoTokenizer.from_pretrained(prune.student_of(run))
     blocks = make_blocks(training, tokenizer, out / "train", run.seed, args.tokens)
     make_eval_blocks(training, tokenizer, out / "eval")
     print(f"{len(blocks) * training.block_size:,} tokens in {len(blocks):,} sequences", flush=True)
@@ -55,6 +55,7 @@ STAGE = Stage(
     run,
     work,
     uses=("synthesize",),
+    needs_for=prune.vocab_needs,
     reads=tuple(f"distill.{key}" for key in PACKING_SETTINGS),
     optional=True,
 )
