@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from hf_minitron.architecture.config import auto_class
 from hf_minitron.model_files import resolve, split_kwargs, weights_of
+from hf_minitron.waiting import by_every_process
 
 T = TypeVar("T")
 
@@ -260,7 +262,13 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def load_model(model: str | Path, dtype: torch.dtype | str, device: torch.device | str = "cpu", **kwargs) -> PreTrainedModel:
+def load_model(
+    model: str | Path,
+    dtype: torch.dtype | str,
+    device: torch.device | str = "cpu",
+    distributed_config: DistributedConfig | None = None,
+    **kwargs,
+) -> PreTrainedModel:
     """Load a causal language model for inference; refuse a checkpoint that lacks parameters.
 
     Args:
@@ -268,15 +276,22 @@ def load_model(model: str | Path, dtype: torch.dtype | str, device: torch.device
             remote code.
         dtype (`torch.dtype` or `str`): What the weights are loaded as.
         device (`torch.device` or `str`): Where they go; `"auto"` spreads them over all devices.
+        distributed_config (`DistributedConfig`, *optional*): How processes share the model, of which each reads its shard only.
         **kwargs: Arguments of `from_pretrained`: those of `model_files.WHICH` and `HOW`.
     """
     which, how = split_kwargs(kwargs)
     folder = resolve(model, variant=how.get("variant"), **which)
     Checkpoint(folder, how.get("variant"))  # a missing or truncated shard is named before any weight is loaded
     how = {"dtype": dtype, **({"device_map": "auto"} if str(device) == "auto" else {}), **how}
+    how |= {"use_safetensors": True, "distributed_config": distributed_config}
     kind = auto_class(AutoConfig.from_pretrained(folder))
-    loaded, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+    with by_every_process():
+        loaded, info = kind.from_pretrained(folder, output_loading_info=True, **how)
     if info["missing_keys"]:
         raise ValueError(f"The checkpoint {folder} lacks {sorted(info['missing_keys'])[0]!r} "
                          f"({len(info['missing_keys'])} tensors in all)")  # fmt: skip
-    return (loaded if "device_map" in how else loaded.to(device)).eval()
+    if distributed_config is None:
+        return (loaded if "device_map" in how else loaded.to(device)).eval()
+    loaded._is_distributed_loading_by_transformers = False  # accelerate trains and saves it, as if it had sharded it
+    del loaded.config.distributed_config
+    return loaded.eval()

@@ -3,11 +3,12 @@
 import gc
 import itertools
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 
 T = TypeVar("T")
 READY = ("ready-0", "ready-1")  # by turns: a process may look for the next one before the last one is deleted
@@ -40,6 +41,11 @@ def from_first(folder: Path, value: T = None) -> T:
     if state.is_main_process:
         ready.unlink()
     return shared[0]
+
+
+def by_every_process() -> AbstractContextManager:
+    """Return a context in which each process loads weights, whatever FSDP is told: most models here are never wrapped."""
+    return patch_environment(fsdp_cpu_ram_efficient_loading="false")
 
 
 def end_group() -> None:

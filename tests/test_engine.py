@@ -9,7 +9,7 @@ import torch
 from test_distillation import CONSTANT, RAGGED, arguments
 
 from hf_minitron import DistillationTrainer
-from hf_minitron.distillation.engine import prepare_engine
+from hf_minitron.distillation.engine import prepare_engine, trains_whole_only
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -29,6 +29,19 @@ def test_weights_of_16_bits_are_trained_in_float32(tmp_path, caplog, dtype):
         assert weight.dtype == torch.float32
         assert torch.equal(weight, trained[1][name]), name
         assert not torch.equal(weight, weight.to(dtype)), f"{name} has not moved"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "whole"),
+    [
+        ({}, 2, False),
+        ({}, 7, True),  # 24 rows of queries: six processes have four each, the last one none
+        ({"tie_word_embeddings": True}, 2, True),  # 99 tokens
+        ({"tie_word_embeddings": True, "vocab_size": 100}, 2, False),
+    ],
+)
+def test_some_students_are_loaded_whole(sizes, processes, whole):
+    assert trains_whole_only(tiny.model(**sizes), processes) == whole
 
 
 def test_flat_parameters_are_refused():

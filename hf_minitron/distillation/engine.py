@@ -1,10 +1,21 @@
 """How accelerate spreads a training over processes: what is refused, and what is set otherwise than it does by itself."""
 
 import logging
+import math
+import os
+import re
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_minitron.architecture.config import auto_class
+from hf_minitron.distillation.teacher import LiveTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +50,66 @@ def _check_engine(trainer: Trainer) -> None:
         raise ValueError("model: sharded by from_pretrained(distributed_config=...); load it whole, accelerate shards it")
     if getattr(trainer.model.config, "output_router_logits", False):
         raise ValueError("model: output_router_logits adds a loss that is none of `losses`; set it to False in its config")
+
+
+def shard_models(accelerator: Accelerator, student: PreTrainedModel, teacher: object) -> None:
+    """Shard a live teacher as accelerate will shard the student, and let a student that is sharded be as it is."""
+    if isinstance(teacher, LiveTeacher):
+        teacher.shard(accelerator)
+    if isinstance(student, FSDPModule):  # accelerate would look for classes by their names, which sharding has changed
+        accelerator.state.fsdp_plugin.auto_wrap_policy = None
+
+
+def sharded_loading(args: TrainingArguments, config: PreTrainedConfig, trained: bool) -> DistributedConfig | None:
+    """Return how each process loads its own shard of a model, as accelerate's FSDP2 would shard it later.
+
+    Args:
+        args (`TrainingArguments`): Of the training; FSDP is theirs, or that of `accelerate launch`.
+        config (`PreTrainedConfig`): The model's.
+        trained (`bool`): Whether the model is the student.
+
+    Returns:
+        `DistributedConfig` or `None`: `None` where a model is not sharded, or only after it was loaded whole: by older
+        versions of transformers; and a student with FSDP's own activation checkpointing, in fp16, or that `trains_whole_only`.
+    """
+    state, plugin = PartialState(), _fsdp_plugin(args)
+    if plugin is None or plugin.fsdp_version != 2 or args.parallelism_config or state.num_processes == 1:
+        return None
+    unsharded = (DistributedType.NO, DistributedType.MULTI_CPU)
+    if state.distributed_type in unsharded or not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+        return None
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    if trained and (plugin.activation_checkpointing or args.fp16 or trains_whole_only(model, state.num_processes)):
+        return None
+    plugin.set_auto_wrap_policy(model)
+    wraps = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
+    layers = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, module in model.named_modules() if wraps(module)}
+    return DistributedConfig(
+        fsdp_size=state.num_processes,
+        fsdp_plan=dict.fromkeys(layers, "free_full_weight" if plugin.reshard_after_forward else "keep_full_weight"),
+        fsdp_cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        fsdp_mixed_precision=trained and args.bf16,
+    )
+
+
+def _fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
+    """Return what the Trainer will make of its arguments, or of the environment that `accelerate launch` sets."""
+    if args.fsdp_plugin_args is not None:
+        return FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    return FullyShardedDataParallelPlugin() if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None
+
+
+def trains_whole_only(model: PreTrainedModel, processes: int) -> bool:
+    """Return whether a student must be loaded whole to be sharded over so many processes and trained.
+
+    So must one of which some process would hold nothing of a parameter, for accelerate tells an optimizer's by their addresses,
+    and one whose tied head and embedding leave a remainder, for Transformers shards each by itself, padded apart.
+    """
+    rows = {parameter.shape[0] for parameter in model.parameters()}
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    empty = any(math.ceil(number / processes) * (processes - 1) >= number for number in rows)
+    return empty or (head is embedding and len(embedding) % processes != 0)
 
 
 def train_in_float32(model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
 """A live teacher: frozen, in eval mode and in its own dtype, never part of the student or of its checkpoints."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
@@ -35,6 +36,7 @@ class LiveTeacher:
         device (`torch.device`): Where it runs.
         init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a path or Hub id, such as `revision` or `dtype`.
         top_k (`int`, *optional*): Compare only its most likely tokens, and all others as one.
+        sharding (`Callable`, *optional*): How processes share a model that is loaded, by its config.
     """
 
     def __init__(
@@ -43,13 +45,15 @@ class LiveTeacher:
         device: torch.device,
         init_kwargs: dict | None = None,
         top_k: int | None = None,
+        sharding: Callable[[PreTrainedConfig], DistributedConfig | None] = lambda config: None,
     ):
         self._named = (model, init_kwargs) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
-            model = _load(model, device, init_kwargs)
+            model = _load(model, device, init_kwargs, sharding)
         self.model = base_of(model)
         quantized = getattr(self.model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
-        if not quantized and not hasattr(self.model, "hf_device_map"):  # these stay where they are
+        placed = hasattr(self.model, "hf_device_map") or isinstance(self.model, FSDPModule)
+        if not quantized and not placed:  # these stay where they are
             self.model.to(device)
         self.model.eval().requires_grad_(False)
         self.config = self.model.config
@@ -168,9 +172,11 @@ def unsharded_head(model: PreTrainedModel | None) -> Iterator[bool]:
         yield False
 
 
-def _load(model: str | Path, device: torch.device, init_kwargs: dict | None) -> PreTrainedModel:
+def _load(model: str | Path, device: torch.device, init_kwargs: dict | None, sharding: Callable) -> PreTrainedModel:
     which, how = split_kwargs(init_kwargs)
     base, dtype = adapter_base(model), how.pop("dtype", best_dtype(device))
+    if base is None and not how.keys() & {"device_map", "quantization_config", "tp_plan"}:
+        how["distributed_config"] = sharding(AutoConfig.from_pretrained(teacher_folder(model, init_kwargs)))
     loaded = load_model(model if base is None else base, dtype, device, **which, **how)
     if is_hub_id(model):  # what a card names, rather than a folder of the cache
         loaded.config.name_or_path = pinned(model)[0]

@@ -1,6 +1,7 @@
 """What a trainer was given as its teacher: a model, where to load one from, or a cache; and what it is refused for."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from hf_minitron.architecture.config import auto_class
 from hf_minitron.distillation.cached import META, CachedTeacher, check_losses
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
+from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
 from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.errors import one_line
@@ -42,7 +44,9 @@ def teacher_for(
     if args.teacher_model_init_kwargs and not isinstance(given, str | Path):
         raise ValueError("teacher_model_init_kwargs: teacher_model is loaded already; leave them out, or give its name")
     if not isinstance(given, CachedTeacher):
-        live = LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k)
+        shares = pruned_vocab(student) is not None  # its head and embedding must be whole to lose rows
+        sharding = {} if shares else {"sharding": partial(sharded_loading, args, trained=False)}
+        live = LiveTeacher(given, device, args.teacher_model_init_kwargs, args.top_k, **sharding)
         set_attention(live.model, args.attn_implementation)
         live.share_vocabulary(student, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
         return live

@@ -20,12 +20,12 @@ from transformers.utils import CONFIG_NAME
 from hf_minitron.distillation.batch import POSITIONS, TARGETS, at_positions, collate, model_inputs, positions_of, with_targets
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.distillation.engine import prepare_engine, train_in_float32
+from hf_minitron.distillation.engine import prepare_engine, shard_models, train_in_float32
 from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token
 from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
 from hf_minitron.distillation.stopping import Attempt, not_finite
-from hf_minitron.distillation.teacher import LiveTeacher, base_of, freeze_vision, no_tokens, unsharded_head
+from hf_minitron.distillation.teacher import base_of, freeze_vision, no_tokens, unsharded_head
 from hf_minitron.distillation.teachers import Given, check_models, set_attention, teacher_for
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
@@ -130,8 +130,7 @@ class DistillationTrainer(Trainer):
         if self.data_collator is collate:
             self.data_collator = partial(collate, ignored=[self.args.length_column_name], vocab_size=least)
         self._watch(self.model)
-        if isinstance(self.teacher, LiveTeacher):
-            self.teacher.shard(self.accelerator)
+        shard_models(self.accelerator, student, self.teacher)
         if isinstance(self.teacher, CachedTeacher):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)
 

@@ -33,6 +33,7 @@ from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
 from hf_minitron.statistics import Moments
 from hf_minitron.tensors import CheckpointTensors
+from hf_minitron.waiting import by_every_process
 
 
 def read_layers(
@@ -135,9 +136,10 @@ class _Loader:
         prefix = f"{self.architecture.prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in {**own, **self.shared}.items()}
         config = student_config(self.architecture, self._plan(layer))
-        model, info = MODEL_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
-        )
+        with by_every_process():
+            model, info = MODEL_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
+            )
         parameters = {name.removeprefix(prefix) for name in outline(config).parameters}  # without BERT's pooler
         missing = parameters & set(info["missing_keys"])
         assert not missing, f"layer {layer} lacks {missing}"

@@ -14,6 +14,7 @@ from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec, load_m
 from hf_minitron.distillation.adapters import add_lora, merge_lora
 from hf_minitron.distillation.batch import rows_read
 from hf_minitron.distillation.cached import CachedTeacher
+from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.environment import environment
 from hf_minitron.probe import base_name
@@ -51,7 +52,8 @@ def train_model(
     tokenizer = AutoTokenizer.from_pretrained(source)
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     blocks, eval_blocks = blocks_of(args, tokenizer, out, run.seed, tokens_wanted(args), made)
-    model = load_model(source, torch.float32).train()
+    sharding = None if args.lora is not None else sharded_loading(args, AutoConfig.from_pretrained(source), trained=True)
+    model = load_model(source, torch.float32, distributed_config=sharding).train()
     set_seed(run.seed)  # LoRA's additions begin at random
     model = model if args.lora is None else add_lora(model, args.lora)
     callbacks = callbacks_of(args)
