@@ -1,4 +1,7 @@
-"""Waiting for another process on a file: a collective call would give up after ten minutes, and keep accelerators busy."""
+"""What the processes of a command do alone or for each other.
+
+They wait for another one on a file: a collective call would give up after ten minutes, and keep accelerators busy.
+"""
 
 import gc
 import itertools
