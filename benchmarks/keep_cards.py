@@ -28,14 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of published runs")
     parser.add_argument("--name", help="of the card's folder, for a single run")
-    parser.add_argument("--again", action="store_true", help="render the cards in model_cards/ again; pictures stay")
+    parser.add_argument("--again", action="store_true", help="write the cards in model_cards/ again, with their pictures")
     args = parser.parse_args()
     if args.name and len(args.runs) != 1:
         parser.error("--name is for a single run")
     for folder in args.runs:
         print(keep(folder, args.name or folder.resolve().name))
     for folder in sorted(path for path in CARDS.iterdir() if path.is_dir()) if args.again else ():
-        publish.render(folder).save(folder / "README.md")
+        publish.draw(folder)
         print(folder)
 
 

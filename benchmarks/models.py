@@ -123,7 +123,7 @@ def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str
             "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
             "language": "en",
-            "notes": "A measurement: distilled on 37 thousand tokens of web text, where a useful model takes billions. The "
+            "notes": "A measurement: distilled on a little web text, where a useful model takes billions of tokens. The "
             "teacher's weights went through 4-bit quantization before (a GGUF file).",
         },
     }

@@ -73,6 +73,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any], sections: Mapping[str,
     seed = recipe.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
+    if recipe.get("minutes", 1) is None:  # `--minutes null`: all of the recipe, however long it takes
+        del recipe["minutes"]
     minutes = recipe.get("minutes", 1)
     if not isinstance(minutes, int | float) or isinstance(minutes, bool) or not 0 < minutes < math.inf:
         raise RecipeError(f"minutes: {minutes!r} is not a number above zero")

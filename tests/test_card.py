@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,13 +18,14 @@ from huggingface_hub import ModelCard
 from test_publish import card, report
 
 from hf_minitron.__main__ import main
+from hf_minitron.estimate import with_values
 from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
-from hf_minitron.recipe import load_recipe
+from hf_minitron.recipe import load_recipe, read_overrides
 from hf_minitron.run import made_by
 from hf_minitron.shape import Shape
 from hf_minitron.stages import publish
@@ -149,7 +151,17 @@ def test_a_kept_card_is_rendered_again_to_the_byte(whole, tmp_path, capsys):
     publish.keep(run, tmp_path / "small")
     assert str(publish.render(tmp_path / "small")) == (whole / "run/publish/model/README.md").read_text()
     kept = {path.name for path in (tmp_path / "small").iterdir()}
-    assert kept == {"README.md", "report.json", "recipe.yaml", "log.json", "card.json", "shapes.png", "kept.png", "loss.png"}
+    assert kept == {
+        "README.md",
+        "report.json",
+        "recipe.yaml",
+        "log.json",
+        "card.json",
+        "shapes.png",
+        "kept.png",
+        "loss.png",
+        "differences.png",
+    }
     log = json.loads((tmp_path / "small/log.json").read_text())
     assert {key for entry in log["history"] for key in entry} == {
         "step", "loss", "forward_kl", "cross_entropy", "train_runtime",
@@ -188,7 +200,7 @@ def test_dropped_layers_are_shown():
     text = str(card(cut=cut, pictures={"kept": "kept.png"}))
     assert "counted from 0: 1, 2." in text
     assert "](kept.png)" in text
-    assert "| ffn | 72 | 72 |" in text
+    assert "| ffn      |     72 |    72 |" in text
     alike = facts.cut_of(Plan(before, before.cut_to({"ffn": 8}), {}))
     assert alike["by_layer"] == {}
     assert alike["dropped"] == []
@@ -277,12 +289,28 @@ def test_a_cached_loss_is_called_what_it_is(method, words):
     assert said == ([words] if words else [])
 
 
-def test_a_recipe_that_was_changed_on_the_way_is_said(whole):
-    assert facts.gather(load(whole / "recipe.yaml"))["changed"] is False
-    assert facts.gather(load(whole / "recipe.yaml", **{"distill.max_steps": 7}))["changed"] is True
-    sentence = "The recipe is the one below: the command line or `minutes` changed values of the file."
-    assert sentence in card(changed=True).text
-    assert sentence not in card(changed=False).text
+def test_the_command_holds_what_its_recipe_does_not(whole, tmp_path):
+    """Values of the command line, and what `minutes` has left on this machine: another one would leave something else."""
+    assert facts.gather(load(whole / "recipe.yaml"))["command"].endswith("/recipe.yaml")
+    given = {"distill.max_steps": 7, "distill.losses": {"jsd": 1.0}, "publish.notes": "a: b\n'c'", "prune.target.ffn": 8,
+             "run": "runs/x y", "publish.language": "no"}  # fmt: skip
+    run = load(whole / "recipe.yaml", **given)
+    words = shlex.split(facts.gather(run)["command"])
+    assert words[:2] == ["hf-minitron", "run"]
+    assert load(whole / "recipe.yaml", **read_overrides(words[3:])).recipe == run.recipe
+    timed = tmp_path / "recipe.yaml"
+    timed.write_text((whole / "recipe.yaml").read_text() + "minutes: 5\n")
+    words = shlex.split(facts.gather(with_values(load(timed), {"distill.max_steps": 1}))["command"])
+    again = load(timed, **read_overrides(words[3:])).recipe
+    assert again["distill"]["max_steps"] == 1
+    assert "minutes" not in again
+
+
+def test_recipes_of_a_chain_get_their_own_values(whole, tmp_path):
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({"model": str(whole / "run/publish/model")}))
+    first, second = facts.gather(load(tmp_path / "second.yaml", seed=7))["command"].split(" && ")
+    assert first.endswith("/recipe.yaml")
+    assert second.endswith("/second.yaml --seed 7")
 
 
 def test_the_cache_of_latent_attention_is_its_row():
@@ -300,13 +328,14 @@ def test_other_models_are_compared_too():
         ("peer", "distilled"),
         ("peer", "pruned"),
     ]
-    found = [Comparison(0.5, 0.4, (0.0, 0.2), 0.1, "paired bootstrap", None, None, 9, None, "better", a, b, "t", "acc")
+    found = [Comparison(0.5, 0.4, (0.0, 0.2), 0.1, "paired bootstrap", None, None, 9, None, "better", a, b, "task", "acc")
              for a, b in pairs]  # fmt: skip
     text = card(replace(report(), comparisons=found)).text
-    details = text.split("<details>")[1].split("</details>")[0]
+    details = text.partition("compared in the same way:")[2].split("</details>")[0]
     said = [line.partition(" on ")[0] for line in details.splitlines() if line.startswith("- ")]
     assert said == ["- distilled is better than pruned", "- peer is better than distilled"]
-    assert "- distilled is better than teacher" in text.split("<details>")[0]
+    assert "- distilled is better than teacher" in text
+    assert "- Better than the teacher on task acc." in text
     assert "peer is better than pruned" not in text
     assert "pruned is better than teacher" not in text
 

@@ -110,7 +110,7 @@ def test_sizes_are_those_of_the_files(odd, tables, text):
             cache = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
             assert close(rows[name][4], cache / 1e3), name
     before, after = (f"{stored(folders(odd)[name]).total():,}" for name in ("teacher", "distilled"))
-    assert f"{after} parameters in bfloat16, float32, pruned from the model in `.../{odd.name}/teacher` ({before}) and" in text
+    assert f"{after} parameters, pruned from the model in `.../{odd.name}/teacher` ({before}) and" in text
     assert f"taught by .../{odd.name}/master with knowledge distillation" in text
     assert "It is a stock Transformers checkpoint" in text
 
@@ -189,7 +189,7 @@ def test_differences_are_those_of_the_values(tables, measured):
     for metric in ("perplexity", "bits per byte"):
         ours, theirs = found["distilled"][metric], found["teacher"][metric]
         assert number(rows[metric][0]) == pytest.approx(ours - theirs, rel=0.1, abs=0.02), metric
-        assert number(rows[metric][3]) == pytest.approx(100 * theirs / ours, rel=0.03), metric
+        assert rows[metric][3] == "", "no share of anything is retained"
         low, high = (number(bound) for bound in rows[metric][1].split(" to "))
         assert low < number(rows[metric][0]) < high, metric
 
@@ -240,7 +240,7 @@ def test_speed_times_and_machine_are_those_that_were_kept(odd, tables, text):
     machine = environment()
     assert "Seed 11; wall time" in text
     assert f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}" in text
-    assert text.count(machine["hardware"]) == 2
+    assert text.count(machine["hardware"]) == 3
 
 
 def test_metadata_are_the_values(odd):

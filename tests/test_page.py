@@ -16,6 +16,7 @@ from hf_minitron.hub.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+PICTURES = ("differences.png", "shapes.png", "kept.png", "loss.png")  # as they come
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth,
   [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor].join("|")
 </script></body>"""
@@ -33,7 +34,7 @@ def test_the_page_has_what_the_card_has(page, whole):
     prose = re.sub(r"!\[.*?\]\(.*?\)|\]\(.*?\)|<.*?>|```\w+", " ", card)  # but for names of pictures, addresses and tags
     assert not set(re.findall(r"\w+", prose)) - words
     assert text.count("<table>") == text.count('<div class="wide">') == len(re.findall(r"^\| -", card, re.MULTILINE))
-    assert text.count('<img src="data:image/png;base64,') == 3 == text.count("<img")
+    assert text.count('<img src="data:image/png;base64,') == 4 == text.count("<img")
 
 
 def test_nothing_is_fetched_and_no_script_runs(page):
@@ -77,7 +78,7 @@ def test_a_page_of_a_run_that_is_not_finished_says_so(project, tmp_path, capsys,
         assert f"Still to do: {missing}." in text
         assert said in text
         assert "from transformers import" not in text
-    assert text.count("<img") == 2
+    assert text.count("<img") == 3
     assert main(["publish", *command[1:]]) == 0
     done = page.read_text()
     page.unlink()
@@ -99,13 +100,13 @@ def shown(page, folder, size, *flags):
 
 @browser
 def test_it_is_readable_in_light_and_dark(page, tmp_path):
-    light = shown(page, tmp_path, "900,1200")
-    dark = shown(page, tmp_path, "900,1200", "--blink-settings=preferredColorScheme=0")
+    light = shown(page, tmp_path, "900,2400")
+    dark = shown(page, tmp_path, "900,2400", "--blink-settings=preferredColorScheme=0")
     for picture, background in ((light, (255, 255, 255)), (dark, (13, 17, 23))):
-        assert picture.size == (900, 1200)
+        assert picture.size == (900, 2400)
         assert picture.getpixel((3, 3)) == background
         count = sum(n for n, color in picture.getcolors(10**6) if color == background)
-        assert 0.5 < count / (900 * 1200) < 0.97  # text and pictures are there
+        assert 0.5 < count / (900 * 2400) < 0.97  # text and pictures are there
         assert any(color == (59, 130, 246) for _, color in picture.getcolors(10**6))  # the bars
 
 
@@ -121,5 +122,5 @@ def test_nothing_sticks_out_and_all_pictures_are_there(page, tmp_path, width):
     found, pictures, background = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
     assert int(found) <= width
     assert background == "rgb(255, 255, 255)"
-    widths = [image.imread(page.parent / "publish/model" / name).shape[1] for name in ("shapes.png", "kept.png", "loss.png")]
+    widths = [image.imread(page.parent / "publish/model" / name).shape[1] for name in PICTURES]
     assert pictures == ",".join(map(str, widths))

@@ -39,8 +39,8 @@ class Difference:
         interval (`tuple[float, float]`): 95 % confidence interval of the difference.
         p (`float`): Two-sided p-value of no difference.
         test (`str`): `"exact McNemar"` for samples that are right or wrong, else `"paired bootstrap"`.
-        retention (`float`, *optional*): Percent of the baseline's metric that is kept; baseline over value where lower is
-            better. Absent when the baseline's is not above zero.
+        retention (`float`, *optional*): Percent of the baseline's metric that is kept. Absent where lower is better (a ratio of
+            perplexities is no share of anything) and when the baseline's is not above zero.
         retention_interval (`tuple[float, float]`, *optional*): Its 95 % confidence interval, where no resample has a zero.
         samples (`int`): Pairs.
         samples_needed (`int`, *optional*): Pairs that give an 80 % chance of telling a difference of this size apart at the
@@ -96,11 +96,10 @@ def compare_paired(
         crossed = min((differences <= 0).mean(), (differences >= 0).mean())
         p, test = max(min(1.0, 2 * crossed), 1 / (RESAMPLES + 1), 2.0 ** (1 - count)), "paired bootstrap"
     retention, retention_interval = None, None
-    (kept, base), resampled_kept = ((value, baseline), resampled) if higher_is_better else ((baseline, value), resampled[::-1])
-    if base > 0:
-        retention = 100 * kept / base
-        if (resampled_kept[1] > 0).all():
-            retention_interval = _interval(100 * resampled_kept[0] / resampled_kept[1])
+    if higher_is_better and baseline > 0:
+        retention = 100 * value / baseline
+        if (resampled[1] > 0).all():
+            retention_interval = _interval(100 * resampled[0] / resampled[1])
     verdict = "not distinguishable"
     if p < 1 - LEVEL:
         verdict = "better" if (value > baseline) == higher_is_better else "worse"

@@ -27,9 +27,18 @@ def task_entries(model: str, results: Mapping, records: Sequence[Mapping]) -> li
         higher = results["higher_is_better"].get(task) or {}
         for metric, value, stderr in _metrics(metrics):
             direction, of = "lower" if higher.get(metric) is False else "higher", tuple(leaves) if leaves != [task] else ()
-            entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, of=of)
+            source = _dataset(results.get("configs", {}).get(task) or {})
+            entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, of=of, dataset=source)
             entries.append(_with_samples(entry, samples_of_entry(arranged, entry)))
     return entries
+
+
+def _dataset(config: Mapping) -> tuple[str | None, ...]:
+    """Return the Hub's id of a task's dataset, its configuration and split; nothing of files that a task brings along."""
+    path = config.get("dataset_path")
+    if not isinstance(path, str) or path.count("/") != 1:  # json, parquet and the like read the task's own files
+        return ()
+    return path, config.get("dataset_name"), config.get("test_split") or config.get("validation_split")
 
 
 def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -11,12 +11,21 @@ from hf_minitron.shape import Shape
 TITLES = {
     "perplexity": "perplexity", "bits_per_byte": "bits per byte", "top1_match": "top-1 match", "teacher_kl": "KL to teacher",
 }  # fmt: skip
+HEADLINES = 5  # metrics that a reader takes in at a glance
+# Of several metrics of a task, the first of these says most: lm-eval's own order is the alphabet's.
+PREFERRED = ("acc_norm", "exact_match", "acc")
 ARROWS = {"higher": " ↑", "lower": " ↓"}
 
 
 def title(task: str, metric: str) -> str:
     """Return what a metric of a task, or of held-out text, is called."""
     return TITLES.get(metric, metric) if task == TEXT else f"{task} {metric}"
+
+
+def titles(report: Report, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """Return what metrics are called, an arrow where better is."""
+    directions = {(entry.task, entry.metric): entry.direction for entry in report.entries}
+    return [title(*column) + ARROWS[directions[column]] for column in columns]
 
 
 def measured(entry: Entry | None) -> str:
@@ -73,13 +82,75 @@ def quality_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def metric_rows(report: Report) -> list[list[str]]:
-    """Return the table of quality with 95 % intervals: a header, then one row per metric, an arrow where better is."""
-    rows = [["metric", *report.models]]
-    for task, metric in _columns(report):
-        entries = [report.entry(name, metric, task) for name in report.models]
-        arrow = ARROWS[next(entry.direction for entry in entries if entry)]
-        rows.append([title(task, metric) + arrow, *map(with_interval, entries)])
+def headline(report: Report, most: int | None = HEADLINES) -> list[tuple[str, str]]:
+    """Return the metrics, task and name, that say most of the distilled model: perplexity, then one of each task or group;
+    more of the text where tasks are few.
+
+    Args:
+        report (`Report`): What was measured.
+        most (`int` or `None`, *optional*, defaults to 5): How many; `None` for one of every task, and all of the text.
+    """
+    entries = [entry for entry in report.entries if entry.model == "distilled"]
+    inside = {task for entry in entries for task in entry.of}
+    tasks: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.task not in inside:
+            tasks.setdefault(entry.task, []).append(entry.metric)
+    of_text = tasks.pop(TEXT, [])
+    text = [(TEXT, metric) for metric in TITLES if metric in of_text]
+    best = [(task, next((name for name in PREFERRED if name in names), names[0])) for task, names in tasks.items()]
+    chosen = [*text[:1], *best, *text[1:]][:most]
+    return sorted(chosen, key=lambda column: column[0] != TEXT)
+
+
+def kept(report: Report) -> tuple[float, float, float, str] | None:
+    """Return the share of the teacher's quality that is kept, in percent, its 95 % interval, and what it is a share of.
+
+    It is the mean of the headline tasks' retentions, whose samples are independent; else of the tokens both models agree on.
+    """
+    shown = set(headline(report))
+    found = [c for c in report.against("teacher", "distilled") if (c.task, c.metric) in shown and c.retention_interval]
+    if found:
+        mean, count = sum(c.retention for c in found) / len(found), len(found)
+        down, up = (math.sqrt(sum((c.retention_interval[side] - c.retention) ** 2 for c in found)) / count for side in range(2))
+        names = title(found[0].task, found[0].metric) if count == 1 else f"mean of {count} tasks"
+        return mean, mean - down, mean + up, f"of the teacher's score, {names}"
+    match = report.entry("distilled", "top1_match")
+    if match is None or match.interval is None:
+        return None
+    return (100 * match.value, *(100 * bound for bound in match.interval), "of tokens are predicted as by the teacher")
+
+
+def faster(report: Report) -> tuple[float, float] | None:
+    """Return how many times as fast as the teacher the distilled model decodes, the least and the most of all settings."""
+    pairs = zip(report.speed.get("teacher", ()), report.speed.get("distilled", ()), strict=False)
+    ratios = [ours["decode"]["value"] / theirs["decode"]["value"] for theirs, ours in pairs]
+    return (min(ratios), max(ratios)) if ratios else None
+
+
+def of_the_run(report: Report) -> list[str]:
+    """Return the teacher, its student before and after distillation, and of the other models the one nearest in size to it."""
+    own = [name for name in ("teacher", "pruned", "distilled") if name in report.models]
+    sizes = {name: model["parameters"] for name, model in report.models.items() if name not in (*own, "corrected")}
+    target = report.models[own[-1]]["parameters"]
+    return own + sorted(sizes, key=lambda name: abs(sizes[name] - target))[:1]
+
+
+def metric_rows(
+    report: Report, models: Sequence[str] | None = None, columns: Sequence[tuple[str, str]] | None = None
+) -> list[list[str]]:
+    """Return the table of quality with 95 % intervals: a header, then one row per metric, an arrow where better is.
+
+    Args:
+        report (`Report`): What was measured.
+        models (`Sequence[str]`, *optional*): The models to show; all when left out.
+        columns (`Sequence[tuple[str, str]]`, *optional*): The metrics to show, task and name; all when left out.
+    """
+    models = report.models if models is None else models
+    columns = _columns(report) if columns is None else columns
+    rows = [["metric", *models]]
+    for name, (task, metric) in zip(titles(report, columns), columns, strict=True):
+        rows.append([name, *(with_interval(report.entry(model, metric, task)) for model in models)])
     return rows
 
 

@@ -10,14 +10,20 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_minitron.distillation.training_card import TAGS
-from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.report import Comparison, Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
+    faster,
+    headline,
+    kept,
     metric_rows,
     millions,
+    of_the_run,
     sentence,
     size_rows,
     speed_rows,
+    title,
+    titles,
 )
 from hf_minitron.shape import Shape
 from hf_minitron.tables import markdown_table
@@ -53,7 +59,7 @@ def write_card(
         pipeline_tag=facts.get("pipeline_tag", "text-generation"),
         model_name=facts["name"],
         tags=TAGS,
-        eval_results=_eval_results(report) if report else None,
+        eval_results=(_eval_results(report) or None) if report else None,
         **{key: facts[key] for key in wanted if facts.get(key)},
     )
     compared = report.comparisons if report else ()
@@ -65,7 +71,10 @@ def write_card(
         recipe=recipe,
         recipe_text=dump_yaml(dict(recipe)).strip(),
         report=report,
-        shape_rows=_shape_rows(facts["cut"]) if facts.get("cut") else [],
+        at_a_glance=at_a_glance(report, log) if report else [],
+        headline=markdown_table(metric_rows(report, of_the_run(report), headline(report))) if report else "",
+        verdicts=_verdicts(report) if report else {},
+        shapes=markdown_table([("axis", "before", "after"), *_shape_rows(facts["cut"])]) if facts.get("cut") else "",
         sizes=markdown_table(size_rows(report, facts.get("cut"))) if report else "",
         quality=markdown_table(metric_rows(report)) if report else "",
         speed=markdown_table(speed_rows(report)) if report and report.speed else "",
@@ -76,6 +85,52 @@ def write_card(
         machine=(log or {}).get("machine") or {},
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
+
+
+def at_a_glance(report: Report, log: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the four facts that a reader looks for first, those that are known: size, speed, quality kept, training."""
+    teacher, student = (report.models[name] for name in ("teacher", "distilled"))
+    share = f"{student['parameters'] / teacher['parameters']:.0%} of the teacher's parameters"
+    rows = [
+        (
+            "Size",
+            f"{millions(student['parameters'])} parameters, {share}; {student['bytes'] / 1e6:,.0f} MB in {student['dtype']}",
+        )
+    ]
+    if times := faster(report):
+        span = " to ".join(dict.fromkeys(f"{value:.2f}" for value in times))
+        rows.append(
+            (
+                "Speed",
+                f"decodes {span} times as fast as the teacher on {report.machine.get('hardware', 'the machine that made it')}",
+            )
+        )
+    if share := kept(report):
+        value, low, high, of = share
+        rows.append(("Quality kept", f"{value:.0f} % ({low:.0f} to {high:.0f}) {of}"))
+    if log:
+        rows.append(("Distillation", f"{log['tokens']:,} tokens"))
+    return rows
+
+
+def _verdicts(report: Report) -> dict[str, list[str]]:
+    """Group the headline metrics by how the distilled model stands beside the teacher."""
+    shown, found = headline(report), {}
+    for comparison in report.against("teacher", "distilled"):
+        if (comparison.task, comparison.metric) in shown:
+            found.setdefault(comparison.verdict, []).append(title(comparison.task, comparison.metric))
+    return {verdict: found[verdict] for verdict in ("better", "not distinguishable", "worse") if verdict in found}
+
+
+def forest(report: Report) -> dict[str, Comparison]:
+    """Return the comparisons with the teacher that one picture can show, by title: of held-out text, and of one metric a task.
+
+    Perplexities have no scale in common with them; bits per byte say the same on one that has.
+    """
+    columns = headline(report, None)
+    found = {(c.task, c.metric): c for c in report.against("teacher", "distilled")}
+    return {name: found[column] for name, column in zip(titles(report, columns), columns, strict=True)
+            if column in found and "perplexity" not in column[1] and found[column].baseline_value}  # fmt: skip
 
 
 def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -106,15 +161,38 @@ def _training(log: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, A
         "hours": summary["train_runtime"] / 3600 if summary else None,
         "weights": log["losses"],
         "lora": section.get("lora"),
+        "texts": _shares(section.get("text")),
     }
+
+
+def _shares(text: Any) -> dict[str, str]:
+    """Return what a recipe trains on, and the share of each text where there are several."""
+    if not isinstance(text, Mapping):
+        return {str(name): "" for name in ([text] if isinstance(text, str) else text or [])}
+    weights = {name: value.get("weight") if isinstance(value, Mapping) else value for name, value in text.items()}
+    whole = sum(weights.values()) if all(isinstance(weight, int | float) for weight in weights.values()) else 0
+    return {name: f"{weight / whole:.0%}" if whole else "" for name, weight in weights.items()}
 
 
 def _eval_results(report: Report) -> list[EvalResult]:
     """Return the distilled model's task results in the form of the Hub's model index."""
-    return [
-        EvalResult("text-generation", entry.task, entry.task, entry.metric, entry.value)
-        for entry in report.of_tasks("distilled")
-    ]
+    results = []
+    for entry in report.of_tasks("distilled"):
+        path, config, split = entry.dataset or (entry.task, None, None)
+        error = {"stderr": entry.stderr} if entry.stderr is not None else None
+        results.append(
+            EvalResult(
+                "text-generation",
+                path,
+                entry.task,
+                entry.metric,
+                entry.value,
+                dataset_config=config,
+                dataset_split=split,
+                metric_args=error,
+            )  # fmt: skip
+        )
+    return results
 
 
 def benchmark_files(report: Report, section: Mapping[str, Any]) -> dict[str, str]:

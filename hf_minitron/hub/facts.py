@@ -5,7 +5,6 @@ Paths of this machine are shortened, and access tokens taken out.
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,18 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import hf_minitron
 from hf_minitron.architecture.config import pipeline_tag
-from hf_minitron.errors import TOKEN
 from hf_minitron.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
+from hf_minitron.hub.command import command
+from hf_minitron.hub.public import public, shorten
 from hf_minitron.model_files import is_hub_id, pinned
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
 from hf_minitron.saving import minimum_transformers
-from hf_minitron.yaml_text import load_yaml
 
 STAGES = ("correct", "synthesize", "tokenize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`
-# A path of this machine: all of a text, where blanks may be in it, and within one.
-PATH = re.compile(r"/\S+|/[^\n/]+/[^\n]+")
-WITHIN = re.compile(r"(?<![\w:/.~)\]])(?:/[\w.@+-]+){2,}")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -68,8 +64,9 @@ def gather(run: Run) -> dict[str, Any]:
         **(_of_config(AutoConfig.from_pretrained(run.path("prune") / "student")) if plan else {}),
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
-        "command": f"{launcher} run " + " ".join(shlex.quote(shorten(path)) for path in recipes(run)),
-        "changed": not _as_written(run),
+        "chat": bool(plan) and any((run.path("prune") / "student").glob("chat_template*")),
+        "hashes": _hashes(run),
+        "command": command(run, f"{launcher} run"),
         "seconds": {stage: _done_json(run, stage, "done.json").get("seconds") for stage in STAGES if _is_done(run, stage)},
         "missing": [stage for stage in ("score", "prune", "distill", "evaluate") if not _is_done(run, stage)],
         "version": hf_minitron.__version__,
@@ -91,34 +88,6 @@ def cut_of(plan: Plan) -> dict[str, Any]:
     sizes = {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes)}
     sizes["windows"] = {"before": list(plan.before.windows), "after": list(plan.after.windows)}
     return sizes | {"dropped": dropped, "by_layer": by_layer, "rotated": plan.rotated}
-
-
-def public(value: Any) -> Any:
-    """Return a recipe or a report with its paths shortened, and without access tokens."""
-    if isinstance(value, Mapping):
-        return {public(key): public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(item) for item in value]
-    return TOKEN.sub("<token>", shorten(value)) if isinstance(value, str) else value
-
-
-def shorten(text: str) -> str:
-    """Return text with its paths as everybody may see them: below this folder, below `~`, or their last two parts."""
-    text = text.replace("file:///", "/")
-    if PATH.fullmatch(text):
-        return _short(text)
-    home, here = str(Path.home()), str(Path.cwd())
-    for base, prefix in ((here, ""), (home, "~/")):
-        text = text.replace(base + "/", prefix) if base != "/" else text
-    return WITHIN.sub(lambda match: _short(match[0]), text)
-
-
-def _short(text: str) -> str:
-    path = Path(text)
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if str(base) != "/" and path != base and path.is_relative_to(base):
-            return prefix + str(path.relative_to(base))
-    return "/".join(["...", *path.parts[1:][-2:]])
 
 
 def small_log(log: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,20 +136,6 @@ def _base_card(run: Run) -> dict[str, Any]:
         pass
     parent = made_by(run.model)
     return _base_card(parent) if parent else {}
-
-
-def recipes(run: Run) -> list[str]:
-    """Return the recipes that make a run's student, in order: those that made its `model` come first."""
-    parent = made_by(run.model)
-    return [*(recipes(parent) if parent else ()), str(run.recipe_path)]
-
-
-def _as_written(run: Run) -> bool:
-    """Return whether a run's recipe is what its file says, without overrides and with time for all of it."""
-    try:
-        return load_yaml(run.recipe_path.read_text(encoding="utf-8")) == dict(run.recipe)
-    except (OSError, ValueError, yaml.YAMLError):  # it has gone since
-        return False
 
 
 def lineage(run: Run) -> dict[str, str | None]:
@@ -250,6 +205,14 @@ def _commits(run: Run) -> dict[str, str]:
     held = {name.partition(": ")[::2]: str(value) for inputs in done for name, value in inputs.items()}
     return {name: value.removeprefix("commit ") for (key, name), value in held.items()
             if value.startswith("commit ") and not key.startswith(("model", "teacher"))}  # fmt: skip
+
+
+def _hashes(run: Run) -> dict[str, str]:
+    """Return the SHA-256 of the files that the finished stages have read: weights of models, texts and tasks."""
+    read = [item for stage in STAGES if _is_done(run, stage) for item in _done_json(run, stage, "done.json")["inputs"].items()]
+    files = {name: value for name, value in read if re.fullmatch("[0-9a-f]{64}", str(value)) and ": " in name}
+    kept = {name: sha for name, sha in files.items() if "model: " not in name or name.endswith(".safetensors")}
+    return {public(name): sha for name, sha in kept.items()}
 
 
 def _on_hub(name: str) -> bool:

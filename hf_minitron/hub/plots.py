@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot as plt
 
+from hf_minitron.evaluation.report import Comparison
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
 
@@ -113,6 +114,37 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.2)
         names = "\n".join(f"{number}  {name}" for number, name in enumerate(points, 1))
         axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
+        save(figure, path)
+
+
+def plot_differences(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """Draw how far a model is from its baseline by several metrics: a forest plot of paired differences with 95 % intervals.
+
+    Args:
+        comparisons (`Mapping[str, Comparison]`): What each is called to the comparison, from top to bottom; all are drawn in
+            percent of the baseline's value.
+        path (`Path`): The PNG file to write.
+    """
+    colors = {"better": LINES[1], "not distinguishable": INK, "worse": LINES[0]}
+    with style():
+        figure, axes = plt.subplots(figsize=(6, 0.42 * len(comparisons) + 0.8))
+        axes.axvline(0, color=BEFORE, linewidth=1)
+        for row, found in enumerate(reversed(comparisons.values())):
+            low, high = (100 * bound / abs(found.baseline_value) for bound in found.interval)
+            middle, color = 100 * found.difference / abs(found.baseline_value), colors[found.verdict]
+            axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot(middle, row, "o", color=color, markersize=7)
+            axes.annotate(f"{middle:+.0f} %", (middle, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+        for verdict in dict.fromkeys(found.verdict for found in comparisons.values()):
+            axes.plot([], [], "o", color=colors[verdict], label=verdict)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handletextpad=0.2)
+        axes.set_yticks(range(len(comparisons)), reversed(comparisons))
+        axes.set_ylim(-0.6, len(comparisons) - 0.3)
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_formatter("{x:+.0f} %")
+        axes.set_xlabel("difference from the teacher")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
         save(figure, path)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from hf_minitron.checkpoint import resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
-from hf_minitron.hub.card import benchmark_files, write_card
+from hf_minitron.hub.card import benchmark_files, forest, write_card
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.json_files import read_json
@@ -79,7 +79,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     card_facts = facts.gather(run)
     card = write(card_facts, report, recipe, log, folder)
-    (out / "card.json").write_text(json.dumps(card_facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "card.json").write_text(_json(card_facts), encoding="utf-8")
     write_page(card, folder, run.folder / PAGE)
 
 
@@ -117,6 +117,9 @@ def write(card_facts: dict, report: Report | None, recipe: dict, log: dict | Non
     if log and any("loss" in entry for entry in log["history"]):
         plots.plot_loss(log, folder / "loss.png")
         card_facts["pictures"]["loss"] = "loss.png"
+    if found := forest(report) if report else ():
+        plots.plot_differences(found, folder / "differences.png")
+        card_facts["pictures"]["differences"] = "differences.png"
     card = write_card(report, recipe, log, card_facts)
     card.save(folder / "README.md")
     return card
@@ -169,9 +172,25 @@ def keep(run: Run, folder: Path) -> None:
 
 def render(folder: Path) -> ModelCard:
     """Render the card of a folder that `keep` has written, from the facts in it."""
-    recipe, card_facts = (folder / name for name in ("recipe.yaml", "card.json"))
-    report, log = Report.load(folder / "report.json"), read_json(folder / "log.json") or None
-    return write_card(report, load_yaml(recipe.read_text(encoding="utf-8")), log, read_json(card_facts))
+    card_facts, *known = _kept(folder)
+    return write_card(*known, card_facts)
+
+
+def draw(folder: Path) -> None:
+    """Write the card of a folder that `keep` has written again, and its pictures, from the facts in it."""
+    card_facts, *known = _kept(folder)
+    write(card_facts, *known, folder)
+    (folder / "card.json").write_text(_json(card_facts), encoding="utf-8")
+
+
+def _kept(folder: Path) -> tuple[dict, Report, dict, dict | None]:
+    recipe = load_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    log = read_json(folder / "log.json") or None
+    return read_json(folder / "card.json"), Report.load(folder / "report.json"), recipe, log
+
+
+def _json(card_facts: dict) -> str:
+    return json.dumps(card_facts, indent=1, ensure_ascii=False) + "\n"
 
 
 def push(args: Args, run: Run) -> str:

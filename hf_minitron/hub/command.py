@@ -1,0 +1,59 @@
+"""The command that makes a run's student again."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from hf_minitron.hub.public import public, shorten
+from hf_minitron.run import Run, made_by
+from hf_minitron.yaml_text import load_yaml
+
+
+def command(run: Run, start: str) -> str:
+    """Return the command that makes a run's student: its recipes, those that made its `model` first, with the values that are
+    not their files' own.
+
+    Args:
+        run (`Run`): The run.
+        start (`str`): What such a command begins with.
+    """
+    runs = [run]
+    while parent := made_by(runs[0].model):
+        runs.insert(0, parent)
+    given = [_overrides(one) for one in runs]
+    files = [shlex.quote(shorten(str(one.recipe_path))) for one in runs]
+    if not any(given):
+        return " ".join([start, *files])
+    each = [" ".join([start, *words]) for words in zip(files, given, strict=True)]  # options hold for all recipes of a command
+    return " && ".join(line.rstrip() for line in each)
+
+
+def _overrides(run: Run) -> str:
+    """Return the options that make what was run of a recipe's file: the command line's, and the values that `minutes` left."""
+    try:
+        written = _values(load_yaml(run.recipe_path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # it has gone since; the recipe stands in the card
+        return ""
+    changed = {key: value for key, value in _values(run.recipe).items() if key not in written or written[key] != value}
+    if "minutes" in run.recipe:  # on another machine they would leave other values
+        changed["minutes"] = None
+    return " ".join(f"--{key} {shlex.quote(_yaml_word(public(value)))}" for key, value in changed.items())
+
+
+def _values(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values by dotted key, as the command line takes them."""
+    sections = {key: value for key, value in recipe.items() if isinstance(value, Mapping)}
+    within = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {key: value for key, value in recipe.items() if key not in sections} | within
+
+
+def _yaml_word(value: Any) -> str:
+    """Write a value in one line of YAML."""
+    try:
+        plain = isinstance(value, str) and "\n" not in value and load_yaml(value) == value
+    except (ValueError, yaml.YAMLError):
+        plain = False
+    return value if plain else json.dumps(value, ensure_ascii=False)
