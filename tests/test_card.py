@@ -25,7 +25,8 @@ from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
-from hf_minitron.recipe import load_recipe, read_overrides
+from hf_minitron.recipe import load_recipe
+from hf_minitron.recipe_file import read_overrides
 from hf_minitron.run import made_by
 from hf_minitron.shape import Shape
 from hf_minitron.stages import publish

@@ -35,6 +35,16 @@ def test_its_numbers_are_those_of_its_facts(folder, tmp_path):
     assert "987,654,321 tokens in" in changed
 
 
+@pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
+def test_what_is_not_folded_is_read_in_minutes(folder):
+    text = (folder / "README.md").read_text().split("---", 2)[2]
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert len(shown.split()) < 900
+    headings = re.findall(r"^## (.*)$", shown, re.MULTILINE)
+    assert headings[:4] == ["Use", "Quality", "Intended use and limits", "What was cut"]
+    assert headings[4:] == ["Training", "Reproduce", "License", "Citation"]
+
+
 def test_there_are_cards_and_they_are_small():
     assert CARDS
     for folder in CARDS:

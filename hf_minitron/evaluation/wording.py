@@ -1,7 +1,7 @@
 """A report in words: titles, digits, sentences and tables, all made when they are shown."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
