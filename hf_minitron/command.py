@@ -25,7 +25,7 @@ from hf_minitron.stages import publish
 from hf_minitron.stages.every import STAGES
 from hf_minitron.tables import markdown_table
 from hf_minitron.texts import COMMITS
-from hf_minitron.waiting import end_group, from_first
+from hf_minitron.waiting import end_group, from_first, together
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
@@ -114,25 +114,26 @@ def run_stages(
     if state.is_main_process:
         with told():
             values, text = time_allows(run, own_stages(run), estimate)
-    values = from_first(run.folder, values)
-    whole, run = run, with_values(run, values)
-    bound = {name: bind(run, name, STAGES[name].args) for name in stages}
-    with run.locked() if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            run.claim()  # only a run whose checks all pass
-            read_inputs(run, stages, STAGES)
-            if "minutes" in run.recipe:
-                store_values(whole, values)
-            if estimate:
-                print("\n" + text, flush=True)
-        COMMITS.update(from_first(run.folder, COMMITS))
-        for name, args in bound.items():
-            execute(run, name, args, STAGES)
-            if STAGES[name].report and state.is_main_process:
-                print("\n" + STAGES[name].report(run))
-        if push and state.is_main_process:
-            with named("publish"):
-                print(push(bound["publish"], run))
+    with together(run.folder):
+        values = from_first(run.folder, values)
+        whole, run = run, with_values(run, values)
+        bound = {name: bind(run, name, STAGES[name].args) for name in stages}
+        with run.locked() if state.is_main_process else nullcontext():
+            if state.is_main_process:
+                run.claim()  # only a run whose checks all pass
+                read_inputs(run, stages, STAGES)
+                if "minutes" in run.recipe:
+                    store_values(whole, values)
+                if estimate:
+                    print("\n" + text, flush=True)
+            COMMITS.update(from_first(run.folder, COMMITS))
+            for name, args in bound.items():
+                execute(run, name, args, STAGES)
+                if STAGES[name].report and state.is_main_process:
+                    print("\n" + STAGES[name].report(run))
+            if push and state.is_main_process:
+                with named("publish"):
+                    print(push(bound["publish"], run))
 
 
 def finished(run: Run, stages: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from hf_minitron import inputs
 from hf_minitron.errors import RecipeError
 from hf_minitron.json_files import read_json, write_whole
-from hf_minitron.waiting import READY
+from hf_minitron.waiting import ALIVE, READY
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Run:
             if theirs != ours:
                 raise RecipeError(f"{self.folder} belongs to another run: of {theirs['recipe']} on {theirs['model']}, not of "
                                   f"{ours['recipe']} on {ours['model']}. Use another --run, or delete it")  # fmt: skip
-        elif self.folder.is_dir() and any(path.name not in (LOCK, *READY) for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not path.name.startswith((LOCK, *READY, ALIVE)) for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder} holds files, but no run.json: not a run's folder. Use another --run")
 
     def check_free(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -319,6 +320,45 @@ assert not any(folder.iterdir()), "what the others waited for is deleted"
 
 def test_processes_that_wait_for_the_first_one_are_in_no_collective_call(tmp_path):
     launch(2, script(tmp_path, PATIENT), tmp_path / "run")
+
+
+WAITING = """
+import os, signal, sys, time
+from pathlib import Path
+from accelerate import PartialState
+from hf_minitron.waiting import together, wait_for
+state, folder = PartialState(cpu=True), Path(sys.argv[1])
+waits = state.is_main_process == (sys.argv[2] == "first waits")
+try:
+    with together(folder):
+        state.wait_for_everyone()
+        if waits:
+            wait_for(folder / "never")
+        time.sleep(3)  # long enough to be seen
+        os.kill(os.getpid(), signal.SIGKILL)
+except ValueError as error:
+    Path(folder / f"told-{{state.process_index}}").write_text(str(error))
+"""
+
+
+@pytest.mark.parametrize("who", ["first waits", "first ends"])
+def test_a_process_that_waits_notices_the_end_of_the_other(tmp_path, who):
+    """By itself: not every launcher ends the others, as torchrun does, which these are started without."""
+    path, port, started = script(tmp_path, WAITING), free_port(), []
+    for rank in ("0", "1"):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **group, "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([sys.executable, path, tmp_path, who], env=environment))
+    codes = [process.wait(timeout=60) for process in started]
+    waits = 0 if who == "first waits" else 1
+    assert codes[1 - waits] == -9
+    assert (tmp_path / f"told-{waits}").read_text().startswith(f"Process {1 - waits} has ended, for which this one has waited")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 FAILING = """
