@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,36 +16,18 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from hf_minitron import quantized
 from hf_minitron.architecture.config import auto_class
 from hf_minitron.model_files import resolve, split_kwargs, weights_of
+from hf_minitron.model_kinds import read_config
+from hf_minitron.tensor_spec import DTYPES, NAMES, TensorSpec
 from hf_minitron.waiting import by_every_process
 
 T = TypeVar("T")
 
-# safetensors' name of a dtype to torch's.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 class DiskFullError(ValueError):
     """The disk cannot hold what is to be written."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name of the dtype in safetensors' words, and the shape, of one stored tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensor's data in bytes."""
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
 def stored_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
@@ -66,7 +47,7 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
 
 
 class Checkpoint:
-    """The tensors of a model folder: their specs from the headers, their data one at a time.
+    """The tensors of a model folder: their specs from the headers, their data one at a time, dequantized from fp8 or mxfp4.
 
     Args:
         folder (`Path`): A folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
@@ -88,9 +69,17 @@ class Checkpoint:
         if absent:
             raise ValueError(f"{weights.source} promises {absent[0]!r} in {weights.index[absent[0]]}, which does not hold it: "
                              "it is the index of another save; take index and shards from the same one")  # fmt: skip
+        self._quantized = quantized.weights_in(read_config(self.folder), self.specs)
+        for name, weight in self._quantized.items():
+            del self.specs[weight.numbers], self.specs[weight.scales]
+            self.specs[name] = TensorSpec(NAMES[weight.dtype], weight.shape)
+        self._check_dtypes()
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped from its file: its bytes are read when they are looked at."""
+        """Return one tensor, mapped from its file: its bytes are read when they are looked at; or dequantized."""
+        return self._quantized[name].read(self._stored) if name in self._quantized else self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -107,10 +96,12 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"Shard {path} is truncated or damaged ({path.stat().st_size:,} bytes; {error}); "
                              "download it again") from error  # fmt: skip
+
+    def _check_dtypes(self) -> None:
         for name, spec in self.specs.items():
             if spec.dtype not in DTYPES:
-                raise ValueError(f"{name!r} in {path} is stored as {spec.dtype}; save the model as bfloat16, float16 or "
-                                 "float32 first, or name the checkpoint that it was made from")  # fmt: skip
+                raise ValueError(f"{name!r} in {self._file_of[name]} is stored as {spec.dtype}; save the model as bfloat16, "
+                                 "float16 or float32 first, or name the checkpoint that it was made from")  # fmt: skip
 
 
 def write_tensors(

@@ -27,7 +27,7 @@ def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:
         raise RecipeError(f"--context: {context} is not a number of tokens from 1 on")
     args, model = arguments(recipe.get("prune") or {}, "prune", target.Args), str(recipe["model"])
     before, after, rows = target.shapes(args, model)
-    stored = target.teacher(model).config.dtype or torch.float32
+    stored = target.teacher(model, args.dequantize).config.dtype or torch.float32
     size = stored.itemsize
 
     def costs(shape: Shape, rows: Mapping[str, str]) -> dict[str, int]:
@@ -48,7 +48,7 @@ def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:
         costs(before, rows).items(), costs(after, target.student_rows(args, model)).values(), strict=True
     ):
         table.append([name, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old - 1:+.1%}"])
-    inexact = target.inexact(model, before, after)
+    inexact = target.inexact(args, model, before, after)
     if args.nonuniform is not None:
         share = f"{args.nonuniform:.0%} of the layers' parameters stay"
         inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact

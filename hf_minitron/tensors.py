@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.binding import Parameter
-from hf_minitron.architecture.config import auto_class, check_not_quantized
+from hf_minitron.architecture.config import auto_class, check_not_quantized, dequantized
 from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
 from hf_minitron.model_files import resolve
 
@@ -77,16 +77,16 @@ class CheckpointTensors:
     Args:
         folder (`str` or `Path`): The folder, or a Hub id.
         architecture (`Architecture`, *optional*): The model's, when it is at hand; that of its `config.json` otherwise.
+        dequantize (`bool`, *optional*, defaults to `False`): Whether weights in fp8 or mxfp4 are dequantized as they are read.
 
     Raises:
         ValueError: for a checkpoint that is quantized, lacks a parameter, holds one in a dtype that cannot be cut, or ties its
             head by config but stores another one.
     """
 
-    def __init__(self, folder: str | Path, architecture: Architecture | None = None):
+    def __init__(self, folder: str | Path, architecture: Architecture | None = None, dequantize: bool = False):
         folder = resolve(folder)
-        self.architecture = architecture or Architecture.of(AutoConfig.from_pretrained(folder))
-        check_not_quantized(self.architecture.config, folder)
+        self.architecture = architecture or Architecture.of(config_of(folder, dequantize))
         self.checkpoint = Checkpoint(folder)
         known, in_memory = self.architecture.stored, self.architecture.outline.in_memory
         stored_names = {name: name if name in known else in_memory(name) for name in self.checkpoint.specs}
@@ -155,6 +155,19 @@ class CheckpointTensors:
             if name not in self._stored_as and (not parts or len(present) < len(parts)):
                 absent = next((part for part in parts if part not in present), name) if present else name
                 raise ValueError(f"The checkpoint {self.checkpoint.folder} lacks the parameter {absent!r}")
+
+
+def config_of(folder: str | Path, dequantize: bool = False) -> PreTrainedConfig:
+    """Return the config of the tensors of a folder, which says nothing of how they are stored.
+
+    Raises:
+        ValueError: for a quantized checkpoint that is not to be dequantized, and for one to be dequantized that cannot be.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if dequantize:
+        return dequantized(config, folder)
+    check_not_quantized(config, folder)
+    return config
 
 
 def tensors_of(model: PreTrainedModel | str | Path) -> Tensors:

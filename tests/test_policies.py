@@ -21,8 +21,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats texts side_files
 model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture memory environment waiting
-head checkpoint tensors saving run stage execute pruning importance distillation evaluation hub recipe stages planning chain
-estimate command __main__
+head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance distillation evaluation hub recipe
+stages planning chain estimate command __main__
 """.split()
 
 

@@ -17,6 +17,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from hf_minitron.architecture.vision import TOWERS
 
 TEXT_CONFIG = "text_config"
+# The ways of quantizing that are undone on the way.
+DEQUANTIZED = ("fp8", "mxfp4")
 # Entries of config.json and generation_config.json that hold ids of tokens, one or several.
 TOKEN_IDS = re.compile(r"(\w+_)?token_(ids?|index)|(begin_)?suppress_tokens|(bad|force)_words_ids")
 # The entry that says which tokens a model has of the one that it was made of: a hash of their ids.
@@ -134,11 +136,8 @@ def check_not_quantized(config: PreTrainedConfig, folder: str | Path) -> None:
     Raises:
         ValueError: naming the method.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
+    if not (method := quantization_method(config)):
         return
-    content = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(content.get("quant_method") or "unknown method")
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     if kind and "dequantize" in inspect.signature(kind).parameters:
         how = f"from_pretrained(..., quantization_config={kind.__name__}(dequantize=True)), save_pretrained"
@@ -147,4 +146,37 @@ def check_not_quantized(config: PreTrainedConfig, folder: str | Path) -> None:
     else:
         raise ValueError(f"{folder} is quantized ({method}), which Transformers cannot undo; use the checkpoint that it was "
                          "made from")  # fmt: skip
-    raise ValueError(f"{folder} is quantized; save it dequantized first ({method}: {how})")
+    on_the_way = "; or set dequantize to true, which does it on the way" if method in DEQUANTIZED else ""
+    raise ValueError(f"{folder} is quantized; save it dequantized first ({method}: {how}){on_the_way}")
+
+
+def quantization_method(config: PreTrainedConfig) -> str | None:
+    """Return how the checkpoint of a config is quantized; `None` where it is not."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    content = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return str(content.get("quant_method") or "unknown method")
+
+
+def dequantizing(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that dequantize a checkpoint which is in fp8 or mxfp4; of others none."""
+    method = quantization_method(config)
+    if method not in DEQUANTIZED:
+        return {}
+    return {"quantization_config": AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)}
+
+
+def dequantized(config: PreTrainedConfig, folder: str | Path) -> PreTrainedConfig:
+    """Return the config of a checkpoint in fp8 or mxfp4 once it is dequantized.
+
+    Raises:
+        ValueError: for one that is not quantized, or otherwise.
+    """
+    if not quantization_method(config):
+        raise ValueError(f"dequantize: true, but {folder} is not quantized; leave it out")
+    if not dequantizing(config):
+        check_not_quantized(config, folder)
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config

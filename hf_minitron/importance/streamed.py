@@ -22,6 +22,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import dequantizing
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
 from hf_minitron.checkpoint import check_finite, require_space
@@ -32,7 +33,7 @@ from hf_minitron.plan import Plan
 from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
 from hf_minitron.statistics import Moments
-from hf_minitron.tensors import CheckpointTensors
+from hf_minitron.tensors import CheckpointTensors, config_of
 from hf_minitron.waiting import by_every_process
 
 
@@ -50,10 +51,11 @@ def read_layers(
     Returns:
         `tuple`: The config, the dtype, and the readings of what is scored.
     """
-    config = AutoConfig.from_pretrained(folder)
+    quantized = bool(dequantizing(AutoConfig.from_pretrained(folder)))
+    config = config_of(folder, dequantize=quantized)
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
     check_streamable(architecture)
-    loader, scores = _Loader(folder, architecture, dtype, device), []
+    loader, scores = _Loader(CheckpointTensors(folder, architecture, quantized), dtype, device), []
     layers, module = architecture.shape["layers"], architecture.taps("layers")[0][1]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
 
@@ -101,9 +103,9 @@ class _Loader:
     A layer is read by another thread, which on CUDA copies it from pinned memory by a stream of its own.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device):
-        self.architecture, self.dtype, self.device = architecture, dtype, device
-        self.tensors = CheckpointTensors(folder, architecture)
+    def __init__(self, tensors: CheckpointTensors, dtype: torch.dtype, device: torch.device):
+        self.tensors, self.dtype, self.device = tensors, dtype, device
+        self.architecture = architecture = tensors.architecture
         self._streams = (torch.cuda.Stream(device), torch.cuda.current_stream(device)) if device.type == "cuda" else None
         outside = [name for name in self.tensors.names() if architecture.stored[name].layer is None]
         self.shared = {

@@ -89,6 +89,7 @@ def prune_checkpoint(
     corrections: Sequence[str] | None = None,
     residuals: Residuals | None = None,
     text_only: bool = False,
+    dequantize: bool = False,
 ) -> None:
     """Prune a model folder into a new folder, tensor by tensor.
 
@@ -102,11 +103,12 @@ def prune_checkpoint(
         corrections (`Sequence[str]`, *optional*): As for `prune_model`.
         residuals (`Residuals`, *optional*): As for `prune_model`.
         text_only (`bool`, *optional*, defaults to `False`): As for `prune_model`.
+        dequantize (`bool`, *optional*, defaults to `False`): Whether weights in fp8 or mxfp4 are dequantized on the way.
 
     Raises:
         ValueError: as `prune_model`; for a missing or truncated shard, NaN or infinity in a weight, or a disk that is too full.
     """
-    stored = CheckpointTensors(source)
+    stored = CheckpointTensors(source, dequantize=dequantize)
     tensors, edit, corrections = _edited(stored, plan, statistics, corrections, residuals)
     student, made = _student(tensors, edit, corrections, text_only)
     on_disk = str if text_only else stored.on_disk  # its checkpoint's names, which other tools know, too

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import AutoConfig
 
 from hf_minitron.architecture import outline as meta
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import dequantizing
 from hf_minitron.architecture.student import student_config, text_alone
 from hf_minitron.checkpoint import (
     NAMES,
@@ -56,7 +58,7 @@ def outline(args: Args, model: str, folder: Path) -> None:
     if args.nonuniform is not None:
         raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
     before, after, _ = shapes(args, model)
-    architecture = teacher(model)
+    architecture = teacher(model, args.dequantize)
     architecture = untied(architecture) if uses_rotation(args) else architecture
     kept = before.first_layers(after["layers"], after.by_kind)
     keep = {"layers": kept}
@@ -113,7 +115,7 @@ def check(args: Args, run: Run) -> None:
         vocab_scores(run.model, torch.zeros(full["vocab"]), after["vocab"])
     if uses_layer_merge(args) and not fits(folder, best_dtype(device), device):
         raise ValueError("corrections: layer_merge runs the whole model, which does not fit in memory; leave it out")
-    tensors = CheckpointTensors(folder)
+    tensors = CheckpointTensors(folder, dequantize=args.dequantize)
     stored = [tensors.spec(name) for name in tensors.names()]
     before = sum(torch.Size(spec.shape).numel() for spec in stored)
     num_bytes = sum(spec.num_bytes for spec in stored) * after.num_parameters(rows) // before
@@ -127,12 +129,12 @@ def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
     names = args.corrections
     if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
         cut, names = ["heads", "kv_heads", "ffn"], [name for name in names if name != "head_residual"]
-    check_corrections(teacher(model), Plan(before, after, dict.fromkeys(cut, [])), names)
+    check_corrections(teacher(model, args.dequantize), Plan(before, after, dict.fromkeys(cut, [])), names)
 
 
 def check_nonuniform(args: Args, run: Run) -> None:
     """Refuse what a nonuniform cut cannot be made with."""
-    architecture, score = teacher(run.model), run.section("score")
+    architecture, score = teacher(run.model, args.dequantize), run.section("score")
     if not 0 < args.nonuniform < 1:
         raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
     if args.target:
@@ -162,17 +164,19 @@ def run(args: Args, run: Run, out: Path) -> None:
     if uses_layer_merge(args) and plan.dropped_after:
         device = best_device()
         blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
-        residuals = read_residuals(load_model(source, best_dtype(device), device), blocks, plan)
+        model = load_model(source, best_dtype(device), device, **dequantizing(AutoConfig.from_pretrained(source)))
+        residuals = read_residuals(model, blocks, plan)
     elif uses_layer_merge(args):
         logger.warning("corrections: layer_merge merges nothing: no kept layer stands before a dropped one")
         names = [name for name in names if name != "layer_merge"]
     used = statistics if names else None
-    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, names, residuals, args.text_only)
+    how = {"text_only": args.text_only, "dequantize": args.dequantize}
+    prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, names, residuals, **how)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
-    tensors = CheckpointTensors(run.model)
+    tensors = CheckpointTensors(run.model, dequantize=args.dequantize)
     architecture, before = tensors.architecture, tensors.architecture.shape
     budget = int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"])
     return nonuniform_plan(tensors, statistics, budget)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import dequantizing, text_config
 from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.evaluation.task_files import check_folder, task_files
@@ -125,7 +125,7 @@ def check(args: Args, run: Run) -> None:
     target = run.section("prune").get("target")
     if isinstance(target, dict) and "layers" in target:
         check_layers_target(run.section("score"), Architecture.of(config).shape["layers"], target["layers"])
-    CheckpointTensors(folder)
+    CheckpointTensors(folder, dequantize=bool(run.section("prune").get("dequantize", False)))
 
 
 def check_layers(args: Args, config: PreTrainedConfig) -> None:
@@ -199,12 +199,13 @@ def run(args: Args, run: Run, out: Path) -> None:
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     streamed = _is_streamed(args, folder, dtype, device)
-    model = folder if streamed else load_model(folder, dtype, args.device_map or device)
+    how = dequantizing(AutoConfig.from_pretrained(folder))
+    model = folder if streamed else load_model(folder, dtype, args.device_map or device, **how)
     statistics = calibrate(
         model, blocks, args.batch_size, dtype, device, args.state_bytes, args.moments, args.metric, save_to=out
     )
     if streamed and (_needs_extra_pass(args) or args.sublayers):
-        model = load_model(folder, dtype, device)
+        model = load_model(folder, dtype, device, **how)
     scores, costs, provenance = dict(statistics.scores), {}, statistics.provenance | {"model": run.model}
     if revision := revision_of(folder):
         provenance["revision"] = revision

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig
-
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import check_not_quantized
 from hf_minitron.architecture.student import check_target, text_alone
 from hf_minitron.model_files import resolve
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.tensors import config_of
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 
@@ -40,12 +38,15 @@ class Args:
         default=False,
         metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},
     )
+    dequantize: bool = field(
+        default=False, metadata={"help": "Whether a model that is stored in fp8 or mxfp4 is dequantized on the way."}
+    )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
 
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     """Return the shapes before and after and the rows of the model, from `config.json` alone; refuse an illegal target."""
-    architecture = teacher(model)
+    architecture = teacher(model, args.dequantize)
     before = architecture.shape
     after = before.cut_to(args.target, args.multiple_of)
     check_target(architecture, after)
@@ -54,16 +55,14 @@ def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
     return before, after, architecture.rows
 
 
-def teacher(model: str) -> Architecture:
+def teacher(model: str, dequantize: bool = False) -> Architecture:
     """Return the architecture of a run's model, from its small files alone; refuse a quantized one."""
-    config = AutoConfig.from_pretrained(resolve(model, weights=False))
-    check_not_quantized(config, model)
-    return Architecture.of(config)
+    return Architecture.of(config_of(resolve(model, weights=False), dequantize))
 
 
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
-    architecture = teacher(model)
+    architecture = teacher(model, args.dequantize)
     student = untied(architecture) if uses_rotation(args) else architecture
     return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
 
@@ -73,7 +72,7 @@ def uses_rotation(args: Args) -> bool:
     return "rotation" in args.corrections and "hidden" in args.target
 
 
-def inexact(model: str, before: Shape, after: Shape) -> dict[str, str]:
+def inexact(args: Args, model: str, before: Shape, after: Shape) -> dict[str, str]:
     """Return the axes of a cut that changes more than masking would, with the reason."""
-    reasons = teacher(model).inexact
+    reasons = teacher(model, args.dequantize).inexact
     return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
