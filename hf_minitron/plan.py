@@ -28,6 +28,11 @@ LARGE_BASIS = 64 * 2**20  # hidden 2,896
 
 # Axes that are cut alike in all of the model; `projector` is the inner width of a vision model's, which follows hidden.
 EVERYWHERE = ("hidden", "projector", "vocab")
+# Axes without scores, which are cut in a basis that is found with the weights: the first directions stay. Why it is inexact.
+RANKS = dict.fromkeys(
+    ("kv_rank", "q_rank"),
+    "the norm of the narrow row sees the kept directions alone, so that its scale differs from token to token",
+)
 # Axes whose size may differ from layer to layer.
 BY_LAYER = ("heads", "kv_heads", "ffn")
 
@@ -204,11 +209,12 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
     ```
     """
     cut = [axis for axis in after.axes if after[axis] != before[axis]]
-    missing = {"heads" if axis == "kv_heads" else axis for axis in cut} - set(scores)
+    scored = [axis for axis in cut if axis not in RANKS]
+    missing = {"heads" if axis == "kv_heads" else axis for axis in scored} - set(scores)
     if missing:
         how = "; hf_minitron.tokens.token_scores gives those of vocab" if "vocab" in missing else ""
         raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}{how}")
-    for axis in cut:
+    for axis in scored:
         check_scores(scores, axis, before)
     keep: dict[str, list] = {}
     if "layers" in cut:
@@ -220,6 +226,7 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
         if axis in cut:
             groups = before.sizes.get(IN_GROUPS.get(axis), 1)
             keep[axis] = [best(scores[axis][layer], after[axis], groups) for layer in layers]
+    keep |= {axis: [list(range(after[axis])) for _ in layers] for axis in RANKS if axis in cut}
     if "experts" in cut and "ffn" in cut:
         keep["ffn"] = [[ffn[e] for e in experts] for ffn, experts in zip(keep["ffn"], keep["experts"], strict=True)]
     if "heads" in cut:

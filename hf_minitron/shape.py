@@ -19,7 +19,7 @@ AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads"
         "head_dim", "kv_rank", "q_rank", "vocab")  # fmt: skip
 
 # 2407.14679, section 2: depth (layers) and width (the others). `head_dim` stays as it is.
-CUTTABLE = tuple(axis for axis in AXES if axis not in ("head_dim", "kv_rank", "q_rank"))
+CUTTABLE = tuple(axis for axis in AXES if axis != "head_dim")
 
 # Heads that share something: every group keeps as many of its own.
 GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}

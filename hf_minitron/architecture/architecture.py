@@ -15,6 +15,7 @@ from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outlin
 from hf_minitron.architecture.roles import ATTENTION, MLP, READ_AT
 from hf_minitron.architecture.vision import TOWERS, Tower
 from hf_minitron.modeling.configuration_pruned import STOCK
+from hf_minitron.plan import RANKS
 from hf_minitron.shape import Shape
 
 # Which side of a module an activation is read at.
@@ -160,7 +161,7 @@ class Architecture:
     def inexact(self) -> dict[str, str]:
         """The axes whose cut changes more than masking would, with the reasons."""
         images = self.family.tower.inexact if self.family.tower else {}
-        return {**images, **self.inexact_for_text}
+        return {**images, **self.inexact_for_text, **{axis: why for axis, why in RANKS.items() if axis in self.shape.sizes}}
 
     @cached_property
     def inexact_for_text(self) -> dict[str, str]:

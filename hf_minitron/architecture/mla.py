@@ -2,7 +2,7 @@
 
 from hf_minitron.architecture import llama, moe
 
-# Queries, keys and values pass through a narrow row, whose ranks stay as they are
+# Queries, keys and values pass through a narrow row.
 MLA_ROWS = {
     "model.layers.{layers}.self_attn.q_proj.weight": "(heads qk_dim) hidden",
     "model.layers.{layers}.self_attn.q_a_proj.weight": "q_rank hidden",
@@ -37,11 +37,13 @@ AXK2_ROWS = (
     | {f"{norm}.mlp.fc2.weight": "hidden gate_rank" for norm in AXK2_GATED}
     | {"model.layers.{layers}.self_attn.q_gate_proj.weight": "(heads q_and_gate_dim) q_ranks"}
 )
+AXK2_FIXED = "its queries read the narrow row before the norm, too"
 AXK2_ROLES = {"layernorm.mlp.fc1": "mixer", "layernorm.mlp.fc2": "mixer", "q_gate_proj": "query"}
 
-# The ranks, and the sizes of a head's parts, are read off the parameters.
-MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")}
-DENSE_KEYS = {axis: key for axis, key in llama.CONFIG_KEYS.items() if axis not in ("kv_heads", "head_dim")}
+RANKS = {"kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank"}
+# The sizes of a head's parts are read off the parameters.
+MOE_KEYS = {axis: key for axis, key in moe.GLM_KEYS.items() if axis not in ("kv_heads", "head_dim")} | RANKS
+DENSE_KEYS = {axis: key for axis, key in llama.CONFIG_KEYS.items() if axis not in ("kv_heads", "head_dim")} | RANKS
 
 # What a layer adds is divided by the square root of the number of layers, what the head reads by one that grows with hidden.
 MINICPM_RESCALED = {"layers": {"output": -0.5, "down": -0.5}, "hidden": {"last_norm": -1.0}}
@@ -54,7 +56,7 @@ TABLES = {
     "glm4_moe_lite": {},
     "sarvam_mla": {},
     "glm_moe_dsa": {},
-    "axk2": {"rows": AXK2_ROWS, "norms": AXK2_NORMS, "roles": AXK2_ROLES},
+    "axk2": {"rows": AXK2_ROWS, "norms": AXK2_NORMS, "roles": AXK2_ROLES, "fixed": {"q_rank": AXK2_FIXED}},
     "axk1": {"rows": AXK_ROWS, "norms": AXK_NORMS},
     "youtu": {"rows": DENSE_ROWS, "config_keys": DENSE_KEYS},
     "minicpm3": {

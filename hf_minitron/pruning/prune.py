@@ -15,10 +15,11 @@ from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import NewIds, text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
-from hf_minitron.plan import Plan, make_plan
+from hf_minitron.plan import RANKS, Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
 from hf_minitron.pruning.parts import in_parts
+from hf_minitron.pruning.ranks import RankTensors
 from hf_minitron.pruning.rotate import rotated
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for
 from hf_minitron.saving import copy_side_files, repair_generation, save_config
@@ -169,6 +170,8 @@ def _edited(
     plan = with_projector(tensors, plan)
     moments = None if statistics is None else statistics.moments
     names, rotation = chosen_corrections(tensors.architecture, plan, moments, corrections, residuals), None
+    if plan.keep.keys() & RANKS.keys():
+        tensors = RankTensors(tensors, plan, moments)
     if "rotation" in names or plan.rotated:
         tensors = rotated(tensors, moments, plan.require_basis() if plan.rotated else None)
         rotation = tensors.rotation
