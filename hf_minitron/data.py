@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, small_dtype
 from hf_minitron.formats import text_files
-from hf_minitron.shards import tables_of, write_blocks
+from hf_minitron.shards import blocks_of, tables_of, write_blocks
 from hf_minitron.texts import load_text, unreadable
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def token_blocks(
     packing["labels"] = bool(opening) or has_labels(columns) if labels is None else labels
     with tqdm(batches, "Tokenizing", number, unit=" documents", unit_scale=_READ_TOGETHER, leave=False) as batches:
         tables = tables_of(_pack(batches, **packing), wanted)
-        blocks = concatenate_datasets(list(map(Dataset, tables))) if folder is None else write_blocks(folder, tables)
+        blocks = write_blocks(folder, tables) if folder else blocks_of(tables)
     if wanted is not None and len(blocks) < wanted:
         logger.warning("%s holds only %s of the %s blocks asked for", name, f"{len(blocks):,}", f"{wanted:,}")
     return blocks.with_format("torch")
@@ -167,11 +167,13 @@ def check_first_block(
     documents = load_text(source, split, column, streaming or files is None)
     if isinstance(documents, Dataset):
         try:
-            documents.data.column("text").validate(full=True)  # that it is UTF-8, which nobody has looked at yet
+            for column in documents.column_names:
+                documents.data.column(column).validate(full=True)  # that text is UTF-8, which nobody has looked at yet
         except ValueError as error:
             raise unreadable(source, error, files) from error
+    columns = check_documents(documents, tokenizer, source)
     next(_pack(_encoded(documents, Encoder(tokenizer, [])), block_size, True, source))
-    if not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
+    if "text" in columns and not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
         raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
 
 

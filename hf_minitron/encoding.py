@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_minitron.columns import MASKS
 from hf_minitron.errors import one_line
 
-# Columns of rows that are tokens already: where nothing is learnt, each in its own way.
-MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 

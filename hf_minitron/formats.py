@@ -1,4 +1,4 @@
-"""What a text's name means: a file, files that match a pattern, a folder of shards, or a dataset on the Hub; and its format.
+"""What a text's name means: a file, files that match a pattern, a folder, or a dataset on the Hub; and its format.
 
 It must not read a document.
 """
@@ -21,6 +21,8 @@ FORMATS = {
     ".txt": ("text", {}),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+MEGATRON = (".bin", ".idx")
+HUB = "hf://"
 MOST_OTHERS = 10_000  # files of other kinds in a folder of texts: more are those of a whole disk
 # How a recipe names what its own teacher writes: neither a file nor of the Hub.
 SYNTHESIZED = "synthesized"
@@ -31,13 +33,20 @@ def text_files(source: str) -> list[Path] | None:
 
     Args:
         source (`str`): A file, taken literally when it exists; a pattern with `*`, `?` or `[...]`; a folder, with a
-            configuration after a colon where it has several; or a Hub id, see `hub_name`.
+            configuration after a colon where it has several, or one that `save_to_disk` has written; Megatron's `.bin` and
+            `.idx`, by either or what they have in common; or a Hub id, see `hub_name`.
 
     Raises:
         ValueError: when there is nothing, a suffix is unknown, or files are of several formats.
     """
     path = Path(source).expanduser()
     folder = path if path.is_dir() else Path(source.partition(":")[0]).expanduser()
+    if source.startswith(HUB):
+        return None
+    if is_saved(path):
+        return [path]
+    if files := megatron_files(source):
+        return files
     if path.is_file():
         files = [path]
     elif folder.is_dir():
@@ -55,9 +64,64 @@ def text_files(source: str) -> list[Path] | None:
     return files
 
 
+def megatron_files(source: str) -> list[Path]:
+    """Return the two files of a Megatron dataset that a text names, in the order `.bin`, `.idx`; none for another text.
+
+    Raises:
+        ValueError: when one of the two is missing.
+    """
+    path = Path(source).expanduser()
+    if not path.name:
+        return []
+    stem = path.with_suffix("") if path.suffix in MEGATRON else path
+    files = [stem.with_name(stem.name + suffix) for suffix in MEGATRON]
+    there = [file for file in files if file.is_file()]
+    if path.suffix not in MEGATRON and (len(there) < len(files) or path.exists()):
+        return []
+    if len(there) == 1:
+        (missing,) = set(files) - set(there)
+        raise ValueError(f"{missing} is missing beside {there[0]}: a Megatron dataset is both")
+    return there
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` has written a folder."""
+    files = [folder / name for name in ("dataset_dict.json", "dataset_info.json", "state.json")]
+    return files[0].is_file() or (files[1].is_file() and files[2].is_file())
+
+
+def hub_files(source: str) -> tuple[str, str | None]:
+    """Split `hf://datasets/owner/name@revision/pattern` into a Hub id and a pattern of files; a Hub id alone has none.
+
+    Raises:
+        ValueError: for what is no dataset.
+    """
+    if not source.startswith(HUB):
+        return source, None
+    owner, name, *pattern = [*source.removeprefix(f"{HUB}datasets/").split("/", 2), ""][:3]
+    if not source.startswith(f"{HUB}datasets/") or not name:
+        raise ValueError(f"{source!r} is no dataset: write {HUB}datasets/owner/name, and after it a file or a pattern")
+    return f"{owner}/{name}", "".join(pattern) or None
+
+
+def files_in(source: str, pattern: str) -> str:
+    """Return the name of some files, by their path or pattern, of a folder or of a dataset of the Hub.
+
+    Raises:
+        ValueError: for a pattern that is no text, or something that holds no files.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"text: {source}: data_files {pattern!r} is no path or pattern of files")
+    if Path(source).expanduser().is_dir():
+        return f"{source}/{pattern}"
+    if text_files(source) is not None or ":" in source:
+        raise ValueError(f"text: {source}: data_files are those of a folder or of a dataset on the Hub without a configuration")
+    return f"{HUB}datasets/{source}/{pattern}"
+
+
 def hub_name(source: str) -> tuple[str, str | None, str | None]:
     """Split `owner/name@revision:configuration` into its three parts, of which the last two may be left out."""
-    name, _, configuration = source.partition(":")
+    name, _, configuration = hub_files(source)[0].partition(":")
     name, at, revision = name.partition("@")
     if at and not revision:
         raise ValueError(f"{source!r} names no revision: write {name}@ with a branch, a tag or a commit, or {name} alone")
@@ -110,6 +174,6 @@ def _check_folder(folder: Path) -> None:
 
 
 WANTED = (
-    f"files that end in {', '.join(FORMATS)}, also compressed ({', '.join(COMPRESSIONS)}), a folder of such, "
-    "or a dataset's Hub id"
+    f"files that end in {', '.join(FORMATS)}, also compressed ({', '.join(COMPRESSIONS)}), a folder of such or of "
+    f"save_to_disk, Megatron's {' and '.join(MEGATRON)}, a dataset's Hub id, or {HUB}datasets/ with files of one"
 )

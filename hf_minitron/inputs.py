@@ -38,7 +38,9 @@ def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
     files = {}
     for name in value if isinstance(value, Mapping) else [value]:
         path = Path(name).expanduser() if isinstance(name, str) and name not in ("", formats.SYNTHESIZED) else None
-        if path and _is_file(path):
+        if path and (pair := _pair(name)):
+            files |= {f"{name}: {file.name}": file for file in pair}
+        elif path and _is_file(path):
             files[name] = path
         elif path and _is_on_hub(name):
             files[name] = commit_of(name)
@@ -47,6 +49,13 @@ def text_files(value: Any, section: Mapping[str, Any]) -> dict[str, Source]:
             every = formats.matching(f"{glob.escape(str(folder))}/**" if folder.is_dir() else name)
             files |= {f"{name}: {file.name}": file for file in every}
     return files
+
+
+def _pair(name: str) -> list[Path]:
+    try:
+        return formats.megatron_files(name)
+    except (ValueError, OSError):  # one is missing, or no file system takes the name
+        return []
 
 
 def _is_on_hub(name: str) -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data import check_documents, token_blocks
 from hf_minitron.encoding import has_labels
+from hf_minitron.formats import files_in
 from hf_minitron.shards import read_blocks
 from hf_minitron.texts import check_text, load_text
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Of a folder of blocks of several sources: which block of all stands in each row.
 ROWS = "rows.npy"
+# What the table of a source may say.
+KEYS = ("weight", "split", "column", "data_files")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def read_sources(text: str | Mapping, split: str = "train", column: str = "text"
 
     Args:
         text (`str` or `Mapping`): One source; or a table of several to their weights, `{"a.jsonl": 0.7, "b.jsonl": 0.3}`. A
-            source with its own split or column has a table as well: `{"weight": 0.3, "split": "test", "column": "body"}`.
+            source with its own split or column has a table as well: `{"weight": 0.3, "split": "test", "column": "body"}`;
+            `data_files` is a pattern of files in a folder or a dataset of the Hub.
         split (`str`, *optional*, defaults to `"train"`): Split of the others.
         column (`str`, *optional*, defaults to `"text"`): Column of the others.
 
@@ -63,10 +67,13 @@ def read_sources(text: str | Mapping, split: str = "train", column: str = "text"
     sources = []
     for name, value in text.items():
         given = dict(value) if isinstance(value, Mapping) else {"weight": value}
-        unknown = [key for key in given if key not in ("weight", "split", "column")]
+        unknown = [key for key in given if key not in KEYS]
         if unknown:
-            raise ValueError(f"text: {name}: {unknown[0]!r} is none of weight, split, column")
-        source = Source(str(name), **{"split": split, "column": column, **given})
+            raise ValueError(f"text: {name}: {unknown[0]!r} is none of {', '.join(KEYS)}")
+        files = given.pop("data_files", None)
+        source = Source(
+            str(name) if files is None else files_in(str(name), files), **{"split": split, "column": column, **given}
+        )
         number = isinstance(source.weight, int | float) and not isinstance(source.weight, bool)
         if "weight" not in given or not number or not 0 < source.weight < math.inf:
             raise ValueError(f"text: {name}: weight {given.get('weight')!r} is not a number above zero")

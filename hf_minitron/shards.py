@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import generate_random_fingerprint
 
 SHARD_BYTES = 2**30
 TABLE_TOKENS = 2**22  # of a file's part that is written at once
@@ -32,6 +33,12 @@ def tables_of(batches: Iterable[Mapping[str, np.ndarray]], rows: int | None = No
             break
     if parts:
         yield pa.concat_tables(parts).combine_chunks()
+
+
+def blocks_of(tables: Iterable[pa.Table]) -> Dataset:
+    """Return tables of blocks as a dataset in memory."""
+    table = pa.concat_tables(tables)
+    return Dataset(table, fingerprint=generate_random_fingerprint())  # rather than that of all the table holds
 
 
 def write_blocks(folder: Path, tables: Iterable[pa.Table], shard_bytes: int = SHARD_BYTES) -> Dataset:

@@ -1,4 +1,4 @@
-"""Documents from files or from a dataset on the Hub: one per row, in a column `text`."""
+"""Documents from files or from a dataset on the Hub, one per row: texts, chats, or tokens."""
 
 import copy
 import dataclasses
@@ -7,18 +7,32 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
-from datasets import Dataset, DatasetBuilder, IterableDataset, Value, load_dataset_builder
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetBuilder,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, try_to_load_from_cache
 
+from hf_minitron.columns import HOLDS, columns_of, holds
 from hf_minitron.errors import one_line
-from hf_minitron.formats import FORMATS, format_of, hub_name, matching, plain_bytes, text_files
+from hf_minitron.formats import FORMATS, MEGATRON, format_of, hub_files, hub_name, is_saved, matching, plain_bytes, text_files
+from hf_minitron.megatron import read_megatron
 
 # The commit that a dataset of the Hub was read at: a process reads one, whatever happens to the repository meanwhile.
 COMMITS: dict[str, str] = {}
+READ_TOGETHER = 64  # rows
 LEAVE_OUT = "Leave it out"
 
 
@@ -36,50 +50,58 @@ def check_text(source: str, block_size: int = 1) -> None:
 
 
 def load_text(source: str, split: str = "train", column: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
-    """Load documents: local .jsonl, .json, .parquet, .csv or .txt files, compressed or not, or a dataset on the Hub.
+    """Load documents: local files, compressed or not, tokens, or a dataset on the Hub.
 
     Args:
-        source (`str`): A file, a pattern such as `shards/*.json.gz`, a folder of shards, or a Hub id; with a revision after an
-            at sign, and a configuration after a colon where a dataset has several
-            (`Salesforce/wikitext@b08601e:wikitext-2-raw-v1`).
+        source (`str`): A file, a pattern such as `shards/*.json.gz`, a folder of shards or of `save_to_disk`, Megatron's `.bin`
+            and `.idx`; or a Hub id, with a revision after an at sign, and a configuration after a colon where a dataset has
+            several (`Salesforce/wikitext@b08601e:wikitext-2-raw-v1`), or as `hf://datasets/owner/name@revision/files`.
         split (`str`, *optional*, defaults to `"train"`): Split of a folder or a Hub dataset.
-        column (`str`, *optional*, defaults to `"text"`): The column that holds the text.
+        column (`str`, *optional*, defaults to `"text"`): The column that holds the text, messages, tokens, or completions
+            beside their `prompt`. Where there is no `text`: `messages`, `conversations`, `completion` or `input_ids`.
         streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
 
     Returns:
-        `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`.
+        `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`; `messages`; `prompt` and
+            `completion`; or `input_ids`.
 
     Raises:
         ValueError: when it cannot be read, or the column is missing or holds something else than text, with file and row.
     """
     files = text_files(source)
-    split = "train" if files and files[0].is_file() else split
+    whole = files[0].is_file() if files else bool(hub_files(source)[1])
+    split = "train" if whole else split
     try:
         builder = _builder(source, files)
         if not streaming:
             builder.download_and_prepare()
         documents = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
-        first = next(iter(documents), {})
+        first = next(iter(documents.with_format(None)), {})
     except Exception as error:  # of any library below: a file's format, the Hub, the network
         raise unreadable(source, error, files) from error
     if not first:
         raise ValueError(f"{source} cannot be read: it is empty")
-    advice = _check_column(source, documents, column, first)
-    begins = isinstance(first[column], str)
+    columns, advice = columns_of(source, documents.column_names or list(first), column, first)
+    begins = all(holds(name, first[origin]) for name, origin in columns.items() if name in HOLDS)
     shards = list((builder.config.data_files or {}).get(split, [None]))  # None: of the cache, all in one
-    rows = {"shards": shards, "builder": builder, "split": split, "column": column, "source": source}
-    if not (begins and _is_text(documents, column)):
+    rows = {"shards": shards, "builder": builder, "split": split, "columns": columns, "source": source}
+    if not (begins and _is_whole(documents, columns)):
         for _ in _rows(**rows, advice=advice if not begins else LEAVE_OUT):
             pass  # refused by file and row
-    if streaming:
+    if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(_rows, gen_kwargs=rows)
-    documents = documents.select_columns(column)
-    return documents if column == "text" else documents.rename_column(column, "text")
+    documents = documents.select_columns(list(columns.values()))
+    return documents.rename_columns({origin: name for name, origin in columns.items() if name != origin})
 
 
 def _builder(source: str, files: Sequence[Path] | None) -> DatasetBuilder:
     if files is None:
         return _hub_builder(source)
+    if is_saved(files[0]):
+        saved = load_from_disk(files[0])
+        return _Opened(saved if isinstance(saved, Mapping) else None, saved)
+    if len(files) == 2 and files[0].suffix == MEGATRON[0]:
+        return _Opened(None, read_megatron(*files))
     if files[0].is_dir():  # by its path, for it may be called as a builder is: text, csv
         return load_dataset_builder(str(files[0].absolute()), source.partition(":")[2] or None)
     builder, options = FORMATS[format_of(files[0])]
@@ -87,10 +109,29 @@ def _builder(source: str, files: Sequence[Path] | None) -> DatasetBuilder:
     return load_dataset_builder(builder, data_files=names, **options)
 
 
+class _Opened:
+    """What lies on the disk as `datasets` holds it: read as by a builder that has nothing to do."""
+
+    config = BuilderConfig()
+
+    def __init__(self, splits: Mapping[str, Dataset] | None, documents: Dataset):
+        self._splits, self._documents = splits, documents
+
+    def download_and_prepare(self) -> None:
+        pass
+
+    def as_dataset(self, split: str) -> Dataset:
+        if self._splits is not None and split not in self._splits:
+            raise ValueError(f"Bad split: {split}. Available splits: {list(self._splits)}")
+        return self._documents if self._splits is None else self._splits[split]
+
+    as_streaming_dataset = as_dataset
+
+
 def _hub_builder(source: str) -> DatasetBuilder:
     """Return what reads a dataset of the Hub at one commit, or in the cache where the Hub cannot be asked."""
-    name, revision, configuration = hub_name(source)
-    builder = load_dataset_builder(name, configuration, revision=COMMITS.get(source, revision))
+    (name, revision, configuration), pattern = hub_name(source), hub_files(source)[1]
+    builder = load_dataset_builder(name, configuration, data_files=pattern, revision=COMMITS.get(source, revision))
     wanted = COMMITS.get(source)
     if wanted is None and revision and builder.config.data_files is None:  # of the cache: the newest there, whatever was asked
         wanted = _cached_commit(name, revision) or revision
@@ -128,29 +169,23 @@ def _cached_commit(dataset: str, revision: str | None) -> str | None:
     return Path(card).parent.name if isinstance(card, str) else None
 
 
-def _check_column(source: str, documents: Dataset | IterableDataset, column: str, first: Mapping) -> str:
-    """Refuse a missing column; return what to do about one that holds something else than text."""
-    columns = documents.column_names or list(first)  # a stream may not know before its first row
-    texts = ", ".join(name for name, value in first.items() if isinstance(value, str)) or "none"
-    advice = f"Columns with text: {texts}; set text_column"
-    if any(map(_is_chat, first.values())):
-        advice += ". Chats are not read as text: write them to a file with the tokenizer's apply_chat_template first"
-    if column not in columns:
-        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(columns)}. {advice}")
-    return advice
-
-
 def _rows(
-    shards: Sequence[str | None], builder: DatasetBuilder, split: str, column: str, source: str, advice: str = LEAVE_OUT
-) -> Iterator[dict[str, str]]:
-    """Yield the documents of some shards; refuse a row whose column holds something else than text, by its file and row."""
+    shards: Sequence[str | None],
+    builder: DatasetBuilder,
+    split: str,
+    columns: Mapping[str, str],
+    source: str,
+    advice: str = LEAVE_OUT,
+) -> Iterator[dict[str, Any]]:
+    """Yield the documents of some shards; refuse a row that holds something else, by its file and row."""
     for shard in shards:
         where = source if shard is None or len(builder.config.data_files[split]) == 1 else _shown(shard)
         for number, row in enumerate(_read(builder, split, shard, where), 1):
-            if not isinstance(row.get(column), str):
-                raise ValueError(f"{where}, row {number:,}: column {column!r} holds {str(row.get(column))[:40]!r}, not text. "
-                                 f"{advice}")  # fmt: skip
-            yield {"text": row[column]}
+            for name, column in columns.items():
+                if name in HOLDS and not holds(name, row.get(column)):
+                    raise ValueError(f"{where}, row {number:,}: column {column!r} holds {str(row.get(column))[:40]!r}, not "
+                                     f"{HOLDS[name][2]}. {advice}")  # fmt: skip
+            yield {name: row.get(column) for name, column in columns.items()}
 
 
 def _read(builder: DatasetBuilder, split: str, shard: str | None, where: str) -> Iterator[dict]:
@@ -160,7 +195,8 @@ def _read(builder: DatasetBuilder, split: str, shard: str | None, where: str) ->
         config = dataclasses.replace(builder.config, data_files=DataFilesDict({split: [shard]}))
         one.__dict__ = vars(builder) | {"config": config}  # a copy's attributes are the builder's own
     try:
-        yield from one.as_streaming_dataset(split)
+        for rows in one.as_streaming_dataset(split).iter(READ_TOGETHER):  # all, by whichever worker of a DataLoader it is asked
+            yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
     except Exception as error:  # of any library below: a file's format, the Hub, the network
         raise unreadable(where, error, shard and [Path(shard)]) from error
 
@@ -171,16 +207,15 @@ def _shown(shard: str) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else shard.removeprefix("hf://datasets/")
 
 
-def _is_text(documents: Dataset | IterableDataset, column: str) -> bool:
-    """Return whether a column is of one type, text, and, where all of it is here, without nulls."""
-    kind = (documents.features or {}).get(column, Value("string"))  # a stream's features may not be known
-    whole = isinstance(documents, IterableDataset) or documents.data.column(column).null_count == 0
-    return getattr(kind, "dtype", None) in ("string", "large_string") and whole
-
-
-def _is_chat(value: object) -> bool:
-    """Return whether a value is a list of messages, as the Hub's `messages` and `conversations` columns hold."""
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+def _is_whole(documents: Dataset | IterableDataset, columns: Mapping[str, str]) -> bool:
+    """Return whether columns are of one type, text or a list, and, where all of it is here, without nulls."""
+    for column in (column for name, column in columns.items() if name in HOLDS):
+        kind = (documents.features or {}).get(column, Value("string"))  # a stream's features may not be known
+        if isinstance(documents, Dataset) and documents.data.column(column).null_count:
+            return False
+        if not isinstance(kind, List | LargeList) and getattr(kind, "dtype", None) not in ("string", "large_string"):
+            return False
+    return True
 
 
 def unreadable(source: str, error: Exception, files: Sequence[Path] | None = None) -> ValueError:

@@ -185,6 +185,7 @@ def test_mutated_recipes(project, tmp_path, quick, count):
 SETTINGS = [(name, setting) for name, stage in STAGES.items() for setting in fields(stage.args) if setting.init]
 NEEDED = {
     "synthesize": {"documents": 6, "max_new_tokens": 24, "min_tokens": 2},
+    "tokenize": {},
     "cache": {"method": "top_k"},
     "search": {"budget": {"parameters": "80%"}},
     "select": {},

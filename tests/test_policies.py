@@ -19,10 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats texts side_files
-model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture memory environment waiting
-head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance distillation evaluation hub recipe
-stages planning chain estimate command __main__
+registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats megatron columns
+texts side_files model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture memory
+environment waiting head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance distillation
+evaluation hub recipe stages planning chain estimate command __main__
 """.split()
 
 

@@ -76,13 +76,15 @@ def test_what_a_data_set_lacks_is_refused_before_anything_is_read(real_hub):
         assert "\n" not in str(raised.value), "one line"
 
 
-def test_a_chat_set_names_the_columns_that_hold_text(real_hub):
+def test_a_chat_set_is_read_by_its_messages(real_hub):
     source, split = "HuggingFaceH4/ultrachat_200k", "train_sft"
     for streaming in (False, True):
+        chats = list(load_text(source, split, streaming=streaming))
+        assert {tuple(row) for row in chats} == {("messages",)}
+        assert {turn["role"] for row in chats for turn in row["messages"]} == {"user", "assistant"}
+        assert list(load_text(source, split, "messages", streaming=streaming)) == chats
         with pytest.raises(ValueError, match="it has prompt, prompt_id, messages. Columns with text: prompt, prompt_id; set"):
-            load_text(source, split, streaming=streaming)
-        with pytest.raises(ValueError, match="row 1: column 'messages' holds .* not text. .* with the tokenizer's apply_chat"):
-            load_text(source, split, "messages", streaming=streaming)
+            load_text(source, split, "body", streaming=streaming)
         assert len(list(load_text(source, split, "prompt", streaming=streaming))) == 10
 
 
