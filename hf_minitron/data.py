@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, small_dtype
+from hf_minitron.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, kind_of, small_dtype
 from hf_minitron.formats import text_files
 from hf_minitron.shards import blocks_of, tables_of, write_blocks
 from hf_minitron.texts import load_text, unreadable
@@ -144,8 +144,8 @@ def check_first_block(
     split: str = "train",
     column: str = "text",
     streaming: bool = False,
-) -> None:
-    """Read a text as far as its first block; refuse one of which no block can be made.
+) -> str:
+    """Read a text as far as its first block, and return what it holds, of `ENCODERS`; refuse one of which no block can be made.
 
     A local text that will not be streamed is converted as a whole, which `datasets` keeps: nothing is read twice. Of one on the
     Hub only the first documents are fetched.
@@ -171,10 +171,11 @@ def check_first_block(
                 documents.data.column(column).validate(full=True)  # that text is UTF-8, which nobody has looked at yet
         except ValueError as error:
             raise unreadable(source, error, files) from error
-    columns = check_documents(documents, tokenizer, source)
+    kind = kind_of(check_documents(documents, tokenizer, source))
     next(_pack(_encoded(documents, Encoder(tokenizer, [])), block_size, True, source))
-    if "text" in columns and not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
+    if kind == "text" and not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):
         raise ValueError(f"{source} holds only empty documents. Name another text, or set text_column")
+    return kind
 
 
 def _readers(documents: Dataset | IterableDataset) -> int:

@@ -109,7 +109,13 @@ def _report(subjects: Sequence["_Subject"], text: Mapping, settings: Mapping, se
 def _text_facts(blocks: Dataset, teacher: "_Subject") -> dict[str, object]:
     """Return what identifies the held-out text, and its size."""
     sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(teacher.num_bytes)}
-    return {"sha256": text_hash(blocks), **sizes, "add_bos_token": "labels" in blocks.column_names}
+    return {"sha256": text_hash(blocks), **sizes, "add_bos_token": _opens(blocks, teacher.tokenizer)}
+
+
+def _opens(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether blocks begin with a BOS token that is not predicted."""
+    first = blocks.with_format(None)[0]
+    return "labels" in first and (first["input_ids"][0], first["labels"][0]) == (tokenizer.bos_token_id, -100)
 
 
 class _Subject:
@@ -136,7 +142,7 @@ class _Subject:
         else:
             check_ids(blocks, size, self.tokenizer)
             self.blocks, self.labels = plain_blocks(blocks)
-        self.num_bytes = text_bytes(self.blocks, self.tokenizer)
+        self.num_bytes = text_bytes(self.blocks, self.tokenizer, self.labels)
 
     def read(
         self,

@@ -23,15 +23,32 @@ from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
 from hf_minitron.probe import base_model
 
 
-def text_bytes(blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_bytes(
+    blocks: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, labels: Sequence[Sequence[int]] | None = None
+) -> list[int]:
     """Count the bytes of what is predicted in each block: its text in UTF-8, less that of its first token.
 
     Special tokens, such as the one between documents, are predicted but count no bytes.
+
+    Args:
+        blocks (`Sequence[Sequence[int]]`): Token ids.
+        tokenizer (`PreTrainedTokenizerBase`): Theirs.
+        labels (`Sequence[Sequence[int]]`, *optional*): The blocks with -100 for tokens that are not predicted.
     """
+    if labels is not None and of_answers(blocks, labels, tokenizer):
+        wanted = [[token for token in row[1:] if token != -100] for row in labels]
+        return [len(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+                for ids in wanted]  # fmt: skip
     # a piece of a character alone decodes to a replacement of up to three bytes, so a block's count can be off by as many
     whole, first = ([tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
                      for ids in blocks] for end in (None, 1))  # fmt: skip
     return [len(text.encode()) - len(start.encode()) for text, start in zip(whole, first, strict=True)]
+
+
+def of_answers(blocks: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether other tokens than BOS are not predicted: those of a chat that are no answer."""
+    pairs = (zip(*pair, strict=True) for pair in zip(blocks, labels, strict=True) if -100 in pair[1])
+    return any(label == -100 and token != tokenizer.bos_token_id for pair in pairs for token, label in pair)
 
 
 def in_tokens_of(
@@ -46,6 +63,9 @@ def in_tokens_of(
         add_bos_token (`bool`, *optional*): Whether blocks and documents begin with the other's BOS token; as it does by itself
             when left out.
     """
+    if of_answers(*plain_blocks(blocks), tokenizer):
+        raise ValueError("the text is of chats, whose answers are not found in the tokens of another tokenizer: compare this "
+                         "model on plain text")  # fmt: skip
     rows, labels = [], []
     opening = [other.bos_token_id] if adds_bos_token(other, add_bos_token) else []
     for ids, targets in zip(*plain_blocks(blocks), strict=True):

@@ -21,6 +21,7 @@ from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
 from hf_minitron.texts import check_text, load_text
+from hf_minitron.vocabulary import difference
 
 OURS = ("teacher", "pruned", "distilled")
 
@@ -30,7 +31,9 @@ class Args:
     """The `evaluate:` section."""
 
     text: str = field(metadata={"help": "Held-out text for perplexity, as for score.", "reads": text_files})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of the text, messages, completions beside their prompt, or tokens."}
+    )
     split: str = field(default="test", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(default=131_072, metadata={"min": 1, "help": "Tokens of held-out text."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per block."})
@@ -83,7 +86,11 @@ def check(args: Args, run: Run) -> None:
         if args.tensor_parallel:
             check_tensor_parallel(config, processes)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
-    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
+    kind = check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
+    for name, source in args.models.items() if kind in ("messages", "completion") else ():
+        if difference(AutoTokenizer.from_pretrained(resolve(source)), tokenizer):
+            raise ValueError(f"text: {args.text} holds chats, which {name} would read in tokens of another tokenizer, where "
+                             f"answers are not found: name plain text, or leave {name} out")  # fmt: skip
 
 
 def _task_settings(args: Args) -> dict[str, int | bool | None]:

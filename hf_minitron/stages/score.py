@@ -55,7 +55,9 @@ class Args:
     text: str = field(
         metadata={"help": "Calibration text: a file, a folder or pattern of files, or a dataset's Hub id.", "reads": text_files}
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of the text, messages, completions beside their prompt, or tokens."}
+    )
     split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     tokens: int = field(
         default=524_288, metadata={"min": 1, "help": "Tokens to read; 1024 blocks as in 2407.14679, section 4."}

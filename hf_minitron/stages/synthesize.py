@@ -92,7 +92,9 @@ def check(args: Args, run: Run) -> None:
         adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
     if args.prompts is not None:
         check_text(args.prompts)
-        check_first_block(args.prompts, AutoTokenizer.from_pretrained(folder), 1, None, args.split, args.text_column)
+        kind = check_first_block(args.prompts, AutoTokenizer.from_pretrained(folder), 1, None, args.split, args.text_column)
+        if kind in ("messages", "completion", "input_ids"):
+            raise ValueError(f"prompts: {args.prompts} holds {kind}, and prompts are text: set text_column to such a column")
     elif args.chat_template:
         raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
     elif args.temperature == 0:

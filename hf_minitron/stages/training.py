@@ -47,7 +47,9 @@ class TextArguments:
             "reads": text_files,
         },
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of the text, messages, completions beside their prompt, or tokens."}
+    )
     split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
     block_size: int = field(default=512, metadata={"min": 2, "help": "Tokens per packed sequence."})
     cross_documents: bool = field(
