@@ -7,9 +7,11 @@ import pytest
 import tiny
 import torch
 from test_distillation import CONSTANT, RAGGED, arguments
+from transformers import TrainerCallback, training_args
 
 from hf_minitron import DistillationTrainer
 from hf_minitron.distillation.engine import prepare_engine, trains_whole_only
+from hf_minitron.distillation.float32 import PLACES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -44,9 +46,28 @@ def test_some_students_are_loaded_whole(sizes, processes, whole):
     assert trains_whole_only(tiny.model(**sizes), processes) == whole
 
 
+@pytest.mark.parametrize("changes", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"tf32": True}])
+def test_tf32_ends_with_the_training_that_asks_for_it(tmp_path, monkeypatch, changes):
+    """As on a GPU that has it: Transformers switches it on where the arguments are made, for all of the process."""
+    (place, name), seen = PLACES[0], []
+    before = getattr(place, name)
+    monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, **changes)
+    assert getattr(place, name) == before
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(getattr(place, name))
+
+    trainer = DistillationTrainer(tiny.model(seed=1), tiny.model(), args, train_dataset=RAGGED, callbacks=[Looks()])
+    trainer.train()
+    assert seen == ["tf32"]
+    assert getattr(place, name) == before
+
+
 def test_flat_parameters_are_refused():
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
     accelerator = SimpleNamespace(state=state, is_fsdp2=False)
-    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1), accelerator=accelerator)
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1, ema_decay=None), accelerator=accelerator)
     with pytest.raises(ValueError, match="fsdp_config: version 1, whose flat parameters .*; set version: 2"):
         prepare_engine(trainer)

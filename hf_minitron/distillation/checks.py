@@ -40,7 +40,7 @@ BOUNDS = (
         "weight_decay", "adam_epsilon", "max_grad_norm", "eval_delay", "dataloader_num_workers", "seed", "data_seed",
     )),
     ("between 0 and 1", lambda value: 0 <= value <= 1, ("beta", "label_smoothing_factor")),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "ema_decay")),
     ("at least 1, or -1 to count epochs", lambda value: value == -1 or value >= 1, ("max_steps",)),
     ("a share below 1, or whole steps", lambda value: 0 <= value < 1 or value == int(value) >= 1, ("warmup_steps",)),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from hf_minitron.distillation.checks import (
     check_trackers,
     check_values,
 )
+from hf_minitron.distillation.float32 import float32_as_it_is
 from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES, OwnLoss, by_name
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
@@ -90,6 +91,13 @@ class DistillationArguments(TrainingArguments):
             "were loaded when left out. With cross_documents: false sdpa and eager make a dense mask, the others none."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Average weights over steps (EMA), evaluated and saved in their place: what it keeps of itself at a "
+            "step, such as 0.999."
+        },
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the processor has bf16."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: training stops at a NaN or infinite loss, and this waits for every micro-batch."}
@@ -119,7 +127,9 @@ class DistillationArguments(TrainingArguments):
         if self.greater_is_better is None and metric in (*TOKEN_LOSSES, CROSS_ENTROPY, *STATE_LOSSES, *own):
             self.greater_is_better = False
         try:
-            super().__post_init__()
+            with float32_as_it_is() as chosen:
+                super().__post_init__()
+            self.float32_precision = chosen[0]  # in which training multiplies, and nothing else
         except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             if self.deepspeed:
                 unset_hf_deepspeed_config()  # half made, it would be asked by every model that this process makes

@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.distillation.batch import at_positions, attention_of, positions_of
 from hf_minitron.distillation.losses.states import DISTANCES, relation_kl
+from hf_minitron.plan import Plan
 from hf_minitron.probe import outputs_of
 
 # Hidden states, with the paper's symbol, and the two kinds of vectors of attention-relation distillation (L_att).
@@ -181,6 +182,16 @@ class StateLosses(nn.Module):
                 self._optimizer.state[parameter] = {
                     key.rpartition(":")[2]: file.get_tensor(key).to(device[key]) for key in keys
                 }
+
+
+def state_losses_of(args: TrainingArguments, student: PreTrainedModel, teacher: object) -> StateLosses | None:
+    """Return the losses on states that arguments name, between a student and a live teacher; `None` where they name none."""
+    names = [name for name in args.losses if name in STATE_LOSSES]
+    if not names:
+        return None
+    plan = Path(student.name_or_path) / "plan.json"
+    kept = Plan.load(plan).kept_layers if args.layer_pairs == "plan" and plan.is_file() else None
+    return StateLosses(student, teacher.model, names, args.layer_pairs, kept, args.state_distance, args.chunk_size, args.seed)
 
 
 def check_states(

@@ -17,19 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
+from hf_minitron.distillation.averaging import WeightAverage
 from hf_minitron.distillation.batch import POSITIONS, TARGETS, at_positions, collate, model_inputs, positions_of, with_targets
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.engine import prepare_engine, shard_models, train_in_float32
+from hf_minitron.distillation.float32 import float32_as_it_is
 from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token
-from hf_minitron.distillation.states import STATE_LOSSES, StateLosses
+from hf_minitron.distillation.states import STATE_LOSSES, state_losses_of
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import base_of, freeze_vision, no_tokens, unsharded_head
 from hf_minitron.distillation.teachers import Given, check_models, set_attention, teacher_for
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
-from hf_minitron.plan import Plan
 from hf_minitron.probe import last_hidden_states
 from hf_minitron.saving import complete_side_files, repair_generation, save_config
 
@@ -114,7 +115,9 @@ class DistillationTrainer(Trainer):
         self._loss_only = False
         self._trained, self._evaluated = NamedMeans(self.accelerator), NamedMeans(self.accelerator)
         self._attempt = Attempt(self._begin)
-        self.add_callback(self._attempt)
+        self._average = WeightAverage(args.ema_decay)
+        for callback in (self._attempt, self._average):
+            self.add_callback(callback)
 
     def _prepare_models(self, teacher_model: Given) -> None:
         """Load the teacher and refuse what the two models, the losses and the text do not allow together."""
@@ -144,12 +147,14 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         self._resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with float32_as_it_is(self.args.float32_precision):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _begin(self) -> None:
         self._trained.begin()  # drop what too large a batch, or an earlier `train`, has added
         if self._states and self._resumed_from:
             self._states.load(Path(self._resumed_from) / PROJECTIONS)
+        self._average.begin(self.model, Path(self._resumed_from) if self._resumed_from else None)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -247,7 +252,8 @@ class DistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate as the Trainer does; add the mean over tokens of every named loss."""
         self._evaluated.begin()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._average.applied():
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         for name, mean in self._evaluated.take().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
@@ -260,15 +266,18 @@ class DistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the Trainer does, in words that transformers 4 knows, too; in a checkpoint also the projections."""
-        super().save_model(output_dir, _internal_call)
+        with self._average.applied():
+            super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         if (folder / CONFIG_NAME).is_file():  # not beside an adapter
             save_config(base_of(self.accelerator.unwrap_model(self.model)).config, folder)
         complete_side_files(folder)
-        if self._states and folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model:
-            self._states.save(folder / PROJECTIONS)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model:
+            self._average.save(folder)
+            if self._states:
+                self._states.save(folder / PROJECTIONS)
 
     def create_model_card(self, **kwargs) -> None:
         """Write the card of a model that is pushed from training; `kwargs` as for `Trainer.create_model_card`."""
@@ -284,14 +293,4 @@ class DistillationTrainer(Trainer):
         freeze_vision(base_of(model))
         if not self.is_deepspeed_enabled:  # it keeps a float32 copy itself
             train_in_float32(model)
-        self._states = self._state_losses(base_of(model))
-
-    def _state_losses(self, student: PreTrainedModel) -> StateLosses | None:
-        args, names = self.args, [name for name in self.args.losses if name in STATE_LOSSES]
-        if not names:
-            return None
-        plan = Path(student.name_or_path) / "plan.json"
-        kept = Plan.load(plan).kept_layers if args.layer_pairs == "plan" and plan.is_file() else None
-        return StateLosses(
-            student, self.teacher.model, names, args.layer_pairs, kept, args.state_distance, args.chunk_size, args.seed
-        )
+        self._states = state_losses_of(self.args, base_of(model), self.teacher)
