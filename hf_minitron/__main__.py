@@ -106,6 +106,14 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", type=Path, **(several if name == "run" else one))
         if name == "plan":
             verb.add_argument("--context", type=int, metavar="TOKENS", help="also count cache and FLOPs at so many tokens")
+            verb.add_argument("--gpus", type=int, default=1, help="how many GPUs it shall run on (default 1)")
+            verb.add_argument(
+                "--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether every stage fits"
+            )
+            verb.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (default 989, an H100)")
+            verb.add_argument(
+                "--utilization", type=float, default=0.26, help="share of the peak that is reached (default 0.26)"
+            )
         if name == "report":
             verb.add_argument("--open", action="store_true", help="open it in a browser")
         if name in ("run", "publish"):

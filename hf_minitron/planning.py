@@ -1,11 +1,13 @@
 """`hf-minitron plan`: what a recipe's target costs, from `config.json` alone."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from hf_minitron.costs import Machine, cost_text
 from hf_minitron.errors import RecipeError, told
 from hf_minitron.recipe_file import KEYS, arguments, read_recipe
 from hf_minitron.shape import Shape
@@ -18,7 +20,37 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     with told():
         recipe = read_recipe(args.recipe, overrides, dict.fromkeys(KEYS["stages"]))
         print(plan_text(recipe, args.context))
+        print("\n" + cost_text(recipe, machine_of(args)))
     return 0
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """Return the machine that the command line names.
+
+    Raises:
+        RecipeError: for a number that is none.
+    """
+    if args.gpus < 1:
+        raise RecipeError(f"--gpus: {args.gpus} is not a whole number from 1 on")
+    if not 0 < args.utilization <= 1:
+        raise RecipeError(f"--utilization: {args.utilization:g} is not a share between 0 and 1")
+    if args.gpu_tflops <= 0:
+        raise RecipeError(f"--gpu-tflops: {args.gpu_tflops:g} is not a number above zero")
+    return Machine(args.gpus, memory_size(args.gpu_memory), args.gpu_tflops * 1e12, args.utilization)
+
+
+def memory_size(text: str | None) -> float | None:
+    """Read a size such as `80GB`, `24` or `23.5GiB`; in GB without a unit.
+
+    Raises:
+        RecipeError: for what is no size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(g|gb|gib)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"--gpu-memory: {text!r} is not a size such as 80GB or 24GiB")
+    return float(match[1]) * (2**30 if match[2] == "gib" else 1e9)
 
 
 def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:

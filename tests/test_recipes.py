@@ -91,10 +91,17 @@ def count_on_meta(config):
 
 
 def test_everything_is_there():
-    wanted = {"smollm2-135m-width", "smollm2-135m-chain", "smollm2-1.7b-nonuniform", "smollm3-3b-lora", "qwen3-4b-cached"}
+    wanted = {
+        "llama-3.3-70b-49b",
+        "smollm2-135m-width",
+        "smollm2-135m-chain",
+        "smollm2-1.7b-nonuniform",
+        "smollm3-3b-lora",
+        "qwen3-4b-cached",
+    }
     assert set(NAMES) == wanted | PUBLISHED.keys()
-    assert len(RECIPES) == 13
-    assert set(ENGINES) == {"single", "ddp", "fsdp2", "zero3"}
+    assert len(RECIPES) == 14
+    assert set(ENGINES) == {"single", "ddp", "fsdp2", "fsdp2-nodes", "zero3"}
     assert {path.stem for path in FOLDER.glob("*.py")} == {*SCRIPTS, "prepare_offline"}
     readme = (ROOT / "README.md").read_text()
     assert [name for name in NAMES if f"| [{name}](recipes/{name}/README.md) |" not in readme] == []
@@ -120,7 +127,7 @@ def test_its_readme_says_how_where_and_what_to_expect(name):
     text, table = (FOLDER / name / "README.md").read_text(), facts(name)
     files = " ".join(f"recipes/{name}/{path.name}" for path in RECIPES if path.parent.name == name)
     (engine,) = re.findall(
-        rf"^accelerate launch --config_file recipes/accelerate/(\w+)\.yaml -m hf_minitron run {files}$", text, re.M
+        rf"^accelerate launch --config_file recipes/accelerate/([\w-]+)\.yaml -m hf_minitron run {files}$", text, re.M
     )
     assert any(key.startswith("expected") for key in table)
     assert table["source"]
@@ -241,7 +248,13 @@ def environment(engine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("engine", "kind", "number"),
-    [("single", "NO", 1), ("ddp", "MULTI_GPU", 8), ("fsdp2", "FSDP", 8), ("zero3", "DEEPSPEED", 8)],
+    [
+        ("single", "NO", 1),
+        ("ddp", "MULTI_GPU", 8),
+        ("fsdp2", "FSDP", 8),
+        ("fsdp2-nodes", "FSDP", 64),
+        ("zero3", "DEEPSPEED", 8),
+    ],
 )
 def test_accelerate_reads_its_configs(engine, kind, number, monkeypatch):
     config = load_config_from_file(str(ENGINES[engine]))  # refuses unknown keys

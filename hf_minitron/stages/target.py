@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.student import check_target, text_alone
+from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.model_files import resolve
+from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import CUTTABLE, Shape
@@ -65,6 +66,22 @@ def student_rows(args: Args, model: str) -> dict[str, str]:
     architecture = teacher(model, args.dequantize)
     student = untied(architecture) if uses_rotation(args) else architecture
     return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
+
+
+def student(args: Args, model: str) -> Architecture:
+    """Return the architecture of the student: of a nonuniform one, whose sizes scoring chooses, the teacher's.
+
+    Raises:
+        ShapeError: for a target that no class holds.
+    """
+    before, after, _ = shapes(args, model)
+    architecture = teacher(model, args.dequantize)
+    architecture = untied(architecture) if uses_rotation(args) else architecture
+    kept = {"layers": before.first_layers(after["layers"], after.by_kind)}
+    if after["vocab"] != before["vocab"]:
+        kept["vocab"] = list(range(after["vocab"]))
+    config = student_config(architecture, Plan(before, after, kept))
+    return Architecture.of(text_alone(Architecture.of(config))[0] if args.text_only else config)
 
 
 def uses_rotation(args: Args) -> bool:

@@ -1,0 +1,267 @@
+"""What every stage of a recipe takes: memory of a GPU and of its host, disk, tokens, FLOPs and hours, from configs alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.errors import RecipeError
+from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
+from hf_minitron.recipe_file import KEYS, arguments
+from hf_minitron.resources import FLOAT, Training, training_memory
+from hf_minitron.stages import target
+from hf_minitron.tables import markdown_table
+
+GB = 1e9
+CONTEXT = 1_000_000_000  # CUDA's own, its libraries' and NCCL's
+PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 SXM
+# Of that peak: what benchmarks/kd_step.py measured on an H100 for a teacher in the shape of Llama-3.2-1B.
+UTILIZATION = 0.26
+GPUS_PER_HOST = 8
+CACHED = {"random": 0.7, "top_k": 3.5}  # bytes of each draw, or of each token kept; docs/distillation.md
+BF16 = torch.bfloat16.itemsize
+# What to do about a stage that does not train and does not fit.
+OTHERWISE = {
+    "score": "set score.batch_size: 1",
+    "evaluate": "set evaluate.tensor_parallel: true and accelerate launch it on several GPUs",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a recipe shall run on.
+
+    Args:
+        gpus (`int`, *optional*, defaults to 1): How many.
+        gpu_bytes (`float`, *optional*): Memory of each; nothing is judged when left out.
+        peak (`float`, *optional*): FLOP/s of each, dense bfloat16; an H100's when left out.
+        utilization (`float`, *optional*): The share of it that is reached.
+    """
+
+    gpus: int = 1
+    gpu_bytes: float | None = None
+    peak: float = PEAK
+    utilization: float = UTILIZATION
+
+    def hours(self, flops: float) -> float:
+        """Return how long so many operations take on all GPUs."""
+        return flops / (self.gpus * self.peak * self.utilization) / 3600
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes.
+
+    Args:
+        stage (`str`): Its name.
+        gpu (`Mapping[str, int]`): Bytes of one GPU at the peak, by what takes them.
+        host (`int`): Bytes of one host's memory.
+        disk (`int`): Bytes that it leaves, or needs to be resumed.
+        tokens (`int`): That it reads.
+        flops (`float`): Of all GPUs together.
+        note (`str`): What else to say.
+    """
+
+    stage: str
+    gpu: Mapping[str, int] = field(default_factory=dict)
+    host: int = 0
+    disk: int = 0
+    tokens: int = 0
+    flops: float = 0
+    note: str = ""
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of one GPU at the peak."""
+        return sum(self.gpu.values()) + CONTEXT if self.gpu else 0
+
+
+def costs(recipe: Mapping[str, Any], machine: Machine) -> list[Cost]:
+    """Return what each stage of a recipe takes, in their order."""
+    model = str(recipe["model"])
+    args = arguments(recipe.get("prune") or {}, "prune", target.Args)
+    teacher, student = target.teacher(model, args.dequantize), target.student(args, model)
+    found = [_training("correct", recipe, teacher, None, machine)] if "correct" in recipe else []
+    found.append(_score(recipe, teacher, machine))
+    largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if args.corrections else 0
+    layer = FLOAT * _parameters(teacher) // teacher.shape["layers"]
+    found.append(Cost("prune", {"moments": 3 * largest, "weights": layer}, 2 * layer + largest, BF16 * _parameters(student)))
+    if "cache" in recipe:
+        found.append(_cache(recipe, teacher, machine))
+    found += [_training("distill", recipe, student, teacher, machine), _evaluate(recipe, teacher, student, machine)]
+    return [*found, Cost("publish", disk=BF16 * _parameters(student))]
+
+
+def _value(recipe: Mapping[str, Any], stage: str, key: str) -> Any:
+    """Return a setting, or its default."""
+    entry = KEYS["stages"][stage]["keys"].get(key, {})
+    value = (recipe.get(stage) or {}).get(key, entry.get("default"))
+    if value is not None and entry.get("type") == "a whole number" and type(value) is not int:
+        raise RecipeError(f"{stage}.{key}: {value!r} is not a whole number")
+    return value
+
+
+def _parameters(architecture: Architecture) -> int:
+    return architecture.shape.num_parameters(architecture.rows)
+
+
+def _flops(architecture: Architecture, context: int) -> int:
+    """Return the operations of a token's forward pass in the middle of a packed sequence."""
+    return architecture.shape.flops_per_token(architecture.rows, context // 2)
+
+
+def _host(machine: Machine, num_bytes: int) -> int:
+    return min(machine.gpus, GPUS_PER_HOST) * num_bytes
+
+
+def _score(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:
+    value = {key: _value(recipe, "score", key) for key in ("tokens", "block_size", "batch_size", "moments", "sublayers")}
+    batch = value["batch_size"] * value["block_size"]
+    needed = scoring_bytes(teacher, torch.bfloat16, batch, value["moments"])
+    note = ""
+    if machine.gpu_bytes and needed > 0.8 * machine.gpu_bytes:  # as the stage decides
+        needed, note = scoring_bytes(teacher, torch.bfloat16, batch, value["moments"], layer_by_layer=True), "layer by layer"
+    moments = sum(size for sizes in moment_bytes(teacher).values() for size in sizes) if value["moments"] else 0
+    passes = 1 + (teacher.shape["layers"] if value["sublayers"] else 0)
+    flops = passes * value["tokens"] * _flops(teacher, value["block_size"])
+    host = _host(machine, BF16 * _parameters(teacher) // (teacher.shape["layers"] if note else 1))
+    return Cost("score", {"weights, moments, activations": needed}, host, moments, value["tokens"], flops, note)
+
+
+def _cache(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:
+    training, tokens = training_of(recipe, "distill", machine), tokens_of(recipe, "distill", machine)
+    method = _value(recipe, "cache", "method")
+    kept = _value(recipe, "cache", "draws" if method == "random" else "k") * CACHED.get(method, 0)
+    tokens = _value(recipe, "cache", "tokens") or tokens
+    weights = BF16 * _parameters(teacher)
+    states = _value(recipe, "cache", "batch_size") * training.block_size * teacher.shape["hidden"] * 4 * BF16
+    tables = training.chunk_size * teacher.shape["vocab"] * 3 * FLOAT
+    flops = tokens * _flops(teacher, training.block_size)
+    disk = int(tokens * kept)
+    return Cost("cache", {"weights": weights, "states": states, "head": tables}, _host(machine, weights), disk, tokens, flops)
+
+
+def _evaluate(recipe: Mapping[str, Any], teacher: Architecture, student: Architecture, machine: Machine) -> Cost:
+    tokens, block, batch = (_value(recipe, "evaluate", key) for key in ("tokens", "block_size", "batch_size"))
+    batch = batch if isinstance(batch, int) else KEYS["stages"]["evaluate"]["keys"]["batch_size"]["default"]
+    weights = BF16 * _parameters(teacher) // (machine.gpus if _value(recipe, "evaluate", "tensor_parallel") else 1)
+    states = batch * block * teacher.shape["hidden"] * 8 * BF16
+    tables = 1024 * teacher.shape["vocab"] * 3 * FLOAT
+    flops = tokens * (_flops(teacher, block) + 2 * _flops(student, block))
+    note = "tasks are not counted" if _value(recipe, "evaluate", "tasks") else ""
+    gpu = {"weights": weights, "states": states, "head": tables}
+    return Cost("evaluate", gpu, _host(machine, weights), 0, 3 * tokens, flops, note)
+
+
+def training_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Training:
+    """Return what of a section's settings the memory of training depends on."""
+    section = recipe.get(stage) or {}
+    names = ("per_device_train_batch_size", "block_size", "gradient_accumulation_steps", "optim", "chunk_size")
+    batch, block, accumulation, optimizer, chunk = (_value(recipe, stage, name) for name in names)
+    for name, number in zip(names[:3], (batch, block, accumulation), strict=True):
+        if type(number) is not int or number < 1:
+            raise RecipeError(f"{stage}.{name}: {number!r} is not a whole number from 1 on")
+    checkpointing = bool(section.get("gradient_checkpointing") or section.get("activation_checkpointing"))
+    mixed = section.get("bf16") is not False
+    return Training(batch, block, accumulation, mixed, checkpointing, str(optimizer), chunk or 1024, machine.gpus)
+
+
+def tokens_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> int:
+    """Count the tokens of `max_steps` on all GPUs; 0 where epochs are counted instead."""
+    training = training_of(recipe, stage, machine)
+    return max(int(_value(recipe, stage, "max_steps")), 0) * training.tokens * training.accumulation * machine.gpus
+
+
+def _training(
+    stage: str, recipe: Mapping[str, Any], student: Architecture, teacher: Architecture | None, machine: Machine
+) -> Cost:
+    """Return what training takes, sharded where several GPUs are there and whole models do not fit on each."""
+    training, trained = training_of(recipe, stage, machine), None
+    if (recipe.get(stage) or {}).get("lora") is not None:
+        trained = _parameters(student) // 100
+    live = BF16 * _parameters(teacher) if teacher and "cache" not in recipe else 0
+    gpu = training_memory(student, training, live, trained)
+    if machine.gpus > 1 and sum(gpu.values()) + CONTEXT > (machine.gpu_bytes or 0):
+        training = replace(training, sharded=True)
+        gpu = training_memory(student, training, live, trained)
+    tokens, parameters = tokens_of(recipe, stage, machine), _parameters(student)
+    per_token = (4 if training.checkpointing else 3) * _flops(student, training.block_size)
+    per_token += _flops(teacher, training.block_size) if live else 0
+    kept = (_value(recipe, stage, "save_total_limit") or 1) + 1  # and the one that is being written
+    disk = kept * 3 * FLOAT * (parameters if trained is None else trained)
+    if not _value(recipe, stage, "streaming"):
+        disk += FLOAT * tokens
+    note = "FSDP2" if training.sharded else "DDP" if machine.gpus > 1 else ""
+    return Cost(stage, gpu, _host(machine, FLOAT * parameters + live), disk, tokens, tokens * per_token, note)
+
+
+def fitting(recipe: Mapping[str, Any], stage: str, machine: Machine) -> str:
+    """Say what to change for a training stage to fit, and what it takes then."""
+    batch, accumulation = (_value(recipe, stage, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    tried = [
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation * batch},
+        {"optim": "adamw_bnb_8bit"},
+    ]
+    for gpus in [machine.gpus, *(2**power for power in range(1, 11) if 2**power > machine.gpus)]:
+        section, changes = dict(recipe.get(stage) or {}), []
+        for change in ({}, *tried):
+            changes += [f"{stage}.{k}: {str(value).lower()}" for k, value in change.items() if section.get(k) != value]
+            section |= change
+            found = _found({**recipe, stage: section}, stage, replace(machine, gpus=gpus))
+            if found.gpu_bytes <= machine.gpu_bytes:
+                more = [f"take {gpus} GPUs"] if gpus > machine.gpus else []
+                settings = [f"set {', '.join(changes)}"] if changes else []
+                return f"{' and '.join(more + settings)}: {found.gpu_bytes / GB:,.1f} GB"
+    return "no number of GPUs holds it; shorten block_size, or take GPUs with more memory"
+
+
+def _found(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Cost:
+    return next(cost for cost in costs(recipe, machine) if cost.stage == stage)
+
+
+def cost_text(recipe: Mapping[str, Any], machine: Machine) -> str:
+    """Say what every stage takes, whether it fits, and what to change where it does not."""
+    found = costs(recipe, machine)
+    table = [["stage", "GB per GPU", "GB per host", "GB of disk", "tokens", "FLOPs", "hours", ""]]
+    for cost in found:
+        sizes = (f"{size / GB:,.1f}" if size else "" for size in (cost.gpu_bytes, cost.host, cost.disk))
+        work = (f"{cost.tokens:,}", f"{cost.flops:.1e}", _hours(cost.flops, machine)) if cost.flops else ("", "", "")
+        table.append([cost.stage, *sizes, *work, cost.note])
+    lines = [markdown_table(table), ""]
+    for cost in (cost for cost in found if cost.stage in ("correct", "distill")):
+        parts = ", ".join(f"{name} {size / GB:,.1f}" for name, size in cost.gpu.items())
+        lines.append(f"{cost.stage}, GB of a GPU: {parts}, CUDA {CONTEXT / GB:,.1f}.")
+        if not cost.tokens:
+            lines.append(f"{cost.stage}: max_steps is not set, so its tokens and hours depend on the text.")
+    total, disk = sum(cost.flops for cost in found), sum(cost.disk for cost in found)
+    gpus = f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}"
+    share = f"{machine.utilization:.0%} of {machine.peak / 1e12:,.0f} TFLOP/s each"
+    lines.append(f"In all {_hours(total, machine)} hours on {gpus} at {share} (an H100 reached 26 % with 1B, see "
+                 f"docs/measurements.md), {disk / GB:,.0f} GB of disk.")  # fmt: skip
+    if machine.gpu_bytes:
+        lines += _judged(recipe, found, machine)
+    return "\n".join(lines)
+
+
+def _hours(flops: float, machine: Machine) -> str:
+    hours = machine.hours(flops)
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2g}"
+
+
+def _judged(recipe: Mapping[str, Any], found: list[Cost], machine: Machine) -> list[str]:
+    large = [cost for cost in found if cost.gpu_bytes > machine.gpu_bytes]
+    if not large:
+        return [f"Every stage fits into {machine.gpu_bytes / GB:,.0f} GB."]
+    lines = []
+    for cost in large:
+        if cost.stage in ("correct", "distill"):
+            advice = fitting(recipe, cost.stage, machine)
+        else:
+            advice = (
+                "set score.batch_size: 1" if cost.stage == "score" else "accelerate launch with evaluate.tensor_parallel: true"
+            )
+        lines.append(f"{cost.stage} needs {cost.gpu_bytes / GB:,.1f} GB of {machine.gpu_bytes / GB:,.0f}: {advice}.")
+    return lines

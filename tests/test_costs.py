@@ -1,0 +1,163 @@
+"""What `hf-minitron plan` counts beside what training takes, and what it says of a machine."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    NemotronConfig,
+    Phi3Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from hf_minitron.__main__ import main
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.costs import Machine, cost_text, costs
+from hf_minitron.planning import memory_size
+from hf_minitron.resources import Training, activation_bytes, training_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "tests" / "configs"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "num_key_value_heads": 2, "vocab_size": 500, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GPT2 = {"n_embd": 128, "n_layer": 3, "n_head": 8, "vocab_size": 500, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
+MOE = SIZES | {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+MODELS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16),
+    "phi3": Phi3Config(**SIZES),
+    "gpt2": GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2),
+    "nemotron": NemotronConfig(**SIZES),
+}
+
+
+def kept(config, mixed):
+    """Bytes that autograd keeps of 2 x 128 tokens, but for weights and their 16-bit copies."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    weights, tensors = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            tensors[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, config.vocab_size, (2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", enabled=mixed):
+        model.base_model(input_ids=ids, use_cache=False)
+    outside = ("embed", "wte", "wpe")
+    matrices = [p for name, p in model.base_model.named_parameters() if p.dim() > 1 and not any(o in name for o in outside)]
+    copies = 2 * sum(p.numel() for p in matrices) if mixed else 0
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values()) - copies
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_autograd_keeps_is_counted_without_data(name, mixed):
+    found, _ = activation_bytes(Architecture.of(MODELS[name]), 2, 128, mixed)
+    assert found == pytest.approx(kept(MODELS[name], mixed), rel=0.01)
+
+
+def test_of_a_mixture_it_is_counted_from_the_rows():
+    config = Qwen3MoeConfig(**MOE)
+    found, _ = activation_bytes(Architecture.of(config), 2, 128, False)
+    assert found == pytest.approx(kept(config, False), rel=0.15)
+
+
+def test_a_step_takes_what_an_h100_has_measured():
+    """benchmarks/kd_step.py --shape llama-3.2-1b --batch 8 --seq 2048: 32.3 GB over weights and gradients."""
+    config = LlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+                         intermediate_size=4096, vocab_size=128_256, tie_word_embeddings=True)  # fmt: skip
+    parts = training_memory(Architecture.of(config), Training(8, 2048, accumulation=4), teacher=1)
+    found = sum(parts[name] for name in ("16-bit copies", "activations", "head"))
+    assert found == pytest.approx(32.3e9, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["float32", "checkpointing"])
+def test_training_takes_what_is_counted(case):
+    plan_memory = pytest.importorskip("plan_memory")
+    assert plan_memory.in_a_process(case)["ratio"] == pytest.approx(1, abs=0.15)
+
+
+def recipe(name, **distill):
+    content = yaml.safe_load((ROOT / "recipes" / name / "recipe.yaml").read_text())
+    content["model"] = str(CONFIGS / Path(content["model"]).name)
+    return content | {"distill": content["distill"] | distill}
+
+
+def test_70b_to_49b_fits_64_gpus():
+    machine, content = Machine(64, 80e9), recipe("llama-3.3-70b-49b")
+    found = {cost.stage: cost for cost in costs(content, machine)}
+    assert [name for name, cost in found.items() if cost.gpu_bytes > 80e9] == []
+    assert found["score"].note == "layer by layer"
+    assert found["distill"].note == "FSDP2"
+    assert found["distill"].tokens == 4140 * 64 * 4 * 8192
+    readme = (ROOT / "recipes/llama-3.3-70b-49b/README.md").read_text()
+    assert f"{found['distill'].gpu_bytes / 1e9:.0f} GB of each in distillation" in readme
+    assert f"About {machine.hours(sum(cost.flops for cost in found.values())):.0f} hours" in readme
+    said = cost_text(content, machine)
+    assert "Every stage fits into 80 GB." in said
+    assert "at 26% of 989 TFLOP/s each" in said
+
+
+def test_what_does_not_fit_is_said_with_what_to_change():
+    content = recipe("llama-3.1-8b-width-4.5b", per_device_train_batch_size=4, gradient_checkpointing=False)
+    said = cost_text(content, Machine(8, 80e9))
+    (advice,) = re.findall(r"distill needs [\d.]+ GB of 80: set (.*): ([\d.]+) GB", said)
+    assert "distill.gradient_checkpointing: true" in advice[0]
+    assert float(advice[1]) <= 80
+    alone = cost_text(content, Machine(1, 24e9))
+    assert re.search(r"take \d+ GPUs", alone)
+
+
+def test_parts_follow_the_settings():
+    architecture = Architecture.of(MODELS["llama"])
+    whole = training_memory(architecture, Training(2, 128, 2))
+    small = training_memory(architecture, Training(2, 128, 2, optimizer="adamw_bnb_8bit"))
+    assert whole["optimizer"] == 4 * small["optimizer"]
+    assert "teacher" not in whole
+    sharded = training_memory(architecture, Training(2, 128, 2, devices=4, sharded=True), teacher=400)
+    assert sharded["teacher"] == 100
+    assert sharded["weights"] == whole["weights"] // 4
+    replicated = training_memory(architecture, Training(2, 128, 2, devices=4))
+    assert replicated["DDP's buckets"] == whole["gradients"]
+    again = training_memory(architecture, Training(2, 128, 2, checkpointing=True))
+    assert again["activations"] < whole["activations"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("80GB", 80e9), ("24", 24e9), ("2 GiB", 2 * 2**30), (None, None)])
+def test_sizes_of_memory(text, expected):
+    assert memory_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu-memory", "much"], "--gpu-memory: 'much' is not a size such as 80GB or 24GiB"),
+        (["--gpus", "0"], "--gpus: 0 is not a whole number from 1 on"),
+        (["--utilization", "26"], "--utilization: 26 is not a share between 0 and 1"),
+        (["--score.tokens", "many"], "score.tokens: 'many' is not a whole number"),
+        (["--distill.block_size", "0"], "distill.block_size: 0 is not a whole number from 1 on"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(project, capsys, options, message):
+    assert main(["plan", str(project["path"]), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_plan_prints_what_every_stage_takes(project, capsys):
+    assert main(["plan", str(project["path"]), "--gpus", "2", "--gpu-memory", "24GB"]) == 0
+    out = capsys.readouterr().out
+    assert [stage for stage in ("score", "prune", "distill", "evaluate", "publish") if f"| {stage} " not in out] == []
+    assert "Every stage fits into 24 GB." in out
