@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_minitron.ranking import IN_GROUPS, best, best_heads, best_layers, check_scores
+from hf_minitron.ranking import IN_GROUPS, best, best_heads, best_in_layer, best_layers, check_scores
 from hf_minitron.shape import Shape
+from hf_minitron.sizes import BY_LAYER, largest, selected
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ RANKS = dict.fromkeys(
     ("kv_rank", "q_rank"),
     "the norm of the narrow row sees the kept directions alone, so that its scale differs from token to token",
 )
-# Axes whose size may differ from layer to layer.
-BY_LAYER = ("heads", "kv_heads", "ffn")
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,10 @@ class Plan:
         dropped = {layer: list(range(layer + 1, end)) for layer, end in zip(self.kept_layers, ends, strict=True)}
         return {layer: layers for layer, layers in dropped.items() if layers}
 
-    @cached_property
+    @property
     def by_layer(self) -> dict[str, list[int]]:
         """The sizes of `heads`, `kv_heads` and `ffn` in every kept layer, where layers differ; else nothing."""
-        if "experts" in self.before.sizes or any(axis.endswith("_layers") for axis in self.before.sizes):
-            return {}  # a layer that lacks an axis does not differ from the others in size
-        sizes = {
-            axis: [len(kept) for kept in self.keep[axis]] if axis in self.keep else [self.before[axis]] * len(self.kept_layers)
-            for axis in BY_LAYER
-            if axis in self.before.sizes
-        }
-        return sizes if any(len(set(found)) > 1 for found in sizes.values()) else {}
+        return {axis: list(sizes) for axis, sizes in self.after.by_layer.items()}
 
     @property
     def sizes_by_layer(self) -> dict[str, list[int]]:
@@ -132,6 +124,8 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; of a rotated one also its basis, as `plan/basis.safetensors` beside it, which it names."""
         content = {"before": dict(self.before.sizes), "after": dict(self.after.sizes), "keep": dict(self.keep)}
+        if self.before.by_layer or self.after.by_layer:
+            content["by_layer"] = {"before": dict(self.before.by_layer), "after": dict(self.after.by_layer)}
         if set(self.before.windows) != {None}:
             content["windows"] = {"before": self.before.windows, "after": self.after.windows}
         if self.corrections:
@@ -151,7 +145,8 @@ class Plan:
             ValueError: for a basis that is another plan's, or damaged.
         """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        shapes = [Shape(content[side], windows=tuple(content.get("windows", {}).get(side, ()))) for side in ("before", "after")]
+        windows, sides = content.get("windows", {}), ("before", "after")
+        shapes = [Shape(content[s], windows=tuple(windows.get(s, ())), by_layer=_by_layer(content, s)) for s in sides]
         corrections, named = tuple(content.get("corrections", ())), content.get("basis")
         plan = cls(*shapes, content["keep"], corrections=corrections)
         if not named:
@@ -171,6 +166,16 @@ class Plan:
             raise ValueError(f"The plan keeps components of a basis, {BASIS} beside plan.json, which {problem}: copy it "
                              "from the run that made the plan (prune/student)")  # fmt: skip
         return self.basis
+
+
+def _by_layer(content: Mapping, side: str) -> dict[str, tuple[int, ...]]:
+    """Return the sizes in every layer; an older version has not written those of the student, whose lists tell."""
+    if "by_layer" in content:
+        return {axis: tuple(sizes) for axis, sizes in content["by_layer"][side].items()}
+    uniform = not set(BY_LAYER) <= content["keep"].keys() or any(axis.endswith("_layers") for axis in content["before"])
+    if side == "before" or uniform:
+        return {}
+    return selected({axis: tuple(map(len, content["keep"][axis])) for axis in BY_LAYER}, range(content["after"]["layers"]))
 
 
 def copy_plan(source: Path, target: Path) -> None:
@@ -222,21 +227,31 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
     for axis in [axis for axis in ("hidden", "vocab") if axis in cut]:
         keep[axis] = best(scores[axis], after[axis])
     layers = keep.get("layers", range(before["layers"]))
+    shapes = {layer: (before.of_layer(layer), after.of_layer(layer)) for layer in layers}
     for axis in ("ffn", "dense_ffn", "shared_ffn", "experts", "ssm_heads", "conv_channels"):
         if axis in cut:
             groups = before.sizes.get(IN_GROUPS.get(axis), 1)
-            keep[axis] = [best(scores[axis][layer], after[axis], groups) for layer in layers]
+            keep[axis] = [
+                best(scores[axis][layer][..., : own[axis]], left[axis], groups) for layer, (own, left) in shapes.items()
+            ]
     keep |= {axis: [list(range(after[axis])) for _ in layers] for axis in RANKS if axis in cut}
     if "experts" in cut and "ffn" in cut:
         keep["ffn"] = [[ffn[e] for e in experts] for ffn, experts in zip(keep["ffn"], keep["experts"], strict=True)]
     if "heads" in cut:
-        pairs = [best_heads(scores["heads"][layer], before, after) for layer in layers]
+        pairs = [best_heads(scores["heads"][layer][: own["heads"]], own, left) for layer, (own, left) in shapes.items()]
         keep["heads"] = [heads for heads, _ in pairs]
         if "kv_heads" in cut:
             keep["kv_heads"] = [groups for _, groups in pairs]
     kinds = {kind: len(set(layers) & set(found)) for kind, found in before.layer_kinds.items()}
     windows = tuple(before.windows[layer] for layer in layers) if before.windows else ()
-    return Plan(before, Shape({**after.sizes, **kinds}, windows=windows), keep)
+    made = after.with_layers(layers)
+    return Plan(before, Shape({**made.sizes, **kinds}, windows=windows, by_layer=made.by_layer), keep)
+
+
+def stand_in(before: Shape, after: Shape) -> Plan:
+    """Return a plan of a cut that keeps the first layers, until scores say which ones."""
+    kept = before.first_layers(after["layers"], after.by_kind)
+    return Plan(before, after.with_layers(kept), {"layers": kept})
 
 
 def make_nonuniform_plan(
@@ -247,8 +262,8 @@ def make_nonuniform_plan(
     Args:
         scores (`Mapping[str, Tensor]`): Axis to the importance of every index, `statistics.scores`.
         before (`Shape`): The teacher's shape, of a model without experts.
-        sizes (`Mapping[str, list[int]]`): `heads`, `kv_heads` and `ffn`, each with one size per layer of the teacher. 0 drops
-            the layer's attention or its MLP; a layer that loses both goes.
+        sizes (`Mapping[str, list[int]]`): `heads`, `kv_heads` and `ffn`, each with one size per layer of the teacher, none
+            larger than the layer has. 0 drops the layer's attention or its MLP; a layer that loses both goes.
         hidden (`int`, *optional*): The new hidden size; as it is when left out.
 
     Returns:
@@ -257,27 +272,28 @@ def make_nonuniform_plan(
     Raises:
         ValueError: for sizes that are no sizes of this model.
     """
-    sizes = {axis: sizes.get(axis, [before[axis]] * before["layers"]) for axis in BY_LAYER}
-    group = before["heads"] // before.kv_groups
+    every, axes = [before.at(layer) for layer in range(before["layers"])], [axis for axis in BY_LAYER if axis in before.sizes]
+    sizes = {axis: sizes.get(axis, [own[axis] for own in every]) for axis in axes}
     for axis, found in sizes.items():
-        if len(found) != before["layers"] or not all(0 <= size <= before[axis] for size in found):
-            raise ValueError(f"{axis}: {found} are not {before['layers']} sizes from 0 to {before[axis]}, one for each layer")
-    for layer, (heads, groups) in enumerate(zip(sizes["heads"], sizes["kv_heads"], strict=True)):
+        if len(found) != len(every) or not all(0 <= size <= own[axis] for size, own in zip(found, every, strict=True)):
+            most = " or ".join(str(size) for size in sorted({own[axis] for own in every}))
+            raise ValueError(f"{axis}: {found} are not {len(every)} sizes from 0 to {most}, one for each layer")
+    for layer, own in enumerate(every):
+        heads, groups = sizes["heads"][layer], sizes.get("kv_heads", sizes["heads"])[layer]
+        group = own["heads"] // own.get("kv_heads", own["heads"]) if groups else 0
         if bool(heads) != bool(groups) or (groups and (heads % groups or heads // groups > group)):
             raise ValueError(f"layer {layer}: {heads} heads do not divide over {groups} KV heads with at most {group} for each")
     for axis in ("heads", "ffn", *(() if hidden is None else ("hidden",))):
         check_scores(scores, axis, before)
-    layers = [layer for layer in range(before["layers"]) if sizes["heads"][layer] or sizes["ffn"][layer]]
-    keep: dict[str, list] = {"heads": [], "kv_heads": [], "ffn": []}
-    for layer in layers:
-        own = Shape({**before.sizes, **{axis: found[layer] for axis, found in sizes.items()}})
-        heads, groups = best_heads(scores["heads"][layer], before, own) if own["heads"] else ([], [])
-        keep["heads"].append(heads)
-        keep["kv_heads"].append(groups)
-        keep["ffn"].append(best(scores["ffn"][layer], own["ffn"]))
-    after = {**before.sizes, "layers": len(layers), **{axis: max(map(len, kept)) for axis, kept in keep.items()}}
+    layers = [layer for layer in range(len(every)) if sizes["heads"][layer] or sizes["ffn"][layer]]
+    own = [best_in_layer(scores, before, layer, {axis: found[layer] for axis, found in sizes.items()}) for layer in layers]
+    keep: dict[str, list] = {axis: [kept[axis] for kept in own] for axis in axes}
+    by_layer = {axis: tuple(map(len, kept)) for axis, kept in keep.items()}
+    after = {**before.sizes, "layers": len(layers), **largest(by_layer)}
+    after |= {kind: len(set(layers) & set(found)) for kind, found in before.layer_kinds.items()}
     if len(layers) < before["layers"]:
         keep["layers"] = layers
     if hidden is not None:
         keep["hidden"], after["hidden"] = best(scores["hidden"], hidden), hidden
-    return Plan(before, Shape(after), keep)
+    windows = [before.windows[layer] if heads else 0 for layer, heads in zip(layers, by_layer["heads"], strict=True)]
+    return Plan(before, Shape(after, windows=tuple(windows), by_layer=selected(by_layer, range(len(layers)))), keep)

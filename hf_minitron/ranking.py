@@ -1,6 +1,7 @@
 """Ranking: which indices of an axis are the best, in all of a layer or in every group of it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,12 @@ IN_GROUPS = {"experts": "expert_groups", "ssm_heads": "ssm_groups"}
 
 
 def check_scores(scores: Mapping[str, Tensor], axis: str, before: Shape) -> None:
-    """Refuse NaN, except for all of a layer that lacks the axis, where layers are of several kinds."""
-    absent = scores["heads" if axis == "kv_heads" else axis].isnan()
+    """Refuse NaN, except where a layer has no index, and for all of a layer that lacks the axis, where layers are of several
+    kinds."""
+    axis = "heads" if axis == "kv_heads" else axis
+    absent = scores[axis].isnan()
+    for layer, size in enumerate(before.by_layer.get(axis, ())):
+        absent[layer, size:] = False
     by_layer = absent.flatten(1).any(1) if absent.dim() > 1 else absent
     if absent.dim() > 1 and before.layer_kinds:
         by_layer &= ~absent.flatten(1).all(1)
@@ -60,3 +65,24 @@ def best_heads(scores: Tensor, before: Shape, after: Shape) -> tuple[list[int], 
     groups = best(by_group.sum(1), after.kv_groups)
     per_group = after["heads"] // after.kv_groups
     return [g * group + head for g in groups for head in best(by_group[g], per_group)], groups
+
+
+def best_in_layer(scores: Mapping[str, Tensor], before: Shape, layer: int, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return what stays of one layer when it has so many heads or channels; nothing of an axis whose size is 0.
+
+    Args:
+        scores (`Mapping[str, Tensor]`): Of all layers.
+        before (`Shape`): The teacher's shape.
+        layer (`int`): The layer.
+        sizes (`Mapping[str, int]`): `heads` and, where heads share keys, `kv_heads`; or `ffn`; or all of them.
+    """
+    own, kept = before.of_layer(layer), {}
+    left = replace(own, sizes={**own.sizes, **sizes})
+    if "heads" in sizes:
+        kept = dict.fromkeys(sizes.keys() & {"heads", "kv_heads"}, [])
+        if sizes["heads"]:
+            found = best_heads(scores["heads"][layer][: own["heads"]], own, left)
+            kept = {axis: indices for axis, indices in zip(("heads", "kv_heads"), found, strict=True) if axis in sizes}
+    if "ffn" in sizes:
+        kept["ffn"] = best(scores["ffn"][layer][: own["ffn"]], sizes["ffn"])
+    return kept

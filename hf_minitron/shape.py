@@ -4,25 +4,12 @@ Costs are counted from the patterns of a family's rows alone.
 """
 
 import difflib
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-
-# The axes of the vocabulary, in the order in which they are shown. `ffn` is the inner width of the MLP, of every routed expert
-# in a mixture of experts; `dense_ffn` that of a mixture's plain layers, `shared_ffn` that of its shared experts; `ssm_heads`
-# are those of Mamba and the value heads of linear attention, `conv_channels` what a short convolution mixes; `kv_rank` and
-# `q_rank` the narrow rows of multi-head latent attention.
-AXES = ("layers", "hidden", "ffn", "dense_ffn", "shared_ffn", "experts", "heads", "kv_heads", "ssm_heads", "conv_channels",
-        "head_dim", "kv_rank", "q_rank", "vocab")  # fmt: skip
-
-# 2407.14679, section 2: depth (layers) and width (the others). `head_dim` stays as it is.
-CUTTABLE = tuple(axis for axis in AXES if axis != "head_dim")
-
-# Heads that share something: every group keeps as many of its own.
-GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}
+from hf_minitron.sizes import AXES, CUTTABLE, expert_problems, head_problems, largest, limited, selected
 
 
 class ShapeError(ValueError):
@@ -45,6 +32,8 @@ class Shape:
         windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
             window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
         states (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps whatever the number of tokens.
+        by_layer (`Mapping[str, tuple[int, ...]]`, *optional*): Where layers differ in size, axis to its size in each of them,
+            0 where it is absent; `sizes` has the largest. Of a cut, by the layers before it; costs take their average.
     """
 
     sizes: Mapping[str, int]
@@ -54,6 +43,7 @@ class Shape:
     fixed: Mapping[str, str] = field(default_factory=dict, compare=False)
     windows: tuple[int | None, ...] = field(default=(), compare=False)
     states: Mapping[str, str] = field(default_factory=dict, compare=False)
+    by_layer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
@@ -63,9 +53,19 @@ class Shape:
         """The sizes of the axes of the vocabulary, in its order."""
         return {axis: self.sizes[axis] for axis in AXES if axis in self.sizes}
 
+    def at(self, layer: int | None) -> Mapping[str, int]:
+        """Return the sizes in force in one layer; outside of the layers those of all."""
+        if not self.by_layer or layer is None:
+            return self.sizes
+        return {**self.sizes, **{axis: sizes[layer] for axis, sizes in self.by_layer.items()}}
+
+    def of_layer(self, layer: int) -> "Shape":
+        """Return the shape with one layer's sizes in all of them."""
+        return replace(self, sizes=self.at(layer), by_layer={})
+
     def num_parameters(self, rows: Mapping[str, str]) -> int:
         """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
-        return sum(self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes)) for row in rows)
+        return sum(self._numbers(row, rows[row]) for row in rows)
 
     def flops_per_token(self, rows: Mapping[str, str], context: int = 0) -> int:
         """Count the floating-point operations of the matrix products of one token's forward pass.
@@ -85,10 +85,10 @@ class Shape:
             looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
             if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
                 continue
-            weights = self._copies(row) * math.prod(axes.tensor_shape(rows[row], self.sizes))
+            weights = self._numbers(row, rows[row])
             flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
         key = self.sizes.get("qk_dim", self.sizes.get("head_dim", 0))
-        return flops + 2 * self._seen(context) * self.sizes.get("heads", 0) * (key + self.sizes.get("v_dim", key))
+        return flops + 2 * self._seen(context, "heads") * (key + self.sizes.get("v_dim", key))
 
     def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
         """Count the bytes that one token adds to the KV cache of a long text: a key and a value for each KV head of a layer.
@@ -97,13 +97,16 @@ class Shape:
         Multi-head latent attention keeps a narrow row in place of keys and values, from which both are made (2405.04434,
         section 2.1).
         """
-        growing = self.windows.count(None)
-        layers = self["layers"] * growing // len(self.windows) if growing else self._seen(1)
-        return layers * self._kept_numbers * bytes_per_number
+        growing = replace(self, windows=tuple(0 if window else window for window in self.windows))
+        keeps = growing if self.windows.count(None) else self
+        return keeps.cache_bytes(1, bytes_per_number) - self.state_bytes(bytes_per_number)
 
     def cache_bytes(self, context: int, bytes_per_number: int) -> int:
         """Count the bytes of everything that is kept of a text of so many tokens: keys and values, and states."""
-        return self._seen(context) * self._kept_numbers * bytes_per_number + self.state_bytes(bytes_per_number)
+        kept = self._seen(context, "kv_heads" if "kv_heads" in self.sizes else "heads") * 2 * self.sizes.get("head_dim", 0)
+        if "kv_rank" in self.sizes:
+            kept = self._seen(context) * (self["kv_rank"] + self["rope"])
+        return kept * bytes_per_number + self.state_bytes(bytes_per_number)
 
     def state_bytes(self, bytes_per_number: int) -> int:
         """Count the bytes of the states of Mamba, linear attention and short convolutions, which do not grow with the text."""
@@ -112,24 +115,26 @@ class Shape:
         )
         return sum(numbers) * bytes_per_number
 
-    def _seen(self, context: int) -> int:
-        """Return how many tokens of a context the attention of all layers sees together."""
+    def _seen(self, context: int, axis: str | None = None) -> int:
+        """Return how many tokens of a context the attention of all layers sees together, by each entry of an axis."""
+        each = self.sizes.get(axis, 0) if axis else 1
         if not self.windows:
-            return self.sizes.get("attention_layers", self["layers"]) * context
-        seen = sum(context if window is None else min(window, context) for window in self.windows)
-        return self["layers"] * seen // len(self.windows)
-
-    @property
-    def _kept_numbers(self) -> int:
-        """How many numbers a layer of attention keeps of a token."""
-        if "kv_rank" in self.sizes:
-            return self["kv_rank"] + self["rope"]
-        return 2 * self.kv_groups * self.sizes.get("head_dim", 0)
+            return self.sizes.get("attention_layers", self["layers"]) * context * each
+        tokens = [context if window is None else min(window, context) for window in self.windows]
+        if axis in self.by_layer:
+            tokens, each = [n * size for n, size in zip(tokens, self.by_layer[axis], strict=True)], 1
+        return self["layers"] * sum(tokens) // len(self.windows) * each
 
     @property
     def kv_groups(self) -> int:
         """The number of KV groups: `kv_heads`, or `heads` where every head has its own key and value; 0 without attention."""
         return self.sizes.get("kv_heads", self.sizes.get("heads", 0))
+
+    @property
+    def largest_group(self) -> int:
+        """The query heads of a KV head, in the layer where they are most."""
+        layers = [self.at(layer) for layer in range(self["layers"])] if self.by_layer else [self.sizes]
+        return max((own["heads"] // own.get("kv_heads", own["heads"]) for own in layers if own.get("heads")), default=1)
 
     def cut_to(self, target: Mapping[str, int], multiple_of: Mapping[str, int] | None = None) -> "Shape":
         """Return the shape after a cut, or say everything that is illegal about it.
@@ -156,10 +161,14 @@ class Shape:
         if problems:
             raise ShapeError("; ".join(problems))
         sizes = self._with_dependent_sizes({**self.sizes, **target}, target, by_kind)
-        after = replace(self, sizes=sizes, by_kind=by_kind)
-        problems = [*self._head_problems(after), *after._expert_problems()]
+        before = {**self.sizes, "heads": self.kv_groups * self.largest_group} if "heads" in self.sizes else self.sizes
+        problems = [*head_problems(before, sizes), *expert_problems(sizes)]
         if problems:
             raise ShapeError("; ".join(problems))
+        after = replace(self, sizes=sizes, by_kind=by_kind)
+        if self.by_layer:
+            every = [limited(self.at(layer), sizes) for layer in range(self["layers"])]
+            after = replace(after, by_layer={axis: tuple(own[axis] for own in every) for axis in self.by_layer})
         return after
 
     def _depth(self, target: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int], list[str]]:
@@ -193,8 +202,8 @@ class Shape:
         for axis, leader in self.coupled.items():
             after[axis] = self[axis] * after[leader] // self[leader]
         if "kv_heads" in self.sizes:
-            group = self["heads"] // self["kv_heads"]
-            if "heads" not in (*target, *self.coupled):
+            group = self.largest_group
+            if "heads" not in (*target, *self.coupled) and after["kv_heads"] != self["kv_heads"]:
                 after["heads"] = after["kv_heads"] * group
             elif group == 1 and "kv_heads" not in target:
                 after["kv_heads"] = after["heads"]
@@ -203,9 +212,14 @@ class Shape:
         kept = set(self.first_layers(after["layers"], by_kind))  # until a plan says which layers stay
         return after | {kind: len(kept & set(layers)) for kind, layers in self.layer_kinds.items()}
 
-    def with_layers(self, count: int) -> "Shape":
-        """Return the shape of so many layers of this model, such as one that is run by itself."""
-        return replace(self, sizes={**self.sizes, "layers": count})
+    def with_layers(self, kept: Sequence[int]) -> "Shape":
+        """Return the shape of some layers of this model, such as one that is run by itself."""
+        sizes, windows = {**self.sizes, "layers": len(kept)}, self.windows
+        if not self.by_layer:
+            return replace(self, sizes=sizes)
+        every = {axis: [own[layer] for layer in kept] for axis, own in self.by_layer.items()}
+        by_layer, windows = selected(self.by_layer, kept), tuple(windows[layer] for layer in kept)
+        return replace(self, sizes={**sizes, **largest(every)}, by_layer=by_layer, windows=windows)
 
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
@@ -224,40 +238,6 @@ class Shape:
                 own = self[follower] // (self.sizes.get("ssm_groups", 1) if follower == "ssm_heads" else 1)
                 units.append(self[axis] // math.gcd(own, self[axis]))
         return math.lcm(*units)
-
-    def _head_problems(self, after: "Shape") -> list[str]:
-        problems = []
-        for axis, (inside, name) in GROUPS.items():
-            if axis not in self.sizes:
-                continue
-            groups = after.kv_groups if axis == "heads" else after.sizes.get(inside, 1)
-            group = self[axis] // (self.kv_groups if axis == "heads" else groups)
-            if after[axis] % groups or after[axis] // groups > group:
-                legal = ", ".join(str(groups * n) for n in range(1, group + 1))
-                more = f", or cut {inside} as well" if inside in CUTTABLE else ""
-                what = inside.removeprefix("ssm_").replace("kv_", "")
-                problems.append(f"{axis}: {after[axis]} do not divide over {groups} {name} {what}; every {name} group keeps "
-                                f"the same 1 to {group} of its {group} heads. Use one of {legal}{more}")  # fmt: skip
-        return problems
-
-    def _expert_problems(self) -> list[str]:
-        """Say what a router cannot do with this number of experts."""
-        if "experts" not in self.sizes:
-            return []
-        groups, per_token = self.sizes.get("expert_groups", 1), self["experts_per_token"]
-        in_reach = self.sizes.get("groups_per_token", 1) / groups  # a router with groups looks into some of them only
-
-        def fits(experts: int) -> bool:  # it ranks its groups by their two best experts
-            return experts % groups == 0 and experts * in_reach >= per_token and (groups == 1 or experts >= 2 * groups)
-
-        if fits(self["experts"]):
-            return []
-        least = next(n for n in itertools.count(groups, groups) if fits(n))
-        step = f", a multiple of {groups}" if groups > 1 else ""
-        return [
-            f"experts: {self['experts']} cannot serve a router that sends every token to {per_token} of them; "
-            f"use {least} or more{step}"
-        ]
 
     def size_problems(self, axis: str, size: int, multiple_of: Mapping[str, int]) -> list[str]:
         """Say what is wrong with the new size of one axis, whatever the others are."""
@@ -287,5 +267,10 @@ class Shape:
             ]
         return []
 
-    def _copies(self, row: str) -> int:
-        return math.prod(self[axis] for axis in axes.placeholders(row))
+    def _numbers(self, row: str, pattern: str) -> int:
+        """Count the numbers of all tensors of a row."""
+        kinds = axes.placeholders(row)
+        if not any(self.by_layer.keys() & axes.dim_names(dim) for dim in axes.parse(pattern)):
+            return math.prod(self[axis] for axis in kinds) * math.prod(axes.tensor_shape(pattern, self.sizes))
+        layers = len(next(iter(self.by_layer.values())))
+        return self["layers"] * sum(math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in range(layers)) // layers

@@ -50,7 +50,7 @@ def working(inexact, corrected):
         errors = {axis: f"{inexact[model_type, leader]:.2f}{left.get(axis, '')}" for axis, leader in leaders.items()}
         said = [f"{axis}: {why} ({errors[axis]})" for axis, why in family.inexact.items()]
         said += [f"{axis} where {key}: {why}" for axis, (key, why) in family.inexact_if.items()]
-        ticks = ["yes" if architecture.supports(feature) else "" for feature in ("nonuniform", "rotation")]
+        ticks = [architecture.not_nonuniform or "yes", "yes" if architecture.supports("rotation") else ""]
         taught = "yes" if has_one_matrix(architecture) else ""
         rows.append(f"| {' | '.join([model_type, ', '.join(axes), '; '.join(said), taught, *ticks])} |")
     return "\n".join(rows)

@@ -19,10 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-registration modeling errors tables yaml_text recipe_file axes shape ranking plan probe architecture formats megatron columns
-texts side_files model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture memory
-environment waiting head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance distillation
-evaluation resources hub recipe stages costs planning chain estimate command __main__
+registration modeling errors tables yaml_text recipe_file axes sizes shape ranking plan probe architecture formats megatron
+columns texts side_files model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens mixture
+memory environment waiting head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance
+distillation evaluation resources hub recipe stages costs planning chain estimate command __main__
 """.split()
 
 
@@ -64,7 +64,7 @@ def test_no_modules_of_a_package_import_each_other_in_a_circle():
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("name", ["axes", "shape", "ranking", "plan"])
+@pytest.mark.parametrize("name", ["axes", "sizes", "shape", "ranking", "plan"])
 def test_the_vocabulary_needs_torch_numpy_and_the_standard_library_only(name):
     import sys
 

@@ -8,13 +8,13 @@ from transformers import PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows, misfits, shape_of, within
-from hf_minitron.architecture.config import not_a_language_model, text_config
+from hf_minitron.architecture.config import model_type_of, not_a_language_model, text_config
 from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
 from hf_minitron.architecture.names import parts_of, stored_rows
+from hf_minitron.architecture.nonuniform import not_nonuniform, sublayer_of, without_sublayers
 from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outline, trace
-from hf_minitron.architecture.roles import ATTENTION, MLP, READ_AT
+from hf_minitron.architecture.roles import ATTENTION, READ_AT
 from hf_minitron.architecture.vision import TOWERS, Tower
-from hf_minitron.modeling.configuration_pruned import STOCK
 from hf_minitron.plan import RANKS
 from hf_minitron.shape import Shape
 
@@ -70,7 +70,7 @@ class Architecture:
         if problem := not_a_language_model(config, FAMILIES):
             raise axes.AxisError(problem)
         tower = TOWERS.get(config.model_type)
-        text = {"model_type": text_config(config).model_type} | (tower.text if tower else {})
+        text = {"model_type": model_type_of(config)} | (tower.text if tower else {})
         return _bind(FAMILIES.get(text["model_type"], LLAMA), tower, outline(config))
 
     def like(self, config: PreTrainedConfig) -> "Architecture":
@@ -152,10 +152,13 @@ class Architecture:
         return Parameter(name, shape, row, self.family.rows[row], indices, self.family.role(row), module, kind)
 
     def supports(self, feature: str) -> bool:
-        """Return whether `rotation` and `layer_merge`, or layers of different sizes (`nonuniform`), are for this model."""
-        if feature == "nonuniform":
-            return self.config.model_type in STOCK
+        """Return whether `rotation` and `layer_merge` are for this model."""
         return self.family.pre_norm_residual and feature in ("rotation", "layer_merge")
+
+    @cached_property
+    def not_nonuniform(self) -> str:
+        """Why layers of this model cannot differ in size; empty when they can."""
+        return not_nonuniform(self.family, self.outline, self.shape, self.parameters)
 
     @cached_property
     def inexact(self) -> dict[str, str]:
@@ -280,11 +283,8 @@ class Architecture:
         return {name: layer for layer, name in self.taps("hidden")}
 
     def sublayer(self, parameter: Parameter) -> str | None:
-        """Return the axis of the sublayer that a parameter goes with, `heads` or `ffn`, its norm's too; `None` of neither."""
-        if parameter.role == "norm":
-            attention, mlp, _ = self.norms
-            return "heads" if parameter.module in attention else "ffn" if parameter.module in mlp else None
-        return "heads" if parameter.role in ATTENTION else "ffn" if parameter.role in MLP else None
+        """Return the axis of the sublayer that a parameter goes with, `heads` or `ffn`, its norms' too; `None` of neither."""
+        return sublayer_of(self.outline, parameter.name)
 
     def attention(self, part: str) -> list[tuple[str, axes.Dim]]:
         """Return the modules that give a part (`query`, `key` or `value`), one per layer, and the axes of what they give."""
@@ -295,6 +295,6 @@ class Architecture:
 
 @lru_cache(maxsize=64)
 def _bind(family: Family, tower: Tower | None, model: Outline) -> Architecture:
-    made = Architecture(within(family, tower, model) if tower else family, model)
+    made = Architecture(within(family, tower, model) if tower else without_sublayers(family, model), model)
     plain = family.only_ffn and not any("experts" in pattern for pattern in made.rows.values())
     return _bind(family.without_experts(), tower, model) if plain else made

@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 from hf_minitron import axes
 from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.family import FAMILIES, Family
+from hf_minitron.architecture.nonuniform import sizes_by_layer
 from hf_minitron.architecture.outline import Outline
 from hf_minitron.architecture.vision import Tower
-from hf_minitron.shape import AXES, Shape
+from hf_minitron.shape import Shape
+from hf_minitron.sizes import AXES, largest
 
 IMAGES = "its processor puts images in by the ids of tokens; cut it in a text model that was saved alone"
 # The axes that a norm inside of attention or an MLP may see.
@@ -133,6 +135,8 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
         for axis, index in places.items():
             indices.setdefault(axis, set()).add(index)
     kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
+    by_layer = sizes_by_layer(config, keys)
+    sizes |= largest(by_layer)
     sizes |= {kind: len(layers) for kind, layers in kinds.items()}
     for _ in range(3):  # a size that is solved may help to solve another
         for dims, shape in used:
@@ -148,7 +152,8 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
     fixed = {axis: why for axis, why in family.fixed.items() if axis in sizes}
-    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states, fixed=fixed)
+    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states, fixed=fixed,
+                 by_layer=by_layer)  # fmt: skip
 
 
 def _windows(config: PreTrainedConfig, sizes: Mapping[str, int], kinds: Mapping[str, Sequence[int]]) -> tuple[int | None, ...]:
@@ -175,7 +180,7 @@ def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> d
         elif names - shape.sizes.keys():
             missing = ", ".join(sorted(names - shape.sizes.keys()))
             problems[like] = f"{like!r} (shape {size}) has a size that neither config nor shape gives: {missing}"
-        elif size != (expected := axes.tensor_shape(family.rows[row], shape.sizes)):
+        elif size != (expected := axes.tensor_shape(family.rows[row], shape.at(axes.layer_index(matches[name][1])))):
             problems[like] = f"{like!r} has shape {size}, but its row {family.rows[row]!r} means {expected}"
     return problems
 

@@ -72,6 +72,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def model_type_of(config: PreTrainedConfig) -> str:
+    """Return the model type of a config's text model; of a nonuniform one that of its stock class."""
+    return getattr(text_config(config), "stock_model_type", text_config(config).model_type)
+
+
 def auto_class(config: PreTrainedConfig) -> type:
     """Return the Auto class that loads a model of a config."""
     return AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
@@ -120,7 +125,7 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
     if text is config:
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
             return f"Model type {kind!r} is an encoder where is_decoder is false, and does not predict the next token"
-        made = kind not in CONFIG_MAPPING or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        made = kind not in CONFIG_MAPPING or model_type_of(config) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
     parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
     advice = f"choose one of {', '.join(TOWERS)}"

@@ -59,6 +59,11 @@ class Outline:
     renamings: tuple[WeightRenaming, ...] = ()
     conversions: tuple[WeightTransform, ...] = ()
 
+    def parts(self, layer: str) -> set[str]:
+        """Return the names of the modules in a layer, such as `layers.0` of the base model."""
+        start = f"{self.prefix}.{layer}.".lstrip(".")
+        return {name.removeprefix(start).split(".")[0] for name in self.modules if name.startswith(start)}
+
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""
         return rename_source_key(name, list(self.renamings), [], self.prefix, self.parameters)[0]

@@ -4,7 +4,6 @@
 # expert_gate inner mixer`. `inner` reads a mixer's channels for the mixer itself (Mamba-1's B, C and time step); `mixer` is
 # whatever else a sequence mixer holds (low-rank projections, norms of single heads, sinks, convolutions).
 ATTENTION = ("query", "key", "value", "qkv", "output", "inner", "mixer")
-MLP = ("gate", "up", "gate_up", "down", "router", "expert_gate")
 
 # The axes that are read where they go out, by the role of the projections that they go through.
 READ_AT = {"down": ("ffn", "experts", "dense_ffn", "shared_ffn"), "output": ("heads", "ssm_heads", "conv_channels")}

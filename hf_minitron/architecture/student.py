@@ -7,18 +7,20 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, text_config, with_text
+from hf_minitron.architecture.architecture import Architecture, Parameter
+from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, text_config, with_text
+from hf_minitron.architecture.nonuniform import per_layer_config, pruned_config
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
 from hf_minitron.architecture.vision import Tower
 from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
-from hf_minitron.plan import Plan
+from hf_minitron.plan import Plan, stand_in
 from hf_minitron.shape import Shape, ShapeError
 
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
@@ -47,8 +49,7 @@ def check_target(architecture: Architecture, after: Shape) -> None:
     Raises:
         ShapeError: with the class, its reason, and legal sizes (Llama, for one, insists that hidden divides by heads).
     """
-    before = architecture.shape
-    student_config(architecture, Plan(before, after, {"layers": before.first_layers(after["layers"], after.by_kind)}))
+    student_config(architecture, stand_in(architecture.shape, after))
 
 
 def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
@@ -67,11 +68,14 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     for axis, reason in architecture.family.fixed.items():
         if axis in plan.after.sizes and plan.after[axis] != plan.before[axis]:
             raise ShapeError(f"{axis}: cannot be cut in a {architecture.config.model_type}: {reason}")
-    if plan.by_layer:
-        return _nonuniform(architecture.config, plan)
     tokens = _new_tokens(architecture, plan)
     student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens)
-    if student is None and architecture.family.fallback_config:
+    if student is None and plan.by_layer:
+        if why := architecture.not_nonuniform:
+            kind = model_type_of(architecture.config)
+            raise ShapeError(f"Layers of a {kind} cannot differ in size: {why}. Give all of them the same sizes")
+        student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens, pruned=True)
+    elif student is None and architecture.family.fallback_config:
         student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture) | tokens)
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
@@ -132,49 +136,63 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
     return config, names
 
 
-def _nonuniform(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """Return the config of a model whose layers differ; refuse a model type that `PrunedConfig` cannot hold."""
-    try:
-        lists = {key: [getattr(config, key)[i] for i in plan.kept_layers] for key in LAYER_LISTS if getattr(config, key, None)}
-        student = PrunedConfig.from_stock(
-            config,
-            num_hidden_layers=plan.after["layers"],
-            hidden_size=plan.after["hidden"],
-            head_dim=plan.after["head_dim"],
-            layer_num_attention_heads=plan.by_layer["heads"],
-            layer_num_key_value_heads=plan.by_layer["kv_heads"],
-            layer_intermediate_size=plan.by_layer["ffn"],
-            **lists,
-        )
-    except ValueError as error:
-        raise ShapeError(str(error)) from error
-    student.architectures, student.dtype, student.name_or_path = ["PrunedForCausalLM"], config.dtype, ""
-    return student
+def stock_config(
+    architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] = MappingProxyType({})
+) -> PreTrainedConfig:
+    """Return the config of a stock class with the sizes of a shape, whether that holds it or not.
+
+    Args:
+        architecture (`Architecture`): The teacher's.
+        after (`Shape`): The student's shape.
+        layers (`Sequence[int]`): The teacher's layers that stay.
+        more (`Mapping`, *optional*): Further changes; with a `model_type`, of another class than the teacher's.
+    """
+    config, changes = architecture.config, {**_changes(architecture, after, layers), **more}
+    nonuniform = isinstance(config, PrunedConfig)
+    own = CONFIG_MAPPING[config.stock_model_type] if nonuniform else type(text_config(config))
+    kind = CONFIG_MAPPING[changes["model_type"]] if "model_type" in changes else own
+    changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
+    if nonuniform:
+        return config.to_stock(**changes)
+    tower = architecture.family.tower or Tower("", {})
+    return with_text(config, changes, {key: after[axis] for key, axis in tower.follows.items()})
 
 
-def _try_config(
-    architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] | None = None
-) -> tuple[PreTrainedConfig | None, str]:
-    """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not."""
+def _changes(architecture: Architecture, after: Shape, layers: Sequence[int]) -> dict[str, object]:
+    """Return what a student's text config has of its own."""
     family, config = architecture.family, text_config(architecture.config)
     changes = {key: after[axis] for axis, key in family.config_keys.items() if axis in after.sizes and isinstance(key, str)}
     changes |= {
         key: axes.dim_size(axes.parse(size)[0], after.sizes) for key, size in family.follows.items() if hasattr(config, key)
     }
-    changes |= _by_layer(architecture, layers) | family.settings | (more or {})
-    kind = CONFIG_MAPPING[changes["model_type"]] if "model_type" in changes else type(config)
-    changes = {(kind.attribute_map or {}).get(key, key): value for key, value in changes.items()}
-    tower = family.tower or Tower("", {})
-    elsewhere = {key: after[axis] for key, axis in tower.follows.items()}
+    changes |= per_layer_config(config, family.config_keys, after, layers)
+    return changes | _by_layer(architecture, layers) | family.settings
+
+
+def _try_config(
+    architecture: Architecture,
+    after: Shape,
+    layers: Sequence[int],
+    more: Mapping[str, object] = MappingProxyType({}),
+    pruned: bool = False,
+) -> tuple[PreTrainedConfig | None, str]:
+    """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not.
+
+    The class is the model's own, that of the model type in `more`, or a `PrunedConfig`.
+    """
+    family = architecture.family
     try:
-        student = with_text(architecture.config, changes, elsewhere)
+        if pruned:
+            student = pruned_config(architecture.config, {**_changes(architecture, after, layers), **more}, after)
+        else:
+            student = stock_config(architecture, after, layers, more)
         made = outline(student)
     except Exception as error:  # config classes and modules raise their own kinds
         return None, one_line(error)
     student.name_or_path = ""  # not the folder that the teacher was loaded from
-    if kind is not type(config):
+    if made.class_name != architecture.outline.class_name:
         student.architectures = [made.class_name]
-    renamed = family.fallback_rows if kind is not type(config) else {}
+    renamed = family.fallback_rows if "model_type" in more else {}
     found, expected = made.parameters, _expected(architecture, after, layers, renamed)
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not wrong:
@@ -228,10 +246,16 @@ def _expected(
         dropped = any(
             i not in layers if axes.axis_of_placeholder(axis) == "layers" else i >= after[axis] for axis, i in indices.items()
         )
-        if not dropped:
+        if not dropped and not _lacks(architecture, after, parameter, places):
             rows = parts.get(parameter.row, {parameter.row: parameter.pattern})
-            expected |= {row.format_map(places): axes.tensor_shape(pattern, after.sizes) for row, pattern in rows.items()}
+            sizes = after.at(axes.layer_index(places))
+            expected |= {row.format_map(places): axes.tensor_shape(pattern, sizes) for row, pattern in rows.items()}
     return expected
+
+
+def _lacks(architecture: Architecture, after: Shape, parameter: Parameter, places: Mapping[str, int]) -> bool:
+    """Return whether a student's layer has no such sublayer as a parameter is of."""
+    return bool(after.by_layer) and after.at(axes.layer_index(places)).get(architecture.sublayer(parameter)) == 0
 
 
 def _advice(architecture: Architecture, after: Shape, reason: str) -> str:

@@ -23,7 +23,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import auto_class, text_config, with_text
 from hf_minitron.architecture.student import student_config
 from hf_minitron.memory import give_back_freed_memory
-from hf_minitron.plan import Plan
+from hf_minitron.plan import Plan, stand_in
 from hf_minitron.shape import Shape
 
 STATUS = Path("/proc/self/status")
@@ -135,8 +135,7 @@ def shape_tokens_per_second(
         device (`torch.device`): Where it will run.
     """
     architecture = Architecture.of(config)
-    kept = architecture.shape.first_layers(shape["layers"], shape.by_kind)
-    config = student_config(architecture, Plan(architecture.shape, shape, {"layers": kept}))
+    config = student_config(architecture, stand_in(architecture.shape, shape))
     with device:
         model = auto_class(config).from_config(config, dtype=dtype).eval()
     (found,) = measure_speed({"": model}, SpeedSettings(batch_sizes=(1,), prompt=(512,)))[""]
@@ -158,7 +157,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
     kept = list(range(shape["layers"] - layers, shape["layers"]))
-    config = student_config(architecture, Plan(shape, shape.cut_to(target).with_layers(layers), {"layers": kept}))
+    config = student_config(architecture, Plan(shape, shape.cut_to(target).with_layers(kept), {"layers": kept}))
     if vocab is not None:
         config = with_text(config, {"vocab_size": vocab, "pad_token_id": None})
     return auto_class(config).from_config(config, dtype=dtype).eval()

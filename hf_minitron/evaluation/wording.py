@@ -171,15 +171,8 @@ def size_rows(report: Report, cut: Mapping[str, Any] | None) -> list[list[str]]:
 
 def _cache_bytes(cut: Mapping[str, Any], side: str) -> int:
     """Count the bytes that a token adds to the KV cache, two for every number."""
-    shape, by_layer = (
-        Shape(cut[side], windows=tuple(cut.get("windows", {}).get(side, ()))),
-        cut["by_layer"] if side == "after" else {},
-    )
-    groups = by_layer.get("kv_heads") or by_layer.get("heads")
-    latent = "kv_rank" in shape.sizes  # no row per head
-    narrow = set(shape.windows) - {None}  # layers whose cache does not grow
-    by_size = groups and not latent and not narrow
-    return 4 * sum(groups) * shape["head_dim"] if by_size else shape.kv_cache_bytes_per_token(2)
+    windows, by_layer = (cut.get(key, {}).get(side, {}) for key in ("windows", "layer_sizes"))
+    return Shape(cut[side], windows=tuple(windows), by_layer=by_layer).kv_cache_bytes_per_token(2)
 
 
 def speed_rows(report: Report) -> list[list[str]]:

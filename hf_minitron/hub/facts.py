@@ -87,6 +87,7 @@ def cut_of(plan: Plan) -> dict[str, Any]:
         by_layer = {axis: [plan.after[axis] if layer in kept else 0 for layer in layers] for axis in axes}
     sizes = {"before": dict(plan.before.sizes), "after": dict(plan.after.sizes)}
     sizes["windows"] = {"before": list(plan.before.windows), "after": list(plan.after.windows)}
+    sizes["layer_sizes"] = {side: dict(shape.by_layer) for side, shape in (("before", plan.before), ("after", plan.after))}
     return sizes | {"dropped": dropped, "by_layer": by_layer, "rotated": plan.rotated}
 
 

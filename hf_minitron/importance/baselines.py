@@ -23,7 +23,6 @@ def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor])
         scores (`Mapping[str, Tensor]`): Scores by axis, whose shapes (and NaN for what is absent) the result has.
     """
     tensors = tensors_of(model)
-    sizes = tensors.architecture.shape.sizes
     squares = {axis: torch.zeros_like(score) for axis, score in scores.items()}
     for name in tensors.names():
         tensor, parameter = tensors.read(name).cpu(), tensors.architecture.stored[name]
@@ -40,7 +39,8 @@ def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor])
             elif axis in indices:  # an expert that is stored by itself
                 total[indices[axis]] += tensor.float().square().sum()
             elif any(axis in found for found in names):
-                _add_squares(total, tensor, parameter, axis, sizes)
+                sizes = tensors.architecture.shape.at(layer)
+                _add_squares(total[..., : sizes[axis]], tensor, parameter, axis, sizes)
     return {axis: total.sqrt() + 0 * scores[axis] for axis, total in squares.items()}
 
 

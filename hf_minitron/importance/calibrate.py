@@ -130,8 +130,10 @@ def _by_axis(readings: Sequence[Reading], shape: Shape) -> dict[str, Tensor]:
         if axis == "hidden":
             scores[axis] = torch.stack([score for _, score in scored]).sum(0)
         else:
-            by_layer = dict(scored)
-            absent = torch.full_like(scored[0][1], torch.nan)
+            by_layer, most = dict(scored), max((score for _, score in scored), key=Tensor.numel)
+            for layer, score in scored if most.dim() else ():
+                by_layer[layer] = torch.nn.functional.pad(score, (0, most.shape[-1] - score.shape[-1]), value=torch.nan)
+            absent = torch.full_like(most, torch.nan)
             scores[axis] = torch.stack([by_layer.get(layer, absent) for layer in range(shape["layers"])])
     return scores
 

@@ -60,6 +60,6 @@ def moment_bytes(architecture: Architecture) -> dict[int | None, list[int]]:
         size = architecture.shape["hidden"]
         if reading.axis != "hidden":
             _, dim = architecture.weights[reading.module].dim_of(reading.axis)
-            size = axes.dim_size(dim, architecture.shape.sizes)
+            size = axes.dim_size(dim, architecture.shape.at(reading.layer))
         found[reading.layer].append(FLOAT * (size + 1) * size)
     return dict(found)

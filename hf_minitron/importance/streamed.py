@@ -116,7 +116,7 @@ class _Loader:
 
     def _plan(self, layer: int) -> Plan:
         shape = self.architecture.shape
-        return Plan(shape, shape.with_layers(1), {"layers": [layer]})
+        return Plan(shape, shape.with_layers([layer]), {"layers": [layer]})
 
     def read(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of a layer, on the device where that is CUDA."""

@@ -104,11 +104,12 @@ def open_taps(
 
 def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping) -> Iterator[Reading]:
     """Yield readings of what is scored."""
-    sides, sizes = {"layers": BOTH, "hidden": OUTPUT}, architecture.shape.sizes
+    sides = {"layers": BOTH, "hidden": OUTPUT}
     for axis in architecture.tapped:
         chosen = metrics.get(axis, DEFAULTS[axis])
         make = METRICS[chosen] if isinstance(chosen, str) else chosen
         for layer, name in architecture.taps(axis):
+            sizes = architecture.shape.at(layer)
             if needs_outgoing(make):
                 instances = [make(outgoing=norms) for norms in _outgoing(model, architecture, name, axis)]
             else:
@@ -119,7 +120,7 @@ def _scores(model: PreTrainedModel, architecture: Architecture, metrics: Mapping
 
 def moment_readings(architecture: Architecture) -> Iterator[Reading]:
     """Yield readings of what corrections need: second moments of what projections read, energies of what norms read."""
-    sizes = architecture.shape.sizes
+    sizes = architecture.shape.sizes  # moments are not viewed by axis
     for module, read in architecture.reads.items():
         if read.moment == module:
             yield Reading(read.axis, read.layer, module, INPUT, [SecondMoment()], sizes, moment="")
@@ -184,4 +185,5 @@ def _outgoing(model: PreTrainedModel, architecture: Architecture, name: str, axi
     routed = parameter.dims[0] == (("experts",),)
     others = [at for at in range(weight.dim()) if at != position and not (routed and at == 0)]
     norms = torch.linalg.vector_norm(weight.detach().float(), dim=others)  # (dim,) or (experts, dim)
-    return [axes.by_axis(norm, dim, axis, architecture.shape.sizes) for norm in (norms if routed else [norms])]
+    sizes = architecture.shape.at(parameter.layer)
+    return [axes.by_axis(norm, dim, axis, sizes) for norm in (norms if routed else [norms])]

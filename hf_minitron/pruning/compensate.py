@@ -90,7 +90,7 @@ class Corrections:
     def _corrected(
         self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
-        sizes, source = self.plan.before.sizes, self.architecture.reads.get(parameter.module)
+        sizes, source = self.plan.before.at(parameter.layer), self.architecture.reads.get(parameter.module)
         tensor = self._with_head_residual(parameter, tensor, keep)
         if parameter.role == "norm" or parameter.module in self._inner_norms:
             return self._norm(parameter, tensor, keep), keep, sizes
@@ -126,8 +126,9 @@ class Corrections:
         """Return a projection's weights for the kept inputs, shape `(out, kept)`, and what its bias gains, shape `(out,)`."""
         position, dim = weight.dim_of(source.axis)
         tensor, shifts = tensor.movedim(position, -1), self._shifts(weight)
-        every = {source.axis: torch.arange(self.plan.before[source.axis])}
-        kept = axes.dim_index(dim, keep if source.axis in keep else every, self.plan.before.sizes)
+        sizes = self.plan.before.at(source.layer)
+        every = {source.axis: torch.arange(sizes[source.axis])}
+        kept = axes.dim_index(dim, keep if source.axis in keep else every, sizes)
         stored = self._input(source)
         mean, extra, shift = stored[-1].double(), None, 0
         if self._merges(source):
@@ -183,7 +184,7 @@ class Corrections:
         return Counter(read.moment for parameter in self.architecture.parameters.values() for read in self._sources(parameter))
 
     def _norm(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
-        kept = axes.dim_index(parameter.dims[0], keep, self.plan.before.sizes)
+        kept = axes.dim_index(parameter.dims[0], keep, self.plan.before.at(parameter.layer))
         if "norm_ratio" not in self.names or parameter.kind != "weight" or kept is None:
             return tensor
         if self.rotation is None or parameter.role != "norm":
@@ -198,7 +199,7 @@ class Corrections:
         """Add to query heads that stay what sets them apart from those that go: the weakest stays for the strongest gone."""
         if "head_residual" not in self.names or "heads" not in keep or parameter.dims[0] != HEADS:
             return tensor
-        before, kept = self.plan.before, keep["heads"]
+        before, kept = self.plan.before.of_layer(parameter.layer), keep["heads"]
         energy = self._input(self._sources(parameter)[0])[:-1].diagonal().view(before["heads"], -1).sum(1)
         heads, group = tensor.unflatten(0, (before["heads"], -1)).clone(), before["heads"] // before.kv_groups
         for first in range(0, before["heads"], group):

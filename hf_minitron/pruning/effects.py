@@ -126,12 +126,16 @@ def _no_rotation(architecture: Architecture, plan: Plan) -> str:
 def _no_group(architecture: Architecture, plan: Plan) -> str:
     if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in architecture.rows.values()):
         return f"is not for {architecture.config.model_type}, whose queries have no projection of their own"
-    uniform = {"heads": [plan.after["heads"]], "kv_heads": [plan.after.kv_groups]}
-    sizes, group = plan.by_layer or uniform, plan.before["heads"] // plan.before.kv_groups
-    groups = [heads // kept for heads, kept in zip(sizes["heads"], sizes["kv_heads"], strict=True) if kept]
-    if "heads" in plan.keep and any(size < group for size in groups):
+    layers = plan.kept_layers or range(plan.before["layers"])
+    groups = [(_group(plan.before.at(old)), _group(plan.after.at(new))) for new, old in enumerate(layers)]
+    if "heads" in plan.keep and any(0 < left < whole for whole, left in groups):
         return ""
-    return f"has no effect: no KV group keeps some of its {group} query heads and loses others"
+    return f"has no effect: no KV group keeps some of its {max(groups)[0]} query heads and loses others"
+
+
+def _group(sizes: Mapping[str, int]) -> int:
+    """Return the query heads of a KV head of a layer; 0 of one without attention."""
+    return sizes["heads"] // max(1, sizes.get("kv_heads", sizes["heads"]))
 
 
 def _cut(plan: Plan) -> str:

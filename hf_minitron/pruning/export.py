@@ -3,19 +3,18 @@
 It costs the memory and the speed of the largest layer.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.architecture.family import FAMILIES
-from hf_minitron.architecture.llama import LLAMA_ROWS
-from hf_minitron.architecture.outline import outline
+from hf_minitron.architecture.architecture import Architecture, Parameter
+from hf_minitron.architecture.student import stock_config
+from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -26,41 +25,41 @@ from hf_minitron.checkpoint import (
     write_tensors,
 )
 from hf_minitron.errors import one_line
-from hf_minitron.modeling.configuration_pruned import FULL, NO_ATTENTION, PrunedConfig
-from hf_minitron.modeling.layer_schemas import LIST_OF
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.saving import copy_side_files, save_config
-from hf_minitron.shape import ShapeError
+from hf_minitron.shape import Shape, ShapeError
 
 
 @dataclass(frozen=True)
 class _Padding:
-    """The stock config that holds every layer, and for each layer its sizes and those it gets.
+    """A nonuniform model, and the stock model that holds every layer of it.
 
     Query heads stay in the group of their KV head: a layer's heads are its KV heads times the heads of a group, and each of
     the two is padded by itself.
     """
 
+    before: Architecture
+    after: Architecture
     config: PreTrainedConfig
-    before: tuple[Mapping[str, int], ...]
-    after: Mapping[str, int]
 
-    def pad(self, tensor: Tensor, row: str, layer: int | None) -> Tensor:
-        """Return a parameter with zeros where its layer has fewer heads or channels than the largest."""
-        if layer is None:
-            return tensor
-        for position, dim in enumerate(axes.parse(_ROWS[row])):
-            (term,) = dim
-            before, after = ([sizes[axis] for axis in term] for sizes in (self.before[layer], self.after))
-            if before != after:
-                padded = tensor.new_zeros(*tensor.shape[:position], *after, *tensor.shape[position + 1 :])
-                kept = (slice(None),) * position + tuple(slice(size) for size in before)
-                padded[kept] = tensor.unflatten(position, before)
-                tensor = padded.flatten(position, position + len(term) - 1)
+    def pad(self, tensor: Tensor, parameter: Parameter) -> Tensor:
+        """Return a parameter with zeros where its layer has fewer heads or channels than the largest: pruning backwards."""
+        own, sizes = self.before.shape.at(parameter.layer), self.after.shape.sizes
+        heads = torch.arange(sizes["heads"]).view(_groups(sizes), -1)
+        heads = heads[: _groups(own), : own["heads"] // max(1, _groups(own))].flatten()
+        kept = {"heads": heads, **{axis: torch.arange(own[axis]) for axis in ("kv_heads", "ffn") if axis in own}}
+        for position, dim in enumerate(parameter.dims):
+            index = axes.dim_index(dim, kept, sizes)
+            if index is not None:
+                shape = list(tensor.shape)
+                shape[position] = axes.dim_size(dim, sizes)
+                tensor = tensor.new_zeros(shape).index_copy_(position, index, tensor)
         return tensor
 
 
-# Llama's rows; query heads by the group they are in.
-_ROWS = {row: pattern.replace("(heads ", "(kv_heads group ") for row, pattern in LLAMA_ROWS.items()}
+def _groups(sizes: Mapping[str, int]) -> int:
+    """Return the number of KV heads."""
+    return sizes.get("kv_heads", sizes["heads"])
 
 
 def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -90,35 +89,40 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     """
     config = AutoConfig.from_pretrained(source)
     if not isinstance(config, PrunedConfig):
-        raise ValueError(
-            f"{source} holds a {config.model_type!r}, which is a stock model already; export takes nonuniform ones"
-        )
+        raise ValueError(f"{source} holds a {config.model_type!r}, {_why_not(config)}")
     padding, checkpoint = _padding_of(config), Checkpoint(source)
-    dtype = checkpoint.specs["model.embed_tokens.weight"].dtype
-    shapes, present = outline(padding.config).parameters, outline(config).parameters
+    dtype, present = checkpoint.specs["model.embed_tokens.weight"].dtype, padding.before.parameters
     absent = [name for name in present if name not in checkpoint.specs]
     if absent:
         raise ValueError(f"The checkpoint {source} lacks the parameter {absent[0]!r}")
     specs = {
-        name: TensorSpec(checkpoint.specs[name].dtype if name in present else dtype, shape) for name, shape in shapes.items()
+        name: TensorSpec(checkpoint.specs[name].dtype if name in present else dtype, parameter.shape)
+        for name, parameter in padding.after.parameters.items()
     }
     with complete_or_absent(target) as folder:
         require_space(folder, sum(spec.num_bytes for spec in specs.values()), f"the export {target}")
-        write_tensors(folder, specs, _padded_tensors(specs, checkpoint, present, padding), max_shard_bytes)
+        write_tensors(folder, specs, _padded_tensors(specs, checkpoint, padding), max_shard_bytes)
         save_config(padding.config, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(source, folder)
 
 
+def _why_not(config: PreTrainedConfig) -> str:
+    """Say why a model is not exported."""
+    if config.model_type in TOWERS:
+        return ("which is a stock model already, and its layers are alike; to have its text model alone, in a class that other "
+                "runtimes read, prune with text_only")  # fmt: skip
+    return "which is a stock model already; export takes nonuniform ones"
+
+
 def _padded_tensors(
-    specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, present: Mapping[str, object], padding: _Padding
+    specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, padding: _Padding
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield every parameter of the stock model; of a sublayer that is absent, ones for the norm and zeros for the rest."""
     for name, spec in specs.items():
-        row, indices = axes.match(name, _ROWS)
-        if name in present:
-            yield name, [padding.pad(checkpoint.read(name), row, axes.layer_index(indices))]
+        if name in padding.before.parameters:
+            yield name, [padding.pad(checkpoint.read(name), padding.before.parameters[name])]
         else:
-            fill = torch.ones if "norm" in row else torch.zeros
+            fill = torch.ones if padding.after.parameters[name].role == "norm" else torch.zeros
             yield name, [fill(spec.shape, dtype=DTYPES[spec.dtype])]
 
 
@@ -126,61 +130,32 @@ def _padding_of(config: PrunedConfig) -> _Padding:
     """Return how a model is padded, into its own stock class or one with equal logits.
 
     Raises:
-        ValueError: for a config that does not say which stock model it comes from.
-        ShapeError: when neither class holds the shape.
+        ShapeError: when neither class holds the shape, or padding would change what the model computes.
     """
-    if config.stock_model_type not in CONFIG_MAPPING:
-        raise ValueError(f"stock_model_type in config.json is {config.stock_model_type!r}; export needs the stock model type "
-                         "that this model is a cut of, such as 'llama'")  # fmt: skip
-    fixed = {"head_dim": config.head_dim, "hidden": config.hidden_size}
-    lists = zip(*config.layer_sizes.values(), strict=True)
-    before = tuple(
-        {**fixed, "kv_heads": kv_heads, "group": heads // max(kv_heads, 1), "ffn": ffn} for heads, kv_heads, ffn in lists
-    )
-    after = {axis: max(sizes[axis] for sizes in before) for axis in before[0]}
-    fallback = FAMILIES[config.stock_model_type].fallback_config
-    reasons = []
-    for changes in [{}, fallback] if fallback else [{}]:
+    before = Architecture.of(config)
+    after = _uniform(before.shape)
+    for axis in ("heads", "kv_heads", "ffn"):
+        if axis in before.inexact and any(before.shape.at(i)[axis] not in (0, after[axis]) for i in range(after["layers"])):
+            raise ShapeError(f"{axis} cannot be padded in a model of {config.stock_model_type}: {before.inexact[axis]}")
+    reasons, fallback = [], before.family.fallback_config if not before.family.fallback_rows else {}
+    for changes in [None, fallback] if fallback else [None]:
         try:
-            stock = _stock_config(config, after, changes)
-            wrong = _config_mismatch(stock, config)
+            stock = stock_config(before, after, range(after["layers"]), changes)
+            made = Architecture.of(stock)
         except Exception as error:  # config classes and modules raise their own kinds
-            wrong = one_line(error)
-        if not wrong:
-            return _Padding(stock, before, after)
-        reasons.append(wrong)
-    raise ShapeError(f"No stock class holds {after['kv_heads']} KV heads with {after['group']} query heads each, hidden "
-                     f"{after['hidden']} and ffn {after['ffn']}: {'; '.join(reasons)}")  # fmt: skip
+            reasons.append(one_line(error))
+            continue
+        stock.architectures, stock.name_or_path = [made.outline.class_name], ""
+        lost = [name for name in before.parameters if name not in made.parameters]
+        if not lost:
+            return _Padding(before, made, stock)
+        reasons.append(f"{type(stock).__name__} makes no {lost[0]!r}")
+    group = after["heads"] // after.kv_groups
+    raise ShapeError(f"No stock class holds {after.kv_groups} KV heads with {group} query heads each, hidden {after['hidden']} "
+                     f"and ffn {after['ffn']}: {'; '.join(reasons)}")  # fmt: skip
 
 
-def _stock_config(config: PrunedConfig, after: Mapping[str, int], changes: Mapping[str, object]) -> PreTrainedConfig:
-    """Return the uniform config of the stock class with a model's other settings."""
-    kind = CONFIG_MAPPING[changes.get("model_type", config.stock_model_type)]
-    names = {field.name for field in dataclasses.fields(kind)} - {"architectures", "transformers_version"}
-    values = {key: value for key, value in config.to_dict().items() if key in names}
-    values |= {
-        "num_key_value_heads": after["kv_heads"],
-        "num_attention_heads": after["kv_heads"] * after["group"],
-        "intermediate_size": after["ffn"],
-        "head_dim": config.head_dim,
-        "layer_types": [FULL if kind == NO_ATTENTION else kind for kind in config.layer_types],
-        "use_sliding_window": config.sliding_window is not None,
-    }
-    stock = kind.from_dict({key: value for key, value in values.items() if key in names | {"head_dim"}} | dict(changes))
-    stock.architectures = [outline(stock).class_name]
-    return stock
-
-
-def _config_mismatch(stock: PreTrainedConfig, config: PrunedConfig) -> str:
-    """Return what a stock config cannot say of a nonuniform one, sizes apart; empty when its model gives equal logits."""
-    outline(stock)  # its class may refuse the shape only now
-    back = PrunedConfig.from_stock(stock)
-    pairs = zip(config.layer_types, back.layer_types, strict=True)
-    wrong = [] if all(kind in (NO_ATTENTION, other) for kind, other in pairs) else ["layer_types"]
-    settings = {field.name for field in dataclasses.fields(config)} - {
-        field.name for field in dataclasses.fields(PreTrainedConfig)
-    }
-    settings -= {*LIST_OF, *LIST_OF.values(), "layer_types", "stock_model_type"}
-    wrong += sorted(key for key in settings if getattr(config, key) != getattr(back, key))
-    name = type(stock).__name__
-    return f"{name} has {wrong[0]} {getattr(back, wrong[0])!r}, not {getattr(config, wrong[0])!r}" if wrong else ""
+def _uniform(shape: Shape) -> Shape:
+    """Return the shape in which every layer of a shape can be padded to fit."""
+    sizes = {**shape.sizes, "heads": shape.kv_groups * shape.largest_group}
+    return replace(shape, sizes=sizes, by_layer={})

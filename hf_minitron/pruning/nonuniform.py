@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.plan import BY_LAYER, Plan, make_nonuniform_plan
+from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
 from hf_minitron.pruning.reconstruction import RIDGE, least_squares, solver_device
+from hf_minitron.ranking import best_in_layer
 from hf_minitron.shape import Shape
+from hf_minitron.sizes import BY_LAYER
 from hf_minitron.statistics import Statistics
 from hf_minitron.tensors import Tensors
 
@@ -55,19 +57,18 @@ def error_curves(
     architecture = tensors.architecture
     before, scores, moments = architecture.shape, statistics.scores, statistics.moments
     curves: dict[tuple[str, int], list[Choice]] = {}
-    plans = {
-        axis: [(sizes, _uniform_plan(scores, before, sizes)) for sizes in _sizes(before, axis, steps)]
-        for axis in ("heads", "ffn")
-    }
     places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
         position, dim = architecture.weights[name].dim_of(axis)
         moment = moments[name][:-1].to(solver_device(), torch.float64)
         weight = tensors.read(f"{name}.weight").to(moment).movedim(position, -1)
         whole = ((weight @ moment) * weight).sum()
-        choices = [Choice(dict.fromkeys(plans[axis][0][0], 0), 1.0)]
-        for sizes, plan in plans[axis]:
-            index = axes.dim_index(dim, {axis: torch.tensor(plan.keep[axis][layer])}, before.sizes)
+        own = before.of_layer(layer)
+        every = _sizes(own, axis, steps)
+        choices = [Choice(dict.fromkeys(every[0], 0), 1.0)]
+        for sizes in every:
+            kept = best_in_layer(scores, before, layer, sizes)
+            index = axes.dim_index(dim, {axis: torch.tensor(kept[axis])}, own.sizes)
             rest = weight.clone()
             rest[:, index] -= least_squares(weight, moment, index, ridge)
             choices.append(Choice(sizes, (((rest @ moment) * rest).sum() / whole).clamp(min=0).item()))
@@ -85,14 +86,16 @@ def sublayer_parameters(architecture: Architecture, sizes: Mapping[str, int]) ->
     axis, every = "ffn" if "ffn" in sizes else "heads", {**architecture.shape.sizes, **sizes}
     if not sizes[axis]:
         return 0
-    first = [p for p in architecture.parameters.values() if p.layer == 0 and architecture.sublayer(p) == axis]
-    return sum(math.prod(axes.tensor_shape(parameter.pattern, every)) for parameter in first)
+    first, _ = architecture.taps(axis)[0]  # a layer that has one
+    parts = [p for p in architecture.parameters.values() if p.layer == first and architecture.sublayer(p) == axis]
+    return sum(math.prod(axes.tensor_shape(parameter.pattern, every)) for parameter in parts)
 
 
 def layer_parameters(architecture: Architecture, sizes: Mapping[str, int]) -> int:
     """Count the parameters of a layer, both of its sublayers, with the sizes that `sizes` has."""
     return sum(
-        sublayer_parameters(architecture, {axis: sizes[axis] for axis in part}) for part in (("heads", "kv_heads"), ("ffn",))
+        sublayer_parameters(architecture, {axis: sizes[axis] for axis in part if axis in sizes})
+        for part in (("heads", "kv_heads"), ("ffn",))
     )
 
 
@@ -122,7 +125,9 @@ def allocate_layers(
         for place, choices in curves.items()
     }
     chosen = allocate(options, parameters)
-    sizes: dict[str, list[int]] = {axis: [0] * architecture.shape["layers"] for axis in BY_LAYER}
+    sizes: dict[str, list[int]] = {
+        axis: [0] * architecture.shape["layers"] for axis in BY_LAYER if axis in architecture.shape.sizes
+    }
     for (axis, layer), place in chosen.items():
         for key, size in curves[axis, layer][place].sizes.items():
             sizes[key][layer] = size
@@ -140,15 +145,12 @@ def nonuniform_plan(
     return make_nonuniform_plan(statistics.scores, architecture.shape, sizes)
 
 
-def _uniform_plan(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, int]) -> Plan:
-    """Return the plan that gives every layer the same sizes."""
-    return make_nonuniform_plan(scores, before, {axis: [size] * before["layers"] for axis, size in sizes.items()})
-
-
 def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:
     """Return the sizes that a sublayer may have beside none: even steps of an MLP; fewer KV groups, or fewer heads in each."""
     if axis == "ffn":
         return [{"ffn": before["ffn"] * step // steps} for step in range(1, steps + 1)]
     group, groups = before["heads"] // before.kv_groups, before.kv_groups
     pairs = {(n * group, n) for n in range(1, groups + 1)} | {(groups * n, groups) for n in range(1, group + 1)}
+    if "kv_heads" not in before.sizes:
+        return [{"heads": heads} for heads in sorted({heads for heads, _ in pairs})]
     return [{"heads": heads, "kv_heads": kv_heads} for heads, kv_heads in sorted(pairs)]

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.config import NewIds, text_config
+from hf_minitron.architecture.config import NewIds, model_type_of, text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
 from hf_minitron.plan import RANKS, Plan, make_plan
@@ -131,7 +131,7 @@ def _student(
     """Return the student's config and its tensors, as `prune_tensors` does."""
     architecture = tensors.architecture
     student, pruned = student_config(architecture, edit), prune_tensors(tensors, edit, corrections)
-    if architecture.family.fallback_rows and student.model_type != architecture.config.model_type:
+    if architecture.family.fallback_rows and model_type_of(student) != model_type_of(architecture.config):
         pruned = in_parts(architecture, edit, pruned)
     if not text_only:
         return student, pruned
@@ -214,7 +214,7 @@ def prune_tensors(
         new_name, keep = _destination(parameter, architecture, plan, keep_at)
         if new_name is not None:
             counts = {axis: index.shape[-1] for axis, index in keep.items()}
-            shape = axes.tensor_shape(parameter.pattern, {**plan.before.sizes, **counts})
+            shape = axes.tensor_shape(parameter.pattern, {**plan.before.at(parameter.layer), **counts})
             spec = TensorSpec(tensors.spec(name).dtype, shape)
             yield new_name, spec, _pieces(tensors, parameter, plan, keep, corrections)
 
@@ -223,7 +223,7 @@ def _pieces(
     tensors: Tensors, parameter: Parameter, plan: Plan, keep: dict[str, Tensor], corrections: Corrections | None
 ) -> Iterator[Tensor]:
     """Yield the data of one tensor of the student."""
-    tensor, sizes = tensors.read(parameter.name), plan.before.sizes
+    tensor, sizes = tensors.read(parameter.name), plan.before.at(parameter.layer)
     if corrections is not None:
         tensor, keep, sizes = corrections(parameter, tensor, keep, tensors.read)
     pieces = axes.pieces(tensor, parameter.pattern, keep, sizes)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from hf_minitron.checkpoint import (
     write_sparse_checkpoint,
 )
 from hf_minitron.importance.residuals import read_residuals
-from hf_minitron.modeling.configuration_pruned import STOCK
-from hf_minitron.plan import Plan, make_plan
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import check_names
 from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
@@ -51,20 +52,20 @@ logger = logging.getLogger(__name__)
 def outline(args: Args, model: str, folder: Path) -> None:
     """Write the student's folder as it will be, but for its weights and plan: what checks of a later run look at.
 
+    The layers of a nonuniform one have all that the model has: what stays of each is known after scoring.
+
     Raises:
-        ValueError: for a target that no class holds, or a nonuniform one, whose shape is not known before scoring and which
-            cannot be pruned again.
+        ValueError: for a target that no class holds.
     """
-    if args.nonuniform is not None:
-        raise ValueError("prune.nonuniform makes a student whose layers differ, which cannot be pruned again; set a target")
     before, after, _ = shapes(args, model)
     architecture = teacher(model, args.dequantize)
     architecture = untied(architecture) if uses_rotation(args) else architecture
-    kept = before.first_layers(after["layers"], after.by_kind)
-    keep = {"layers": kept}
+    plan = stand_in(before, after)
     if after["vocab"] != before["vocab"]:
-        keep["vocab"] = best(vocab_scores(model, torch.zeros(before["vocab"]), after["vocab"]), after["vocab"])
-    config = student_config(architecture, Plan(before, after, keep))
+        kept = best(vocab_scores(model, torch.zeros(before["vocab"]), after["vocab"]), after["vocab"])
+        plan = replace(plan, keep={**plan.keep, "vocab": kept})
+    # of a nonuniform one, sizes are known after scoring
+    config = PrunedConfig.from_stock(architecture.config) if args.nonuniform is not None else student_config(architecture, plan)
     config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
@@ -72,8 +73,8 @@ def outline(args: Args, model: str, folder: Path) -> None:
         folder, {name: TensorSpec(NAMES[dtype], shape) for name, shape in meta.outline(config).parameters.items()}
     )
     copy_side_files(resolve(model), folder, processors=not args.text_only)
-    if "vocab" in keep:
-        cut_tokenizer_files(folder, keep["vocab"], before["vocab"])
+    if "vocab" in plan.keep:
+        cut_tokenizer_files(folder, plan.keep["vocab"], before["vocab"])
 
 
 def cuts_vocab(run: Run) -> bool:
@@ -140,9 +141,9 @@ def check_nonuniform(args: Args, run: Run) -> None:
     if args.target:
         raise ValueError(f"nonuniform chooses the sizes of layers, target {args.target} gives them: set target: {{}}, or leave "
                          "nonuniform out")  # fmt: skip
-    if not architecture.supports("nonuniform"):
-        raise ValueError(f"nonuniform: {architecture.config.model_type} is none of the model types that PrunedConfig holds: "
-                         f"{', '.join(sorted(STOCK))}")  # fmt: skip
+    if reason := architecture.not_nonuniform:
+        kind = architecture.config.model_type
+        raise ValueError(f"nonuniform: layers of {kind} cannot differ in size: {reason}. Set a target")
     if score.get("sublayers") is not True or score.get("moments", True) is False:
         raise ValueError("nonuniform needs what score measures with sublayers: true and moments: true; set both in score:")
 
@@ -178,7 +179,8 @@ def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
     tensors = CheckpointTensors(run.model, dequantize=args.dequantize)
     architecture, before = tensors.architecture, tensors.architecture.shape
-    budget = int(args.nonuniform * layer_parameters(architecture, before.sizes) * before["layers"])
+    whole = sum(layer_parameters(architecture, before.at(layer)) for layer in range(before["layers"]))
+    budget = int(args.nonuniform * whole)
     return nonuniform_plan(tensors, statistics, budget)
 
 

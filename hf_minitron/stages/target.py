@@ -8,7 +8,8 @@ from hf_minitron.model_files import resolve
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
-from hf_minitron.shape import CUTTABLE, Shape
+from hf_minitron.shape import Shape
+from hf_minitron.sizes import BY_LAYER, CUTTABLE
 from hf_minitron.tensors import config_of
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
@@ -91,5 +92,5 @@ def uses_rotation(args: Args) -> bool:
 
 def inexact(args: Args, model: str, before: Shape, after: Shape) -> dict[str, str]:
     """Return the axes of a cut that changes more than masking would, with the reason."""
-    reasons = teacher(model, args.dequantize).inexact
-    return {axis: reason for axis, reason in reasons.items() if before[axis] != after[axis]}
+    cut = {axis for axis in before.axes if before[axis] != after[axis]} | set(() if args.nonuniform is None else BY_LAYER)
+    return {axis: reason for axis, reason in teacher(model, args.dequantize).inexact.items() if axis in cut}

@@ -27,7 +27,6 @@ from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
 from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_mixture, read_sources
-from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of
@@ -167,9 +166,8 @@ def check_text_for(
             streaming = args.streaming and tokens is wanted
             check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
     for config in configs if not args.cross_documents else ():
-        if not isinstance(config, PrunedConfig):  # no family's; it masks them
-            check_layer_kinds(config)
-            check_documents_apart(random_model(config, torch.float32))
+        check_layer_kinds(config)
+        check_documents_apart(random_model(config, torch.float32))
 
 
 def check_positions(config: PreTrainedConfig, block_size: int) -> None:
