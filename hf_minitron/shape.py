@@ -63,6 +63,11 @@ class Shape:
         """Return the shape with one layer's sizes in all of them."""
         return replace(self, sizes=self.at(layer), by_layer={})
 
+    def with_sizes(self, sizes: Mapping[str, int]) -> "Shape":
+        """Return this shape with other sizes, where layers differ the largest: smaller layers stay as they are."""
+        layers = [limited(self.at(layer), sizes) for layer in range(self["layers"])] if self.by_layer else []
+        return replace(self, sizes=sizes, by_layer={axis: tuple(own[axis] for own in layers) for axis in self.by_layer})
+
     def num_parameters(self, rows: Mapping[str, str]) -> int:
         """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
         return sum(self._numbers(row, rows[row]) for row in rows)
@@ -118,12 +123,13 @@ class Shape:
     def _seen(self, context: int, axis: str | None = None) -> int:
         """Return how many tokens of a context the attention of all layers sees together, by each entry of an axis."""
         each = self.sizes.get(axis, 0) if axis else 1
-        if not self.windows:
+        windows = self.windows or (None,) * len(self.by_layer.get(axis, ()))
+        if not windows:
             return self.sizes.get("attention_layers", self["layers"]) * context * each
-        tokens = [context if window is None else min(window, context) for window in self.windows]
+        tokens = [context if window is None else min(window, context) for window in windows]
         if axis in self.by_layer:
             tokens, each = [n * size for n, size in zip(tokens, self.by_layer[axis], strict=True)], 1
-        return self["layers"] * sum(tokens) // len(self.windows) * each
+        return self["layers"] * sum(tokens) // len(windows) * each
 
     @property
     def kv_groups(self) -> int:
@@ -165,11 +171,7 @@ class Shape:
         problems = [*head_problems(before, sizes), *expert_problems(sizes)]
         if problems:
             raise ShapeError("; ".join(problems))
-        after = replace(self, sizes=sizes, by_kind=by_kind)
-        if self.by_layer:
-            every = [limited(self.at(layer), sizes) for layer in range(self["layers"])]
-            after = replace(after, by_layer={axis: tuple(own[axis] for own in every) for axis in self.by_layer})
-        return after
+        return replace(self.with_sizes(sizes), by_kind=by_kind)
 
     def _depth(self, target: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int], list[str]]:
         """Return a target with its number of layers, how many of a kind where it says so, and what is wrong with these."""

@@ -214,6 +214,7 @@ def test_sizes_count_the_cache_of_the_layers_that_stay():
         "after": before.sizes,
         "dropped": [],
         "by_layer": {"heads": [4, 0, 2], "kv_heads": [2, 0, 1]},
+        "layer_sizes": {"after": {"heads": [4, 0, 2], "kv_heads": [2, 0, 1]}},
     }
     rows = size_rows(report(), cut)
     assert [row[-1] for row in rows[1:]] == ["0.1 kB", "0.1 kB", "0.1 kB"]

@@ -10,6 +10,7 @@ import tiny
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_minitron import command
 from hf_minitron.__main__ import main
@@ -17,6 +18,9 @@ from hf_minitron.chain import placeholder_models
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
+
+
+NONUNIFORM = {"score": {"sublayers": True}, "prune": {"target": {}, "nonuniform": 0.5}}
 
 
 @pytest.fixture
@@ -84,6 +88,21 @@ def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path
     assert "pruned from [me/first](https://huggingface.co/me/first) (20,472) and taught by it with" in text
 
 
+def test_a_nonuniform_student_is_pruned_and_taught_again(chain, tmp_path):
+    assert main(["run", *chain(first=NONUNIFORM)]) == 0
+    first, second = (json.loads((tmp_path / name / "publish/model/config.json").read_text()) for name in ("first", "second"))
+    assert {first["model_type"], second["model_type"]} == {"minitron_pruned"}
+    assert second["layer_intermediate_size"] == [min(size, 32) for size in first["layer_intermediate_size"]]
+    assert second["hidden_size"] == 16
+    report = json.loads((tmp_path / "second/evaluate/report.json").read_text())
+    assert report["models"]["distilled"]["parameters"] == parameters(tmp_path / "second/publish/model")
+    text = " ".join(ModelCard.load(tmp_path / "second/publish/model/README.md").text.split())
+    assert "pruned from first (" in text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "second/publish/model")
+    cache = tiny.cached_numbers(model, 5) * 2 // 5
+    assert f"{cache / 1e3:,.1f} kB" in text, "the KV cache is that of its layers"
+
+
 def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
     tied = tmp_path / "tied"  # a rotation unties it
     shutil.copytree(project["folder"] / "teacher", tied, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -111,7 +130,7 @@ def test_the_outline_is_what_pruning_makes(chain, project, tmp_path):
         ({}, {"evaluate": {"text": "./nowhere.txt"}}, "second.yaml: evaluate: No text at './nowhere.txt'"),
         ({}, {"score": {"tokens": "many"}}, "second.yaml: score.tokens: 'many' is not a whole number"),
         ({}, {"distill": {"teacher": "./nowhere"}}, "second.yaml: distill: No model at './nowhere'"),
-        ({"score": {"sublayers": True}, "prune": {"target": {}, "nonuniform": 0.5}}, {}, "first.yaml: prune.nonuniform makes"),
+        (NONUNIFORM, {"prune": {"target": {"ffn": 80}}}, "second.yaml: prune: ffn: 80 is larger than the model's 72"),
     ],
 )
 def test_what_is_wrong_with_either_recipe_is_told_before_the_first_is_begun(chain, tmp_path, capsys, first, second, message):

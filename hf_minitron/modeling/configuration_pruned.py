@@ -33,6 +33,8 @@ def unusable(lacks: object) -> ImportError:
                        f"{transformers.__version__}: {lacks}. pip install -U 'transformers=={NEWEST}.*'")  # fmt: skip
 
 
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise unusable("it is older")
 try:
     from huggingface_hub.dataclasses import strict
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig

@@ -245,17 +245,18 @@ def kept_share(scores: Mapping[str, Tensor], before: Shape, sizes: Mapping[str, 
         sizes (`Mapping[str, int]`): The new size of one axis; of `heads` and `kv_heads` together.
     """
     axis = "heads" if "kv_heads" in sizes else next(iter(sizes))
-    keep = make_plan(scores, before, Shape({**before.sizes, **sizes})).keep[axis]
+    keep = make_plan(scores, before, before.with_sizes({**before.sizes, **sizes})).keep[axis]
     by_layer = scores[axis]
     if by_layer.dim() == 1:  # one order for the model
         keep, by_layer = [keep], by_layer[None]
     pairs = [(values, torch.tensor(kept)) for values, kept in zip(by_layer, keep, strict=True) if kept]
-    return sum((values.gather(-1, kept).sum() / values.sum()).item() for values, kept in pairs) / len(pairs)
+    return sum((values.gather(-1, kept).sum() / values.nansum()).item() for values, kept in pairs) / len(pairs)
 
 
 def _many(shapes: Sequence[Shape]) -> Shape:
     """Return one shape whose sizes are arrays, so that costs are counted at once."""
-    return replace(shapes[0], sizes={axis: np.array([shape[axis] for shape in shapes]) for axis in shapes[0].sizes})
+    by_layer = {axis: tuple(np.array([shape.by_layer[axis] for shape in shapes]).T) for axis in shapes[0].by_layer}
+    return replace(shapes[0], sizes={axis: np.array([s[axis] for s in shapes]) for axis in shapes[0].sizes}, by_layer=by_layer)
 
 
 def size_probes(
