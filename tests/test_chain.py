@@ -19,7 +19,6 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
 
-
 NONUNIFORM = {"score": {"sublayers": True}, "prune": {"target": {}, "nonuniform": 0.5}}
 
 

@@ -138,7 +138,7 @@ def _padding_of(config: PrunedConfig) -> _Padding:
         if axis in before.inexact and any(before.shape.at(i)[axis] not in (0, after[axis]) for i in range(after["layers"])):
             raise ShapeError(f"{axis} cannot be padded in a model of {config.stock_model_type}: {before.inexact[axis]}")
     reasons, fallback = [], before.family.fallback_config if not before.family.fallback_rows else {}
-    for changes in [None, fallback] if fallback else [None]:
+    for changes in [{}, fallback] if fallback else [{}]:
         try:
             stock = stock_config(before, after, range(after["layers"]), changes)
             made = Architecture.of(stock)
