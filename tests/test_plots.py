@@ -5,6 +5,7 @@ import pytest
 from matplotlib import image
 from matplotlib import pyplot as plt
 
+from hf_minitron.evaluation.report import Comparison
 from hf_minitron.hub import plots
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
@@ -96,6 +97,32 @@ def test_bars_and_their_labels(tmp_path, drawn):
     assert "28672 → 14336" in [text.get_text() for text in alike.axes[0].texts]
     assert "28672 → 0 to 28672" in [text.get_text() for text in mean.axes[0].texts]
     assert [bar.get_width() for bar in mean.axes[0].patches][1::2] == [1, 1, 1, 0.5, 1, 1]  # from head_dim up
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_a_forest_of_differences(tmp_path, drawn, count):
+    """Of any number of metrics, in percent of the baseline's value; the colour is the verdict's."""
+    verdicts = ["worse", "not distinguishable", "better"]
+    rest = ("distilled", "teacher", "task", "acc")
+    found = {}
+    for n in range(count):
+        interval, verdict = (-0.3, -0.2 + n / 100), verdicts[n % 3]
+        difference = (0.25, 0.5, interval, 0.1, "paired bootstrap", None, None, 9, None, verdict)
+        found[f"a_task_with_a_long_name_{n} acc ↑"] = Comparison(*difference, *rest)
+    plots.plot_differences(found, tmp_path / "differences.png")
+    (figure,) = drawn
+    assert not overlapping(figure)
+    points = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in points] == [-50.0] * count
+    assert len({line.get_color() for line in points}) == min(count, 3)
+
+
+def test_models_by_size_and_quality(tmp_path, drawn):
+    points = {f"model {n}": (1e8 * (1 + n % 4), 1.5 - n / 50, 1.4 - n / 50, 1.6 - n / 50) for n in range(12)}
+    plots.plot_models(points, tmp_path / "models.png")
+    (figure,) = drawn
+    assert not overlapping(figure)
+    assert "12  model 11" in figure.axes[0].texts[-1].get_text()
 
 
 def luminance(color):

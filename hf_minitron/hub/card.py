@@ -133,6 +133,14 @@ def forest(report: Report) -> dict[str, Comparison]:
             if column in found and "perplexity" not in column[1] and found[column].baseline_value}  # fmt: skip
 
 
+def scatter(report: Report) -> dict[str, tuple[float, float, float, float]]:
+    """Return the parameters and the bits per byte, with their interval, of each model; nothing of fewer than five."""
+    found = {name: report.entry(name, "bits_per_byte") for name in report.models}
+    known = {name: entry for name, entry in found.items() if entry and entry.interval}
+    points = {name: (report.models[name]["parameters"], entry.value, *entry.interval) for name, entry in known.items()}
+    return points if len(points) > 4 else {}
+
+
 def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """List every axis with its size before and after; after from the least to the most of the layers that stay."""
     before, after, rows = Shape(cut["before"]), Shape(cut["after"]), []

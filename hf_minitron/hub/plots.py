@@ -148,6 +148,31 @@ def plot_differences(comparisons: Mapping[str, Comparison], path: Path) -> None:
         save(figure, path)
 
 
+def plot_models(points: Mapping[str, tuple[float, float, float, float]], path: Path) -> None:
+    """Draw quality against size of several models: bits per byte of held-out text with 95 % intervals.
+
+    Args:
+        points (`Mapping[str, tuple]`): Name to its parameters, its bits per byte and the ends of their interval.
+        path (`Path`): The PNG file to write.
+    """
+    with style():
+        figure, axes = plt.subplots(figsize=(6, max(3, 0.26 * len(points) + 0.8)))
+        sizes, values = [point[0] / 1e6 for point in points.values()], [point[1] for point in points.values()]
+        for (parameters, value, low, high), name in zip(points.values(), points, strict=True):
+            color, order = (AFTER, 4) if name == "distilled" else (BEFORE, 3)
+            axes.plot([parameters / 1e6] * 2, [low, high], color=color, linewidth=1.5, zorder=order)
+            axes.plot(parameters / 1e6, value, "o", color=color, markersize=7, zorder=order)
+        axes.margins(x=0.15, y=0.1)
+        axes.autoscale_view()
+        for x, y, numbers in _grouped(axes, sizes, values):
+            axes.annotate(numbers, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_xlabel("million parameters")
+        axes.set_ylabel("bits per byte")
+        names = "\n".join(f"{number}  {name}" for number, name in enumerate(points, 1))
+        axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
+        save(figure, path)
+
+
 def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> None:
     """Draw what is kept in every layer: a heat map, layers from left to right, one row per axis.
 

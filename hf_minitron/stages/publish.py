@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from hf_minitron.checkpoint import resolve
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
-from hf_minitron.hub.card import benchmark_files, forest, write_card
+from hf_minitron.hub.card import benchmark_files, forest, scatter, write_card
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.json_files import read_json
@@ -120,6 +120,9 @@ def write(card_facts: dict, report: Report | None, recipe: dict, log: dict | Non
     if found := forest(report) if report else ():
         plots.plot_differences(found, folder / "differences.png")
         card_facts["pictures"]["differences"] = "differences.png"
+    if points := scatter(report) if report else ():
+        plots.plot_models(points, folder / "models.png")
+        card_facts["pictures"]["models"] = "models.png"
     card = write_card(report, recipe, log, card_facts)
     card.save(folder / "README.md")
     return card
