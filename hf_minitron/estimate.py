@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import named_ids, text_config
 from hf_minitron.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
@@ -143,8 +144,10 @@ def _rehearse_pruning(
     with TemporaryDirectory() as folder:
         measure = partial(calibrate, teacher, blocks, len(ids), moments=bool(args.corrections), save_to=folder)
         measured = measure()
-        tokens = {"vocab": torch.arange(shape["vocab"], 0.0, -1)}  # any will do
-        plan, used = make_plan({**measured.scores, **tokens}, shape, after), measured if args.corrections else None
+        tokens = torch.arange(shape["vocab"], 0.0, -1)  # any will do, beside those that the config names
+        tokens[[index for index in named_ids(text_config(teacher.config).to_dict()) if index < len(tokens)]] = torch.inf
+        scores = {**measured.scores, "vocab": tokens}
+        plan, used = make_plan(scores, shape, after), measured if args.corrections else None
         score = _seconds(measure) / ids.numel()
         student = prune_model(teacher, plan, used)
         cut = seconds_of(lambda: prune_model(teacher, plan, used))

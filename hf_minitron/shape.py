@@ -253,6 +253,11 @@ class Shape:
         if leader := self.coupled.get(axis):
             ratio = f"{self[axis] / self[leader]:g} times as large"
             return [f"{axis}: follows {leader} in this model ({ratio}); cut {leader} instead"]
+        if isinstance(size, Sequence | Mapping) and not isinstance(size, str):
+            why = (
+                "no class holds layers with different numbers of them" if axis == "experts" else "a cut has one for all layers"
+            )
+            return [f"{axis}: {size!r} is a size for each layer, but {why}; give one size from 1 to {self[axis]}"]
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             return [f"{axis}: {size!r} is not a whole number from 1 to {self[axis]}"]
         if size > self[axis]:

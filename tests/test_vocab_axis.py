@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from hf_minitron.architecture.config import PRUNED_VOCAB
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
+from hf_minitron.pruning.vocab import cut_tokenizer, vocab_scores
 from hf_minitron.shape import ShapeError
 from hf_minitron.statistics import Statistics
 from hf_minitron.tokens import token_scores
@@ -149,3 +151,37 @@ def test_statistics_of_before_are_refused_in_one_line(folder, tmp_path):
     older = dataclasses.replace(calibrate(teacher, blocks), token_counts=None)
     with pytest.raises(ValueError, match="vocab: the statistics do not count the tokens.*score the model again"):
         prune_checkpoint(folder, {"vocab": 400}, tmp_path / "student", statistics=older)
+
+
+def test_a_plan_without_a_token_that_the_config_names_is_refused():
+    teacher = tiny.model("llama", eos_token_id=next(index for index in range(99) if index not in KEPT))
+    with pytest.raises(ShapeError, match="vocab: the plan drops token .* which the config names"):
+        prune_model(teacher, plan_of(Architecture.of(teacher.config).shape))
+
+
+def test_ids_among_other_numbers_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sequence_bias": [[[5], -2.0]]}))
+    with pytest.raises(ValueError, match="vocab: sequence_bias in .* names tokens by their ids"):
+        vocab_scores(tmp_path / "model", torch.zeros(712), 400)
+
+
+# Classes that transformers makes of a tokenizer.json of their own.
+CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast", "CohereTokenizer")
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_tokenizer_of_a_class_of_its_own_is_cut(kind, tmp_path):
+    name = "byte_fallback" if kind in ("LlamaTokenizer", "GemmaTokenizer") else "byte_level"
+    tiny_tokenizers.ALL[name].save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": kind}))
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    size = max(made.get_vocab().values()) + 1
+    counts = torch.tensor(made(tiny_tokenizers.ENGLISH)["input_ids"]).bincount(minlength=size)
+    ids = token_scores(made, counts, 450).nonzero().flatten().tolist()
+    small = cut_tokenizer(made, ids, size)
+    assert len(small) == 450
+    for text in (*tiny_tokenizers.ODD, tiny_tokenizers.OTHERS):
+        assert small.decode(small(text)["input_ids"]) == made.decode(made(text)["input_ids"]), text

@@ -79,6 +79,7 @@ def test_costs_are_those_of_the_real_model(model_type, tied):
         ({"heads": 4, "kv_heads": 1}, "heads: 4 do not divide over 1"),
         ({"fnn": 8}, "did you mean 'ffn'"),
         ({"vocab": 100}, "vocab: 100 is larger than the model's 99"),
+        ({"ffn": [8, 16, 24]}, r"ffn: \[8, 16, 24\] is a size for each layer, but a cut has one for all layers; give one size"),
         ({"head_dim": 4}, "head_dim: not an axis of this model that can be cut"),
         ({"ffn": -8, "hidden": 48}, "ffn: -8.*hidden: 48"),
     ],
@@ -158,6 +159,7 @@ EXPERTS = [
     ("deepseek_v3", {"experts": 5}, "experts: 5 cannot serve.*use 4 or more, a multiple of 2"),
     ("deepseek_v3", {"shared_ffn": 8}, "shared_ffn: follows ffn in this model"),
     ("mixtral", {"dense_ffn": 8}, "dense_ffn: not an axis of this model"),
+    ("mixtral", {"experts": [4, 3, 2]}, "a size for each layer, but no class holds layers with different numbers of them"),
 ]
 
 

@@ -69,7 +69,7 @@ def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, 
         by_layer (`Mapping[str, Sequence[int]]`, *optional*): Axis to its sizes in the layers that stay, where they differ: the
             bar is their mean.
     """
-    names = [axis for axis in before.axes if axis != "vocab"]
+    names = [axis for axis in before.axes if axis != "vocab" or after[axis] != before[axis]]
     with style():
         figure, axes = plt.subplots(figsize=(6, 0.42 * len(names) + 0.4))
         for row, axis in enumerate(reversed(names)):

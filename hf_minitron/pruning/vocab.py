@@ -18,6 +18,8 @@ from hf_minitron.statistics import Statistics
 from hf_minitron.tokens import TOKENIZER_FILE, Tokens, token_scores
 from hf_minitron.vocabulary import PROBE
 
+# Entries of generation_config.json in which ids stand among other numbers.
+OTHER_IDS = ("forced_decoder_ids", "sequence_bias")
 # What is stored beside tokenizer.json and says the same of all tokens.
 OLDER_FILES = ("vocab*", "merges.txt", "added_tokens.json", "*.model")
 
@@ -28,6 +30,9 @@ def vocab_scores(model: str | Path, counts: Tensor, count: int) -> Tensor:
     generation = folder / GENERATION_CONFIG_NAME
     contents = [AutoConfig.from_pretrained(folder).to_dict(), text_config(AutoConfig.from_pretrained(folder)).to_dict()]
     contents += [json.loads(generation.read_text(encoding="utf-8"))] if generation.is_file() else []
+    if unread := [name for name in OTHER_IDS if contents[-1].get(name)]:
+        raise ValueError(f"vocab: {unread[0]} in {generation} names tokens by their ids, which would be others; take it out, "
+                         "or leave vocab out")  # fmt: skip
     return token_scores(folder, counts, count, named_ids(*contents))
 
 

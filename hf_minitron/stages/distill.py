@@ -13,7 +13,7 @@ from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
-from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
+from hf_minitron.distillation.teacher import check_tokenizers, pruned_vocab, teacher_folder
 from hf_minitron.head import check_head
 from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
@@ -24,6 +24,7 @@ from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import train_model
 from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_made, tokens_of
 from hf_minitron.stages.validation import eval_tokens_of
+from hf_minitron.vocabulary import teacher_ids
 
 
 @dataclass
@@ -61,8 +62,13 @@ def check_blocks(args: Args, run: Run) -> None:
     if args.teacher or args.teacher_model_init_kwargs:
         if args.teacher or "correct" not in run.recipe:
             models.append(teacher_folder(args.teacher or run.model, args.teacher_model_init_kwargs))
-        sizes = [text_config(AutoConfig.from_pretrained(model)).vocab_size for model in models]
-        check_tokenizers(AutoTokenizer.from_pretrained(models[-1]), AutoTokenizer.from_pretrained(folder), min(sizes))
+        configs = [AutoConfig.from_pretrained(model) for model in (models[-1], folder)]
+        sizes = [text_config(config).vocab_size for config in configs]
+        tokenizers = [AutoTokenizer.from_pretrained(model) for model in (models[-1], folder)]
+        if pruned_vocab(configs[0]) == pruned_vocab(configs[1]):
+            check_tokenizers(*tokenizers, min(sizes))
+        else:
+            teacher_ids(*tokenizers, *sizes)
     tokenizer, configs = AutoTokenizer.from_pretrained(folder), [AutoConfig.from_pretrained(model) for model in models]
     for config in configs:
         check_head(config)
