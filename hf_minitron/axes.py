@@ -215,11 +215,15 @@ def match(name: str, rows: Sequence[str] | Mapping[str, str]) -> tuple[str, dict
     ('model.layers.{layers}.mlp.up_proj.weight', {'layers': 7})
     ```
     """
+    return next(matches(name, rows), None)
+
+
+def matches(name: str, rows: Sequence[str] | Mapping[str, str]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield every row that a parameter name fits, as `match` returns one."""
     for row in rows:
         matched = _name_regex(row).fullmatch(name)
         if matched:
-            return row, {axis: int(index) for axis, index in matched.groupdict().items()}
-    return None
+            yield row, {axis: int(index) for axis, index in matched.groupdict().items()}
 
 
 def axis_of_placeholder(placeholder: str) -> str:

@@ -32,6 +32,8 @@ class Shape:
         windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
             window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
         states (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps whatever the number of tokens.
+        caches (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps of a token, where kinds differ.
+        head_sizes (`Mapping[str, str]`, *optional*): Then, kind of layers to the axis of a head's channels.
         by_layer (`Mapping[str, tuple[int, ...]]`, *optional*): Where layers differ in size, axis to its size in each of them,
             0 where it is absent; `sizes` has the largest. Of a cut, by the layers before it; costs take their average.
     """
@@ -43,6 +45,8 @@ class Shape:
     fixed: Mapping[str, str] = field(default_factory=dict, compare=False)
     windows: tuple[int | None, ...] = field(default=(), compare=False)
     states: Mapping[str, str] = field(default_factory=dict, compare=False)
+    caches: Mapping[str, str] = field(default_factory=dict, compare=False)
+    head_sizes: Mapping[str, str] = field(default_factory=dict, compare=False)
     by_layer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, axis: str) -> int:
@@ -92,6 +96,9 @@ class Shape:
                 continue
             weights = self._numbers(row, rows[row])
             flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
+        if self.head_sizes:
+            products = (self._seen_by(kind, context) * self[axis] for kind, axis in self.head_sizes.items())
+            return flops + 4 * self["heads"] * sum(products)
         key = self.sizes.get("qk_dim", self.sizes.get("head_dim", 0))
         return flops + 2 * self._seen(context, "heads") * (key + self.sizes.get("v_dim", key))
 
@@ -111,6 +118,9 @@ class Shape:
         kept = self._seen(context, "kv_heads" if "kv_heads" in self.sizes else "heads") * 2 * self.sizes.get("head_dim", 0)
         if "kv_rank" in self.sizes:
             kept = self._seen(context) * (self["kv_rank"] + self["rope"])
+        if self.caches:
+            sizes = {kind: axes.dim_size(axes.parse(pattern)[0], self.sizes) for kind, pattern in self.caches.items()}
+            kept = sum(self._seen_by(kind, context) * size for kind, size in sizes.items())
         return kept * bytes_per_number + self.state_bytes(bytes_per_number)
 
     def state_bytes(self, bytes_per_number: int) -> int:
@@ -119,6 +129,11 @@ class Shape:
             self.sizes.get(kind, 0) * axes.dim_size(axes.parse(state)[0], self.sizes) for kind, state in self.states.items()
         )
         return sum(numbers) * bytes_per_number
+
+    def _seen_by(self, kind: str, context: int) -> int:
+        """Return how many tokens of a context the attention of the layers of a kind sees together."""
+        windows = (self.windows[layer] for layer in self.layer_kinds.get(kind, ()))
+        return sum(context if window is None else min(window, context) for window in windows)
 
     def _seen(self, context: int, axis: str | None = None) -> int:
         """Return how many tokens of a context the attention of all layers sees together, by each entry of an axis."""

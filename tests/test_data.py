@@ -105,11 +105,11 @@ def test_rows_of_documents_are_padded_with_what_sees_nothing(tmp_path):
 # Transformers resets no recurrent state, and no convolution, where positions start again.
 CROSS = (
     "opt", "gpt_oss", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2",
-    "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", [*tiny.MODEL_TYPES, "nonuniform"])
+@pytest.mark.parametrize("model_type", [*tiny.MODEL_TYPES, "gemma4_text", "gpt_neox_japanese", "olmo_hybrid", "nonuniform"])
 def test_which_models_keep_documents_apart(model_type):
     model = nonuniform(0) if model_type == "nonuniform" else tiny.model(model_type, dtype=torch.float32)
     ids, positions = (apart()[name][:] for name in ("input_ids", "position_ids"))

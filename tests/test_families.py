@@ -150,7 +150,8 @@ def masked(model, plan, narrow_gated=False):
                 continue
             elif axis in ("dense_ffn", "shared_ffn") or (axis == "ffn" and not name.endswith("experts")):
                 if axis in keep:
-                    scaled_input(module, vector(sizes[axis], keep[axis]))
+                    kept = vector(sizes[axis], keep[axis])
+                    scaled_input(module, kept.repeat(getattr(module, "in_features", len(kept)) // len(kept)))
             elif axis in ("heads", "ssm_heads", "conv_channels") and axis in keep:
                 width = (module.nx if hasattr(module, "nx") else module.in_features) // sizes[axis]
                 scaled_input(module, vector(sizes[axis], keep[axis]).repeat_interleave(width))
@@ -248,8 +249,8 @@ def test_pruned_equals_masked(model_type, axis):
     if (model_type, axis) in INEXACT:
         assert abs(error - INEXACT[model_type, axis]) < 0.02, error
     else:
-        bar = 1e-6 if teacher.dtype == torch.float64 else 1e-4
-        assert error < bar, error  # norms, routers and rotations compute in float32
+        bar = 1e-4 if teacher.dtype == torch.float32 else 1e-5 if model_type.startswith("gemma4") else 1e-6
+        assert error < bar, error  # norms, routers and rotations compute in float32, and Gemma 4 does not scale its scores
 
 
 @pytest.mark.parametrize(("model_type", "axis"), CORRECTED)
@@ -420,7 +421,7 @@ ON_PAGE = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), r
 
 
 def test_how_many_types_of_the_mapping_work():
-    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 132
+    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 134
 
 
 @ON_PAGE
@@ -481,7 +482,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("model_type", "wrong"), [("dory", "lambda_1"), ("gemma4_unified_text", "self_attn.q_proj.weight")])
+@pytest.mark.parametrize(("model_type", "wrong"), [("dory", "lambda_1"), ("dory", "self_attn.sqk")])
 def test_an_unknown_family_with_almost_llamas_names_is_refused(model_type, wrong):
     with pytest.raises(ValueError, match=wrong):
         Architecture.of(tiny.config(model_type))
@@ -769,7 +770,7 @@ def test_a_setting_that_makes_a_cut_inexact_is_told():
         assert relative(logits(student), logits(teacher)) > 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "gemma3n_text", "gemma4_text", "rwkv", "t5"])
+@pytest.mark.parametrize("model_type", ["llama4", "gemma3n_text", "dbrx", "rwkv", "t5"])
 def test_whatever_is_no_family_of_ours_is_refused_in_words(model_type):
     with pytest.raises(ValueError, match="does not cover model type|does not make a causal language model"):
         Architecture.of(tiny.AutoConfig.for_model(model_type))

@@ -38,6 +38,10 @@ DELTA = {
     "layer_types": MIXERS,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA4 = {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5,
+    "global_head_dim": 8, "final_logit_softcapping": 5.0,
+}  # fmt: skip
 BERTS = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "roberta",
     "rembert", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
@@ -93,6 +97,11 @@ CHANGES = {
                   "key_multiplier": 0.5, "mlp_multipliers": [0.6, 0.7], "ssm_in_multiplier": 0.8, "embedding_multiplier": 3.0},
     "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
     "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
+    "gemma4_text": {
+        **GEMMA4, "hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": 99, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_unified_text": {**GEMMA4, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
     "glm4": {"head_dim": 8},
     "gpt2": {"n_inner": 72, "head_dim": None},
     "gpt_neox": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.4}, "head_dim": None},
@@ -172,7 +181,7 @@ MORE_TYPES = (
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",
-    "olmo_hybrid",
+    "gemma4_text", "gemma4_unified_text", "olmo_hybrid",
     "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
     "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "llama4_text", "mellum",
     "minimax_m2", "olmoe", "phimoe", "solar_open",

@@ -119,7 +119,14 @@ def inner_norms(parameters: Iterable[Parameter]) -> dict[str, Parameter]:
 
 def match_rows(family: Family, model: Outline) -> Matches:
     """Return the row of every parameter that has one."""
-    found = {name: axes.match(name, family.rows) for name in model.parameters}
+    config = text_config(model.config)
+    kinds = {kind: (getattr(config, key, None), values) for kind, (key, values) in family.kinds.items()}
+
+    def of_kind(places: Mapping[str, int]) -> bool:
+        found = ((kinds[place], layer) for place, layer in places.items() if place in kinds)
+        return all((entries[layer] if entries else None) in values for (entries, values), layer in found)
+
+    found = {name: next((m for m in axes.matches(name, family.rows) if of_kind(m[1])), None) for name in model.parameters}
     return {name: match for name, match in found.items() if match}
 
 
@@ -152,8 +159,8 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
     fixed = {axis: why for axis, why in family.fixed.items() if axis in sizes}
-    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), states=family.states, fixed=fixed,
-                 by_layer=by_layer)  # fmt: skip
+    kept = {"states": family.states, "caches": family.caches, "head_sizes": family.head_sizes, "by_layer": by_layer}
+    return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), fixed=fixed, **kept)
 
 
 def _windows(config: PreTrainedConfig, sizes: Mapping[str, int], kinds: Mapping[str, Sequence[int]]) -> tuple[int | None, ...]:

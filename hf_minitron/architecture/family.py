@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import alibi, bert, delta, gpt, hybrid, llama, mla, moe
+from hf_minitron.architecture import alibi, bert, delta, gemma4, gpt, hybrid, llama, mla, moe
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -29,6 +29,10 @@ class Family:
         from_parameters (`tuple[str, ...]`): Axes whose key in `config.json` is not the size that the class makes.
         settings (`Mapping[str, object]`): Entries of the student's `config.json`, for its class to make the sizes as they are.
         periods (`tuple[str, ...]`): Keys of `config.json` that say after how many layers a kind of layer comes again.
+        kinds (`Mapping[str, tuple[str, tuple]]`): Kinds of layers that names do not tell apart: a placeholder to the entry of
+            the config that has an item for every layer, and the items that are of the kind (`None` where there is no entry).
+        caches (`Mapping[str, str]`): Kind of layers to the numbers that each keeps of a token, where kinds differ in this.
+        head_sizes (`Mapping[str, str]`): Then, kind of layers to the axis of a head's channels.
         states (`Mapping[str, str]`): Kind of layers to the numbers that each keeps of a text whatever its length.
         only_ffn (`str`, *optional*): The axis that is called `ffn` in models without routed experts.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
@@ -56,6 +60,9 @@ class Family:
     from_parameters: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     periods: tuple[str, ...] = ()
+    kinds: Mapping[str, tuple[str, tuple]] = field(default_factory=dict)
+    caches: Mapping[str, str] = field(default_factory=dict)
+    head_sizes: Mapping[str, str] = field(default_factory=dict)
     states: Mapping[str, str] = field(default_factory=dict)
     only_ffn: str | None = None
     inexact: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(**table) for name, table in (gpt.TABLES | alibi.TABLES | bert.TABLES).items()},
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
-    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES).items()},
+    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES | gemma4.TABLES).items()},
 }
 
 

@@ -3,6 +3,7 @@
 Models take turns inside one run, so that a machine that slows down slows all of them.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -24,7 +25,7 @@ from hf_minitron.architecture.config import auto_class, text_config, with_text
 from hf_minitron.architecture.student import student_config
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan, stand_in
-from hf_minitron.shape import Shape
+from hf_minitron.shape import Shape, ShapeError
 
 STATUS = Path("/proc/self/status")
 
@@ -148,7 +149,8 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     Args:
         config (`PreTrainedConfig`): The config.
         dtype (`torch.dtype`): The dtype of the weights.
-        layers (`int`, *optional*, defaults to 1): How many layers; the last ones.
+        layers (`int`, *optional*, defaults to 1): How many layers; the last ones. All, of narrow ones, where the class cannot
+            do with some and `vocab` is given.
         vocab (`int`, *optional*, defaults to 8): Size of the vocabulary; the config's when `None`.
     """
     architecture = Architecture.of(config)
@@ -157,10 +159,27 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     if "experts" in shape.sizes:  # a token meets as many of them, whatever their number
         target["experts"] = min(shape["experts"], 4 * shape["experts_per_token"])
     kept = list(range(shape["layers"] - layers, shape["layers"]))
-    config = student_config(architecture, Plan(shape, shape.cut_to(target).with_layers(kept), {"layers": kept}))
+    try:
+        config = student_config(architecture, Plan(shape, shape.cut_to(target).with_layers(kept), {"layers": kept}))
+    except ShapeError:
+        if vocab is None:  # its sizes count
+            raise
+        config = _narrow(architecture)
     if vocab is not None:
-        config = with_text(config, {"vocab_size": vocab, "pad_token_id": None})
+        tables = [key for key, size in architecture.family.follows.items() if size == "vocab"]
+        config = with_text(config, {**dict.fromkeys(("vocab_size", *tables), vocab), "pad_token_id": None})
     return auto_class(config).from_config(config, dtype=dtype).eval()
+
+
+def _narrow(architecture: Architecture) -> PreTrainedConfig:
+    """Return the config of a model whose layers cannot be run one at a time, as narrow as it can be."""
+    shape = architecture.shape
+    narrow = {axis: min(64, shape[axis]) for axis in ("hidden", "ffn") if axis in shape.axes}
+    for axes in (("hidden", "ffn"), ("ffn",), ()):
+        target = {axis: size for axis, size in narrow.items() if axis in axes and axis not in {**shape.coupled, **shape.fixed}}
+        with contextlib.suppress(ShapeError):  # its class may take a head's size to be hidden / heads
+            return student_config(architecture, Plan(shape, shape.cut_to(target), {}))
+    raise ShapeError(f"No {architecture.config.model_type} can be made of these sizes")
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:

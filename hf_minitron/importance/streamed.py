@@ -32,6 +32,7 @@ from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan
 from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
+from hf_minitron.shape import ShapeError
 from hf_minitron.statistics import Moments
 from hf_minitron.tensors import CheckpointTensors, config_of
 from hf_minitron.waiting import by_every_process
@@ -90,6 +91,16 @@ def check_streamable(architecture: Architecture) -> None:
     """Refuse a model whose layers do not compute the same wherever they stand."""
     if reason := {**architecture.inexact_for_text, **architecture.family.fixed}.get("layers"):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
+    for layer in {layers[0] for layers in architecture.shape.layer_kinds.values()}:
+        try:
+            student_config(architecture, _one_layer(architecture, layer))
+        except ShapeError as error:
+            raise ValueError(f"This model cannot be scored layer by layer: {error}. Load the whole model") from error
+
+
+def _one_layer(architecture: Architecture, layer: int) -> Plan:
+    """Return the plan that keeps one layer as it is."""
+    return Plan(architecture.shape, architecture.shape.with_layers([layer]), {"layers": [layer]})
 
 
 def _name(name: str, layer: int) -> str:
@@ -114,13 +125,9 @@ class _Loader:
             if architecture.stored[name].role != "head"
         }
 
-    def _plan(self, layer: int) -> Plan:
-        shape = self.architecture.shape
-        return Plan(shape, shape.with_layers([layer]), {"layers": [layer]})
-
     def read(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of a layer, on the device where that is CUDA."""
-        pruned = prune_tensors(self.tensors, self._plan(layer), layer=layer)
+        pruned = prune_tensors(self.tensors, _one_layer(self.architecture, layer), layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
         own = {name: check_finite(_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
         if self._streams is None:
@@ -137,7 +144,7 @@ class _Loader:
         """Return the base model with one layer only, of its tensors from `read`."""
         prefix = f"{self.architecture.prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in {**own, **self.shared}.items()}
-        config = student_config(self.architecture, self._plan(layer))
+        config = student_config(self.architecture, _one_layer(self.architecture, layer))
         with by_every_process():
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
