@@ -142,7 +142,7 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
         for axis, index in places.items():
             indices.setdefault(axis, set()).add(index)
     kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
-    by_layer = sizes_by_layer(config, keys)
+    by_layer = {} if family.head_sizes else sizes_by_layer(config, keys)  # there kinds of layers differ, by the tables
     sizes |= largest(by_layer)
     sizes |= {kind: len(layers) for kind, layers in kinds.items()}
     for _ in range(3):  # a size that is solved may help to solve another

@@ -117,7 +117,7 @@ def per_layer_config(
         after (`Shape`): The student's shape.
         layers (`Sequence[int]`): The teacher's layers that stay.
     """
-    sized = [keys[axis] for axis in BY_LAYER if axis in keys]
+    sized = [keys[axis] for axis in after.by_layer]
     before = {int(layer): own for layer, own in config.to_dict().get(PER_LAYER, {}).items()}
     found = {}
     for new, old in enumerate(layers):
