@@ -200,6 +200,14 @@ def test_a_target_that_cannot_be_is_refused_before_scoring(project, tmp_path, ca
     assert not (tmp_path / "run" / "score").exists()
 
 
+def test_a_text_of_the_teachers_tokens_is_refused(project, tmp_path, capsys):
+    (tmp_path / "ready.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}\n' * 20)
+    distill = {**project["recipe"]["distill"], "text": str(tmp_path / "ready.jsonl")}
+    assert main(["run", recipe(project, tmp_path, distill=distill)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"text: .*ready.jsonl holds input_ids, which are the teacher's", error), error
+
+
 def test_what_stands_in_for_a_student_in_a_chain_has_its_vocabulary(project, tmp_path):
     args = prune.Args(target={"vocab": VOCAB})
     prune.outline(args, str(project["folder"] / "teacher"), tmp_path)

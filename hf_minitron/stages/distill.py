@@ -74,7 +74,10 @@ def check_blocks(args: Args, run: Run) -> None:
         check_head(config)
     if args.add_bos_token:
         adds_bos_token(tokenizer, True)
-    check_text_for(args, partial(synthesize.names, run), configs, tokenizer)
+    kinds = check_text_for(args, partial(synthesize.names, run), configs, tokenizer)
+    if prune.cuts_vocab(run) and (ready := [name for name, kind in kinds.items() if kind == "input_ids"]):
+        raise ValueError(f"text: {ready[0]} holds input_ids, which are the teacher's, and prune.target.vocab gives the student "
+                         "others: give it as text, or leave vocab out")  # fmt: skip
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

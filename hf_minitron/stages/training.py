@@ -145,8 +145,10 @@ def check_text_for(
     made: Callable[[str], bool],
     configs: Sequence[PreTrainedConfig],
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
+) -> dict[str, str]:
     """Refuse an unusable text, blocks longer than a model's positions, and models without document-masked attention.
+
+    Returns: what each text that there is holds, as `check_first_block` says it.
 
     Args:
         args (`TextArguments`): The section.
@@ -157,17 +159,19 @@ def check_text_for(
     for config in configs:
         check_positions(config, args.block_size)
         check_attention(config, args.attn_implementation)
-    wanted = tokens_wanted(args)
+    wanted, kinds = tokens_wanted(args), {}
     for sources, tokens in ((sources_of(args), wanted), (eval_sources_of(args), args.eval_tokens)):
         existing = [source for source in sources if not made(source.name)]
         if existing:
             check_sources(existing, args.block_size, tokens)
         for source in existing:
             streaming = args.streaming and tokens is wanted
-            check_first_block(source.name, tokenizer, args.block_size, None, source.split, source.column, streaming)
+            where = (source.split, source.column, streaming)
+            kinds[source.name] = check_first_block(source.name, tokenizer, args.block_size, None, *where)
     for config in configs if not args.cross_documents else ():
         check_layer_kinds(config)
         check_documents_apart(random_model(config, torch.float32))
+    return kinds
 
 
 def check_positions(config: PreTrainedConfig, block_size: int) -> None:
