@@ -200,6 +200,18 @@ def test_a_target_that_cannot_be_is_refused_before_scoring(project, tmp_path, ca
     assert not (tmp_path / "run" / "score").exists()
 
 
+def test_layers_of_different_sizes_go_with_fewer_tokens(project, tmp_path):
+    score = {**project["recipe"]["score"], "sublayers": True}
+    path = recipe(project, tmp_path, score=score, prune={"target": {"vocab": VOCAB}, "nonuniform": 0.6})
+    for stage in ("score", "prune", "distill"):
+        assert main([stage, path, "--distill.max_steps", "1"]) == 0, stage
+    folder = tmp_path / "run" / "distill" / "student"
+    student, small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert student.config.model_type == "minitron_pruned"
+    assert student.config.vocab_size == len(small) == VOCAB
+    assert student.config.pruned_vocab
+
+
 def test_a_text_of_the_teachers_tokens_is_refused(project, tmp_path, capsys):
     (tmp_path / "ready.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}\n' * 20)
     distill = {**project["recipe"]["distill"], "text": str(tmp_path / "ready.jsonl")}

@@ -65,7 +65,8 @@ def outline(args: Args, model: str, folder: Path) -> None:
         kept = best(vocab_scores(model, torch.zeros(before["vocab"]), after["vocab"]), after["vocab"])
         plan = replace(plan, keep={**plan.keep, "vocab": kept})
     # of a nonuniform one, sizes are known after scoring
-    config = PrunedConfig.from_stock(architecture.config) if args.nonuniform is not None else student_config(architecture, plan)
+    config = student_config(architecture, plan)
+    config = config if args.nonuniform is None else PrunedConfig.from_stock(config)
     config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())
     save_config(config, folder, dtype=dtype)
@@ -138,8 +139,8 @@ def check_nonuniform(args: Args, run: Run) -> None:
     architecture, score = teacher(run.model, args.dequantize), run.section("score")
     if not 0 < args.nonuniform < 1:
         raise ValueError(f"nonuniform: {args.nonuniform} is not a share between 0 and 1, such as 0.75")
-    if args.target:
-        raise ValueError(f"nonuniform chooses the sizes of layers, target {args.target} gives them: set target: {{}}, or leave "
+    if given := {axis: size for axis, size in args.target.items() if axis != "vocab"}:
+        raise ValueError(f"nonuniform chooses the sizes of layers, target {given} gives them: set target: {{}}, or leave "
                          "nonuniform out")  # fmt: skip
     if reason := architecture.not_nonuniform:
         kind = architecture.config.model_type
@@ -181,7 +182,14 @@ def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     architecture, before = tensors.architecture, tensors.architecture.shape
     whole = sum(layer_parameters(architecture, before.at(layer)) for layer in range(before["layers"]))
     budget = int(args.nonuniform * whole)
-    return nonuniform_plan(tensors, statistics, budget)
+    plan = nonuniform_plan(tensors, statistics, budget)
+    if "vocab" not in args.target:
+        return plan
+    count, after = args.target["vocab"], before.cut_to(args.target)
+    kept = best(scores_for(run.model, statistics, before, after)["vocab"], count)
+    return replace(
+        plan, after=replace(plan.after, sizes={**plan.after.sizes, "vocab": count}), keep={**plan.keep, "vocab": kept}
+    )
 
 
 STAGE = Stage("prune", __doc__, Args, check, run, work, needs=("score",))
