@@ -109,6 +109,7 @@ def test_numbers_out_of_bounds_are_refused(name, tmp_path):
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "gradient_accumulation_kwargs: num_"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "training arguments: .*[dD]eep[sS]peed"),
         ({"fsdp": "full_shard"}, "fsdp: needs several processes: accelerate launch"),
+        ({"fsdp_config": {"version": 2}}, "fsdp_config: .* has no effect without fsdp: true; leave it out"),
         ({"fp16": True, "use_cpu": True}, "fp16: a CPU has none; use bf16"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
         ({"bf16": "yes"}, "bf16: 'yes' is neither true nor false"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from test_distillation import CONSTANT, RAGGED
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_bitsandbytes_available
 
 from hf_minitron import Report
 from hf_minitron.__main__ import main
@@ -113,6 +115,56 @@ def test_lora_changes_its_targets_only_and_merges_into_a_stock_model(tmp_path):
     assert changed == {"q_proj", "up_proj"}
     assert before.keys() == after.keys()
     assert torch.allclose(merged(ids).logits, trained.eval()(ids).logits, atol=1e-4)
+
+
+BASES = [
+    "bfloat16",
+    pytest.param("nf4", marks=pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"base_dtype": "int3", "lora": {}}, "base_dtype: 'int3' is none of float32, bfloat16, nf4"),
+        (
+            {"base_dtype": "bfloat16"},
+            "base_dtype: bfloat16 is for the frozen base of adapters, and here all weights are trained",
+        ),
+        ({"base_dtype": "nf4", "lora": {}}, "base_dtype: nf4 needs a package that is not installed: pip install bitsandbytes"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(recipe, monkeypatch, capsys, section, reason):
+    monkeypatch.setattr("hf_minitron.distillation.adapters.is_bitsandbytes_available", lambda: False)
+    assert main(["correct", str(recipe(**section))]) == 1
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_on_a_narrow_base(recipe, monkeypatch, base):
+    """It is held as asked, and what is learnt is near that of float32, into whose weights it is merged."""
+    held, merged = [], []
+
+    def added(model, settings):
+        held.append({module.weight.dtype for name, module in model.named_modules() if name.endswith("_proj")})
+        return add_lora(model, settings)
+
+    monkeypatch.setattr("hf_minitron.stages.trained.add_lora", added)
+    for name in ("float32", base):
+        path = recipe(name, lora={"r": 4}, base_dtype=name, bf16=True)
+        assert main(["correct", str(path)]) == 0
+        run = Path(yaml.safe_load(path.read_text())["run"])
+        merged.append(load_file(run / "correct/teacher/model.safetensors"))
+        history = json.loads((run / "correct/log.json").read_text())["history"]
+        merged[-1] |= {"loss": torch.tensor([entry["loss"] for entry in history if "loss" in entry])}
+    assert held == [{torch.float32}, {{"bfloat16": torch.bfloat16, "nf4": torch.uint8}[base]}]
+    one, two = merged
+    assert torch.allclose(one.pop("loss"), two.pop("loss"), rtol=0.05)
+    assert {name: (value.shape, value.dtype) for name, value in one.items()} == {
+        name: (value.shape, value.dtype) for name, value in two.items()
+    }
+    worst = max((one[name] - two[name]).norm() / one[name].norm() for name in one)
+    assert 0 < worst < {"bfloat16": 0.1, "nf4": 0.5}[base]
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -9,7 +9,7 @@ import torch
 from test_distillation import CONSTANT, RAGGED, arguments
 from transformers import TrainerCallback, training_args
 
-from hf_minitron import DistillationTrainer
+from hf_minitron import DistillationArguments, DistillationTrainer
 from hf_minitron.distillation.engine import prepare_engine, trains_whole_only
 from hf_minitron.distillation.float32 import PLACES
 
@@ -63,6 +63,23 @@ def test_tf32_ends_with_the_training_that_asks_for_it(tmp_path, monkeypatch, cha
     trainer.train()
     assert seen == ["tf32"]
     assert getattr(place, name) == before
+
+
+@pytest.mark.skipif(
+    "activation_checkpointing" not in DistillationArguments.__dataclass_fields__, reason="an older transformers"
+)
+def test_activation_kwargs_that_do_nothing_are_refused(tmp_path):
+    kwargs = {"activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    arguments(tmp_path, activation_checkpointing=True, **kwargs)
+    with pytest.raises(
+        ValueError, match="activation_checkpointing_kwargs: .* has no effect without activation_checkpointing: true"
+    ):
+        arguments(tmp_path, **kwargs)
+    offload = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}
+    with pytest.raises(
+        ValueError, match="activation_checkpointing_kwargs: offload keeps activations in host memory, where a CPU"
+    ):
+        arguments(tmp_path, **offload)
 
 
 def test_flat_parameters_are_refused():

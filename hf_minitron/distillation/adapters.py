@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
 from hf_minitron.architecture.config import auto_class
 from hf_minitron.architecture.vision import TOWERS
@@ -21,6 +22,33 @@ from hf_minitron.errors import one_line
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # What no recipe says: it follows from the model and from training.
 OURS = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+
+# How the frozen base of adapters is held: what it is loaded with. nf4 is 4-bit NormalFloat (2305.14314), by bitsandbytes.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+BASES = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "nf4": {"dtype": torch.bfloat16, "quantization_config": NF4},
+}
+
+
+def check_base(lora: Mapping | None, name: str) -> None:
+    """Refuse a base that is not known, that has no adapters, or whose package is not installed."""
+    if name not in BASES:
+        raise ValueError(f"base_dtype: {name!r} is none of {', '.join(BASES)}")
+    if lora is None and name != "float32":
+        raise ValueError(f"base_dtype: {name} is for the frozen base of adapters, and here all weights are trained, in "
+                         "float32; set lora, or leave it out")  # fmt: skip
+    if "quantization_config" in BASES[name] and not is_bitsandbytes_available():
+        raise ValueError(f"base_dtype: {name} needs a package that is not installed: pip install bitsandbytes")
+
+
+def load_base(folder: Path, name: str, device: torch.device) -> PreTrainedModel:
+    """Load a model that adapters are added to, as `BASES` says; a quantized one on the device on which it stays."""
+    kwargs = dict(BASES[name])
+    if "quantization_config" in kwargs:
+        kwargs |= {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": device}}
+    return load_model(folder, **kwargs)
 
 
 def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:

@@ -46,6 +46,13 @@ BOUNDS = (
 )  # fmt: skip
 # Settings that name a file, unless they hold what would be in it.
 FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+# Settings of a switch that may be off, by one of its names.
+NEEDS = {
+    "fsdp_config": ("fsdp",),
+    "liger_kernel_config": ("use_liger_kernel",),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", "activation_checkpointing"),
+}
 TOKENS_SEEN = ("all", "non_padding", "no")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Schedules without a warm-up, and without arguments: the Trainer ignores what they do not have.
@@ -92,7 +99,7 @@ def check_number(name: str, value: Any, whole: bool = False) -> None:
 
 def check_refused(args: TrainingArguments) -> None:
     """Refuse what the Trainer has but distillation cannot honour, and packages and devices that are not here."""
-    kwargs = args.liger_kernel_config or {}
+    kwargs, activations = args.liger_kernel_config or {}, getattr(args, "activation_checkpointing_kwargs", None) or {}
     sizes = {f"{kind}_size": getattr(args.parallelism_config, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")}
     refused = (
         ("hub_token", args.hub_token is not None,
@@ -113,6 +120,8 @@ def check_refused(args: TrainingArguments) -> None:
         ("liger_kernel_config", any(kwargs.get(key) for key in ("cross_entropy", "fused_linear_cross_entropy")),
          "the chunked loss takes the place of liger's cross-entropies; set these to false"),
         ("use_liger_kernel", args.use_liger_kernel and not is_liger_kernel_available(), "pip install liger-kernel first"),
+        ("activation_checkpointing_kwargs", activations.get("offload") and args.device.type == "cpu",
+         "offload keeps activations in host memory, where a CPU has them already; leave it out"),
         ("fp16", args.fp16 and args.device.type == "cpu", "a CPU has none; use bf16, or leave it out"),
         ("fsdp", args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED, "needs several processes: accelerate launch"),
         ("debug", "tpu_metrics_debug" in args.debug and not is_torch_xla_available(), "tpu_metrics_debug needs torch_xla"),
@@ -122,6 +131,9 @@ def check_refused(args: TrainingArguments) -> None:
     for name, is_refused, reason in refused:
         if is_refused:
             raise ValueError(f"{name}: {reason}")
+    for name, needed in NEEDS.items():
+        if getattr(args, name, None) and not any(getattr(args, other, None) for other in needed):
+            raise ValueError(f"{name}: {getattr(args, name)} has no effect without {needed[0]}: true; leave it out")
     if unknown := set(args.include_for_metrics) - {"loss", "inputs"}:
         raise ValueError(f"include_for_metrics: {unknown.pop()!r} is none of loss, inputs")
 

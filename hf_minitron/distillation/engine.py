@@ -46,8 +46,11 @@ def _check_engine(trainer: Trainer) -> None:
             raise ValueError(f"parallelism_config: {kind}_size is above 1: no tensor, context or sequence parallelism here")
     if getattr(trainer.accelerator.state, "fsdp_plugin", None) and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp_config: version 1, whose flat parameters the chunked loss cannot read; set version: 2")
-    if args.ema_decay is not None and (trainer.accelerator.is_fsdp2 or trainer.is_deepspeed_enabled):
+    sharded = trainer.accelerator.is_fsdp2 or trainer.is_deepspeed_enabled
+    if sharded and args.ema_decay is not None:
         raise ValueError("ema_decay: not with FSDP or DeepSpeed, which save their shards by themselves; leave it out")
+    if sharded and getattr(trainer.model, "quantization_method", None):
+        raise ValueError("model: quantized weights are not sharded by FSDP or DeepSpeed; train whole copies, or from bfloat16")
     if getattr(trainer, "is_distributed_loading_by_transformers", False):  # since transformers 5.19
         raise ValueError("model: sharded by from_pretrained(distributed_config=...); load it whole, accelerate shards it")
     if getattr(trainer.model.config, "output_router_logits", False):

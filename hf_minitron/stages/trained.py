@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, se
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec, load_model, stored_dtype, write_tensors
-from hf_minitron.distillation.adapters import add_lora, merge_lora
+from hf_minitron.distillation.adapters import add_lora, load_base, merge_lora
 from hf_minitron.distillation.batch import rows_read
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.engine import sharded_loading
@@ -52,10 +52,14 @@ def train_model(
     tokenizer = AutoTokenizer.from_pretrained(source)
     args.output_dir, args.seed = str(out / CHECKPOINTS), run.seed
     blocks, eval_blocks = blocks_of(args, tokenizer, out, run.seed, tokens_wanted(args), made)
-    sharding = None if args.lora is not None else sharded_loading(args, AutoConfig.from_pretrained(source), trained=True)
-    model = load_model(source, torch.float32, distributed_config=sharding).train()
-    set_seed(run.seed)  # LoRA's additions begin at random
-    model = model if args.lora is None else add_lora(model, args.lora)
+    if args.lora is None:
+        sharding = sharded_loading(args, AutoConfig.from_pretrained(source), trained=True)
+        model = load_model(source, torch.float32, distributed_config=sharding).train()
+        set_seed(run.seed)
+    else:
+        model = load_base(source, args.base_dtype, args.device).train()
+        set_seed(run.seed)  # LoRA's additions begin at random
+        model = add_lora(model, args.lora)
     callbacks = callbacks_of(args)
     data = {"train_dataset": blocks, "eval_dataset": eval_blocks, "processing_class": tokenizer}
     trainer = DistillationTrainer(model, teacher, args, callbacks=callbacks, **data)

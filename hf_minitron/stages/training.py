@@ -20,6 +20,7 @@ from hf_minitron.checkpoint import (
     resolve,
 )
 from hf_minitron.data import bytes_per_token, check_first_block
+from hf_minitron.distillation.adapters import BASES, check_base
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
 from hf_minitron.distillation.stopping import StopOnSigterm
@@ -73,6 +74,10 @@ class TextArguments:
         default=None,
         metadata={"min": 1, "help": "Evaluations without a better metric_for_best_model after which training stops."},
     )
+    base_dtype: str = field(
+        default="float32",
+        metadata={"help": f"How the frozen base of adapters (lora) is held: {', '.join(BASES)} (4 bits, by bitsandbytes)."},
+    )
     # of the run, not of a section
     output_dir: str | None = field(default=None, metadata={"help": "Not here: set `run`."})
     seed: int | None = field(default=None, metadata={"help": "Not here: set `seed` at the top."})
@@ -93,6 +98,7 @@ class TextArguments:
                 f"warmup_steps: {self.warmup_steps:g} are not fewer than max_steps: {self.max_steps}; set it lower"
             )
         check_evaluation(self)
+        check_base(self.lora, self.base_dtype)
 
 
 # Settings that one tracker reads.
