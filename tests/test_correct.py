@@ -129,7 +129,7 @@ BASES = [
         ({"base_dtype": "int3", "lora": {}}, "base_dtype: 'int3' is none of float32, bfloat16, nf4"),
         (
             {"base_dtype": "bfloat16"},
-            "base_dtype: bfloat16 is for the frozen base of adapters, and here all weights are trained",
+            "base_dtype: bfloat16 is for the frozen base of adapters, and here all weights are",
         ),
         ({"base_dtype": "nf4", "lora": {}}, "base_dtype: nf4 needs a package that is not installed: pip install bitsandbytes"),
     ],
