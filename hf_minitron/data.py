@@ -29,7 +29,7 @@ from hf_minitron.texts import load_text, unreadable
 logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 64  # documents handed to the tokenizer at a time
-_FEW = 20_000  # documents that one process tokenizes as fast as several
+_FEW, _FEW_TOKENS = 20_000, 5_000_000  # documents, and tokens, that one process makes as fast as several
 _STREAMS = 8  # processes that read a stream
 _BUFFER = {"buffer_size": 10_000}  # documents among which a stream is shuffled
 
@@ -100,7 +100,7 @@ def token_blocks(
     columns = check_documents(documents, tokenizer, name)
     if seed is not None:
         documents = documents.shuffle(seed=seed, **_BUFFER if isinstance(documents, IterableDataset) else {})
-    batches = _encoded(documents, Encoder(tokenizer, opening), _readers(documents))
+    batches = _encoded(documents, Encoder(tokenizer, opening), _readers(documents, max_tokens))
     number = None if isinstance(documents, IterableDataset) else ceil(len(documents) / _READ_TOGETHER)
     packing = {"block_size": block_size, "cross_documents": cross_documents, "opening": opening, "name": name}
     packing["labels"] = bool(opening) or has_labels(columns) if labels is None else labels
@@ -178,14 +178,15 @@ def check_first_block(
     return kind
 
 
-def _readers(documents: Dataset | IterableDataset) -> int:
-    """Return how many processes read and tokenize.
+def _readers(documents: Dataset | IterableDataset, max_tokens: int | None) -> int:
+    """Return how many processes read and tokenize, 0 where this one does.
 
     Those of a stream share its files, so their number decides the order of the documents: it is the same on every machine.
     """
     if isinstance(documents, IterableDataset):
         return min(documents.num_shards, _STREAMS) if documents.num_shards > 1 else 0
-    return len(os.sched_getaffinity(0)) if len(documents) > _FEW and hasattr(os, "sched_getaffinity") else 0
+    few = len(documents) <= _FEW or (max_tokens is not None and max_tokens <= _FEW_TOKENS)
+    return 0 if few or not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
 
 
 def _encoded(documents: Dataset | IterableDataset, encoder: Encoder, readers: int = 0) -> Iterator[Tokens | Refused]:

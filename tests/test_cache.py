@@ -20,10 +20,10 @@ from transformers import DataCollatorWithFlattening
 import hf_minitron.distillation.cache as writing
 from hf_minitron.__main__ import main
 from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.cached import CachedCollator, CachedTeacher, check_losses, teacher_identity
+from hf_minitron.distillation.cached import CachedCollator, CachedTeacher, teacher_identity
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import TOKEN_LOSSES, forward_kl
-from hf_minitron.distillation.records import RandomSampling, TopK, pack, pack_ids, record_of, unpack, unpack_ids
+from hf_minitron.distillation.records import RandomSampling, TopK, check_losses, pack, pack_ids, record_of, unpack, unpack_ids
 from hf_minitron.distillation.signals import SparseSignal
 from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.distillation.trainer import DistillationTrainer, collate

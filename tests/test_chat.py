@@ -14,6 +14,9 @@ from tokenizers import pre_tokenizers
 from hf_minitron import DistillationTrainer, calibrate, token_blocks
 from hf_minitron.__main__ import main
 from hf_minitron.data import check_first_block
+from hf_minitron.distillation.batch import supervised
+from hf_minitron.distillation.cache import write_cache
+from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.encoding import Encoder
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, text_bytes
 from hf_minitron.importance.removal import removal_costs
@@ -284,6 +287,38 @@ def test_only_bytes_of_answers_count_and_another_tokenizer_is_refused(tmp_path):
         ValueError, match="the text is of chats, whose answers are not found in the tokens of another tokenizer"
     ):
         in_tokens_of(tiny.tokenizer(), blocks, made)
+
+
+@pytest.mark.parametrize("method", [{"top_k": 103}, {"top_k": 7}, {"random": 9}])
+@pytest.mark.parametrize("cross_documents", [True, False])
+def test_a_cache_holds_what_the_teacher_says_of_answers_alone(tmp_path, method, cross_documents):
+    """One block has none of them."""
+    turns = [[" ".join(tiny.WORDS[i + j : i + j + 3 + 20 * (j == 20)]) for j in range(0, 40, 10)] for i in range(12)]
+    rows = [{"messages": chat(*turn)} for turn in turns]
+    teacher, made = tiny.model(vocab_size=103, dtype=torch.float32), tokenizer()
+    blocks = token_blocks(Dataset.from_list(rows), made, 12, cross_documents=cross_documents)
+    learnt = (supervised(blocks[:])[:, 1:] != -100).sum(1).tolist()
+    assert 0 in learnt
+    facts = write_cache(teacher, blocks, tmp_path / "answers", method, "float32")
+    whole = write_cache(teacher, blocks.remove_columns("labels"), tmp_path / "whole", method, "float32")
+    assert facts["tokens"] == sum(max(number, 1) for number in learnt)
+    assert facts["bytes"] < whole["bytes"]
+    losses = {}
+    for name in ("answers", "whole"):
+        args = arguments(tmp_path / "out", losses={"forward_kl": 1.0}, bf16=False, max_steps=4)
+        student = tiny.model(seed=1, vocab_size=103, dtype=torch.float32)
+        trainer = DistillationTrainer(student, CachedTeacher(tmp_path / name), args, train_dataset=blocks)
+        batch = trainer.data_collator([blocks[i] for i in range(len(blocks))])
+        losses[name] = float(trainer.compute_loss(student, batch).detach())
+        trainer.train()
+    if "top_k" in method:
+        assert losses["answers"] == pytest.approx(losses["whole"], rel=1e-5)
+    other = blocks.remove_columns("labels")
+    trainer = DistillationTrainer(student, CachedTeacher(tmp_path / "answers"), args, train_dataset=other)
+    with pytest.raises(
+        ValueError, match="labels: 1. tokens of a row are learnt, and the cache .* holds what the teacher says of"
+    ):
+        trainer.data_collator([other[i] for i in range(4)])
 
 
 def test_every_answer_is_learnt_once_whatever_the_size_of_blocks():

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import require_space
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.batch import POSITIONS
+from hf_minitron.distillation.batch import POSITIONS, supervised
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
@@ -48,8 +48,8 @@ def write_cache(
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the device has it).
-        blocks (`Dataset`): `input_ids` per row, and `position_ids` for document-masked attention. Labels are not needed: every
-            token but a sequence's first is predicted.
+        blocks (`Dataset`): `input_ids` per row, and `position_ids` for document-masked attention. Without `labels` every token
+            but a sequence's first is predicted, and with them those whose label is not -100.
         folder (`str` or `Path`): Where to write; new, or of an interrupted write with the same settings.
         method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of
             the rest, or the whole vocabulary if it is no larger. All at temperature 1.
@@ -82,6 +82,9 @@ def write_cache(
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "batch_size": batch_size, **_sizes(lengths)}
     tokens = sum(lengths) - len(lengths)
+    if "labels" in blocks.column_names:  # of which nothing is known where it is not learnt
+        settings["answers"] = True
+        tokens = sum(int(_recorded(rows).sum()) for rows in blocks.with_format("torch").iter(batch_size=64))
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
         teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
         recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
@@ -129,6 +132,14 @@ def _lengths(blocks: Dataset) -> list[int]:
     return lengths
 
 
+def _recorded(rows: Mapping[str, Tensor]) -> Tensor:
+    """Return at which positions of rows, `(batch, seq)`, the teacher is asked: before tokens that are learnt; one at least."""
+    labels = supervised({"labels": rows["input_ids"], **rows}) if "labels" in rows else rows["input_ids"]
+    recorded = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    recorded[:, 0] |= ~recorded.any(1)
+    return recorded
+
+
 class _Recorder:
     """Computes the records of some sequences."""
 
@@ -143,17 +154,17 @@ class _Recorder:
         for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
             inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
-            per_block = inputs["input_ids"].shape[1] - 1
-            every = torch.arange(inputs["input_ids"].numel(), device=self.teacher.model.device)
-            signal = self.teacher({**inputs, POSITIONS: every.view(len(batch), -1)[:, :-1].flatten()})
-            for row, key in enumerate(keys_of(inputs)):
-                rng, hidden = np.random.default_rng([self.seed, first]), signal.hidden[row * per_block : (row + 1) * per_block]
-                chunks = []
+            labels = {"labels": torch.stack([torch.as_tensor(row["labels"]) for row in batch])} if "labels" in batch[0] else {}
+            recorded = _recorded({name: value.cpu() for name, value in inputs.items()} | labels)
+            signal = self.teacher({**inputs, POSITIONS: recorded.flatten().nonzero().squeeze(1).to(self.teacher.model.device)})
+            hiddens = signal.hidden.split(recorded.sum(1).tolist())
+            for hidden, key in zip(hiddens, keys_of(inputs), strict=True):
+                rng, chunks = np.random.default_rng([self.seed, first]), []
                 for _, logits in head_chunks(signal.head.logits, hidden, self.chunk_size):
                     chunks.append(self.record.keep(logits, rng))
                     del logits  # before the next chunk's are made
                 arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
-                yield self.record.encode(arrays), per_block, key
+                yield self.record.encode(arrays), len(hidden), key
                 first += 1
 
 

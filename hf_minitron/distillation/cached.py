@@ -7,7 +7,7 @@ found by that hash, in any order; another text, or the same packed in another wa
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +21,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.batch import TARGETS, at_positions, positions_of
-from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
-from hf_minitron.distillation.records import Record, record_of
+from hf_minitron.distillation.batch import TARGETS, at_positions, positions_of, with_targets
+from hf_minitron.distillation.records import record_of
 from hf_minitron.distillation.signals import Signal
 from hf_minitron.model_files import resolve, split_kwargs
 
@@ -83,14 +82,16 @@ class CachedTeacher:
     def columns(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the columns of a batch that hold what the cache knows of its rows, each of shape `(batch, seq, ...)`.
 
-        A position has what the teacher says about the next token; padding and the last token have zeros. Floats are there as
-        the whole numbers of the same bits, for DeepSpeed rounds the floats of a batch.
+        A position has what the teacher says about the next token; padding and the last token have zeros, as have those whose
+        next token is not learnt in a cache of rows with labels. Floats are there as the whole numbers of the same bits, for
+        DeepSpeed rounds the floats of a batch.
 
         Raises:
-            ValueError: for a row that the cache does not hold, or that is padded in its middle.
+            ValueError: for a row that the cache does not hold, with other answers, or that is padded in its middle.
         """
         tables = []
-        for key, real in zip(keys_of(inputs), _real(inputs), strict=True):
+        answers = (with_targets(inputs)[TARGETS] != -100).cpu().numpy() if self.meta.get("answers") else None
+        for row, (key, real) in enumerate(zip(keys_of(inputs), _real(inputs), strict=True)):
             block = self._find(key)
             if block is None:
                 raise ValueError(f"A row of the batch is not in the cache {self.folder}: {self._what()}. Cache what is "
@@ -99,8 +100,12 @@ class CachedTeacher:
                 raise ValueError("attention_mask: a row has padding between its tokens, of which there is no cache")
             arrays = [np.ascontiguousarray(array) for array in self._read(block)]
             tables.append([np.zeros((len(real), *array.shape[1:]), array.dtype) for array in arrays])
+            places = real.argmax() + np.arange(len(arrays[0])) if answers is None else np.flatnonzero(answers[row])
+            if len(places) not in (0, len(arrays[0])):
+                raise ValueError(f"labels: {len(places)} tokens of a row are learnt, and the cache {self.folder} holds what "
+                                 f"the teacher says of {len(arrays[0])}: cache the rows as they are trained on")  # fmt: skip
             for table, array in zip(tables[-1], arrays, strict=True):
-                table[real.argmax() :][: len(array)] = array
+                table[places] = array[: len(places)]
         stacked = [torch.from_numpy(np.stack(column)) for column in zip(*tables, strict=True)]
         return {name: table.view(BITS.get(table.dtype, table.dtype))
                 for name, table in zip(self.record.columns, stacked, strict=True)}  # fmt: skip
@@ -243,31 +248,6 @@ def block_keys(blocks: Dataset) -> Iterator[int]:
         positions, masks = (rows.get(name, nothing) for name in ("position_ids", "attention_mask"))
         for ids, starts, mask in zip(rows["input_ids"], positions, masks, strict=True):
             yield key_of(ids if mask is None else ids[mask.astype(bool)], starts)
-
-
-def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:
-    """Refuse losses and a temperature that a way of storing outputs cannot serve.
-
-    Args:
-        record (`Record`): How outputs are stored.
-        losses (`Iterable[str]`): Names, as in `DistillationArguments`.
-        temperature (`float`): Of the distillation; only the whole vocabulary can be had at another than 1.
-
-    Raises:
-        ValueError: naming the first loss that cannot be had, and what to do.
-    """
-    for name in losses:
-        if name == CROSS_ENTROPY:
-            continue
-        if function_of(name) is None:
-            raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
-        if record.losses is not None and name not in record.losses:
-            raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "
-                             "use that, or cache with method top_k")  # fmt: skip
-    if temperature != 1 and not record.is_full_vocab:
-        raise ValueError(
-            f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache"
-        )
 
 
 def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | None = None) -> dict:

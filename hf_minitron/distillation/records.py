@@ -4,13 +4,14 @@ Ids of a row are kept in ascending order, as the differences between them in an 
 says how many bits follow. All is read without a loop over tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, function_of
 from hf_minitron.distillation.signals import SparseSignal, StoredSignal
 
 # numpy's type of a stored log-probability. float16 keeps 11 bits: an error of at most 2**-11 of the logarithm.
@@ -240,3 +241,28 @@ def record_of(method: Mapping[str, int], vocab: int, dtype: str = "float16") -> 
 def _stored(values: Tensor, dtype: str) -> np.ndarray:
     """Return log-probabilities as they are stored; those that float16 cannot hold are those of nothing."""
     return values.clamp(min=torch.finfo(torch.float16).min).cpu().numpy().astype(DTYPES[dtype])
+
+
+def check_losses(record: Record, losses: Iterable[str], temperature: float) -> None:
+    """Refuse losses and a temperature that a way of storing outputs cannot serve.
+
+    Args:
+        record (`Record`): How outputs are stored.
+        losses (`Iterable[str]`): Names, as in `DistillationArguments`.
+        temperature (`float`): Of the distillation; only the whole vocabulary can be had at another than 1.
+
+    Raises:
+        ValueError: naming the first loss that cannot be had, and what to do.
+    """
+    for name in losses:
+        if name == CROSS_ENTROPY:
+            continue
+        if function_of(name) is None:
+            raise ValueError(f"losses: {name} reads the teacher's states, which no cache holds: leave it out, or the cache")
+        if record.losses is not None and name not in record.losses:
+            raise ValueError(f"losses: {name} cannot be had from random draws, unbiased for {record.losses[0]} alone: "
+                             "use that, or cache with method top_k")  # fmt: skip
+    if temperature != 1 and not record.is_full_vocab:
+        raise ValueError(
+            f"temperature: {temperature}, but a cache of some tokens is of temperature 1; set that, or use no cache"
+        )

@@ -9,11 +9,12 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import auto_class
-from hf_minitron.distillation.cached import META, CachedTeacher, check_losses
+from hf_minitron.distillation.cached import META, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
+from hf_minitron.distillation.records import check_losses
 from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.errors import one_line
 from hf_minitron.head import check_head

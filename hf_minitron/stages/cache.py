@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
 from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.cached import check_losses
-from hf_minitron.distillation.records import record_of
+from hf_minitron.distillation.records import check_losses, record_of
 from hf_minitron.distillation.teacher import teacher_folder
 from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
@@ -70,7 +69,7 @@ def run(args: Args, run: Run, out: Path) -> None:
         training, tokenizer, out, run.seed, args.tokens or tokens_wanted(training), tokens_made(run)
     )
     if eval_blocks:
-        read = [name for name in ("input_ids", "position_ids") if name in blocks.column_names]
+        read = [name for name in blocks.column_names if name in eval_blocks.column_names]  # without labels: all positions
         blocks = concatenate_datasets([part.select_columns(read) for part in (blocks, eval_blocks)])
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
