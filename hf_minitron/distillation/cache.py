@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import require_space
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.batch import POSITIONS, supervised
-from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, keys_of, shard_path, teacher_identity
+from hf_minitron.distillation.batch import COLUMNS, POSITIONS
+from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, answers_of, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
 from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.head import head_chunks
@@ -84,7 +84,8 @@ def write_cache(
     tokens = sum(lengths) - len(lengths)
     if "labels" in blocks.column_names:  # of which nothing is known where it is not learnt
         settings["answers"] = True
-        tokens = sum(int(_recorded(rows).sum()) for rows in blocks.with_format("torch").iter(batch_size=64))
+        rows = blocks.with_format("torch").select_columns([name for name in COLUMNS if name in blocks.column_names])
+        tokens = sum(max(int(answers_of({name: value[None] for name, value in row.items()}).sum()), 1) for row in rows)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
         teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
         recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
@@ -132,12 +133,12 @@ def _lengths(blocks: Dataset) -> list[int]:
     return lengths
 
 
-def _recorded(rows: Mapping[str, Tensor]) -> Tensor:
-    """Return at which positions of rows, `(batch, seq)`, the teacher is asked: before tokens that are learnt; one at least."""
-    labels = supervised({"labels": rows["input_ids"], **rows}) if "labels" in rows else rows["input_ids"]
-    recorded = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    recorded[:, 0] |= ~recorded.any(1)
-    return recorded
+def _asked(ids: Tensor, answers: np.ndarray | None) -> Tensor:
+    """Return at which positions, `(batch, seq)`, a teacher is asked: at all but the last, or before answers, one at least."""
+    asked = torch.ones_like(ids, dtype=torch.bool) if answers is None else torch.tensor(answers, device=ids.device)
+    asked[:, -1] = False
+    asked[:, 0] |= ~asked.any(1)
+    return asked
 
 
 class _Recorder:
@@ -154,11 +155,14 @@ class _Recorder:
         for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
             names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
             inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
-            labels = {"labels": torch.stack([torch.as_tensor(row["labels"]) for row in batch])} if "labels" in batch[0] else {}
-            recorded = _recorded({name: value.cpu() for name, value in inputs.items()} | labels)
-            signal = self.teacher({**inputs, POSITIONS: recorded.flatten().nonzero().squeeze(1).to(self.teacher.model.device)})
-            hiddens = signal.hidden.split(recorded.sum(1).tolist())
-            for hidden, key in zip(hiddens, keys_of(inputs), strict=True):
+            answers = None
+            if "labels" in batch[0]:
+                labels = torch.stack([torch.as_tensor(row["labels"]) for row in batch]).to(self.teacher.model.device)
+                answers = answers_of({**inputs, "labels": labels})
+            asked = _asked(inputs["input_ids"], answers)
+            signal = self.teacher({**inputs, POSITIONS: asked.flatten().nonzero().squeeze(1)})
+            hiddens = signal.hidden.split(asked.sum(1).tolist())
+            for hidden, key in zip(hiddens, keys_of(inputs, answers), strict=True):
                 rng, chunks = np.random.default_rng([self.seed, first]), []
                 for _, logits in head_chunks(signal.head.logits, hidden, self.chunk_size):
                     chunks.append(self.record.keep(logits, rng))

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import text_hash
-from hf_minitron.distillation.batch import TARGETS, at_positions, positions_of, with_targets
+from hf_minitron.distillation.batch import COLUMNS, TARGETS, at_positions, positions_of, with_targets
 from hf_minitron.distillation.records import record_of
 from hf_minitron.distillation.signals import Signal
 from hf_minitron.model_files import resolve, split_kwargs
@@ -90,8 +90,8 @@ class CachedTeacher:
             ValueError: for a row that the cache does not hold, with other answers, or that is padded in its middle.
         """
         tables = []
-        answers = (with_targets(inputs)[TARGETS] != -100).cpu().numpy() if self.meta.get("answers") else None
-        for row, (key, real) in enumerate(zip(keys_of(inputs), _real(inputs), strict=True)):
+        answers = answers_of(inputs) if self.meta.get("answers") else None
+        for row, (key, real) in enumerate(zip(keys_of(inputs, answers), _real(inputs), strict=True)):
             block = self._find(key)
             if block is None:
                 raise ValueError(f"A row of the batch is not in the cache {self.folder}: {self._what()}. Cache what is "
@@ -101,9 +101,6 @@ class CachedTeacher:
             arrays = [np.ascontiguousarray(array) for array in self._read(block)]
             tables.append([np.zeros((len(real), *array.shape[1:]), array.dtype) for array in arrays])
             places = real.argmax() + np.arange(len(arrays[0])) if answers is None else np.flatnonzero(answers[row])
-            if len(places) not in (0, len(arrays[0])):
-                raise ValueError(f"labels: {len(places)} tokens of a row are learnt, and the cache {self.folder} holds what "
-                                 f"the teacher says of {len(arrays[0])}: cache the rows as they are trained on")  # fmt: skip
             for table, array in zip(tables[-1], arrays, strict=True):
                 table[places] = array[: len(places)]
         stacked = [torch.from_numpy(np.stack(column)) for column in zip(*tables, strict=True)]
@@ -127,7 +124,7 @@ class CachedTeacher:
         Raises:
             ValueError: with how many, and what the cache holds.
         """
-        missing = sum(self._find(key) is None for key in block_keys(blocks))
+        missing = sum(self._find(key) is None for key in block_keys(blocks, self.meta.get("answers", False)))
         if not missing:
             return
         reason = "the same text, packed in another way" if text_hash(blocks) == self.meta["text"] else "other text"
@@ -220,19 +217,26 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.bin"
 
 
-def key_of(ids: np.ndarray, positions: np.ndarray | None) -> int:
-    """Return a hash, an int64, of a teacher's inputs: the tokens of a sequence, and their positions if given."""
+def key_of(ids: np.ndarray, positions: np.ndarray | None, answers: np.ndarray | None = None) -> int:
+    """Return a hash, an int64, of a teacher's inputs: a sequence's tokens, their positions, and before which it is asked."""
     digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i4").tobytes(), digest_size=8)
     if positions is not None:
         digest.update(b"positions" + np.ascontiguousarray(positions, "<i4").tobytes())
+    if answers is not None:
+        digest.update(b"answers" + np.packbits(answers).tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def keys_of(inputs: dict[str, Tensor]) -> Iterator[int]:
-    """Yield the keys of a batch's rows, without their padding."""
+def answers_of(inputs: Mapping[str, Tensor]) -> np.ndarray:
+    """Return at which positions of a batch, `(batch, seq)`, the next token is learnt."""
+    return (with_targets(inputs)[TARGETS] != -100).cpu().numpy()
+
+
+def keys_of(inputs: Mapping[str, Tensor], answers: np.ndarray | None = None) -> Iterator[int]:
+    """Yield the keys of a batch's rows, without their padding; with `answers` those of a cache of them alone."""
     ids, positions = (inputs[name].cpu().numpy() if name in inputs else None for name in ("input_ids", "position_ids"))
     for row, real in enumerate(_real(inputs)):
-        yield key_of(ids[row, real], None if positions is None else positions[row, real])
+        yield key_of(ids[row, real], *(None if part is None else part[row, real] for part in (positions, answers)))
 
 
 def _real(inputs: dict[str, Tensor]) -> np.ndarray:
@@ -241,8 +245,14 @@ def _real(inputs: dict[str, Tensor]) -> np.ndarray:
     return np.ones(inputs["input_ids"].shape, bool) if mask is None else mask.bool().cpu().numpy()
 
 
-def block_keys(blocks: Dataset) -> Iterator[int]:
-    """Yield the keys of a dataset's rows, without their padding."""
+def block_keys(blocks: Dataset, answers: bool = False) -> Iterator[int]:
+    """Yield the keys of a dataset's rows, without their padding; those of a cache of `answers` alone if so."""
+    for row in blocks.with_format("torch") if answers else ():
+        inputs = {"labels": row["input_ids"], **row}
+        inputs = {name: inputs[name][None] for name in COLUMNS if name in inputs}
+        yield from keys_of(inputs, answers_of(inputs))
+    if answers:
+        return
     for rows in blocks.with_format("numpy").iter(batch_size=64):
         nothing = [None] * len(rows["input_ids"])
         positions, masks = (rows.get(name, nothing) for name in ("position_ids", "attention_mask"))
