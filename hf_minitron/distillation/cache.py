@@ -81,11 +81,8 @@ def write_cache(
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "batch_size": batch_size, **_sizes(lengths)}
-    tokens = sum(lengths) - len(lengths)
-    if "labels" in blocks.column_names:  # of which nothing is known where it is not learnt
-        settings["answers"] = True
-        rows = blocks.with_format("torch").select_columns([name for name in COLUMNS if name in blocks.column_names])
-        tokens = sum(max(int(answers_of({name: value[None] for name, value in row.items()}).sum()), 1) for row in rows)
+    settings |= {"answers": True} if "labels" in blocks.column_names else {}
+    tokens = _tokens(blocks) if "labels" in blocks.column_names else sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
         teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
         recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
@@ -131,6 +128,12 @@ def _lengths(blocks: Dataset) -> list[int]:
             f"Sequences need at least two tokens, one to predict another; the shortest has {min(lengths, default=0)}"
         )
     return lengths
+
+
+def _tokens(blocks: Dataset) -> int:
+    """Count the tokens of rows with labels before which a teacher is asked."""
+    rows = blocks.with_format("torch").select_columns([name for name in COLUMNS if name in blocks.column_names])
+    return sum(max(int(answers_of({name: value[None] for name, value in row.items()}).sum()), 1) for row in rows)
 
 
 def _asked(ids: Tensor, answers: np.ndarray | None) -> Tensor:
