@@ -75,14 +75,13 @@ def write_cache(
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
-    lengths, identity = _lengths(blocks), teacher_identity(model, init_kwargs)
-    shared = {} if student is None else _vocabulary(student)
+    lengths, identity, shared = _lengths(blocks), teacher_identity(model, init_kwargs), _vocabulary(student)
     record = record_of(method, (identity | shared)["vocab_size"], dtype)
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
     settings |= {"position_ids": "position_ids" in blocks.column_names, "batch_size": batch_size, **_sizes(lengths)}
-    settings |= {"answers": True} if "labels" in blocks.column_names else {}
-    tokens = _tokens(blocks) if "labels" in blocks.column_names else sum(lengths) - len(lengths)
+    settings["answers"] = "labels" in blocks.column_names
+    tokens = _tokens(blocks) if settings["answers"] else sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
         teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
         recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
@@ -107,8 +106,10 @@ def _sizes(lengths: Sequence[int]) -> dict:
     return {"blocks": len(lengths), "block_size": same, "shard_blocks": shard_blocks}
 
 
-def _vocabulary(student: str | Path) -> dict:
+def _vocabulary(student: str | Path | None) -> dict:
     """Return what a cache says of the tokens of a student that has some of its teacher's; nothing of one that has all."""
+    if student is None:
+        return {}
     config = AutoConfig.from_pretrained(student)
     mark = pruned_vocab(config)
     return {} if mark is None else {PRUNED_VOCAB: mark, "vocab_size": text_config(config).vocab_size}
@@ -187,6 +188,7 @@ def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:
     mark = meta if meta.is_file() else unfinished
     if mark.is_file():
         theirs = json.loads(mark.read_text(encoding="utf-8"))
+        theirs.setdefault("answers", False)  # as before there were any
         different = [key for key, value in settings.items() if theirs.get(key) != value]
         if different:
             key = different[0]
