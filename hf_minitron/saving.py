@@ -86,7 +86,7 @@ def save_config(config: PreTrainedConfig, folder: str | Path, **changes: Any) ->
     content |= legacy_rope(config) or {}
     if older := OLDER_LAYER_TYPES.get(config.model_type):
         content["layer_types"] = [older[kind] for kind in content["layer_types"]]
-    for part in config.sub_configs:
+    for part in (part for part in config.sub_configs if content.get(part)):
         content[part] |= legacy_rope(getattr(config, part)) or {}
     content |= {older: content[name] for older, name in OLDER_NAMES.get(config.model_type, {}).items()}
     if content.get("dtype") is not None:

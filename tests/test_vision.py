@@ -8,7 +8,7 @@ import tiny_vision
 import torch
 from safetensors.torch import load_file, save_file
 from test_distillation import arguments
-from test_families import logits, masked, plan_for, relative, rename, vector
+from test_families import IDS, logits, masked, plan_for, relative, rename, vector
 from transformers import AutoModelForImageTextToText
 
 from hf_minitron.architecture.architecture import Architecture
@@ -27,6 +27,7 @@ ALIKE = ("glm46v", "internvl", "llava_next", "llava_onevision", "qwen2_vl", "qwe
          "vipllava")  # fmt: skip
 # What gives image features of the hidden width, and of those that are as wide inside, the second matrix.
 GIVERS = {
+    "gemma4": ["model.embed_vision"],
     "qwen2_vl": ["model.visual.merger"],
     "qwen2_5_vl": ["model.visual.merger"],
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), ["model.visual.merger"]),
@@ -104,8 +105,9 @@ def test_pruned_equals_masked_with_and_without_an_image(model_type, axis):
             relative(answer(student, model_type), answer(teacher, model_type)),
         )
     print(model_type, axis, text, image)
-    assert text < 1e-6, text
-    assert image < 1e-6, image
+    bar = 1e-5 if model_type == "gemma4" else 1e-6  # it does not scale its scores
+    assert text < bar, text
+    assert image < bar, image
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -153,6 +155,10 @@ def test_scores_and_moments_layer_by_layer_are_those_of_the_whole_model(model_ty
     teacher = tiny_vision.model(model_type, dtype=torch.float32)
     teacher.save_pretrained(tmp_path)
     whole = calibrate(teacher, tiny.blocks(), moments=True)
+    if model_type == "gemma4":
+        with pytest.raises(ValueError, match="cannot be scored layer by layer: its last layers use the keys and values of ear"):
+            calibrate(tmp_path, tiny.blocks())
+        return
     found = calibrate(str(tmp_path), tiny.blocks(), moments=True, dtype=torch.float32)
     assert found.scores.keys() == whole.scores.keys()
     assert all(torch.allclose(found.scores[axis], whole.scores[axis], rtol=1e-5, equal_nan=True) for axis in whole.scores)
@@ -177,7 +183,7 @@ def test_a_student_learns_from_its_teacher_by_text(model_type, tmp_path):
     statistics = calibrate(teacher, tiny.blocks(), moments=True)
     student = prune_model(teacher, target(model_type), statistics)
     before = {name: parameter.clone() for name, parameter in student.named_parameters()}
-    relations = {} if model_type in HYBRIDS else {"query_key": 0.5}
+    relations = {} if model_type in (*HYBRIDS, "gemma4") else {"query_key": 0.5}
     losses = {"forward_kl": 1.0, "block": 0.5, **relations}
     args = arguments(
         tmp_path, losses=losses, layer_pairs="uniform", max_steps=1, learning_rate=0.01, lr_scheduler_type="constant"
@@ -260,7 +266,10 @@ def test_the_text_model_alone_says_the_same_of_text(model_type, tmp_path):
     teacher = tiny_vision.model(model_type, torch.float32, tie_word_embeddings=model_type in ("gemma3", "qwen3_vl"))
     plan = plan_for(teacher, **target(model_type))
     whole, text = prune_model(teacher, plan), prune_model(teacher, plan, text_only=True)
-    assert relative(logits(text), logits(whole)) < 1e-5
+    words = IDS.clamp(max=tiny_vision.IMAGE - 1)  # Gemma 4 takes what stands for an image to be padding
+    with torch.no_grad():
+        found, expected = (model(input_ids=words, use_cache=False).logits for model in (text, whole))
+    assert relative(found, expected) < 1e-5
     teacher.save_pretrained(tmp_path / "teacher")
     (tmp_path / "teacher" / "preprocessor_config.json").write_text("{}")
     prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", text_only=True)

@@ -20,7 +20,7 @@ from hf_minitron.pruning.prune import prune_checkpoint
 # What vision models have in their names on the Hub and in transformers 4, and not in 5.
 INSIDE = dict.fromkeys(("gemma3", "llava", "llava_next", "llava_onevision"), "vision_model.")
 # Experts of qwen3_vl_moe lay transposed; of vipllava, a key of config.json had another name.
-NOT_IN_4 = ("glm46v", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "vipllava")
+NOT_IN_4 = ("gemma4", "glm46v", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "vipllava")
 LOAD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file

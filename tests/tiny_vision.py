@@ -31,6 +31,13 @@ SETTINGS = {
         {"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
         {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END},
     ),
+    "gemma4": (
+        {"model_type": "gemma4_text", **tiny.CHANGES["gemma4_text"]},
+        {**CLIP, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 2,
+         "position_embedding_size": 8},
+        {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 94, "boi_token_id": START, "eoi_token_id": END,
+         "boa_token_id": 95, "eoa_token_index": 96},
+    ),
     "glm4v": (
         {**EIGHT, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.6}},
         {**QWEN, **WIDE, "image_size": 8},
@@ -152,6 +159,11 @@ def images(model_type, dtype=torch.float64):
             "image_grid_thw": torch.tensor([[1, 2, 2]]),
             "mm_token_type_ids": (ids == IMAGE).int(),
         }
+    if model_type == "gemma4":
+        places = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])
+        kinds = (ids == IMAGE).int()
+        return inputs | {"pixel_values": pixels[..., :4, :4].reshape(1, 4, 12), "image_position_ids": places,
+                         "mm_token_type_ids": kinds}  # fmt: skip
     if model_type in ("llava_next", "llava_onevision"):
         return inputs | {"pixel_values": pixels[None].expand(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])}
     if model_type == "mistral3":

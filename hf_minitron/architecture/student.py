@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, named_ids, text_config, with_text
-from hf_minitron.architecture.nonuniform import per_layer_config, pruned_config
+from hf_minitron.architecture.nonuniform import PER_LAYER, per_layer_config, pruned_config
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
 from hf_minitron.architecture.vision import Tower
@@ -127,7 +127,7 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
     }
     try:
         config = CONFIG_MAPPING[text["model_type"]]
-        known = {"head_dim", *(config.attribute_map or {}), *(field.name for field in dataclasses.fields(config))}
+        known = {"head_dim", PER_LAYER, *(config.attribute_map or {}), *(field.name for field in dataclasses.fields(config))}
         config = config.from_dict({key: value for key, value in text.items() if key in known})
         made = outline(config)
     except Exception as error:  # config classes and modules raise their own kinds

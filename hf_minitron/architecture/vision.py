@@ -74,6 +74,10 @@ DEEPSTACK = Tower(
 FC2_ALONE = Tower(LANGUAGE_MODEL, FC2, follows={"vision_config.out_hidden_size": "hidden"})
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower(LANGUAGE_MODEL, {"model.multi_modal_projector.mm_input_projection_weight": "_ hidden"}),
+    "gemma4": Tower(
+        LANGUAGE_MODEL,
+        {f"model.embed_{part}.embedding_projection.weight": "hidden _" for part in ("vision", "audio")},
+    ),
     "glm4v": GLM,
     "glm46v": GLM,
     "idefics3": ONE_MATRIX,

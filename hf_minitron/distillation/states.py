@@ -249,13 +249,14 @@ def _places(config, names: Sequence[str]) -> dict[str, list[list[Place]]]:
     """Return the modules whose outputs a loss compares, by its name and the layer; a relation has two."""
     architecture = Architecture.of(config)
     attention, mlp, last = architecture.norms
-    parts = {part: architecture.attention(part) for part in ("query", "key", "value") if architecture.attention(part)}
+    layers = architecture.shape["layers"]
+    parts = {part: architecture.attention(part) for part in ("query", "key", "value")}
+    parts = {part: modules for part, modules in parts.items() if len(modules) == layers}
     found: dict[str, list[list[Place]]] = {
         "embedding": [[(norm, None, "")] for norm in attention[:1]],
         "block": [[(norm, None, "")] for norm in ([*attention[1:], last] if attention and last else [])],
         "mlp_input": [[(norm, None, "")] for norm in mlp],
     }
-    layers = architecture.shape["layers"]
     for name, kinds in RELATIONS.items():
         if parts.keys() >= set(kinds):
             both = zip(*(parts[kind] for kind in kinds), strict=True)
