@@ -408,3 +408,12 @@ def test_help_explains_both_verbs(capsys):
     with pytest.raises(SystemExit):
         main(["search", "--help"])
     assert "search.budget" in capsys.readouterr().out
+
+
+def test_fewer_tokens_are_worth_the_share_of_the_text_that_they_are():
+    before = Architecture.of(tiny.config()).shape
+    counts = torch.zeros(before["vocab"], dtype=torch.float64)
+    counts[[5, 9, 20]] = torch.tensor([6.0, 3.0, 1.0], dtype=torch.float64)
+    legal = search.legal_shapes(before, {"vocab": [1, 2, before["vocab"]]}, {})
+    found = search.rank([search.Candidate(*pair, {}) for pair in legal], {"vocab": counts}, before)
+    assert [(c.name, round(c.score, 6)) for c in found] == [("vocab2", 0.9), ("vocab1", 0.6)]
