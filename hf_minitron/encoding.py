@@ -6,6 +6,7 @@ both messages; `input_ids`, tokens already. Chats are written by the tokenizer's
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,11 +120,29 @@ class Encoder:
         for number, turn in enumerate(messages):
             if turn["role"] == "assistant":
                 before = self._template(messages[:number], row, tokenize=False, add_generation_prompt=True)
-                through = self._template(messages[: number + 1], row, tokenize=False)
-                spans.append((self._prefix(before, whole), self._prefix(through, whole)))
+                spans.append((self._prefix(before, whole), self._end(messages, number, row, whole)))
         if not spans:
             raise ValueError("has no turn of the assistant, so nothing in it is learnt. Leave it out")
         return whole, spans
+
+    def _end(self, messages: list[dict], number: int, row: Mapping, whole: str) -> int:
+        """Return where a turn ends in a conversation, which may write it in another way than as the last one: without thoughts.
+
+        Then the end is told by what follows two other contents: in the last turn its own end, before another turn that as well.
+        """
+        through = self._template(messages[: number + 1], row, tokenize=False)
+        if whole.startswith(through) or number + 1 == len(messages):
+            return self._prefix(through, whole)
+        endings = []
+        for following in ([], messages[number + 1 : number + 2]):
+            turns = ([*messages[:number], {**messages[number], "content": content}, *following] for content in "ab")
+            first, second = (self._template(turn, row, tokenize=False)[::-1] for turn in turns)
+            endings.append(os.path.commonprefix([first, second])[::-1])
+        own, both = endings
+        after = self._template(messages[: number + 2], row, tokenize=False)
+        return (
+            self._prefix(after, whole) - len(both) + len(own) if own and both.startswith(own) else self._prefix(through, whole)
+        )
 
     def _written_pair(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
         prompt, completion = _messages(row["prompt"]), _messages(row["completion"])

@@ -33,7 +33,15 @@ MARKED = PLAIN.replace(
     "{{ '<|' + message['role'] + '|> ' }}{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] + ' </s> ' }}{% endgeneration %}{% else %}{{ message['content'] + ' </s> ' }}{% endif %}",
 )
-# As Qwen3's: what an earlier turn thought is left out once the user has written again.
+# As Qwen3's: what a turn thought is left out once the user has written again.
+THINKS = (
+    "{% set seen = namespace(last=0) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set seen.last = loop.index0 %}{% endif %}{% endfor %}"
+) + PLAIN.replace(
+    "+ message['content'] +",
+    "+ ('w80 ' if message['role'] == 'assistant' and loop.index0 > seen.last else '') + message['content'] +",
+)
+# Of every turn but the last one word is left, of the user's too.
 FORGETS = PLAIN.replace("message['content']", "(message['content'] if loop.last else message['content'].split()[-1])")
 ALTERNATES = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + PLAIN
 
@@ -66,6 +74,15 @@ def test_answers_are_learnt_and_nothing_else(template):
     text, learnt = encoded({"messages": TWO}, template)
     assert text == "<|user|> w1 w2 </s> <|assistant|> w3 w4 </s> <|user|> w5 </s> <|assistant|> w6 w7 w8 </s>"
     assert learnt == "w3 w4 </s> w6 w7 w8 </s>"
+
+
+def test_answers_that_are_written_without_their_thoughts_later_are_found():
+    for repeated in (TWO, chat("w1", "w1", "w1", "w1"), chat("w1 w2", "a", "w3", "b")):
+        answers = [turn["content"] for turn in repeated[1::2]]
+        text, learnt = encoded({"messages": repeated}, THINKS)
+        assert text.count("w80") == 1, "of the last one"
+        expected = f"{answers[0]} </s> w80 {answers[1]} </s>"
+        assert learnt == expected.replace("a ", "<pad> ").replace("b ", "<pad> "), repeated
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
