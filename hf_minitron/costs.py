@@ -191,8 +191,7 @@ def _training(
     per_token += _flops(teacher, training.block_size) if live else 0
     kept = (_value(recipe, stage, "save_total_limit") or 1) + 1  # and the one that is being written
     disk = kept * 3 * FLOAT * (parameters if trained is None else trained)
-    if not _value(recipe, stage, "streaming"):
-        disk += FLOAT * tokens
+    disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
     note = "FSDP2" if training.sharded else "DDP" if machine.gpus > 1 else ""
     return Cost(stage, gpu, _host(machine, FLOAT * parameters + live), disk, tokens, tokens * per_token, note)
 

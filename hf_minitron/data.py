@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 64  # documents handed to the tokenizer at a time
 _FEW, _FEW_TOKENS = 20_000, 5_000_000  # documents, and tokens, that one process makes as fast as several
-_STREAMS = 8  # processes that read a stream
+_STREAMS = 16  # processes that read a stream, at most
 _BUFFER = {"buffer_size": 10_000}  # documents among which a stream is shuffled
 
 
