@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,7 +22,9 @@ INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
 small one, evaluate both, publish the result. A recipe (a YAML file with one section per stage) says how.
 
-  hf-minitron plan recipe.yaml      what the target costs: sizes, parameters, memory, FLOPs (no weights read)
+  hf-minitron init owner/model --keep 50%      write a short recipe for a model, from its config.json alone
+  hf-minitron plan recipe.yaml      what it costs: sizes, memory of every stage, tokens, hours (no weights read)
+  hf-minitron plan recipe.yaml --gpus 8 --gpu-memory 80GB      and whether it fits, and what to change
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
   hf-minitron run a.yaml b.yaml     one after another: b may prune what a makes (model: <run of a>/publish/model)
   hf-minitron prune recipe.yaml     one stage
@@ -35,12 +38,13 @@ run, `select` ranks them and writes the recipe of the best:
   hf-minitron select recipe.yaml
 """
 RUNS = {
+    "init": "write a short commented recipe for a model, from its config.json alone, and say what it takes.",
     "run": "all stages in order; finished ones are skipped, an interrupted one goes on.",
-    "plan": "sizes, parameters, bytes, KV cache and FLOPs before and after, from config.json alone.",
+    "plan": "sizes before and after, memory, disk and hours of every stage, of a recipe or a model's half, from config.json.",
     "report": "write report.html, the run's facts as one page, finished or not, and say where it is.",
 }
 # Verbs that need less than all stages, and the modules that do them.
-MODULES = {"plan": "planning"}
+MODULES = {"plan": "planning", "init": "drafting"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_verb(argv)
         args, rest = parser().parse_known_args(argv)
         overrides = read_overrides(rest)
-        for path in args.recipe if isinstance(args.recipe, list) else [args.recipe]:
+        if hasattr(args, "gpu_memory"):
+            args.memory = memory_size(args.gpu_memory)
+        for path in recipes_of(args):
             read_recipe(path, overrides, known_keys())  # a mistyped key is told before anything is imported
         return importlib.import_module(f"hf_minitron.{MODULES.get(args.verb, 'command')}").main(args, overrides)
     except KeyboardInterrupt:
@@ -62,6 +68,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {TOKEN.sub('<token>', str(error))}", file=sys.stderr)
         return 1
+
+
+def recipes_of(args: argparse.Namespace) -> list[Path]:
+    """Return the recipes that a verb reads: none where a model is named in place of one."""
+    if args.verb == "init":
+        return []
+    if args.verb == "plan" and args.recipe.suffix not in (".yaml", ".yml") and not args.recipe.is_file():
+        return []
+    return args.recipe if isinstance(args.recipe, list) else [args.recipe]
+
+
+def memory_size(text: str | None) -> float | None:
+    """Read a size such as `80GB`, `24` or `23.5GiB`; in GB without a unit.
+
+    Raises:
+        RecipeError: for what is no size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(g|gb|gib)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"--gpu-memory: {text!r} is not a size such as 80GB or 24GiB")
+    return float(match[1]) * (2**30 if match[2] == "gib" else 1e9)
 
 
 def stages() -> dict[str, dict]:
@@ -101,19 +130,19 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(
             name, help=text, description=text, epilog=_keys(name), formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        if name in ("plan", "init"):
+            _add_machine(verb)
+        if name == "init":
+            _add_draft(verb)
+            continue
         several = {"nargs": "+", "help": "recipes, YAML files; a later one may build on what an earlier one makes"}
-        one = {"help": "the recipe, a YAML file"}
+        one = {"help": "the recipe, a YAML file" + (", or a model" if name == "plan" else "")}
         verb.add_argument("recipe", type=Path, **(several if name == "run" else one))
         if name == "plan":
             verb.add_argument("--context", type=int, metavar="TOKENS", help="also count cache and FLOPs at so many tokens")
-            verb.add_argument("--gpus", type=int, default=1, help="how many GPUs it shall run on (default 1)")
-            verb.add_argument(
-                "--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether every stage fits"
-            )
+            verb.add_argument("--keep", metavar="SHARE", help="of a model's parameters, without a recipe (default 50%%)")
             verb.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (default 989, an H100)")
-            verb.add_argument(
-                "--utilization", type=float, default=0.26, help="share of the peak that is reached (default 0.26)"
-            )
+            verb.add_argument("--utilization", type=float, default=0.26, help="share of the peak that is used (default 0.26)")
         if name == "report":
             verb.add_argument("--open", action="store_true", help="open it in a browser")
         if name in ("run", "publish"):
@@ -122,8 +151,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _add_machine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--gpus", type=int, default=1, help="how many GPUs it shall run on (default 1)")
+    verb.add_argument("--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether stages fit")
+
+
+def _add_draft(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="a folder or a Hub id")
+    verb.add_argument("--keep", default="50%", metavar="SHARE", help="of the parameters (default 50%%)")
+    verb.add_argument("--text", metavar="DATASET", help="training text: files, or a dataset's Hub id")
+    verb.add_argument("--output", type=Path, default=Path("recipe.yaml"), help="where to write it (default recipe.yaml)")
+
+
 def _keys(name: str) -> str:
     """List what a stage's section knows, for its help: type, default, allowed values."""
+    if name == "init":
+        return ""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in KEYS["top"].items()]
     shown = {n: stage for n, stage in stages().items() if n == name or name == "run"}

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from hf_minitron.run import RecipeError, Run
 from hf_minitron.stage import Stages
 from hf_minitron.stages import publish
 from hf_minitron.stages.every import STAGES
+from hf_minitron.stages.share import with_sizes
 from hf_minitron.tables import markdown_table
 from hf_minitron.texts import COMMITS
 from hf_minitron.waiting import end_group, from_first, together
@@ -37,7 +39,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         check_chain(runs, overrides)
         run = runs[0]
         if args.verb == "report":
-            print(publish.report(with_values(run, stored_values(run) or {}), args.open))
+            print(publish.report(with_values(sized(run), stored_values(run) or {}), args.open))
             return 0
     keep_freed_memory()
     PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         for run in runs:
             run_all(run, push)
     else:
-        run_stages(run, [args.verb], push)
+        run_stages(sized(run), [args.verb], push)
     end_group()
     return 0
 
@@ -67,7 +69,7 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
     with TemporaryDirectory() as scratch:
         placeholders: dict[Path, Path] = {}
         for number, run in enumerate(runs):
-            ahead = with_placeholders(run, placeholders)
+            ahead = sized(with_placeholders(run, placeholders))
             try:
                 run.check_owner()
                 run.check_free()
@@ -79,6 +81,13 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
                 raise RecipeError(f"{run.recipe_path}: {error}") from error
 
 
+def sized(run: Run) -> Run:
+    """Return a run whose target has sizes, where the recipe has shares of the model's."""
+    with told("prune: "):
+        recipe = with_sizes(run.recipe)
+    return run if recipe is run.recipe else replace(run, recipe=recipe)
+
+
 def own_stages(run: Run) -> Stages:
     """Return the stages of `run`: all but the optional ones that the recipe leaves out."""
     return {n: stage for n, stage in STAGES.items() if stage.in_run and (n in run.recipe or not stage.optional)}
@@ -86,6 +95,7 @@ def own_stages(run: Run) -> Stages:
 
 def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) -> None:
     """Check every stage, say how long it will take, do what is not done, and show the result."""
+    run = sized(run)
     if PartialState().is_main_process:
         with told():
             print(plan_text(run.recipe), flush=True)

@@ -1,27 +1,43 @@
 """`hf-minitron plan`: what a recipe's target costs, from `config.json` alone."""
 
 import argparse
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hf_minitron.costs import Machine, cost_text
+from hf_minitron.drafting import draft
 from hf_minitron.errors import RecipeError, told
-from hf_minitron.recipe_file import KEYS, arguments, read_recipe
+from hf_minitron.recipe_file import KEYS, arguments, read_recipe, read_yaml
 from hf_minitron.shape import Shape
 from hf_minitron.stages import target
+from hf_minitron.stages.share import share_of, with_sizes
 from hf_minitron.tables import markdown_table
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     """Print the plan of a recipe; return the command's exit code."""
     with told():
-        recipe = read_recipe(args.recipe, overrides, dict.fromkeys(KEYS["stages"]))
+        machine, known = machine_of(args), dict.fromkeys(KEYS["stages"])
+        if args.recipe.suffix in (".yaml", ".yml") or args.recipe.is_file():
+            if args.keep is not None:
+                raise RecipeError(f"--keep: {args.keep!r} is for a model; a recipe has prune.target, which may be such a share")
+            recipe = with_sizes(read_recipe(args.recipe, overrides, known))
+        else:
+            recipe = as_drafted(str(args.recipe), args, overrides, machine)
         print(plan_text(recipe, args.context))
-        print("\n" + cost_text(recipe, machine_of(args)))
+        print("\n" + cost_text(recipe, machine))
     return 0
+
+
+def as_drafted(model: str, args: argparse.Namespace, overrides: Mapping[str, Any], machine: Machine) -> Mapping[str, Any]:
+    """Return the recipe that `init` would write for a model, and say so."""
+    if overrides:
+        raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe, and {model} is a model: write one with init")
+    share = share_of(args.keep or "50%", "--keep")
+    print(f"{model}, {share:.0%} of its parameters, as hf-minitron init {model} --keep {share:.0%} writes it\n")
+    return read_yaml(draft(model, share, machine), model)
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
@@ -36,21 +52,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
         raise RecipeError(f"--utilization: {args.utilization:g} is not a share between 0 and 1")
     if args.gpu_tflops <= 0:
         raise RecipeError(f"--gpu-tflops: {args.gpu_tflops:g} is not a number above zero")
-    return Machine(args.gpus, memory_size(args.gpu_memory), args.gpu_tflops * 1e12, args.utilization)
-
-
-def memory_size(text: str | None) -> float | None:
-    """Read a size such as `80GB`, `24` or `23.5GiB`; in GB without a unit.
-
-    Raises:
-        RecipeError: for what is no size.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(g|gb|gib)?", text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise RecipeError(f"--gpu-memory: {text!r} is not a size such as 80GB or 24GiB")
-    return float(match[1]) * (2**30 if match[2] == "gib" else 1e9)
+    return Machine(args.gpus, args.memory, args.gpu_tflops * 1e12, args.utilization)
 
 
 def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:

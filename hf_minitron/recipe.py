@@ -4,11 +4,12 @@ It knows no stage: the command hands it the table of stages.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.recipe_file import arguments, read_recipe
+from hf_minitron.recipe_file import arguments, items_of, read_recipe
 from hf_minitron.run import Run
 
 
@@ -25,6 +26,10 @@ def load_recipe(path: Path, overrides: Mapping[str, Any], stages: Mapping[str, t
     """
     keys = {stage: [field.name for field in dataclasses.fields(args) if field.init] for stage, args in stages.items()}
     recipe = read_recipe(path, overrides, keys)
+    for stage, args in stages.items():  # a list of one item may be written as the item
+        for name, declared in typing.get_type_hints(args).items():
+            if isinstance((recipe.get(stage) or {}).get(name), str) and declared in (list, list | None):
+                recipe[stage][name] = items_of(recipe[stage][name])
     folder = Path(str(recipe.get("run") or "") or f"runs/{path.resolve().parent.name}").expanduser()
     return Run(folder, str(recipe["model"]), recipe.get("seed", 0), recipe, path, stages)
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from hf_minitron.errors import TOKEN, RecipeError, one_line
+from hf_minitron.known_names import CONFIG_NAMES, RENAMED
 from hf_minitron.yaml_text import DEEPEST, load_yaml
 
 TOP_LEVEL = {
@@ -62,7 +63,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any], sections: Mapping[str,
                 raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
         section[last] = value
     check_no_token(yaml.safe_dump(recipe, width=LARGEST), f"the recipe {path}")  # however it was written
-    _check_keys("recipe", recipe, [*TOP_LEVEL, *sections])
+    _check_keys("recipe", recipe, [*TOP_LEVEL, *sections], sections)
     for stage, keys in sections.items():
         if not isinstance(recipe.get(stage) or {}, dict):
             raise RecipeError(f"{stage}: {recipe[stage]!r} is not a section of key: value lines")
@@ -151,12 +152,30 @@ def arguments(section: Mapping[str, Any], stage: str, args_type: type) -> Any:
         raise RecipeError(f"{stage}: {error}") from error
 
 
-def _check_keys(where: str, found: Mapping, known: Sequence[str]) -> None:
+def _check_keys(
+    where: str, found: Mapping, known: Sequence[str], elsewhere: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Refuse an unknown key, naming the nearest: of this place, or of a section where the key may belong (`elsewhere`)."""
     for key in found:
         if key not in known:
-            near = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            near = [name for name in RENAMED.get(str(key), ()) if name in known] or _nearest(str(key), known, elsewhere)
+            axis = f".{CONFIG_NAMES[key]}" if near and near[0].endswith("target") and key in CONFIG_NAMES else ""
+            hint = f"did you mean {near[0] + axis!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
+
+
+def _nearest(key: str, known: Sequence[str], elsewhere: Mapping | None) -> list[str]:
+    """Return the known key nearest to one that is not, as `section.key` where it stands in another place."""
+    for section in sorted(elsewhere or (), key=lambda name: name not in ("distill", "prune")):  # what is mostly meant first
+        for name in (key, *RENAMED.get(key, ())):
+            if name in (elsewhere[section] or ()):
+                return [f"{section}.{name}"]
+    return difflib.get_close_matches(key, known, n=1)
+
+
+def items_of(text: str) -> list[str]:
+    """Return the items of a list that is written as text: `arc_easy`, `arc_easy,piqa`."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> Any:
@@ -165,6 +184,8 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(declared) if union else (declared,))}
     if not kinds <= KINDS.keys():
         return value
+    if list in kinds and str not in kinds and isinstance(value, str):
+        value = items_of(value)
     if bool in kinds and str not in kinds and isinstance(value, str):
         value = YES_NO.get(value.lower(), value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -184,9 +205,6 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
             raise RecipeError(f"{name}: {item!r} is no item of its list, which takes names and numbers; write [a, b]")
     return value
 
-
-# Keys of before, and what they are called now.
-RENAMED = {"halves": "sublayers"}
 
 # Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.
 YES_NO = {"yes": True, "on": True, "no": False, "off": False}

@@ -130,7 +130,7 @@ def training_memory(
 def activation_bytes(architecture: Architecture, batch_size: int, block_size: int, mixed: bool) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a micro-batch in all layers and around them, and in one of them."""
     layers = architecture.shape["layers"]
-    if "experts" not in architecture.shape.sizes:
+    if "experts" not in architecture.shape.sizes and not architecture.shape.states:  # whose loops go token by token
         try:
             first, two = (batch_size * _sequence_bytes(architecture.config, n, block_size, mixed) for n in (1, min(2, layers)))
             return first + (layers - 1) * (two - first), two - first if layers > 1 else first

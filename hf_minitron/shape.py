@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
+from hf_minitron.known_names import CONFIG_NAMES
 from hf_minitron.sizes import AXES, CUTTABLE, expert_problems, head_problems, largest, limited, selected
 
 
@@ -262,7 +263,7 @@ class Shape:
             return [] if size == self[axis] else [f"{axis}: cannot be cut in this model: {reason}"]
         known = [known for known in CUTTABLE if known in self.sizes and known not in self.fixed]
         if axis not in known:
-            near = difflib.get_close_matches(str(axis), known, n=1)
+            near = [CONFIG_NAMES[axis]] if CONFIG_NAMES.get(axis) in known else difflib.get_close_matches(str(axis), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return [f"{axis}: not an axis of this model that can be cut; those are {', '.join(known)}{hint}"]
         if leader := self.coupled.get(axis):

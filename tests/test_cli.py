@@ -184,7 +184,7 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--score.tokens", "-5"), "score.tokens: -5 must be at least 1"),
         (("--score.block_size", "0"), "score.block_size: 0 must be at least 2"),
         (("--distill.save_total_limit", "x"), "distill.save_total_limit: 'x' is not a whole number or null"),
-        (("--evaluate.tasks", "tiny_last_word"), "evaluate.tasks: 'tiny_last_word' is not a list"),
+        (("--evaluate.tasks", "3"), "evaluate.tasks: 3 is not a list"),
         (("--distill.losses", "forward_kl"), "'forward_kl' is not a table of weights"),
         (("--publish.repo_id", "7"), "publish.repo_id: 7 is not text or null"),
         (("--publish.repo_id", "/"), "publish: "),

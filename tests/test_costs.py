@@ -18,10 +18,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hf_minitron.__main__ import main
+from hf_minitron.__main__ import main, memory_size
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.costs import Machine, cost_text, costs
-from hf_minitron.planning import memory_size
 from hf_minitron.resources import Training, activation_bytes, training_memory
 
 ROOT = Path(__file__).resolve().parent.parent

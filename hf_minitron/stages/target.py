@@ -19,7 +19,9 @@ MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 class Args:
     """The `prune:` section."""
 
-    target: dict = field(metadata={"help": f"New sizes of any of: {', '.join(CUTTABLE)}."})
+    target: dict = field(
+        metadata={"help": f"New sizes, or shares such as 50%, of any of: {', '.join(CUTTABLE)}; or a share of all parameters."}
+    )
     nonuniform: float | None = field(
         default=None,
         metadata={

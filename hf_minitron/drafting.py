@@ -1,0 +1,151 @@
+"""`hf-minitron init`: a short recipe for a model, from its config.json alone, with the reason for every number."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
+from hf_minitron.costs import GB, Machine, cost_text, costs
+from hf_minitron.errors import RecipeError, told
+from hf_minitron.recipe_file import read_yaml
+from hf_minitron.stages.share import coarse, share_of, sizes_for
+from hf_minitron.stages.target import teacher
+
+TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
+GPU_MEMORY = 80e9  # of a GPU where none is named
+HOURS = 24  # of distillation that a draft is made for
+MOST_TOKENS = 94_000_000_000  # 2408.11796, table 4
+STEPS = 2000  # of a draft, with a batch between these numbers of tokens
+LEAST_BATCH, MOST_BATCH = 2**16, 2**22
+BLOCK = 4096  # tokens of a packed sequence, at most
+TEMPLATE = """\
+# {name} to {after:,} parameters, {share:.0%} of {before:,}.
+# Written by hf-minitron init from config.json alone; change what you like.
+#   hf-minitron plan {path}      what it takes
+#   hf-minitron run {path}       all of it
+model: {model}
+run: runs/{slug}
+seed: 0
+
+score: # one forward pass: which channels matter
+  text: {text}
+  tokens: {score_tokens} # 1024 sequences, as in 2408.11796
+  block_size: {block}
+
+prune:
+  target: # hidden and FFN, heads and layers stay: as Llama-3.1-Minitron-4B-Width (2408.11796, table 3)
+{target}
+  multiple_of: {multiple_of} # what GPUs and quantized formats like
+  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
+
+distill: # forward KL to the teacher's logits (2407.14679, table 15)
+  text: {text}
+  streaming: true
+  block_size: {block}
+  max_steps: {steps} # {tokens:.2g} B tokens: about {hours:.0f} hours on {gpus}; more is better, up to 94 (2408.11796, table 4)
+  per_device_train_batch_size: {batch} # what {memory:.0f} GB hold
+  gradient_accumulation_steps: {accumulation} # {step_tokens:,} tokens a step on {gpus}
+  gradient_checkpointing: {checkpointing}
+  learning_rate: 1.0e-4 # 2408.11796, table 4
+  warmup_steps: {warmup}
+  save_steps: {save}
+  save_total_limit: 2
+  logging_steps: 10
+  report_to: none # trackio, wandb, tensorboard
+
+evaluate:
+  text: Salesforce/wikitext:wikitext-2-raw-v1 # held out
+  tasks: {tasks} # {kind}
+  chat_template: {chat}
+
+publish: # hf-minitron publish {path} --push
+  # repo_id: me/{slug}
+  # license: # the teacher's, where its card does not say so
+  language: en
+"""
+
+
+def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
+    """Write a recipe and print what it takes; return the command's exit code."""
+    with told():
+        if overrides:
+            raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe; edit {args.output}, or give it to run")
+        if args.output.exists():
+            raise RecipeError(f"{args.output} is there already; name another --output, or delete it")
+        if args.gpus < 1:
+            raise RecipeError(f"--gpus: {args.gpus} is not a whole number from 1 on")
+        machine = Machine(args.gpus, args.memory or GPU_MEMORY)
+        text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text or TEXT, args.output)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text, encoding="utf-8")
+        print(f"{text}\n{cost_text(read_yaml(text, str(args.output)), machine)}\n\nRecipe: {args.output}")
+    return 0
+
+
+def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Path = Path("recipe.yaml")) -> str:
+    """Return the text of a recipe that keeps a share of a model's parameters.
+
+    Args:
+        model (`str`): A folder or a Hub id.
+        share (`float`): Of the parameters.
+        machine (`Machine`): What it shall run on.
+        text (`str`, *optional*): Training text.
+        path (`Path`, *optional*): Where the recipe will lie, for its comments.
+    """
+    architecture = teacher(model)
+    sizes = sizes_for(architecture, share)
+    shape, rows = architecture.shape, architecture.rows
+    positions = getattr(text_config(architecture.config), "max_position_embeddings", None) or BLOCK
+    name = Path(model.partition("@")[0]).name
+    chat = is_instruct(model)
+    facts = {
+        "model": model, "name": name, "share": share, "path": path, "text": text, "block": min(BLOCK, positions),
+        "before": shape.num_parameters(rows), "after": shape.cut_to(sizes).num_parameters(rows),
+        "slug": re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower(),
+        "target": "\n".join(f"    {axis}: {size} # of {shape[axis]}, {size / shape[axis]:.0%}" for axis, size in sizes.items()),
+        "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes) + "}",
+        "tasks": "[gsm8k, ifeval]" if chat else "[arc_easy, hellaswag, winogrande]", "chat": str(chat).lower(),
+        "kind": "an instruct model's, in its chat template" if chat else "a base model's",
+        "memory": (machine.gpu_bytes or GPU_MEMORY) / GB,
+        "gpus": f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}",
+    }  # fmt: skip
+    facts |= {"score_tokens": 1024 * facts["block"]}
+    return TEMPLATE.format(**facts, **_training(facts, architecture, machine, sizes))
+
+
+def is_instruct(model: str) -> bool:
+    """Return whether a model is one for chat, as its name says."""
+    return bool(re.search(r"instruct|chat|(^|[-_])it($|[-_@])", model.rpartition("/")[2], re.IGNORECASE))
+
+
+def _training(
+    facts: Mapping[str, Any], architecture: Architecture, machine: Machine, sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the batch that the memory holds, and the steps that take `HOURS`."""
+    block, gpus = facts["block"], machine.gpus
+
+    def distillation(batch: int, checkpointing: bool, accumulation: int = 2, steps: int = 1) -> Any:
+        section = {"block_size": block, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing,
+                   "gradient_accumulation_steps": accumulation, "max_steps": steps, "streaming": True}  # fmt: skip
+        prune = {"target": dict(sizes)}
+        found = costs({"model": facts["model"], "prune": prune, "score": {}, "evaluate": {}, "distill": section}, machine)
+        return next(cost for cost in found if cost.stage == "distill")
+
+    tried = [(batch, checkpointing) for checkpointing in (False, True) for batch in (8, 4, 2, 1)]
+    limit = 0.9 * (machine.gpu_bytes or GPU_MEMORY)
+    batch, checkpointing = next((pair for pair in tried if distillation(*pair).gpu_bytes <= limit), tried[-1])
+    one = distillation(batch, checkpointing, 1)
+    tokens = min(MOST_TOKENS, HOURS / machine.hours(one.flops / one.tokens))
+    micro = batch * block * gpus
+    wanted = min(max(tokens / STEPS, LEAST_BATCH), MOST_BATCH)
+    accumulation = max(1, round(wanted / micro))
+    steps = max(10, round(tokens / (micro * accumulation)))
+    done = steps * micro * accumulation
+    return {
+        "batch": batch, "checkpointing": str(checkpointing).lower(), "accumulation": accumulation, "steps": steps,
+        "step_tokens": micro * accumulation, "tokens": done / 1e9, "hours": machine.hours(one.flops / one.tokens * done),
+        "warmup": max(1, steps // 50), "save": max(10, steps // 20),
+    }  # fmt: skip

@@ -1,0 +1,155 @@
+"""First steps: a recipe for a model, a plan without one, shares as targets, and names that people know from elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_minitron.__main__ import main
+from hf_minitron.errors import RecipeError
+from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.stages.every import STAGES
+from hf_minitron.stages.share import share_of, sizes_for, with_sizes
+from hf_minitron.stages.target import teacher
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+SECTIONS = {name: stage.args for name, stage in STAGES.items()}
+
+
+def drafted(tmp_path, model, *options):
+    path = tmp_path / "recipe.yaml"
+    assert main(["init", str(CONFIGS / model), "--output", str(path), *options]) == 0
+    return path, yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(("model", "keep"), [("Llama-3.1-8B", 0.5), ("Qwen3-4B-Base", 0.6), ("SmolLM2-135M-Instruct", 0.75)])
+def test_init_writes_a_recipe_that_binds_and_plans(tmp_path, capsys, model, keep):
+    path, recipe = drafted(tmp_path, model, "--keep", f"{keep:.0%}", "--gpus", "8", "--gpu-memory", "80GB")
+    out = capsys.readouterr().out
+    assert "Every stage fits into 80 GB." in out
+    assert f"Recipe: {path}" in out
+    run = load_recipe(path, {}, SECTIONS)
+    for name in recipe.keys() & STAGES.keys():
+        bind(run, name, SECTIONS[name])
+    architecture = teacher(recipe["model"])
+    after = architecture.shape.cut_to(recipe["prune"]["target"], recipe["prune"]["multiple_of"])
+    share = after.num_parameters(architecture.rows) / architecture.shape.num_parameters(architecture.rows)
+    assert share == pytest.approx(keep, abs=0.02)
+    assert all(size % 32 == 0 for size in recipe["prune"]["target"].values())
+    instruct = "Instruct" in model
+    assert recipe["evaluate"]["tasks"] == (["gsm8k", "ifeval"] if instruct else ["arc_easy", "hellaswag", "winogrande"])
+    assert recipe["evaluate"]["chat_template"] is instruct
+    assert "2408.11796" in path.read_text()
+
+
+def test_the_draft_is_near_what_the_paper_did():
+    """Llama-3.1-Minitron-4B-Width: hidden 3072, ffn 9216 of 4096 and 14336 (2408.11796, table 3)."""
+    sizes = sizes_for(teacher(str(CONFIGS / "Llama-3.1-8B")), 4_512_746_496 / 8_030_261_248)
+    assert sizes == {"hidden": 3072, "ffn": 9216}
+
+
+def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
+    (tmp_path / "small").mkdir()
+    _, large = drafted(tmp_path, "Llama-3.2-1B", "--gpus", "8")
+    _, small = drafted(tmp_path / "small", "Llama-3.2-1B", "--gpu-memory", "24GB", "--text", "me/corpus")
+    assert small["distill"]["gradient_checkpointing"] is True
+    assert small["distill"]["text"] == "me/corpus"
+    batch = "per_device_train_batch_size"
+    assert small["distill"][batch] < large["distill"][batch] or large["distill"]["gradient_checkpointing"] is False
+    assert "Every stage fits into 24 GB." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init", "{config}", "--keep", "0.5", "--output", "{new}"], "--keep: '0.5' is not a share such as 50%"),
+        (["init", "{config}", "--keep", "120%", "--output", "{new}"], "--keep: '120%' is not a share such as 50%"),
+        (["init", "./nowhere", "--output", "{new}"], "No model at './nowhere'"),
+        (["init", "{config}", "--output", "{there}"], "is there already; name another --output, or delete it"),
+        (["init", "{config}", "--output", "{new}", "--distill.max_steps", "9"], "--distill.max_steps is a setting of a recipe"),
+        (["plan", "{there}", "--keep", "50%"], "--keep: '50%' is for a model"),
+        (["plan", "{config}", "--distill.max_steps", "9"], "--distill.max_steps is a setting of a recipe"),
+        (["plan", "./nowhere"], "No model at 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_drafted_is_told(tmp_path, project, capsys, words, message):
+    places = {"config": CONFIGS / "SmolLM2-135M-Instruct", "new": tmp_path / "new.yaml", "there": project["path"]}
+    assert main([word.format(**places) for word in words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_plan_takes_a_model(capsys):
+    assert main(["plan", str(CONFIGS / "SmolLM2-135M-Instruct"), "--keep", "75%", "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "75% of its parameters, as hf-minitron init" in out
+    assert "| parameters               | 134,515,008 |" in out
+    assert "| distill " in out
+
+
+# Shares
+
+
+def test_a_share_of_an_axis_becomes_the_nearest_legal_size():
+    recipe = {"model": str(CONFIGS / "Llama-3.1-8B"), "prune": {"target": {"ffn": "61%", "heads": "70%", "layers": 30}}}
+    assert with_sizes(recipe)["prune"]["target"] == {"ffn": 8744, "heads": 24, "layers": 30}
+    assert recipe["prune"]["target"]["ffn"] == "61%"
+    whole = with_sizes(recipe | {"prune": {"target": "60%"}})["prune"]["target"]
+    assert set(whole) == {"hidden", "ffn"}
+    same = {"model": "nowhere", "prune": {"target": {"ffn": 8}}}
+    assert with_sizes(same) is same
+
+
+@pytest.mark.parametrize("value", ["0%", "101%", "half", 0.5, "-5%"])
+def test_what_is_no_share_is_refused(value):
+    with pytest.raises(RecipeError, match="is not a share such as 50%"):
+        share_of(value, "prune.target")
+
+
+def test_a_run_with_shares_keeps_sizes_in_its_recipe(project, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for verb in ("score", "prune"):
+        assert main([verb, str(project["path"]), "--run", str(folder), "--prune.target", "{ffn: 50%}"]) == 0
+    stored = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert stored["prune"]["target"] == {"ffn": 32}, "of 72, and a multiple of 8"
+    assert main(["prune", str(project["path"]), "--run", str(folder), "--prune.target.ffn", "bad%"]) == 1
+    assert "prune.target.ffn: 'bad%' is not a share such as 50%" in capsys.readouterr().err
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--lr", "1"), "did you mean 'distill.learning_rate'?"),
+        (("--learning_rate", "1"), "did you mean 'distill.learning_rate'?"),
+        (("--distill.lr", "1"), "did you mean 'learning_rate'?"),
+        (("--distill.batch_size", "1"), "did you mean 'per_device_train_batch_size'?"),
+        (("--intermediate_size", "9"), "did you mean 'prune.target.ffn'?"),
+        (("--prune.intermediate_size", "9"), "did you mean 'target.ffn'?"),
+        (("--prune.target.intermediate_size", "9"), "did you mean 'ffn'?"),
+        (("--prune.target.num_hidden_layers", "9"), "did you mean 'layers'?"),
+        (("--score.dataset", "x"), "did you mean 'text'?"),
+        (("--distill.max_seq_length", "9"), "did you mean 'block_size'?"),
+        (("--evaluate.num_fewshot", "9"), "did you mean 'few_shot'?"),
+    ],
+)
+def test_names_from_elsewhere_are_suggested(project, capsys, option, message):
+    assert main(["plan", str(project["path"]), *option]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "expected"), [("arc_easy", ["arc_easy"]), ("arc_easy, piqa", ["arc_easy", "piqa"])])
+def test_a_list_may_be_written_as_its_items(project, value, expected):
+    run = load_recipe(project["path"], {"evaluate.tasks": value}, SECTIONS)
+    assert run.section("evaluate")["tasks"] == expected
+    assert bind(run, "evaluate", SECTIONS["evaluate"]).tasks == expected
+
+
+def test_a_bare_search_recipe_needs_no_target(project, tmp_path, capsys):
+    recipe = {key: value for key, value in project["recipe"].items() if key != "prune"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"run": str(tmp_path / "run"), "search": {"budget": {"parameters": "90%"}}}))
+    for verb in ("score", "search"):
+        assert main([verb, str(path)]) == 0, capsys.readouterr().err
