@@ -49,7 +49,7 @@ SINCE = {
         "gemma4", "gemma4_text", "gemma4_unified_text",
         "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
         "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral3", "nanochat", "olmo_hybrid",
-        "sarvam_mla", "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text",
+        "sarvam_mla", "sarvam_moe", "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text",
         "qwen3_5_text",
     ), NEWEST),
     "apertus": "4.56", "bitnet": "4.52", "deepseek_v2": "4.54", "diffllama": "4.48", "doge": "4.54", "dots1": "4.53",

@@ -1,6 +1,6 @@
 """`Tensors`: the parameters of a model, in memory or of a checkpoint on disk, under the names of its architecture."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.binding import Parameter
 from hf_minitron.architecture.config import auto_class, check_not_quantized, dequantized
@@ -94,6 +95,8 @@ class CheckpointTensors:
         for name, first in self.architecture.outline.tied.items():  # RoBERTa's head comes first in the model, and is not stored
             if name in stored_names and first not in self._stored_as:
                 self._stored_as[first] = name
+        self._slices = dict(self._fused())
+        self._stored_as |= {name: stored for name, (stored, _) in self._slices.items()}
         self._chunks = {name: chunks for name, parts in self.architecture.parts.items() if (chunks := self._as_chunks(parts))}
         for name, chunks in self._chunks.items():
             self._stored_as = {part: stored for part, stored in self._stored_as.items() if stored not in chunks}
@@ -111,20 +114,34 @@ class CheckpointTensors:
 
     def on_disk(self, name: str) -> str:
         """Return the name that a tensor has in the files; one that they have not is as it is."""
-        return name if name in self._chunks else self._stored_as.get(name, name)
+        return name if name in {**self._chunks, **self._slices} else self._stored_as.get(name, name)
 
     def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of a tensor, from the file's header."""
         spec = self.checkpoint.specs[self._stored_as[name]]
-        whole = name in self._chunks or self._turned(name)
-        return replace(spec, shape=self.architecture.stored[name].shape) if whole else spec
+        otherwise = name in self._chunks or name in self._slices or self._turned(name)
+        return replace(spec, shape=self.architecture.stored[name].shape) if otherwise else spec
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, mapped from its file."""
         if name in self._chunks:
             return torch.cat([self.checkpoint.read(chunk) for chunk in self._chunks[name]])
         tensor = self.checkpoint.read(self._stored_as[name])
+        if name in self._slices:
+            return tensor[self._slices[name][1]]
         return tensor.transpose(1, 2) if self._turned(name) else tensor
+
+    def _fused(self) -> Iterator[tuple[str, tuple[str, slice]]]:
+        """Yield the parameters that lie in one tensor with others: the tensor's name, and which of its rows they are."""
+        family = self.architecture.family
+        for stored in self.checkpoint.specs:
+            row, places = axes.match(stored, family.fused) or (None, {})
+            start = 0
+            for name in (part.format_map(places) for part in family.fused.get(row, ())):
+                if name in self.architecture.parameters:  # else of a layer beyond the last
+                    size = self.architecture.parameters[name].shape[0]
+                    yield name, (stored, slice(start, start + size))
+                    start += size
 
     def _as_chunks(self, parts: Sequence[Parameter]) -> list[str]:
         """Return the names of the parts of a parameter where they were saved as equal chunks of it, not as what they are."""

@@ -421,7 +421,7 @@ ON_PAGE = pytest.mark.skipif(not transformers.__version__.startswith("5.24."), r
 
 
 def test_how_many_types_of_the_mapping_work():
-    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 134
+    assert sum(map(families_table.works, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) >= 136
 
 
 @ON_PAGE
@@ -624,6 +624,17 @@ def test_parts_that_transformers_saves_as_equal_chunks_have_their_own_sizes_on_t
     loaded = tiny.load_complete(tmp_path / "student")
     assert torch.equal(logits(loaded), logits(prune_model(teacher, plan)))
     assert [len(load_file(tmp_path / "student" / "model.safetensors")[name]) for name in chunks] == [10, 10, 28]
+
+
+def test_queries_keys_and_values_that_lie_in_one_tensor_are_cut_apart(tmp_path):
+    """Sarvam's, which Transformers splits by the sizes of its parameters."""
+    teacher = tiny.model("sarvam_moe", dtype=torch.float32, attention_bias=True)
+    teacher.save_pretrained(tmp_path / "teacher")
+    names = load_file(tmp_path / "teacher" / "model.safetensors").keys()
+    assert {"model.layers.2.attention.query_key_value.weight", "model.layers.2.attention.query_key_value.bias"} <= names
+    plan = plan_for(teacher, hidden=24, kv_heads=1)
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    assert torch.equal(logits(tiny.load_complete(tmp_path / "student")), logits(prune_model(teacher, plan)))
 
 
 def test_experts_that_are_fused_on_disk_too(tmp_path):

@@ -22,6 +22,8 @@ class Family:
         roles (`Mapping[str, str]`, *optional*): Ends of module names to roles, beside those of `architecture/roles.py`.
         stored (`Mapping[str, Mapping[str, str]]`): Rows whose parameters have other names on disk, to the rows they have there;
             beside what Transformers' conversion mapping says.
+        fused (`Mapping[str, tuple[str, ...]]`): Rows of checkpoints that hold several rows of the model one after another, to
+            these.
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat, or
             a product of several.
         coupled (`Mapping[str, str]`): Axis to the axis that it keeps its ratio to, because the model's class computes it so.
@@ -54,6 +56,7 @@ class Family:
     config_keys: Mapping[str, str | int]
     roles: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     coupled: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)

@@ -80,6 +80,14 @@ ARIA_STORED = {
     f"{BLOCK}.experts.down_proj": {f"{BLOCK}.experts.fc2.weight": "experts ffn hidden"},
 }
 
+# queries, keys and values in one
+SARVAM_FUSED = {
+    f"model.layers.{{layers}}.attention.query_key_value.{kind}": tuple(
+        f"model.layers.{{layers}}.self_attn.{part}_proj.{kind}" for part in "qkv"
+    )
+    for kind in ("weight", "bias")
+}
+
 ROUTER_KEYS = {"experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 GROUP_KEYS = {"expert_groups": "n_group", "groups_per_token": "topk_group"}
 # experts as wide as a dense model's MLP, or of a width of their own
@@ -135,6 +143,7 @@ TABLES = {
     "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
     "glm4_moe": {"config_keys": GLM_KEYS},
     "laguna": {"fixed": dict.fromkeys(("heads", "kv_heads"), OWN_HEADS)},
+    "sarvam_moe": {"config_keys": GLM_KEYS, "fused": SARVAM_FUSED},
     "solar_open": {"config_keys": GLM_KEYS},
     "dots1": {"config_keys": GLM_KEYS},
     "hunyuan_v1_moe": {"config_keys": HUNYUAN_KEYS},
