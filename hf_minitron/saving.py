@@ -46,7 +46,7 @@ NEWEST = "5.24"
 SINCE = {
     **dict.fromkeys((
         "afmoe", "apertus1p5_text", "axk1", "beam", "cohere2_moe", "cwm", "deepseek_v32", "exaone", "exaone_moe", "flint",
-        "gemma4", "gemma4_text", "gemma4_unified_text",
+        "gemma4", "gemma4_text", "gemma4_unified_text", "mimo_v2_flash",
         "glm4_moe_lite", "granite_swa", "granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
         "kolibri1", "laguna", "mellum", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral3", "nanochat", "olmo_hybrid",
         "sarvam_mla", "sarvam_moe", "solar_open", "youtu", "axk2", "glm_moe_dsa", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text",

@@ -122,6 +122,7 @@ class Shape:
         if self.caches:
             sizes = {kind: axes.dim_size(axes.parse(pattern)[0], self.sizes) for kind, pattern in self.caches.items()}
             kept = sum(self._seen_by(kind, context) * size for kind, size in sizes.items())
+            kept = self["layers"] * kept // len(self.windows)
         return kept * bytes_per_number + self.state_bytes(bytes_per_number)
 
     def state_bytes(self, bytes_per_number: int) -> int:

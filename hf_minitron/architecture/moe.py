@@ -113,6 +113,28 @@ ERNIE_KEYS = NARROW_KEYS | {
     "experts": "moe_num_experts", "experts_per_token": "moe_k", "shared_experts": "moe_num_shared_experts",
 }  # fmt: skip
 
+# mimo: sliding layers have twice the KV heads, and sinks
+MIMO_KINDS = {"full_layers": ("layer_types", ("full_attention",)), "sliding_layers": ("layer_types", ("sliding_attention",))}
+MIMO_ROWS = {row: pattern for row, pattern in MOE_ROWS.items() if ".self_attn." not in row} | {
+    f"model.layers.{{{kind}}}.self_attn.{name}": pattern
+    for kind, kv in (("full_layers", "kv_heads"), ("sliding_layers", "kv_heads wide"))
+    for name, pattern in {
+        "q_proj.weight": "(heads head_dim) hidden",
+        "q_proj.bias": "(heads head_dim)",
+        "k_proj.weight": f"({kv} head_dim) hidden",
+        "k_proj.bias": f"({kv} head_dim)",
+        "v_proj.weight": f"({kv} v_dim) hidden",
+        "v_proj.bias": f"({kv} v_dim)",
+        "o_proj.weight": "hidden (heads v_dim)",
+        "sinks": "heads",
+    }.items()
+}
+MIMO_CACHES = {
+    "full_layers": "(kv_heads head_dim)+(kv_heads v_dim)",
+    "sliding_layers": "(kv_heads wide head_dim)+(kv_heads wide v_dim)",
+}
+TWICE_THE_HEADS = "its sliding layers have twice the KV heads, whose groups are halves of the others'"
+
 COUNTED_LAYERS = "what a layer adds is divided by a number that grows with the layers before it"
 
 OWN_HEADS = "its config lists a number of heads for every layer"
@@ -143,6 +165,13 @@ TABLES = {
     "beam": {"config_keys": EXAONE_KEYS, "inexact": {"layers": COUNTED_LAYERS}},
     "glm4_moe": {"config_keys": GLM_KEYS},
     "laguna": {"fixed": dict.fromkeys(("heads", "kv_heads"), OWN_HEADS)},
+    "mimo_v2_flash": {
+        "rows": MIMO_ROWS,
+        "config_keys": GLM_KEYS | {"v_dim": "v_head_dim", "wide": 2},
+        "kinds": MIMO_KINDS,
+        "caches": MIMO_CACHES,
+        "fixed": dict.fromkeys(("heads", "kv_heads"), TWICE_THE_HEADS),
+    },
     "sarvam_moe": {"config_keys": GLM_KEYS, "fused": SARVAM_FUSED},
     "solar_open": {"config_keys": GLM_KEYS},
     "dots1": {"config_keys": GLM_KEYS},
