@@ -238,7 +238,8 @@ class Shape:
             return replace(self, sizes=sizes)
         every = {axis: [own[layer] for layer in kept] for axis, own in self.by_layer.items()}
         by_layer, windows = selected(self.by_layer, kept), tuple(windows[layer] for layer in kept)
-        return replace(self, sizes={**sizes, **largest(every)}, by_layer=by_layer, windows=windows)
+        kinds = {kind: tuple(new for new, old in enumerate(kept) if old in layers) for kind, layers in self.layer_kinds.items()}
+        return replace(self, sizes={**sizes, **largest(every)}, by_layer=by_layer, windows=windows, layer_kinds=kinds)
 
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
@@ -296,5 +297,6 @@ class Shape:
         kinds = axes.placeholders(row)
         if not any(self.by_layer.keys() & axes.dim_names(dim) for dim in axes.parse(pattern)):
             return math.prod(self[axis] for axis in kinds) * math.prod(axes.tensor_shape(pattern, self.sizes))
-        layers = len(next(iter(self.by_layer.values())))
-        return self["layers"] * sum(math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in range(layers)) // layers
+        count = len(next(iter(self.by_layer.values())))
+        layers = self.layer_kinds.get(kinds[0], range(count))
+        return self["layers"] * sum(math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in layers) // count

@@ -1,14 +1,25 @@
 """A nonuniform student as a teacher: scored in memory and from disk, pruned again and exported."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.family import FAMILIES
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import greedy_removal, removal_costs, sublayer_costs
 from hf_minitron.modeling import PrunedForCausalLM
@@ -174,3 +185,70 @@ def test_search_counts_its_shapes(taught):
     shares = [search.kept_share(statistics.scores, before, {"ffn": size}) for size in (24, 40, 71)]
     assert shares == sorted(shares)
     assert 0 < shares[0] < shares[-1] < 1
+
+
+class LayerwiseConfig(Qwen3Config):
+    """A config whose class reads transformers' `per_layer_config`."""
+
+    model_type = "layerwise"
+
+
+class LayerwiseModel(Qwen3Model):
+    config: LayerwiseConfig
+
+    def __init__(self, config):
+        whole = type(config)(**{key: value for key, value in config.to_dict().items() if key != "per_layer_config"})
+        super().__init__(whole)
+        self.config, config._attn_implementation = config, whole._attn_implementation
+        self.layers = torch.nn.ModuleList(map(Qwen3DecoderLayer, config.per_layer_config, range(config.num_hidden_layers)))
+        self.post_init()
+
+
+class LayerwiseForCausalLM(Qwen3ForCausalLM):
+    config: LayerwiseConfig
+
+    def __init__(self, config):
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.model = LayerwiseModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+@pytest.fixture
+def layerwise(monkeypatch):
+    AutoConfig.register("layerwise", LayerwiseConfig, exist_ok=True)
+    AutoModel.register(LayerwiseConfig, LayerwiseModel, exist_ok=True)
+    AutoModelForCausalLM.register(LayerwiseConfig, LayerwiseForCausalLM, exist_ok=True)
+    monkeypatch.setitem(FAMILIES, "layerwise", FAMILIES["qwen3"])
+    return tiny.model("layerwise", torch.float32, num_hidden_layers=4)
+
+
+def test_where_the_stock_class_reads_per_layer_config_a_student_is_stock(layerwise, tmp_path):
+    statistics = calibrate(layerwise, tiny.blocks(40), moments=True)
+    shape = Architecture.of(layerwise.config).shape
+    sizes = {"heads": [4, 4, 2, 4], "kv_heads": [2, 2, 2, 2], "ffn": [72, 24, 30, 51]}
+    layerwise.save_pretrained(tmp_path / "teacher")
+    plan = make_nonuniform_plan(statistics.scores, shape, sizes)
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", statistics=statistics)
+    written = json.loads((tmp_path / "student/config.json").read_text())
+    assert written["model_type"] == "layerwise"
+    assert written["per_layer_config"] == {
+        "1": {"intermediate_size": 24},
+        "2": {"num_attention_heads": 2, "intermediate_size": 30},
+        "3": {"intermediate_size": 51},
+    }
+    student = tiny.load_complete(tmp_path / "student")
+    assert type(student) is LayerwiseForCausalLM
+    first = prune_model(layerwise, plan, statistics)
+    assert torch.allclose(logits(student), logits(first), rtol=1e-4, atol=1e-4)
+    before = Architecture.of(student.config).shape
+    assert before.by_layer == {axis: tuple(found) for axis, found in sizes.items()}
+    again = calibrate(tmp_path / "student", tiny.blocks(40), moments=True)
+    second = make_plan(again.scores, before, before.cut_to({"ffn": 30, "layers": 3}))
+    prune_checkpoint(tmp_path / "student", second, tmp_path / "second", statistics=again)
+    made = tiny.load_complete(tmp_path / "second")
+    assert Architecture.of(made.config).shape.by_layer == second.after.by_layer
+    assert torch.allclose(logits(made), logits(prune_model(student, second, again)), rtol=1e-4, atol=1e-4)
+    lacking = prune_model(layerwise, make_nonuniform_plan(statistics.scores, shape, SIZES))
+    assert isinstance(lacking, PrunedForCausalLM), "its class cannot leave a sublayer out"

@@ -113,7 +113,8 @@ def test_absent_halves_have_no_parameters_and_the_config_tells_the_largest():
     sizes = (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.intermediate_size)
     assert sizes == (4, 2, 72)
     assert getattr(model.config, "head_dim", None) == 6
-    assert [layer.num_key_value_heads for layer in model.config.per_layer_config] == [0, 2, 2, 1]
+    assert [layer.num_key_value_heads for layer in model.config.per_layer_config] == [2, 2, 2, 1]
+    assert [layer.skip for layer in model.config.per_layer_config] == [["attention"], ["mlp"], [], []]
     outputs = model(PROMPT, output_hidden_states=True)
     assert len(outputs.hidden_states) == 5
     model.set_attn_implementation("eager")
@@ -324,7 +325,9 @@ def test_export_refuses_what_no_stock_class_holds(tmp_path):
     with pytest.raises(ValueError, match="stock_model_type is None, which is no model type of transformers"):
         export(tmp_path / "unknown", tmp_path / "padded")
     tiny.model().save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match="holds a 'llama', which is a stock model already"):
+    with pytest.raises(
+        ValueError, match="holds a 'llama', which is a stock model already; export takes nonuniform ones, and vision"
+    ):
         export(tmp_path / "stock", tmp_path / "padded")
     assert not (tmp_path / "padded").exists()
 

@@ -17,6 +17,7 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distillation.adapters import add_lora
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.importance.calibrate import calibrate
+from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model, with_projector
 from hf_minitron.pruning.rotate import rotated
 from hf_minitron.tensors import ModelTensors
@@ -257,7 +258,7 @@ def test_what_lies_outside_of_the_text_model_keeps_its_name(tmp_path):
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_the_text_model_of_a_mixture_is_not_for_itself(model_type):
     teacher = tiny_vision.model(model_type)
-    with pytest.raises(ValueError, match=f"text_only: true, but '{model_type}' is a mixture"):
+    with pytest.raises(ValueError, match=rf"text model of '{model_type}' cannot be saved alone \(text_only\): it is a mixture"):
         prune_model(teacher, plan_for(teacher, ffn=32), text_only=True)
 
 
@@ -280,6 +281,20 @@ def test_the_text_model_alone_says_the_same_of_text(model_type, tmp_path):
     assert torch.equal(logits(loaded), logits(text))
 
 
+def test_export_writes_the_text_model_or_refuses_in_one_line(tmp_path):
+    teacher = tiny_vision.model("gemma3", torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    export(tmp_path / "teacher", tmp_path / "text")
+    loaded = tiny.load_complete(tmp_path / "text")
+    assert loaded.config.model_type == "gemma3_text"
+    assert torch.allclose(logits(loaded), logits(teacher), rtol=1e-4, atol=1e-4)
+    tiny_vision.model(MIXTURES[0], torch.float32).save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ValueError, match="cannot be saved alone .* is a mixture") as refused:
+        export(tmp_path / "mixture", tmp_path / "none")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_model_of_text_has_no_text_model_inside():
-    with pytest.raises(ValueError, match="text_only: true, but model type 'llama' is a language model of text alone already"):
+    with pytest.raises(ValueError, match="text_only: model type 'llama' is a language model of text alone already"):
         prune_model(tiny.model(), plan_for(tiny.model(), ffn=32), text_only=True)

@@ -10,7 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -125,7 +131,8 @@ def not_a_language_model(config: PreTrainedConfig, supported: Container[str]) ->
     if text is config:
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
             return f"Model type {kind!r} is an encoder where is_decoder is false, and does not predict the next token"
-        made = kind not in CONFIG_MAPPING or model_type_of(config) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        registered = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # by whoever wrote its class
+        made = kind not in CONFIG_MAPPING or registered or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return None if made else f"Model type {kind!r} does not make a causal language model; choose another one"
     parts = ", ".join(name for name in config.sub_configs if getattr(config, name, None) is not None)
     advice = f"choose one of {', '.join(TOWERS)}"

@@ -34,7 +34,11 @@ def sizes_by_layer(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[st
         config (`PreTrainedConfig`): Of the text model.
         keys (`Mapping[str, str]`): Axis to its key in `config.json`.
     """
-    if not isinstance(config, PrunedConfig) and not config.is_heterogeneous:
+    if isinstance(config, PrunedConfig):
+        return selected(
+            {axis: tuple(getattr(config, LIST_OF[axis])) for axis in LIST_OF if axis in keys}, range(config.num_hidden_layers)
+        )
+    if not config.is_heterogeneous:
         return {}
     layers = list(config.per_layer_config)
     known = [axis for axis in BY_LAYER if axis in keys and hasattr(layers[0], keys[axis])]
@@ -117,7 +121,7 @@ def per_layer_config(
         after (`Shape`): The student's shape.
         layers (`Sequence[int]`): The teacher's layers that stay.
     """
-    sized = [keys[axis] for axis in after.by_layer]
+    sized = [keys[axis] for axis in {**sizes_by_layer(config, keys), **after.by_layer}]
     before = {int(layer): own for layer, own in config.to_dict().get(PER_LAYER, {}).items()}
     found = {}
     for new, old in enumerate(layers):

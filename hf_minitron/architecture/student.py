@@ -112,10 +112,10 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
     """
     tower, kind = architecture.family.tower, architecture.config.model_type
     if tower is None:
-        raise ShapeError(f"text_only: true, but model type {kind!r} is a language model of text alone already; leave it out")
+        raise ShapeError(f"text_only: model type {kind!r} is a language model of text alone already; leave it out")
     if "experts" in architecture.shape.sizes:
-        raise ShapeError(f"text_only: true, but {kind!r} is a mixture, whose experts checkpoints of the text class hold "
-                         "otherwise; leave it out")  # fmt: skip
+        raise ShapeError(f"The text model of {kind!r} cannot be saved alone (text_only): it is a mixture, whose experts "
+                         "checkpoints of the text class hold otherwise. Keep it whole")  # fmt: skip
     text = copy.deepcopy(text_config(architecture.config).to_dict()) | tower.text
     text["tie_word_embeddings"] = architecture.config.tie_word_embeddings
     if rope := text.get("rope_parameters"):  # of text, all three positions of a token are one
@@ -131,11 +131,12 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
         config = config.from_dict({key: value for key, value in text.items() if key in known})
         made = outline(config)
     except Exception as error:  # config classes and modules raise their own kinds
-        raise ShapeError(f"text_only: true, but the text model of {kind!r} is no causal language model of its own: "
-                         f"{one_line(error)}; leave it out") from error  # fmt: skip
+        raise ShapeError(f"The text model of {kind!r} cannot be saved alone (text_only): {one_line(error)}. Keep it "
+                         "whole") from error  # fmt: skip
     expected = {new: architecture.parameters[name].shape for name, new in names.items()}
     if wrong := [name for name in {**expected, **made.parameters} if expected.get(name) != made.parameters.get(name)]:
-        raise ShapeError(f"text_only: true, but {type(config).__name__} does not hold {wrong[0]!r} of {kind!r}; leave it out")
+        raise ShapeError(f"The text model of {kind!r} cannot be saved alone (text_only): {type(config).__name__} does not hold "
+                         f"{wrong[0]!r}. Keep it whole")  # fmt: skip
     config.architectures, config.dtype = [made.class_name], architecture.config.dtype
     return config, names
 

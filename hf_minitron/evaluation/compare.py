@@ -257,7 +257,7 @@ def check_tensor_parallel(config: PreTrainedConfig, processes: int) -> None:
     if processes < 2:
         raise ValueError("tensor_parallel splits models over processes, and there is one: start it with "
                          "accelerate launch (one process per GPU), or leave tensor_parallel out")  # fmt: skip
-    if isinstance(config, PrunedConfig) or not getattr(config, "base_model_tp_plan", None):
+    if isinstance(config, PrunedConfig) or config.is_heterogeneous or not getattr(config, "base_model_tp_plan", None):
         raise ValueError(f"tensor_parallel: Transformers has no tensor-parallel plan for model type {config.model_type!r}; "
                          "leave it out: every process then holds the model and reads a share of the text")  # fmt: skip
     for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):

@@ -15,6 +15,7 @@ from .layer_schemas import (  # noqa: TID252  remote code is imported by its fol
     HEADS,
     KV_HEADS,
     LIST_OF,
+    SKIPPED,
     Sizes,
     from_block_configs,
     from_layer_lists,
@@ -135,12 +136,14 @@ class PrunedConfig(PreTrainedConfig):
 
     @property
     def per_layer_config(self) -> list["PrunedConfig"]:
-        """This config once per layer with the sizes of that layer, as transformers sizes static caches by."""
+        """This config once per layer with the sizes of that layer, and in `skip` what it lacks, as transformers has it."""
         configs = []
         for layer in range(self.num_hidden_layers):
             config = copy.copy(self)
             for key, name in LIST_OF.items():
-                setattr(config, key, getattr(self, name)[layer])
+                if size := getattr(self, name)[layer]:
+                    setattr(config, key, size)
+            config.skip = [part for part, (key, *_) in SKIPPED.items() if not getattr(self, LIST_OF[key])[layer]]
             configs.append(config)
         return configs
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_pruned import PrunedConfig, unusable  # noqa: TID252  as in configuration_pruned
+from .layer_schemas import LIST_OF  # noqa: TID252
 
 try:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -21,6 +22,8 @@ except ImportError as error:
     raise unusable(error) from error
 
 ATTENTION, MLP = "self_attn", "mlp"
+# By what `skip` calls them.
+SUBLAYERS = {"attention": ATTENTION, "mlp": MLP}
 # The norms of a layer that go with its attention and its MLP, by one that layers of a kind have and later kinds have not.
 NORMS = {
     "post_mlp_layernorm": {
@@ -100,14 +103,9 @@ def resized(layer: nn.Module, own: PrunedConfig, config: PrunedConfig, index: in
         config (`PrunedConfig`): The config of all.
         index (`int`): The number of the layer.
     """
-    sizes = {key: getattr(own, key) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    absent = [name for name, size in ((ATTENTION, sizes["num_attention_heads"]), (MLP, sizes["intermediate_size"])) if not size]
-    sizes = {key: size or getattr(config, key) for key, size in sizes.items()}
-    if any(size != getattr(config, key, size) for key, size in sizes.items()):
-        for key, size in sizes.items():
-            setattr(own, key, size)
+    if any(getattr(own, key, None) != getattr(config, key, None) for key in LIST_OF):
         layer = type(layer)(own, index)
-    for name in absent:
+    for name in map(SUBLAYERS.get, own.skip):
         assert hasattr(layer, name), f"layers of {config.stock_model_type} have no {name}"
         for norm in norms_of(dict(layer.named_children()), name):
             setattr(layer, norm, nn.Identity())

@@ -1,6 +1,6 @@
-"""Export: a nonuniform model padded with zeros to a uniform stock checkpoint with equal logits, which every engine loads.
+"""Export to what every engine loads: the text model of a vision-language model alone, or a nonuniform model padded with zeros.
 
-It costs the memory and the speed of the largest layer.
+The latter is a uniform stock checkpoint with equal logits. It costs the memory and the speed of the largest layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,8 @@ from hf_minitron.checkpoint import (
 )
 from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.plan import Plan
+from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.shape import Shape, ShapeError
 
@@ -65,10 +67,11 @@ def _groups(sizes: Mapping[str, int]) -> int:
 def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write a nonuniform model folder as a uniform stock checkpoint with equal logits, tensor by tensor.
 
-    Heads and channels that a layer lacks are zeros, as is all that an absent attention or MLP would add.
+    Heads and channels that a layer lacks are zeros, as is all that an absent attention or MLP would add. Of a vision-language
+    model the text model is written alone, as its causal class, which runtimes for text and their converters read.
 
     Args:
-        source (`Path`): A folder that `PrunedForCausalLM` was saved to.
+        source (`Path`): A folder that `PrunedForCausalLM` was saved to, or that of a vision-language model.
         target (`Path`): The new folder; it has its name only once it is complete.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): Size limit of one shard.
 
@@ -88,8 +91,14 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
     ```
     """
     config = AutoConfig.from_pretrained(source)
+    if config.model_type in TOWERS:
+        shape = Architecture.of(config).shape
+        prune_checkpoint(source, Plan(shape, shape, {}), target, max_shard_bytes, text_only=True)
+        return
     if not isinstance(config, PrunedConfig):
-        raise ValueError(f"{source} holds a {config.model_type!r}, {_why_not(config)}")
+        kind = config.model_type
+        raise ValueError(f"{source} holds a {kind!r}, which is a stock model already; export takes nonuniform ones, and "
+                         "vision-language ones, of which it writes the text model alone")  # fmt: skip
     padding, checkpoint = _padding_of(config), Checkpoint(source)
     dtype, present = checkpoint.specs["model.embed_tokens.weight"].dtype, padding.before.parameters
     absent = [name for name in present if name not in checkpoint.specs]
@@ -104,14 +113,6 @@ def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> 
         write_tensors(folder, specs, _padded_tensors(specs, checkpoint, padding), max_shard_bytes)
         save_config(padding.config, folder, dtype=stored_dtype(specs.values()))
         copy_side_files(source, folder)
-
-
-def _why_not(config: PreTrainedConfig) -> str:
-    """Say why a model is not exported."""
-    if config.model_type in TOWERS:
-        return ("which is a stock model already, and its layers are alike; to have its text model alone, in a class that other "
-                "runtimes read, prune with text_only")  # fmt: skip
-    return "which is a stock model already; export takes nonuniform ones"
 
 
 def _padded_tensors(
