@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 
 import pytest
 import tiny
@@ -9,9 +10,10 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_minitron.__main__ import main
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint import Checkpoint, load_model
 from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.model_files import resolve, weights_of
@@ -213,3 +215,41 @@ def test_float8_weights_are_refused_by_name(folder):
     for read in (Checkpoint, lambda folder: load_model(folder, torch.float32)):
         with pytest.raises(ValueError, match=f"'{name}' in .* is stored as F8_E4M3"):
             read(folder)
+
+
+class MadeUpConfig(LlamaConfig):
+    """A config of a type that nobody has heard of."""
+
+    model_type = "made_up"
+    odd: str = ""
+
+
+class MadeUpForCausalLM(LlamaForCausalLM):
+    config: MadeUpConfig
+
+    def __init__(self, config):
+        if config.odd == "raises":
+            raise RuntimeError("no such kernel\n" + "  at some line\n" * 40)
+        super().__init__(config)
+        for part in range(30 if config.odd == "long names" else 0):
+            self.model.add_module(f"a_{'very_' * 12}long_name_{part}", torch.nn.Linear(3, 5))
+
+
+@pytest.mark.parametrize("odd", ["raises", "long names"])
+def test_an_unknown_type_is_refused_in_at_most_five_lines(odd):
+    AutoConfig.register("made_up", MadeUpConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MadeUpConfig, MadeUpForCausalLM, exist_ok=True)
+    with pytest.raises(
+        ValueError, match="no such kernel|does not cover model type 'made_up'.* has no row and 58 more"
+    ) as refused:
+        Architecture.of(tiny.config("made_up", odd=odd))
+    assert len(textwrap.wrap(str(refused.value), 120)) <= 5
+
+
+@pytest.mark.parametrize(
+    "model_type", ["blip-2", "clvp", "kimi_linear", "lara_mini", "musicgen", "phi4_multimodal", "qwen2_5_omni"]
+)
+def test_a_composite_or_unknown_type_of_transformers_is_refused_in_at_most_five_lines(model_type):
+    with pytest.raises(ValueError) as refused:
+        Architecture.of(AutoConfig.for_model(model_type))
+    assert len(textwrap.wrap(str(refused.value), 120)) <= 5, refused.value

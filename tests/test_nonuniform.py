@@ -3,13 +3,14 @@
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.evaluation.compare import compare
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.modeling import PrunedForCausalLM
-from hf_minitron.plan import Plan, make_nonuniform_plan
+from hf_minitron.plan import Plan, make_nonuniform_plan, make_plan
 from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.shape import ShapeError
@@ -101,3 +102,88 @@ def test_a_model_type_that_the_class_cannot_hold_is_refused():
     plan = make_nonuniform_plan(scores, shape, {"heads": [2, 4, 4], "kv_heads": [1, 2, 2]})
     with pytest.raises(ShapeError, match="Layers of a stablelm cannot differ in size: their class makes '.*q_proj.weight' of"):
         prune_model(teacher, plan)
+
+
+class NearConfig(LlamaConfig):
+    """A config of a type without a table, whose parameters have Llama's names."""
+
+    model_type = "near_llama"
+    norms: str = "behind"
+
+
+class NearLayer(LlamaDecoderLayer):
+    """Llama's parts, but the norms stand behind attention and MLP, or one norm serves both."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.behind = config.norms == "behind"
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
+        given = hidden_states if self.behind else self.input_layernorm(hidden_states)
+        added, _ = self.self_attn(given, position_embeddings, attention_mask, cache, **kwargs)
+        if not self.behind:
+            return hidden_states + self.post_attention_layernorm(added + self.mlp(given))
+        hidden_states = hidden_states + self.input_layernorm(added)
+        return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
+
+
+class NearModel(LlamaModel):
+    config: NearConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList(NearLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.post_init()
+
+
+class NearForCausalLM(LlamaForCausalLM):
+    config: NearConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NearModel(config)
+        self.post_init()
+
+
+@pytest.fixture
+def near():
+    AutoConfig.register("near_llama", NearConfig, exist_ok=True)
+    AutoModel.register(NearConfig, NearModel, exist_ok=True)
+    AutoModelForCausalLM.register(NearConfig, NearForCausalLM, exist_ok=True)
+    return lambda norms: tiny.model("near_llama", torch.float32, norms=norms)
+
+
+@pytest.mark.parametrize("norms", ["behind", "one for both"])
+def test_an_unknown_type_whose_norms_stand_elsewhere_gets_no_wrong_corrections(near, norms):
+    teacher = near(norms)
+    architecture, statistics = Architecture.of(teacher.config), calibrate(teacher, tiny.blocks(40), moments=True)
+    shape = architecture.shape
+    plan = make_plan(statistics.scores, shape, shape.cut_to({"hidden": 30}))
+    with torch.no_grad():
+        expected = teacher(input_ids=IDS).logits
+    for correction in ("rotation", "layer_merge"):
+        with pytest.raises(ValueError, match=f"corrections: {correction} is not for near_llama"):
+            prune_model(teacher, plan, statistics, corrections=[correction])
+    losses = {}
+    for corrections in ([], ["least_squares"], ["norm_ratio"], None):
+        student = prune_model(teacher, plan, statistics if corrections != [] else None, corrections or None)
+        with torch.no_grad():
+            losses[str(corrections)] = (student(input_ids=IDS).logits - expected).square().mean().item()
+    assert max(losses.values()) <= losses["[]"] * 1.05, losses
+    moments = {read.moment for read in architecture.hidden_reads.values()}
+    assert ("model.layers.1.self_attn.q_proj.input" in moments) is (norms == "behind")
+
+
+def test_an_unknown_type_may_have_layers_of_different_sizes_where_its_norms_stand_as_their_names_say(near):
+    for norms, sizes in (("behind", SIZES["halves"]), ("one for both", SIZES["differing"])):
+        teacher = near(norms)
+        shape = Architecture.of(teacher.config).shape
+        plan = make_nonuniform_plan(calibrate(teacher, tiny.blocks()).scores, shape, sizes)
+        if norms == "one for both":
+            with pytest.raises(
+                ShapeError, match="Layers of a near_llama cannot differ in size: input_layernorm serves mlp, too"
+            ):
+                prune_model(teacher, plan)
+            continue
+        student = prune_model(teacher, plan)
+        assert [len(list(layer.parameters())) for layer in student.model.layers] == [9, 5, 4]

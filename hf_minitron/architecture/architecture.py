@@ -11,7 +11,7 @@ from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows
 from hf_minitron.architecture.config import model_type_of, not_a_language_model, text_config
 from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
 from hf_minitron.architecture.names import parts_of, stored_rows
-from hf_minitron.architecture.nonuniform import not_nonuniform, sublayer_of, without_sublayers
+from hf_minitron.architecture.nonuniform import norms_elsewhere, not_nonuniform, sublayer_of, without_sublayers
 from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outline, trace
 from hf_minitron.architecture.roles import ATTENTION, READ_AT
 from hf_minitron.architecture.vision import TOWERS, Tower
@@ -70,8 +70,8 @@ class Architecture:
         if problem := not_a_language_model(config, FAMILIES):
             raise axes.AxisError(problem)
         tower = TOWERS.get(config.model_type)
-        text = {"model_type": model_type_of(config)} | (tower.text if tower else {})
-        return _bind(FAMILIES.get(text["model_type"], LLAMA), tower, outline(config))
+        kind = (tower.text if tower else {}).get("model_type") or model_type_of(config)
+        return _bind(FAMILIES.get(kind, LLAMA), tower, outline(config))
 
     def like(self, config: PreTrainedConfig) -> "Architecture":
         """Return the architecture of some layers of this model, whose axes keep their names."""
@@ -84,7 +84,7 @@ class Architecture:
 
     @property
     def prefix(self) -> str:
-        """The name of the model without its head inside the model: `model`, `transformer`."""
+        """The name of the model without its head: `model`, `transformer`."""
         return self.outline.prefix
 
     @cached_property
@@ -158,7 +158,8 @@ class Architecture:
     @cached_property
     def not_nonuniform(self) -> str:
         """Why layers of this model cannot differ in size; empty when they can."""
-        return not_nonuniform(self.family, self.outline, self.shape, self.parameters)
+        found = not_nonuniform(self.family, self.outline, self.shape, self.parameters)
+        return found or norms_elsewhere(self.outline, self.trace.reads)
 
     @cached_property
     def inexact(self) -> dict[str, str]:
@@ -184,8 +185,7 @@ class Architecture:
         found: dict[str, list[Place]] = {"layers": [(layer, name) for layer, name in enumerate(self._layers)]}
         found["hidden"] = [(layer, name) for norm in self.family.norms for layer, name in self._modules(norm)]
         for module, parameter in self.weights.items():
-            wanted = READ_AT.get(parameter.role, ())
-            for axis in wanted:
+            for axis in READ_AT.get(parameter.role, ()):
                 if any(axis in axes.dim_names(dim) for dim in parameter.dims):
                     found.setdefault(axis, []).append((parameter.layer, module))
         order = (*READ_AT["down"], *READ_AT["output"], "hidden", "layers")

@@ -18,6 +18,7 @@ from hf_minitron.shape import Shape
 from hf_minitron.sizes import AXES, largest
 
 IMAGES = "its processor puts images in by the ids of tokens; cut it in a text model that was saved alone"
+LONGEST = 260  # characters of what a refusal lists, beside the rest of five lines
 # The axes that a norm inside of attention or an MLP may see.
 INNER = {"heads", "kv_heads", "ffn"}
 
@@ -194,9 +195,10 @@ def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> d
 
 def advice(model_type: str, problems: Sequence[str]) -> str:
     """Say what a model type's parameters have that the families do not cover."""
-    shown = ", ".join(problems[:3])
-    if len(problems) > 3:
-        shown += f" and {len(problems) - 3} more (Architecture.bind(config).misfits lists them)"
+    few = [problem for at, problem in enumerate(problems[:3]) if at == 0 or sum(map(len, problems[: at + 1])) < LONGEST]
+    shown = ", ".join(few)
+    if len(problems) > len(few):
+        shown += f" and {len(problems) - len(few)} more (Architecture.bind(config).misfits lists them)"
     known = model_type in FAMILIES
     choose = "Choose another checkpoint of it" if known else "Choose a model type that docs/families.md lists"
     return (

@@ -55,7 +55,7 @@ def sublayers(model: Outline) -> dict[str, str]:
 def sublayer_of(model: Outline, name: str) -> str | None:
     """Return the axis of the sublayer that a parameter goes with, by its name; `None` of neither."""
     _, in_layers, inside = name.partition(f"{model.prefix}.layers.".lstrip("."))
-    return sublayers(model).get(inside.split(".")[1]) if in_layers else None
+    return sublayers(model).get(inside.split(".")[1]) if in_layers and "." in inside else None
 
 
 def without_sublayers(family: Family, model: Outline) -> Family:
@@ -87,7 +87,7 @@ def not_nonuniform(family: Family, model: Outline, shape: Shape, parameters: Map
     if family.tower:
         return "they stand in a larger model"
     if "experts" in shape.sizes:
-        return "they are mixtures of experts"
+        return "they are mixtures, of whose experts nothing says what a width costs"
     if shape.layer_kinds:
         return "they are of several kinds"
     if missing := [axis for axis in ("heads", "ffn") if axis not in shape.sizes or axis in {**shape.coupled, **shape.fixed}]:
@@ -108,6 +108,22 @@ def not_nonuniform(family: Family, model: Outline, shape: Shape, parameters: Map
     expected = {name: axes.tensor_shape(own.pattern, trial.at(own.layer)) for name, own in parameters.items()}
     wrong = [name for name in {**expected, **made} if expected.get(name) != made.get(name)]
     return f"their class makes {wrong[0]!r} of shape {made.get(wrong[0])}, not {expected.get(wrong[0])}" if wrong else ""
+
+
+def norms_elsewhere(model: Outline, reads: Mapping[str, Sequence[str]]) -> str:
+    """Say which norm of a model serves another sublayer than its name tells, with which it would go; empty when none does.
+
+    Args:
+        model (`Outline`): The model.
+        reads (`Mapping[str, Sequence[str]]`): Module to the modules whose output it is given, of a `Trace`.
+    """
+    for module, givers in reads.items():
+        for norm in givers:
+            own, other = sublayer_of(model, norm), sublayer_of(model, module)
+            part = norm.rpartition(".")[2]
+            if part not in SUBLAYERS.values() and own is not None and other not in (None, own):
+                return f"{part} serves {SUBLAYERS[other]}, too, or alone"
+    return ""
 
 
 def per_layer_config(

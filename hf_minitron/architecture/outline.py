@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from hf_minitron.architecture.config import auto_class, special_float
 from hf_minitron.errors import one_line
 from hf_minitron.probe import Visit, base_name, probe
 
+REASON = 400  # characters of a library's error that are passed on
 # Attention and routed experts that only give the right shapes: the models' own look at values, which meta tensors have not.
 SHAPES_ONLY = "hf_minitron_shapes_only"
 
@@ -84,7 +86,7 @@ def _outline(kind: type[PreTrainedConfig], content: str) -> Outline:
     try:
         model = _build(kind, content)
     except Exception as error:  # config classes and modules raise their own kinds
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = shorten(f"{type(error).__name__}: {one_line(error)}", REASON, placeholder=" ...")
         raise axes.AxisError(f"A {kind.__name__} does not make a causal language model ({reason})") from error
     first = {parameter: name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
