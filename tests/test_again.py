@@ -250,5 +250,10 @@ def test_where_the_stock_class_reads_per_layer_config_a_student_is_stock(layerwi
     made = tiny.load_complete(tmp_path / "second")
     assert Architecture.of(made.config).shape.by_layer == second.after.by_layer
     assert torch.allclose(logits(made), logits(prune_model(student, second, again)), rtol=1e-4, atol=1e-4)
+    before = Architecture.of(made.config).shape
+    target = before.cut_to({"ffn": 24, "heads": 2})
+    alike = prune_model(made, make_plan(calibrate(made, tiny.blocks()).scores, before, target))
+    assert not Architecture.of(alike.config).shape.by_layer
+    assert not alike.config.to_dict().get("per_layer_config")
     lacking = prune_model(layerwise, make_nonuniform_plan(statistics.scores, shape, SIZES))
     assert isinstance(lacking, PrunedForCausalLM), "its class cannot leave a sublayer out"

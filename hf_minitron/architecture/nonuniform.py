@@ -127,23 +127,24 @@ def norms_elsewhere(model: Outline, reads: Mapping[str, Sequence[str]]) -> str:
 
 
 def per_layer_config(
-    config: PreTrainedConfig, keys: Mapping[str, str], after: Shape, layers: Sequence[int]
+    config: PreTrainedConfig, keys: Mapping[str, str], before: Shape, after: Shape, layers: Sequence[int]
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return transformers' `per_layer_config` of a student: what single layers have beside their sizes, and their new sizes.
 
     Args:
         config (`PreTrainedConfig`): The teacher's, of its text model.
         keys (`Mapping[str, str]`): Axis to its key in `config.json`.
+        before (`Shape`): The teacher's shape.
         after (`Shape`): The student's shape.
         layers (`Sequence[int]`): The teacher's layers that stay.
     """
-    sized = [keys[axis] for axis in {**sizes_by_layer(config, keys), **after.by_layer}]
-    before = {int(layer): own for layer, own in config.to_dict().get(PER_LAYER, {}).items()}
+    sized = [keys[axis] for axis in {**before.by_layer, **after.by_layer}]
+    every = {int(layer): own for layer, own in config.to_dict().get(PER_LAYER, {}).items()}
     found = {}
     for new, old in enumerate(layers):
-        own = {key: value for key, value in before.get(old, {}).items() if key not in sized}
+        own = {key: value for key, value in every.get(old, {}).items() if key not in sized}
         found[new] = own | {keys[axis]: sizes[new] for axis, sizes in after.by_layer.items() if sizes[new] != after[axis]}
-    return {PER_LAYER: {layer: own for layer, own in found.items() if own}} if before or after.by_layer else {}
+    return {PER_LAYER: {layer: own for layer, own in found.items() if own}} if every or after.by_layer else {}
 
 
 def pruned_config(config: PreTrainedConfig, changes: Mapping[str, Any], after: Shape) -> PrunedConfig:

@@ -170,7 +170,7 @@ def _changes(architecture: Architecture, after: Shape, layers: Sequence[int]) ->
     changes |= {
         key: axes.dim_size(axes.parse(size)[0], after.sizes) for key, size in family.follows.items() if hasattr(config, key)
     }
-    changes |= per_layer_config(config, family.config_keys, after, layers)
+    changes |= per_layer_config(config, family.config_keys, architecture.shape, after, layers)
     return changes | _by_layer(architecture, layers) | family.settings
 
 
