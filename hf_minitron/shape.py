@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
 from hf_minitron.known_names import CONFIG_NAMES
-from hf_minitron.sizes import AXES, CUTTABLE, expert_problems, head_problems, largest, limited, selected
+from hf_minitron.sizes import AXES, CUTTABLE, expert_problems, head_problems, limited, selected
 
 
 class ShapeError(ValueError):
@@ -110,9 +110,8 @@ class Shape:
         Multi-head latent attention keeps a narrow row in place of keys and values, from which both are made (2405.04434,
         section 2.1).
         """
-        growing = replace(self, windows=tuple(0 if window else window for window in self.windows))
-        keeps = growing if self.windows.count(None) else self
-        return keeps.cache_bytes(1, bytes_per_number) - self.state_bytes(bytes_per_number)
+        growing = tuple(0 if window else window for window in self.windows) if None in self.windows else self.windows
+        return replace(self, windows=growing).cache_bytes(1, bytes_per_number) - self.state_bytes(bytes_per_number)
 
     def cache_bytes(self, context: int, bytes_per_number: int) -> int:
         """Count the bytes of everything that is kept of a text of so many tokens: keys and values, and states."""
@@ -233,13 +232,13 @@ class Shape:
 
     def with_layers(self, kept: Sequence[int]) -> "Shape":
         """Return the shape of some layers of this model, such as one that is run by itself."""
-        sizes, windows = {**self.sizes, "layers": len(kept)}, self.windows
+        sizes = {**self.sizes, "layers": len(kept)}
         if not self.by_layer:
             return replace(self, sizes=sizes)
-        every = {axis: [own[layer] for layer in kept] for axis, own in self.by_layer.items()}
-        by_layer, windows = selected(self.by_layer, kept), tuple(windows[layer] for layer in kept)
+        sizes |= {axis: max(own[layer] for layer in kept) for axis, own in self.by_layer.items()}
+        windows = tuple(self.windows[layer] for layer in kept if self.windows)
         kinds = {kind: tuple(new for new, old in enumerate(kept) if old in layers) for kind, layers in self.layer_kinds.items()}
-        return replace(self, sizes={**sizes, **largest(every)}, by_layer=by_layer, windows=windows, layer_kinds=kinds)
+        return replace(self, sizes=sizes, by_layer=selected(self.by_layer, kept), windows=windows, layer_kinds=kinds)
 
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
@@ -297,6 +296,6 @@ class Shape:
         kinds = axes.placeholders(row)
         if not any(self.by_layer.keys() & axes.dim_names(dim) for dim in axes.parse(pattern)):
             return math.prod(self[axis] for axis in kinds) * math.prod(axes.tensor_shape(pattern, self.sizes))
-        count = len(next(iter(self.by_layer.values())))
-        layers = self.layer_kinds.get(kinds[0], range(count))
-        return self["layers"] * sum(math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in layers) // count
+        every = range(len(next(iter(self.by_layer.values()))))
+        counts = (math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in self.layer_kinds.get(kinds[0], every))
+        return self["layers"] * sum(counts) // len(every)
