@@ -179,13 +179,11 @@ class Shape:
             raise ShapeError(f"multiple_of: {bad[0]!r}: {multiple_of[bad[0]]!r} is not an axis of {', '.join(CUTTABLE)} with a "
                              "whole number from 1 on")  # fmt: skip
         target, by_kind, problems = self._depth(target)
-        problems += [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]
-        if problems:
+        if problems := problems + [p for axis, size in target.items() for p in self.size_problems(axis, size, multiple_of)]:
             raise ShapeError("; ".join(problems))
         sizes = self._with_dependent_sizes({**self.sizes, **target}, target, by_kind)
         before = {**self.sizes, "heads": self.kv_groups * self.largest_group} if "heads" in self.sizes else self.sizes
-        problems = [*head_problems(before, sizes), *expert_problems(sizes)]
-        if problems:
+        if problems := [*head_problems(before, sizes), *expert_problems(sizes)]:
             raise ShapeError("; ".join(problems))
         return replace(self.with_sizes(sizes), by_kind=by_kind)
 
