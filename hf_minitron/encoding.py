@@ -128,21 +128,19 @@ class Encoder:
     def _end(self, messages: list[dict], number: int, row: Mapping, whole: str) -> int:
         """Return where a turn ends in a conversation, which may write it in another way than as the last one: without thoughts.
 
-        Then the end is told by what follows two other contents: in the last turn its own end, before another turn that as well.
+        Then the end is told by what follows two other contents: as the last turn its own end, here that and all other turns.
         """
         through = self._template(messages[: number + 1], row, tokenize=False)
         if whole.startswith(through) or number + 1 == len(messages):
             return self._prefix(through, whole)
         endings = []
-        for following in ([], messages[number + 1 : number + 2]):
-            turns = ([*messages[:number], {**messages[number], "content": content}, *following] for content in "ab")
-            first, second = (self._template(turn, row, tokenize=False)[::-1] for turn in turns)
+        for turns in (messages[: number + 1], messages):
+            written = ([*turns[:number], {**turns[number], "content": content}, *turns[number + 1 :]] for content in "ab")
+            first, second = (self._template(turn, row, tokenize=False)[::-1] for turn in written)
             endings.append(os.path.commonprefix([first, second])[::-1])
-        own, both = endings
-        after = self._template(messages[: number + 2], row, tokenize=False)
-        return (
-            self._prefix(after, whole) - len(both) + len(own) if own and both.startswith(own) else self._prefix(through, whole)
-        )
+        own, rest = endings
+        split = own and rest.startswith(own) and whole.endswith(rest)
+        return len(whole) - len(rest) + len(own) if split else self._prefix(through, whole)
 
     def _written_pair(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
         prompt, completion = _messages(row["prompt"]), _messages(row["completion"])

@@ -77,6 +77,9 @@ def test_answers_are_learnt_and_nothing_else(template):
 
 
 def test_answers_that_are_written_without_their_thoughts_later_are_found():
+    tools = [*chat("w1", "w2"), *({"role": "tool", "content": content} for content in ("w3", "w4")), *chat("w5", "w6")[1:]]
+    assert encoded({"messages": tools}, THINKS)[1] == "w80 w2 </s> w80 w6 </s>"
+    assert encoded({"messages": tools}, THINKS.replace("loop.index0 > seen.last", "loop.last"))[1] == "w2 </s> w80 w6 </s>"
     for repeated in (TWO, chat("w1", "w1", "w1", "w1"), chat("w1 w2", "a", "w3", "b")):
         answers = [turn["content"] for turn in repeated[1::2]]
         text, learnt = encoded({"messages": repeated}, THINKS)
