@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_minitron.columns import MASKS
 from hf_minitron.errors import one_line
 
+# Ids alone, of the text alone.
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -74,7 +76,7 @@ class Encoder:
         for number, row in enumerate(rows):
             if not isinstance(row["text"], str):
                 raise _RowError(number, "holds no text. Leave it out, or set text_column")
-        ids = self.tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer([row["text"] for row in rows], **_PLAIN)["input_ids"]
         return [([*self._opened(row), self.tokenizer.eos_token_id], None) for row in ids]
 
     def ready(self, rows: Sequence[Mapping]) -> "Documents":
@@ -165,7 +167,7 @@ class Encoder:
 
     def _spans(self, texts: Sequence[tuple[str, list[tuple[int, int]]]]) -> "Documents":
         """Tokenize texts, and learn the tokens with a character in one of their spans."""
-        made = self.tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        made = self.tokenizer([text for text, _ in texts], return_offsets_mapping=True, **_PLAIN)
         documents = []
         for ids, offsets, (_, spans) in zip(made["input_ids"], made["offset_mapping"], texts, strict=True):
             first, last = np.array(offsets, int).reshape(-1, 2).T
