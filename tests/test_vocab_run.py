@@ -91,6 +91,12 @@ def test_plan_counts_the_rows(project, tmp_path, capsys):
     assert was - now == saved + 3 * 3 * 40 * (72 - 48)
 
 
+def test_a_share_of_the_tokens_is_a_size(project, tmp_path, capsys):
+    assert main(["plan", recipe(project, tmp_path, prune={"target": {"vocab": "60%"}, "multiple_of": {"vocab": 16}})]) == 0
+    (vocab,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vocab")]
+    assert vocab.split("|")[3].strip() == "432"  # of 714, a multiple of 16
+
+
 @pytest.fixture(scope="module")
 def pair(project, whole):
     """Teacher, student, the student's tokenizer, packed sequences in its tokens, and which ids of the teacher these are."""
