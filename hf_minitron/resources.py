@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.config import model_of
 from hf_minitron.architecture.roles import ATTENTION
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.probe import base_model
@@ -155,7 +155,7 @@ def _run_fake(config: PreTrainedConfig, shape: torch.Size, mixed: bool) -> int:
     """Run a model on fake tensors; return the bytes that autograd keeps, but for weights."""
     kept: dict[int, torch.Tensor] = {}
     with FakeTensorMode(), torch.device("cpu"):
-        model = auto_class(config).from_config(config, dtype=torch.float32).train()
+        model = model_of(config, dtype=torch.float32).train()
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(CAUSAL)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

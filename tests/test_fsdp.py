@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_accelerate import launch, script
@@ -14,6 +13,7 @@ from test_distillation import CONSTANT, RAGGED, arguments
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_minitron import DistillationTrainer
 from hf_minitron.checkpoint import load_model
@@ -75,32 +75,38 @@ def student_of(sizes, dtype):
     return tiny.model(seed=1, dtype=dtype, **({} if "model_type" in sizes else {"hidden_size": 24}), **sizes)
 
 
-def loaded(model, args, folder, dtype, trained):
-    """Return a model as the command would: from its folder, by every process."""
-    if PartialState().is_main_process:
+def stored(model, folder):
+    """Save a model once for all processes, before any arguments tell Transformers how models are sharded."""
+    several = torch.distributed.is_initialized()
+    if not several or torch.distributed.get_rank() == 0:
         model.save_pretrained(folder)
-    PartialState().wait_for_everyone()
+    if several:
+        torch.distributed.barrier()
+    return folder
+
+
+def loaded(folder, args, dtype, trained):
+    """Return a model as the command would: from its folder, by every process."""
     sharding = sharded_loading(args, AutoConfig.from_pretrained(folder), trained)
-    assert (sharding is None) == (PartialState().num_processes == 1)
+    assert (sharding is not None) == bool(args.fsdp)
     return load_model(folder, dtype, distributed_config=sharding)
 
 
 def trainer_of(case, folder, batch, dtype, callbacks, **changes):
+    unset_hf_deepspeed_config()  # of a case before
     sizes, settings, how = CASES[case]
     values = {"max_steps": 3, "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
-    args = arguments(folder, **values, train_sampling_strategy="sequential", **CONSTANT, **settings, **changes)
-    student, teacher = (
-        student_of(sizes, dtype),
-        tiny.model(dtype=dtype, **{k: v for k, v in sizes.items() if k != "nonuniform"}),
-    )
+    student, teacher = student_of(sizes, dtype), tiny.model(dtype=dtype, **({} if "nonuniform" in sizes else sizes))
     if "loaded" in how:
-        student = loaded(student, args, folder / "student", dtype, trained=True).train()
-        teacher = loaded(teacher, args, folder / "teacher", dtype, trained=False)
+        student, teacher = stored(student, folder / "student"), stored(teacher, folder / "teacher")
+    args = arguments(folder, **values, train_sampling_strategy="sequential", **CONSTANT, **settings, **changes)
+    if "loaded" in how:
+        student, teacher = loaded(student, args, dtype, trained=True).train(), loaded(teacher, args, dtype, trained=False)
         assert isinstance(student, FSDPModule) == bool(args.fsdp)
     if "lora" in how:
         torch.manual_seed(3)
         student = get_peft_model(student, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        student = student.double()
+        student = student.to(dtype)
     data = {"train_dataset": RAGGED, "eval_dataset": RAGGED.select(range(4))}
     return DistillationTrainer(student, teacher, args, callbacks=callbacks, **data)
 

@@ -16,7 +16,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -86,6 +88,17 @@ def model_type_of(config: PreTrainedConfig) -> str:
 def auto_class(config: PreTrainedConfig) -> type:
     """Return the Auto class that loads a model of a config."""
     return AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
+
+
+def model_of(config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    """Return a model of a config with random weights, whole on every process, also in one that trains with ZeRO-3.
+
+    Args:
+        config (`PreTrainedConfig`): The config.
+        **kwargs: Arguments of `from_config`.
+    """
+    with set_zero3_state():  # Transformers takes it that its models are sharded already
+        return auto_class(config).from_config(config, **kwargs)
 
 
 def pipeline_tag(config: PreTrainedConfig) -> str:

@@ -28,7 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
-from hf_minitron.architecture.config import auto_class, special_float
+from hf_minitron.architecture.config import model_of, special_float
 from hf_minitron.errors import one_line
 from hf_minitron.probe import Visit, base_name, probe
 
@@ -120,7 +120,7 @@ def _config(kind: type[PreTrainedConfig], content: str) -> PreTrainedConfig:
 def _build(kind: type[PreTrainedConfig], content: str, **kwargs) -> PreTrainedModel:
     with torch.device("meta"):
         config = _config(kind, content)
-        return auto_class(config).from_config(config, **kwargs)
+        return model_of(config, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.config import model_of
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint import load_model
 from hf_minitron.distillation.checks import check_number
@@ -65,7 +65,7 @@ def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
         if hints[key] is bool and not isinstance(value, bool):
             raise ValueError(f"lora: {key}: {value!r} is neither true nor false")
     with torch.device("meta"):  # no weights
-        tuned = add_lora(auto_class(config).from_config(config), settings)
+        tuned = add_lora(model_of(config), settings)
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ValueError(f"lora: {dict(settings)} adds to no layer, so nothing would be trained; name other target_modules")
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.config import model_of
 from hf_minitron.distillation.teacher import LiveTeacher
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def sharded_loading(args: TrainingArguments, config: PreTrainedConfig, trained: 
     if state.distributed_type in unsharded or not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
         return None
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = model_of(config)
     if trained and (plugin.activation_checkpointing or args.fp16 or trains_whole_only(model, state.num_processes)):
         return None
     plugin.set_auto_wrap_policy(model)

@@ -95,7 +95,7 @@ class LiveTeacher:
         elif (plugin := accelerator.state.deepspeed_plugin) is not None and plugin.zero_stage == 3:
             import deepspeed  # an optional dependency
 
-            settings = dict(plugin.deepspeed_config) | {"optimizer": None, "scheduler": None}
+            settings = {key: v for key, v in plugin.deepspeed_config.items() if key not in ("optimizer", "scheduler")}
             self.model = deepspeed.initialize(model=self.model, config=settings)[0].module
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architecture.config import auto_class
+from hf_minitron.architecture.config import model_of
 from hf_minitron.distillation.cached import META, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
@@ -83,7 +83,7 @@ def check_attention(config: PreTrainedConfig, name: str | None) -> None:
     """Refuse as `set_attention` does, by a model without weights."""
     if name is not None:
         with torch.device("meta"):
-            set_attention(auto_class(config).from_config(config), name)
+            set_attention(model_of(config), name)
 
 
 def check_models(

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import auto_class, text_config, with_text
+from hf_minitron.architecture.config import model_of, text_config, with_text
 from hf_minitron.architecture.student import student_config
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import Plan, stand_in
@@ -138,7 +138,7 @@ def shape_tokens_per_second(
     architecture = Architecture.of(config)
     config = student_config(architecture, stand_in(architecture.shape, shape))
     with device:
-        model = auto_class(config).from_config(config, dtype=dtype).eval()
+        model = model_of(config, dtype=dtype).eval()
     (found,) = measure_speed({"": model}, SpeedSettings(batch_sizes=(1,), prompt=(512,)))[""]
     return {kind: found[kind]["value"] for kind in ("prefill", "decode")}
 
@@ -168,7 +168,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, layers: int = 1, 
     if vocab is not None:
         tables = [key for key, size in architecture.family.follows.items() if size == "vocab"]
         config = with_text(config, {**dict.fromkeys(("vocab_size", *tables), vocab), "pad_token_id": None})
-    return auto_class(config).from_config(config, dtype=dtype).eval()
+    return model_of(config, dtype=dtype).eval()
 
 
 def _narrow(architecture: Architecture) -> PreTrainedConfig:
