@@ -26,6 +26,7 @@ from hf_minitron.stages import publish
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import with_sizes
 from hf_minitron.tables import markdown_table
+from hf_minitron.terminal import quiet_libraries
 from hf_minitron.texts import COMMITS
 from hf_minitron.waiting import end_group, from_first, together
 
@@ -42,6 +43,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
             print(publish.report(with_values(sized(run), stored_values(run) or {}), args.open))
             return 0
     keep_freed_memory()
+    quiet_libraries()
     PartialState(cpu=not torch.accelerator.is_available())  # all later ones are this one; unasked, it sees no CPU ranks
     push = _push(args)
     if args.verb == "run":
@@ -119,11 +121,12 @@ def run_stages(
     if state.is_main_process:
         run.check_owner()
         run.check_free()
-    check_stages(run, stages, push, finished(run, stages))
+    done = finished(run, stages)
+    check_stages(run, stages, push, done)
     values, text = {}, ""
     if state.is_main_process:
         with told():
-            values, text = time_allows(run, own_stages(run), estimate)
+            values, text = time_allows(run, own_stages(run), estimate, done)
     with together(run.folder):
         values = from_first(run.folder, values)
         whole, run = run, with_values(run, values)

@@ -193,7 +193,8 @@ def _training(
     disk = kept * 3 * FLOAT * (parameters if trained is None else trained)
     disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
     note = "FSDP2" if training.sharded else "DDP" if machine.gpus > 1 else ""
-    return Cost(stage, gpu, _host(machine, FLOAT * parameters + live), disk, tokens, tokens * per_token, note)
+    loaded = (FLOAT * parameters + live) // (machine.gpus if training.sharded and trained is None else 1)  # a shard each
+    return Cost(stage, gpu, _host(machine, loaded), disk, tokens, tokens * per_token, note)
 
 
 def fitting(recipe: Mapping[str, Any], stage: str, machine: Machine) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,19 +49,19 @@ NEW_TOKENS = 8
 LEAST = 0.1  # of a recipe's tokens, steps and documents; with less the result would say nothing
 
 
-def time_allows(run: Run, stages: Stages, estimate: bool) -> tuple[dict[str, int], str]:
+def time_allows(run: Run, stages: Stages, estimate: bool, done: Sequence[str] = ()) -> tuple[dict[str, int], str]:
     """Return the values of the recipe that its `minutes` allow, and what to say about its time.
 
     Args:
         run (`Run`): The run.
         stages (`Stages`): Its stages by name.
-        estimate (`bool`): Whether to say how long it takes.
+        estimate (`bool`): Whether to say how long it takes, but for the stages that are `done`.
     """
     values = stored_values(run) if "minutes" in run.recipe else {}
-    return _measured(run, values, stages) if estimate or values is None else (values, "")
+    return _measured(run, values, stages, done) if estimate or values is None else (values, "")
 
 
-def _measured(run: Run, values: dict[str, int] | None, stages: Stages) -> tuple[dict[str, int], str]:
+def _measured(run: Run, values: dict | None, stages: Stages, done: Sequence[str]) -> tuple[dict[str, int], str]:
     """Return the values of a recipe, those that fit its time where there are none yet, and what to say about its time."""
     try:
         rates = rehearse(run, stages)
@@ -70,18 +70,18 @@ def _measured(run: Run, values: dict[str, int] | None, stages: Stages) -> tuple[
             raise RecipeError(f"minutes: how long this takes cannot be measured: {error}. Leave minutes out") from error
         return values, f"How long this takes cannot be measured: {error}."
     values = fit(run, stages, rates) if values is None else values
-    return values, time_text(run, values, stages, rates)
+    return values, time_text(run, values, stages, rates, done)
 
 
-def time_text(run: Run, values: Mapping[str, int], stages: Stages, rates: Mapping[str, float]) -> str:
+def time_text(run: Run, values: Mapping, stages: Stages, rates: Mapping[str, float], done: Sequence[str] = ()) -> str:
     """Say how long a run takes on this machine, stage by stage, and what its time leaves of the recipe."""
-    times = seconds_by_stage(with_values(run, values), stages, rates)
-    device = best_device()
+    times = {n: time for n, time in seconds_by_stage(with_values(run, values), stages, rates).items() if n not in done}
+    device, said = best_device(), f"Done already: {', '.join(done)}. " if done else ""
     machine = f"{device}, {str(best_dtype(device)).removeprefix('torch.')}, {1 / rates['train']:,.0f} tokens/s of distillation"
     by_stage = ", ".join(f"{name} {time / 60:.1f}" for name, time in times.items() if time)
     lines = [
         f"About {sum(times.values()) / 60:.0f} minutes on this machine ({machine}): {by_stage}.",
-        "Stages that are done already are skipped; it can be interrupted at any time and goes on when started again.",
+        f"{said}It can be interrupted at any time and goes on when started again.",
     ]
     if values:
         whole, sizes = sum(seconds_by_stage(run, stages, rates).values()), scaled(run, stages, 1.0)

@@ -22,7 +22,7 @@ ORDER = """
 registration modeling errors tables yaml_text known_names recipe_file axes sizes shape ranking plan probe architecture formats
 megatron columns texts side_files model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens
 mixture memory environment waiting head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance
-distillation evaluation resources hub recipe stages costs drafting planning chain estimate command __main__
+distillation evaluation resources terminal hub recipe stages costs drafting planning chain estimate command __main__
 """.split()
 
 

@@ -1,10 +1,14 @@
 """From sums over tokens to means: the one division by the token count, and the means of the named losses in the log."""
 
+import time
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import Trainer
+
+from hf_minitron.distillation.batch import rows_read
 
 
 def per_token(total: Tensor, num_items: Tensor | int, processes: int = 1) -> Tensor:
@@ -32,6 +36,7 @@ class NamedMeans:
 
     Attributes:
         count (`int`): Steps or tokens so far.
+        since (`float`): When they were begun, by `time.perf_counter`.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -41,7 +46,7 @@ class NamedMeans:
     def begin(self) -> None:
         """Forget what was added."""
         self._totals: dict[str, Tensor] = {}
-        self.count = 0
+        self.count, self.since = 0, time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor], count: int = 0) -> None:
         """Add a part of a step, or the sums over so many tokens."""
@@ -64,3 +69,18 @@ class NamedMeans:
             totals = self._accelerator.reduce(torch.stack([*totals, totals[0].new_tensor(self.count)]), "sum").tolist()
         self.begin()
         return {name: total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+
+def token_counts(trainer: Trainer, width: int, steps: int, since: float) -> dict[str, float]:
+    """Return the tokens of all processes that training has read, and how many a second in the last steps, for its log.
+
+    Args:
+        trainer (`Trainer`): It trains.
+        width (`int`): Tokens of a row.
+        steps (`int`): Steps since `since`, by `time.perf_counter`.
+        since (`float`): When they were begun.
+    """
+    args = trainer.args
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * width
+    rate = steps * step / max(time.perf_counter() - since, 1e-9)
+    return {"tokens": rows_read(trainer) * width, "tokens_per_second": round(rate, 1)}

@@ -24,7 +24,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.engine import prepare_engine, shard_models, train_in_float32
 from hf_minitron.distillation.float32 import float32_as_it_is
 from hf_minitron.distillation.losses.output import OutputLosses
-from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token
+from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token, token_counts
 from hf_minitron.distillation.states import STATE_LOSSES, state_losses_of
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import base_of, freeze_vision, no_tokens, unsharded_head
@@ -198,6 +198,7 @@ class DistillationTrainer(Trainer):
         count = (num_items_in_batch if num_items_in_batch is not None else len(targets),
                  self.accelerator.num_processes if of_all else 1)  # fmt: skip
         if self.model.training:
+            self._width = inputs["input_ids"].shape[1]
             self._trained.add({name: per_token(part, *count) for name, part in sums.items()})
         else:
             self._evaluated.add(sums, len(targets))
@@ -259,9 +260,10 @@ class DistillationTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of every named loss since the last log."""
+        """Add the mean of every named loss since the last log, and the tokens read."""
         if "loss" in logs and self._trained.count:
-            logs |= self._trained.take()
+            counts = token_counts(self, self._width, self._trained.count, self._trained.since)
+            logs |= self._trained.take() | counts
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -22,6 +22,7 @@ from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.stages.training import TextArguments, blocks_of, tokens_wanted, train_and_resume
 from hf_minitron.stages.validation import callbacks_of
+from hf_minitron.terminal import show_stage
 
 # Size limit of one weights file of a trained model.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -63,6 +64,7 @@ def train_model(
     callbacks = callbacks_of(args)
     data = {"train_dataset": blocks, "eval_dataset": eval_blocks, "processing_class": tokenizer}
     trainer = DistillationTrainer(model, teacher, args, callbacks=callbacks, **data)
+    show_stage(trainer, out.name.removesuffix(".tmp"))
     resumed = train_and_resume(trainer)
     save_trained(trainer, source, out / name)
     save_log(trainer, out, resumed=resumed, **facts)
