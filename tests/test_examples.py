@@ -208,10 +208,13 @@ def check_verb(words, project):
     if words[0] == "<stage>":
         words = ["score", *words[1:]]
     if "--help" in words or len(words) == 1:
-        assert words[0] in {"run", "plan", "report", *STAGES}
+        assert words[0] in {"init", "run", "plan", "report", *STAGES}
         return
     args, rest = parser().parse_known_args(words)
     overrides = read_overrides(rest)
+    if args.verb == "init" or args.verb == "plan" and args.recipe.suffix != ".yaml":  # of a model
+        assert not overrides
+        return
     for recipe in args.recipe if isinstance(args.recipe, list) else [args.recipe]:
         own = "/" not in str(recipe)
         assert own or (ROOT / recipe).is_file(), f"no {recipe}"
