@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_accelerate import launch, script
@@ -16,6 +17,7 @@ from transformers import AutoConfig, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_minitron import DistillationTrainer
+from hf_minitron.__main__ import main
 from hf_minitron.checkpoint import load_model
 from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
@@ -192,3 +194,51 @@ def test_every_process_loads_weights_that_nobody_shards(sharded):
     one, two = (torch.load(sharded / f"weights-{rank}.pt") for rank in (0, 1))
     assert any(weight.abs().max() > 0 for weight in one.values())
     assert all(torch.equal(two[name], weight) for name, weight in one.items())
+
+
+COMMAND = """
+import os, sys
+os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+os.environ.update(FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="true")  # as `accelerate launch` does
+sys.path.insert(0, {tests!r})
+import gloo
+gloo.present_as_accelerators()
+from hf_minitron.command import run_stages
+from hf_minitron.recipe import load_recipe
+from hf_minitron.stages.every import STAGES
+from pathlib import Path
+from hf_minitron.stages import trained
+from torch.distributed.fsdp import FSDPModule
+load = trained.load_model
+
+
+def load_shard(*args, **kwargs):
+    model = load(*args, **kwargs)
+    assert isinstance(model, FSDPModule)
+    return model
+
+
+trained.load_model = load_shard
+sections = {{name: stage.args for name, stage in STAGES.items()}}
+run_stages(load_recipe(Path(sys.argv[1]), {{}}, sections), ["score", "prune", "distill"])
+"""
+
+
+def test_the_command_trains_and_saves_a_sharded_student(project, tmp_path):
+    """Each process loads its shard of both models, and the first one saves the whole student."""
+    students = []
+    for processes, batch in ((1, 2), (2, 1)):
+        run, recipe = tmp_path / str(processes), tmp_path / f"{processes}.yaml"
+        distill = {**project["recipe"]["distill"], "per_device_train_batch_size": batch, "max_steps": 3}
+        recipe.write_text(yaml.safe_dump({**project["recipe"], "run": str(run), "distill": distill}))
+        if processes == 2:
+            launch(2, script(tmp_path, COMMAND), recipe)
+        else:
+            for stage in ("score", "prune", "distill"):
+                assert main([stage, str(recipe)]) == 0
+        students.append(load_file(run / "distill/student/model.safetensors"))
+    one, two = students
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert two[name].dtype == weight.dtype
+        assert torch.allclose(two[name], weight, atol=1e-4), name
