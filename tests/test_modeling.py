@@ -1,7 +1,9 @@
 """Nonuniform models: the same numbers as stock classes, and everything that transformers and its friends do with a model."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -417,3 +419,13 @@ def test_a_backend_sees_the_heads_of_every_layer_and_its_own_arguments():
     config = PrunedConfig.from_stock(stock_config(), **LISTS)
     AutoModel.from_config(config, attn_implementation="tests_own")(PROMPT, attention_instances="given")
     assert seen == [(1, 4, 2, None, "given"), (2, 2, 2, None, "given"), (3, 4, 1, None, "given")]
+
+
+def test_copies_and_models_without_attention():
+    model = pruned("qwen3")
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), logits(model))
+    assert pickle.loads(pickle.dumps(model.config)).layer_sizes == LISTS
+    lists = {"layer_num_attention_heads": [0] * 4, "layer_num_key_value_heads": [0] * 4, "layer_intermediate_size": [72] * 4}
+    alone = pruned("qwen3", lists)
+    assert alone.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 12)

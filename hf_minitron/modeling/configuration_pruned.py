@@ -148,9 +148,10 @@ class PrunedConfig(PreTrainedConfig):
         return configs
 
     @property
-    def kv_sharing_modes(self) -> list[str | None]:
-        """`reuse` for layers without attention: caches keep no keys and values for them."""
-        return [None if heads else "reuse" for heads in self.layer_num_attention_heads]
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """`reuse` for layers without attention: caches keep no keys and values for them, but count tokens by another one."""
+        modes = [None if heads else "reuse" for heads in self.layer_num_attention_heads]
+        return modes if None in modes else None
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save the config, and beside it all the code that loads the model where hf_minitron is not installed."""

@@ -76,7 +76,7 @@ class PrunedPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     stock_classes = MODEL_MAPPING
 
-    def __new__(cls, config: PrunedConfig, *args, **kwargs):
+    def __new__(cls, config: PrunedConfig | None = None, *args, **kwargs):  # a copy is made without
         return super().__new__(_class_of(cls, config.stock_model_type) if "stock_classes" in cls.__dict__ else cls)
 
     def __init__(self, config: PrunedConfig, *args, **kwargs):
