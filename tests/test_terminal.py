@@ -1,6 +1,8 @@
 """What the command shows while it trains, and what a tracker is told."""
 
 import io
+import json
+import sqlite3
 from functools import partial
 
 import pytest
@@ -73,3 +75,21 @@ def test_what_is_done_is_said_and_not_counted(project):
     assert "Done already: score, prune. It can be interrupted" in left
     assert ": score " in whole
     assert ": distill " in left
+
+
+def test_trackio_is_told_without_a_connection(tmp_path, monkeypatch):
+    """Where it is installed: into a database on this machine."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    ids = torch.randint(0, tiny.config().vocab_size, (4, 16)).tolist()
+    args = DistillationArguments(str(tmp_path / "out"), max_steps=1, logging_steps=1, report_to=["trackio"], project="mini",
+                                 disable_tqdm=True, save_strategy="no")  # fmt: skip
+    student, teacher = (tiny.model(dtype=torch.float32) for _ in range(2))
+    DistillationTrainer(
+        student, teacher, args, train_dataset=Dataset.from_dict({"input_ids": ids}).with_format("torch")
+    ).train()
+    with sqlite3.connect(tmp_path / "trackio" / "mini.db") as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
+    assert {"train/loss", "train/forward_kl", "train/learning_rate", "train/tokens", "train/tokens_per_second"} <= rows[
+        0
+    ].keys()

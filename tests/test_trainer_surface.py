@@ -180,7 +180,7 @@ def made(kind, folder, settings, **kwargs):
 
 def logged(trainer):
     """The log without times and memory, and without the parts that ours names."""
-    measured = re.compile("runtime|per_second|preparation_time|_mem_|^cross_entropy$|^eval_cross_entropy$")
+    measured = re.compile("runtime|per_second|preparation_time|_mem_|^tokens$|^cross_entropy$|^eval_cross_entropy$")
     return [{key: value for key, value in entry.items() if not measured.search(key)} for entry in trainer.state.log_history]
 
 
