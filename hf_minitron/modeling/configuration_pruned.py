@@ -64,6 +64,8 @@ class PrunedConfig(PreTrainedConfig):
     Example:
 
     ```python
+    >>> from transformers import LlamaConfig
+
     >>> config = PrunedConfig.from_stock(LlamaConfig(num_hidden_layers=2), layer_intermediate_size=[11008, 5504])
     >>> config.intermediate_size
     11008
