@@ -142,8 +142,10 @@ def arguments(section: Mapping[str, Any], stage: str, args_type: type) -> Any:
     for field in dataclasses.fields(args_type):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name in section:
-            least = field.metadata.get("min")
-            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], declared[field.name], least)
+            least, kind = field.metadata.get("min"), declared[field.name]
+            if field.metadata.get("const") is True:  # such as fsdp, whose declared type is that of an older form
+                kind = kind | bool
+            values[field.name] = _typed(f"{stage}.{field.name}", section[field.name], kind, least)
         elif required and field.init:
             raise RecipeError(f"{stage}.{field.name} is missing: {field.metadata.get('help', '')}")
     try:

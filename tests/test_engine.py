@@ -9,9 +9,10 @@ import torch
 from test_distillation import CONSTANT, RAGGED, arguments
 from transformers import TrainerCallback, training_args
 
-from hf_minitron import DistillationArguments, DistillationTrainer
+from hf_minitron import DistillationArguments, DistillationTrainer, recipe_file
 from hf_minitron.distillation.engine import prepare_engine, trains_whole_only
 from hf_minitron.distillation.float32 import PLACES
+from hf_minitron.stages import distill
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,6 +81,12 @@ def test_activation_kwargs_that_do_nothing_are_refused(tmp_path):
         ValueError, match="activation_checkpointing_kwargs: offload keeps activations in host memory, where a CPU"
     ):
         arguments(tmp_path, **offload)
+
+
+def test_a_recipe_may_ask_for_fsdp():
+    """As `TrainingArguments` documents it, whose declared type is text."""
+    with pytest.raises(ValueError, match="fsdp: needs several processes: accelerate launch"):
+        recipe_file.arguments({"text": "a.jsonl", "max_steps": 1, "fsdp": True}, "distill", distill.Args)
 
 
 def test_flat_parameters_are_refused():
