@@ -429,3 +429,14 @@ def test_copies_and_models_without_attention():
     lists = {"layer_num_attention_heads": [0] * 4, "layer_num_key_value_heads": [0] * 4, "layer_intermediate_size": [72] * 4}
     alone = pruned("qwen3", lists)
     assert alone.generate(PROMPT, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 12)
+
+
+@pytest.mark.parametrize("variant", ["qwen2, mixed", "smollm3", "llama"])
+def test_a_config_of_an_older_version_is_read(variant):
+    """It had `moe` for the types of layers without attention, and no switch of sliding windows."""
+    config = PrunedConfig.from_stock(stock_config(variant), **LISTS)
+    written = {key: value for key, value in config.to_dict().items() if key != "use_sliding_window"}
+    types = getattr(config, "layer_types", None) or ["full_attention"] * 4
+    written["layer_types"] = ["moe", *types[1:]]
+    model, older = randomize(PrunedForCausalLM(config)), randomize(PrunedForCausalLM(PrunedConfig.from_dict(written)))
+    assert torch.equal(logits(older), logits(model))

@@ -98,6 +98,7 @@ class PrunedConfig(PreTrainedConfig):
         for key, name in LIST_OF.items():
             if any(getattr(self, name) or ()):  # else the class is made with the sizes that it would have
                 setattr(self, key, max(getattr(self, name)))
+        self._read_older_layer_types()
         kwargs["auto_map"] = kwargs.get("auto_map") or {
             "AutoConfig": "configuration_pruned.PrunedConfig",
             "AutoModel": "modeling_pruned.PrunedModel",
@@ -119,6 +120,15 @@ class PrunedConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(sizes)} entries; it needs one for each of {self.num_hidden_layers} layers")
             if any(type(size) is not int or size < 0 for size in sizes):
                 raise ValueError(f"{name} must hold integers, 0 where a layer lacks this sublayer: {sizes}")
+
+    def _read_older_layer_types(self) -> None:
+        """Read what an older version wrote: `moe` where there is no attention, sliding layers without their switch."""
+        types, heads = getattr(self, "layer_types", None), self.layer_num_attention_heads
+        if types and heads and "moe" in types:
+            other = next((kind for kind in types if kind != "moe"), "full_attention")
+            self.layer_types = [kind if own else other for kind, own in zip(types, heads, strict=True)]
+        if types and "sliding_attention" in types and hasattr(self, "use_sliding_window"):
+            self.use_sliding_window = True
 
     def _check_heads(self) -> None:
         """Refuse query heads that do not divide over the KV heads of their layer."""
