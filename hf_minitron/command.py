@@ -28,7 +28,7 @@ from hf_minitron.stages.share import with_sizes
 from hf_minitron.tables import markdown_table
 from hf_minitron.terminal import quiet_libraries
 from hf_minitron.texts import COMMITS
-from hf_minitron.waiting import end_group, from_first, together
+from hf_minitron.waiting import alone, end_group, from_first, together
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
@@ -125,7 +125,7 @@ def run_stages(
     check_stages(run, stages, push, done)
     values, text = {}, ""
     if state.is_main_process:
-        with told():
+        with told(), alone():
             values, text = time_allows(run, own_stages(run), estimate, done)
     with together(run.folder):
         values = from_first(run.folder, values)

@@ -5,7 +5,7 @@ The caller hands it the table of stages.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from accelerate import PartialState
 
@@ -13,7 +13,7 @@ from hf_minitron.checkpoint import DiskFullError
 from hf_minitron.errors import one_line
 from hf_minitron.run import RecipeError, Run, again, begin, damaged, done_digest, finish, stages_in
 from hf_minitron.stage import Stages
-from hf_minitron.waiting import from_first
+from hf_minitron.waiting import alone, from_first
 
 
 def read_inputs(run: Run, names: Sequence[str], stages: Stages) -> None:
@@ -67,7 +67,7 @@ def execute(run: Run, name: str, args: object, stages: Stages) -> None:
         return
     state.print(f"\n{name}: {stage.summary}", flush=True)
     if state.is_main_process or stage.distributed:
-        with named(name):
+        with named(name), nullcontext() if stage.distributed else alone():
             stage.run(args, run, folder)
     from_first(run.folder)  # it may have worked alone
     if state.is_main_process:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, patch_environment
+from accelerate.utils import DistributedType, broadcast_object_list, patch_environment
 
 try:
     import fcntl
@@ -101,6 +101,20 @@ def from_first(folder: Path, value: T = None) -> T:
     if state.is_main_process:
         ready.unlink()
     return shared[0]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as if there were no others: what it calls splits nothing, and waits for nobody."""
+    shared = PartialState._shared_state  # what every `PartialState` reads; arguments of a Trainer make it anew
+    before = dict(shared)
+    shared.update(distributed_type=DistributedType.NO, num_processes=1, process_index=0, local_process_index=0)
+    try:
+        with patch_environment(world_size="1", rank="0", local_rank="-1"):
+            yield
+    finally:
+        shared.clear()
+        shared.update(before)
 
 
 def by_every_process() -> AbstractContextManager:
