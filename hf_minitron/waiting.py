@@ -106,7 +106,7 @@ def from_first(folder: Path, value: T = None) -> T:
 @contextmanager
 def alone() -> Iterator[None]:
     """Let this process work as if there were no others: what it calls splits nothing, and waits for nobody."""
-    shared = PartialState._shared_state  # what every `PartialState` reads; arguments of a Trainer make it anew
+    shared = vars(PartialState())  # of all of them; arguments of a Trainer make it anew
     before = dict(shared)
     shared.update(distributed_type=DistributedType.NO, num_processes=1, process_index=0, local_process_index=0)
     try:
