@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from watch import Peak, anonymous_bytes
 
 from hf_minitron import Statistics, calibrate, load_text, token_blocks
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"

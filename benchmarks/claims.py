@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.activation import OVER
 from hf_minitron.importance.removal import greedy_removal, layer_scores, removal_costs, removal_scores

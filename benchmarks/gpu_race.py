@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
 from hf_minitron.__main__ import main as command
-from hf_minitron.checkpoint import best_device
+from hf_minitron.checkpoint.checkpoint import best_device
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.json_files import read_json

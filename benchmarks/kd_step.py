@@ -38,7 +38,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments

@@ -43,7 +43,7 @@ def rank(folder: Path, whole: bool) -> None:
     gloo.present_as_accelerators()
     from transformers import AutoConfig
 
-    from hf_minitron.checkpoint import load_model
+    from hf_minitron.checkpoint.checkpoint import load_model
     from hf_minitron.distillation import engine, teachers
     from hf_minitron.distillation.config import DistillationArguments
     from hf_minitron.distillation.trainer import DistillationTrainer

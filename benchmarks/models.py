@@ -20,11 +20,11 @@ from matplotlib import pyplot as plt
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_minitron import load_text
+from hf_minitron.checkpoint.saving import save_config
 from hf_minitron.hub import plots
 from hf_minitron.json_files import read_json
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
-from hf_minitron.saving import save_config
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.search import start
 

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 
 from hf_minitron import calibrate, load_text, make_plan, prune_model, token_blocks
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
+from hf_minitron.checkpoint.tensors import tensors_of
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.hub.plots import plot_kept
 from hf_minitron.importance.removal import sublayer_costs
 from hf_minitron.memory import keep_freed_memory
 from hf_minitron.plan import make_nonuniform_plan
 from hf_minitron.pruning.nonuniform import allocate_layers, error_curves, layer_parameters
-from hf_minitron.tensors import tensors_of
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def resume() -> list[float]:
     from accelerate import Accelerator, skip_first_batches
     from torch.utils.data import DataLoader
 
-    from hf_minitron.shards import tables_of, write_blocks
+    from hf_minitron.data.shards import tables_of, write_blocks
 
     rows, found = np.zeros((ROWS * (STEPS[-1] + 1), 16), np.uint16), []
     with tempfile.TemporaryDirectory() as folder:

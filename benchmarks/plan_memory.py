@@ -45,7 +45,7 @@ def measure(case: str, shape: dict | None = None) -> dict[str, float]:
     from hf_minitron.architecture.architecture import Architecture
     from hf_minitron.distillation.config import DistillationArguments
     from hf_minitron.distillation.trainer import DistillationTrainer
-    from hf_minitron.resources import FLOAT, Training, training_memory
+    from hf_minitron.planning.resources import FLOAT, Training, training_memory
 
     config = LlamaConfig(**SHAPE | (shape or {}))
     ids = torch.randint(0, config.vocab_size, (8 * BATCH, BLOCK))

@@ -37,7 +37,7 @@ def build(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig
 
     from hf_minitron.architecture.outline import outline
-    from hf_minitron.checkpoint import TensorSpec, write_tensors
+    from hf_minitron.checkpoint.checkpoint import TensorSpec, write_tensors
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **SIZES)
     specs = {name: TensorSpec("BF16", shape) for name, shape in outline(config).parameters.items()}
@@ -92,7 +92,7 @@ def copy(files: list[Path], read_bytes: int, written_bytes: int, target: Path) -
 
 def measure(folder: Path, layers: int, rounds: int) -> dict:
     """Prune one checkpoint and copy the same bytes, in turn; return the shortest times."""
-    from hf_minitron.checkpoint import Checkpoint
+    from hf_minitron.checkpoint.checkpoint import Checkpoint
 
     build(folder / "teacher", layers)
     teacher = Checkpoint(folder / "teacher")

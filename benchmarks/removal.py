@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.removal import removal_costs
 from hf_minitron.importance.without import layer_names, without_layers

@@ -25,7 +25,7 @@ from hf_minitron import (
     prune_model,
     token_blocks,
 )
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.memory import keep_freed_memory

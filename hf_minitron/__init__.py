@@ -8,7 +8,8 @@ from hf_minitron.registration import follow_transformers
 if TYPE_CHECKING:
     from hf_minitron.architecture.architecture import Architecture
     from hf_minitron.architecture.family import register_family
-    from hf_minitron.data import token_blocks
+    from hf_minitron.data.packing import token_blocks
+    from hf_minitron.data.texts import load_text
     from hf_minitron.distillation.config import DistillationArguments
     from hf_minitron.distillation.trainer import DistillationTrainer
     from hf_minitron.evaluation.compare import compare
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from hf_minitron.pruning.prune import prune_checkpoint, prune_model
     from hf_minitron.shape import Shape
     from hf_minitron.statistics import Statistics
-    from hf_minitron.texts import load_text
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,13 +52,13 @@ _HOME = {
     "Statistics": "statistics",
     "calibrate": "importance.calibrate",
     "compare": "evaluation.compare",
-    "load_text": "texts",
+    "load_text": "data.texts",
     "make_plan": "plan",
     "prune_checkpoint": "pruning.prune",
     "prune_model": "pruning.prune",
     "push_to_hub": "hub.values",
     "register_family": "architecture.family",
-    "token_blocks": "data",
+    "token_blocks": "data.packing",
 }
 
 

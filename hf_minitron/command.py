@@ -12,13 +12,14 @@ import torch
 from accelerate import PartialState
 
 from hf_minitron.chain import check_chain, placeholder_models, with_placeholders
+from hf_minitron.data.texts import COMMITS
 from hf_minitron.errors import told
-from hf_minitron.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import quality_rows, sentence, speed_rows
 from hf_minitron.execute import execute, is_done, named, read_inputs
 from hf_minitron.memory import keep_freed_memory
-from hf_minitron.planning import plan_text
+from hf_minitron.planning.estimate import store_values, stored_values, time_allows, with_values
+from hf_minitron.planning.plan_text import plan_text
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.stage import Stages
@@ -27,7 +28,6 @@ from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import with_sizes
 from hf_minitron.tables import markdown_table
 from hf_minitron.terminal import quiet_libraries
-from hf_minitron.texts import COMMITS
 from hf_minitron.waiting import alone, end_group, from_first, together
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 from accelerate import PartialState
 
-from hf_minitron.checkpoint import DiskFullError
+from hf_minitron.checkpoint.checkpoint import DiskFullError
 from hf_minitron.errors import one_line
 from hf_minitron.run import RecipeError, Run, again, begin, damaged, done_digest, finish, stages_in
 from hf_minitron.stage import Stages

@@ -19,12 +19,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
-from hf_minitron import formats
+from hf_minitron.checkpoint.model_files import pinned, revision_of
+from hf_minitron.checkpoint.model_kinds import adapter_base
+from hf_minitron.checkpoint.side_files import SIDE_FILES
+from hf_minitron.data import formats
+from hf_minitron.data.texts import commit_of
 from hf_minitron.json_files import read_json, write_whole
-from hf_minitron.model_files import pinned, revision_of
-from hf_minitron.model_kinds import adapter_base
-from hf_minitron.side_files import SIDE_FILES
-from hf_minitron.texts import commit_of
 
 # A file; the folder of the Hub's cache that holds a model's commit; a dataset's commit, `None` where nobody can tell it.
 Source = Path | str | None

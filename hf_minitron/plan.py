@@ -217,7 +217,7 @@ def make_plan(scores: Mapping[str, Tensor], before: Shape, after: Shape) -> Plan
     scored = [axis for axis in cut if axis not in RANKS]
     missing = {"heads" if axis == "kv_heads" else axis for axis in scored} - set(scores)
     if missing:
-        how = "; hf_minitron.tokens.token_scores gives those of vocab" if "vocab" in missing else ""
+        how = "; hf_minitron.data.tokens.token_scores gives those of vocab" if "vocab" in missing else ""
         raise ValueError(f"No scores for {', '.join(sorted(missing))}; these axes were scored: {', '.join(scores)}{how}")
     for axis in scored:
         check_scores(scores, axis, before)

@@ -18,7 +18,7 @@ class Stage:
         args (`type`): The dataclass of the section.
         check (`Callable[[args, Run], None]`): Refuses what cannot work, before the first slow step of any stage.
         run (`Callable[[args, Run, Path], None]`): Does it, into a folder that gets its name once it is complete.
-        work (`Callable[[args, Run], dict[str, float]]`, *optional*): Its units of work, see `hf_minitron.estimate`.
+        work (`Callable[[args, Run], dict[str, float]]`, *optional*): Its units of work, see `hf_minitron.planning.estimate`.
         needs (`Sequence[str]`): The stages whose folders it always reads.
         uses (`Sequence[str]`): Those that it reads if the recipe has them.
         needs_for (`Callable[[Run], Sequence[str]]`, *optional*): Those that it reads for some settings of the recipe.

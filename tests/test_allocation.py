@@ -7,12 +7,12 @@ import tiny
 import torch
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.checkpoint.tensors import tensors_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import sublayer_costs
 from hf_minitron.plan import make_nonuniform_plan
 from hf_minitron.pruning.nonuniform import Choice, allocate_layers, error_curves, nonuniform_plan, sublayer_parameters
 from hf_minitron.pruning.prune import prune_model
-from hf_minitron.tensors import tensors_of
 
 
 @pytest.fixture(scope="module")

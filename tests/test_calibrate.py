@@ -13,7 +13,7 @@ from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.data import text_hash
+from hf_minitron.data.packing import text_hash
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
 from hf_minitron.statistics import Statistics

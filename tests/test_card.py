@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from test_publish import card, report
 
 from hf_minitron.__main__ import main
-from hf_minitron.estimate import with_values
 from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
+from hf_minitron.planning.estimate import with_values
 from hf_minitron.recipe import load_recipe
 from hf_minitron.recipe_file import read_overrides
 from hf_minitron.run import made_by

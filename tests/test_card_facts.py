@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.checkpoint import best_dtype
+from hf_minitron.checkpoint.checkpoint import best_dtype
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.report import load_samples
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_minitron import command
 from hf_minitron.__main__ import main
 from hf_minitron.chain import placeholder_models
-from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.checkpoint.checkpoint import Checkpoint
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
 

@@ -13,15 +13,15 @@ from tokenizers import pre_tokenizers
 
 from hf_minitron import DistillationTrainer, calibrate, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.data import check_first_block
+from hf_minitron.data.encoding import Encoder
+from hf_minitron.data.mixture import mixed_blocks, read_sources
+from hf_minitron.data.packing import check_first_block
+from hf_minitron.data.texts import load_text
 from hf_minitron.distillation.batch import supervised
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
-from hf_minitron.encoding import Encoder
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, text_bytes
 from hf_minitron.importance.removal import removal_costs
-from hf_minitron.mixture import mixed_blocks, read_sources
-from hf_minitron.texts import load_text
 
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 PLAIN = (

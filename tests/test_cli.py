@@ -78,7 +78,7 @@ def test_a_finished_run_is_skipped_and_a_changed_section_runs_again(project, don
     assert run(project, folder) == 0
     assert capsys.readouterr().out.count("done before, skipped") == 5
     with monkeypatch.context() as patch:  # as without a connection, of texts that were only streamed
-        patch.setattr("hf_minitron.texts._builder", lambda source, files: 1 / 0)
+        patch.setattr("hf_minitron.data.texts._builder", lambda source, files: 1 / 0)
         assert run(project, folder) == 0
         assert capsys.readouterr().out.count("done before, skipped") == 5, "what is done reads no text"
         assert run(project, folder, "--evaluate.tokens", 128) == 1

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.checkpoint.checkpoint import Checkpoint
+from hf_minitron.checkpoint.saving import legacy_rope, minimum_transformers, save_config
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.importance.calibrate import calibrate
@@ -27,7 +28,6 @@ from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
-from hf_minitron.saving import legacy_rope, minimum_transformers, save_config
 
 HOME = Path("~/.cache/hf_minitron").expanduser()
 # Other versions of transformers, each with what it needs, in folders of their own; the second is the oldest that we support.

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import _header, write_tensors
+from hf_minitron.checkpoint.checkpoint import _header, write_tensors
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.moments import ChannelEnergy, SecondMoment
 from hf_minitron.importance.streamed import check_streamable
@@ -380,7 +380,7 @@ def test_writing_uses_one_thread_corrections_all_and_the_process_keeps_its_numbe
 
     monkeypatch.setattr("hf_minitron.pruning.compensate.factorised", watched(factorised, "solver"))
     monkeypatch.setattr("hf_minitron.pruning.prune.write_tensors", write)
-    monkeypatch.setattr("hf_minitron.checkpoint._header", watched(_header, "the caller"))
+    monkeypatch.setattr("hf_minitron.checkpoint.checkpoint._header", watched(_header, "the caller"))
     torch.set_num_threads(3)
     try:
         prune_checkpoint(tmp_path / "teacher", {"ffn": 32}, tmp_path / "student", statistics=statistics)

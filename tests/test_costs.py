@@ -20,8 +20,8 @@ from transformers import (
 
 from hf_minitron.__main__ import main, memory_size
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.costs import Machine, cost_text, costs
-from hf_minitron.resources import Training, activation_bytes, training_memory
+from hf_minitron.planning.costs import Machine, cost_text, costs
+from hf_minitron.planning.resources import Training, activation_bytes, training_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "tests" / "configs"

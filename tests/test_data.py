@@ -21,18 +21,19 @@ from test_distillation import arguments, full_loss
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from hf_minitron import DistillationTrainer, data, token_blocks
-from hf_minitron import shards as shard_files
+from hf_minitron import DistillationTrainer, token_blocks
 from hf_minitron.__main__ import main
-from hf_minitron.data import adds_bos_token, check_first_block, text_hash
+from hf_minitron.data import packing as data
+from hf_minitron.data import shards as shard_files
+from hf_minitron.data.mixture import check_sources, mixed_blocks, read_mixture, read_sources
+from hf_minitron.data.packing import adds_bos_token, check_first_block, text_hash
+from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
 from hf_minitron.distillation.trainer import collate
 from hf_minitron.evaluation.speed import random_model
-from hf_minitron.mixture import check_sources, mixed_blocks, read_mixture, read_sources
 from hf_minitron.modeling import PrunedConfig
 from hf_minitron.run import Run
 from hf_minitron.stages import cache, score, training
-from hf_minitron.texts import check_text, load_text
 
 LENGTHS = (3, 9, 0, 1, 14, 2, 6, 21, 5, 4, 11)  # of documents; with end tokens 87 tokens
 
@@ -369,7 +370,7 @@ def test_a_changed_shard_makes_a_stage_run_again(shards, text):
 
 @pytest.mark.parametrize("source", ["/", "files"])
 def test_a_folder_of_a_whole_disk_is_no_folder_of_texts(shards, monkeypatch, source):
-    monkeypatch.setattr("hf_minitron.formats.MOST_OTHERS", 2)
+    monkeypatch.setattr("hf_minitron.data.formats.MOST_OTHERS", 2)
     (shards / "files").mkdir()
     for number in range(3):
         (shards / f"files/{number}.py").write_text("")

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from hf_minitron import estimate
 from hf_minitron.__main__ import main
 from hf_minitron.command import own_stages
+from hf_minitron.planning import estimate
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_minitron
 from hf_minitron import token_blocks
-from hf_minitron.checkpoint import best_dtype
+from hf_minitron.checkpoint.checkpoint import best_dtype
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Entry, Report, compare_models, load_samples, samples_of, save_samples

@@ -680,7 +680,8 @@ def test_the_config_says_all_that_changed():
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hf_minitron import checkpoint, prune_checkpoint, Plan
+from hf_minitron import prune_checkpoint, Plan
+from hf_minitron.checkpoint import checkpoint
 folder = Path(sys.argv[1])
 def killed_at(piece):
     pieces = 0

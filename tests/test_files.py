@@ -10,10 +10,18 @@ import tiny
 import torch
 from datasets import Dataset
 
-from hf_minitron import checkpoint
-from hf_minitron.checkpoint import Checkpoint, TensorSpec, best_dtype, complete_or_absent, require_space, resolve, write_tensors
-from hf_minitron.data import text_hash, token_blocks
-from hf_minitron.texts import check_text, load_text
+from hf_minitron.checkpoint import checkpoint
+from hf_minitron.checkpoint.checkpoint import (
+    Checkpoint,
+    TensorSpec,
+    best_dtype,
+    complete_or_absent,
+    require_space,
+    resolve,
+    write_tensors,
+)
+from hf_minitron.data.packing import text_hash, token_blocks
+from hf_minitron.data.texts import check_text, load_text
 
 
 def documents(count=5, seed=0):

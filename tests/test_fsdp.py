@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_minitron import DistillationTrainer
 from hf_minitron.__main__ import main
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 
@@ -134,7 +134,7 @@ sys.path.insert(0, {tests!r})
 import gloo
 gloo.present_as_accelerators()
 import test_fsdp, torch
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 out = Path(sys.argv[1])
 for number, case in enumerate(test_fsdp.CASES):
     history, state = test_fsdp.trained(case, out / str(number), 1, **test_fsdp.FSDP)

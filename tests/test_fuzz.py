@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 from hf_minitron.command import check_stages, own_stages, plan_text, told
-from hf_minitron.data import check_first_block
+from hf_minitron.data.packing import check_first_block
 from hf_minitron.evaluation import tasks
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.recipe_file import YES_NO

@@ -24,7 +24,7 @@ from transformers.utils import enable_tf32
 import hf_minitron
 from hf_minitron import DistillationArguments, DistillationTrainer, calibrate
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.data import token_blocks
+from hf_minitron.data.packing import token_blocks
 from hf_minitron.distillation.batch import collate
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES

@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_minitron.__main__ import main
-from hf_minitron.checkpoint import resolve
-from hf_minitron.data import check_first_block
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.checkpoint.side_files import side_files
+from hf_minitron.data.packing import check_first_block
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import Tasks
 from hf_minitron.hub.facts import shorten
@@ -20,7 +21,6 @@ from hf_minitron.hub.page import write_page
 from hf_minitron.hub.retry import retry
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, Run
-from hf_minitron.side_files import side_files
 from hf_minitron.stages import distill, training
 from hf_minitron.stages.resuming import last_checkpoint
 

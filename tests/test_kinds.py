@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint import Checkpoint, load_model
+from hf_minitron.checkpoint.checkpoint import Checkpoint, load_model
+from hf_minitron.checkpoint.model_files import resolve, weights_of
 from hf_minitron.distillation.teacher import LiveTeacher
-from hf_minitron.model_files import resolve, weights_of
 
 LLAMA = tiny.config().to_dict()
 TEXT = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}

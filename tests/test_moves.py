@@ -10,12 +10,12 @@ from datasets import config
 from huggingface_hub import constants, hf_api
 
 from hf_minitron.__main__ import main
-from hf_minitron.data import check_first_block
+from hf_minitron.data.packing import check_first_block
+from hf_minitron.data.texts import COMMITS, hub_commit, load_text
 from hf_minitron.evaluation.task_files import task_files
 from hf_minitron.inputs import model_files, teacher_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stages import distill, evaluate, score
-from hf_minitron.texts import COMMITS, hub_commit, load_text
 
 DATA = "datasets/me/data"
 CARD = {"configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("plain", "other")]}
@@ -197,7 +197,7 @@ def test_a_model_that_moves_makes_stages_run_again_unless_only_its_card_does(mod
 
 
 def test_a_teacher_is_watched_at_its_revision(models, tmp_path):
-    from hf_minitron.model_files import resolve
+    from hf_minitron.checkpoint.model_files import resolve
 
     main_commit = models.repos["me/tiny"]["refs"]["main"]
     models.repos["me/tiny"]["refs"]["dev"] = main_commit
@@ -215,7 +215,7 @@ def test_a_teacher_is_watched_at_its_revision(models, tmp_path):
 
 
 def test_the_base_model_of_an_adapter_is_watched(models, tmp_path):
-    from hf_minitron.model_files import resolve
+    from hf_minitron.checkpoint.model_files import resolve
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()

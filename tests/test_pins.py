@@ -10,10 +10,10 @@ from hub_server import OTHER_TOKEN, TOKEN
 from transformers import AutoModelForCausalLM
 
 from hf_minitron.__main__ import main
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
+from hf_minitron.checkpoint.model_files import is_hub_id, pinned, resolve, revision_of
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
-from hf_minitron.model_files import is_hub_id, pinned, resolve, revision_of
 
 REPO = "me/tiny"
 

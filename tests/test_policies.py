@@ -19,10 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-registration modeling errors tables yaml_text known_names recipe_file axes sizes shape ranking plan probe architecture formats
-megatron columns texts side_files model_kinds model_files json_files inputs statistics encoding shards data vocabulary tokens
-mixture memory environment waiting head tensor_spec quantized checkpoint tensors saving run stage execute pruning importance
-distillation evaluation resources terminal hub recipe stages costs drafting planning chain estimate command __main__
+registration modeling errors tables yaml_text known_names recipe_file axes sizes shape ranking plan probe architecture memory
+environment waiting data checkpoint json_files inputs statistics head run stage execute pruning importance distillation
+evaluation terminal hub recipe stages planning chain command __main__
 """.split()
 
 
@@ -89,7 +88,7 @@ def test_sizes_and_docstrings(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
-COMMAND = "stages recipe recipe_file run execute costs drafting planning chain estimate command __main__".split()
+COMMAND = "stages recipe recipe_file run execute planning chain command __main__".split()
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_of(path).split(".")[0] not in COMMAND], ids=name_of)

@@ -15,9 +15,9 @@ from hub_server import hub_server, use
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
-from hf_minitron.data import check_first_block
+from hf_minitron.data.packing import check_first_block
+from hf_minitron.data.texts import load_text
 from hf_minitron.evaluation import task_data, tasks
-from hf_minitron.texts import load_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 TARGETS = ("hidden", "ffn", "layers", "heads", "experts")

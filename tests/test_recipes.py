@@ -29,11 +29,11 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
 from hf_minitron.chain import placeholder_models, with_placeholders
-from hf_minitron.checkpoint import TensorSpec, write_sparse_checkpoint
+from hf_minitron.checkpoint.checkpoint import TensorSpec, write_sparse_checkpoint
 from hf_minitron.command import check_stages, own_stages, plan_text
+from hf_minitron.data.formats import text_files
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.evaluation.tasks import task_manager
-from hf_minitron.formats import text_files
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.nonuniform import layer_parameters
@@ -195,7 +195,9 @@ def write_holes(folder):
 @pytest.mark.parametrize("name", [name for name in NAMES if "135m" not in name])  # whose texts and tasks need not be here
 def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13))  # ten terabytes
-    monkeypatch.setattr("hf_minitron.data.load_text", lambda *args: Dataset.from_dict({"text": ["w1 " * 9000]}))  # of the Hub
+    monkeypatch.setattr(
+        "hf_minitron.data.packing.load_text", lambda *args: Dataset.from_dict({"text": ["w1 " * 9000]})
+    )  # of the Hub
     monkeypatch.setattr("hf_minitron.evaluation.tasks.check_data", lambda *args: None)  # tests/test_real_input.py has it
     made, teacher = {}, tmp_path / "teacher"
     for path in (path for path in RECIPES if path.parent.name == name):

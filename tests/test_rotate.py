@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_minitron.architecture.architecture import OUTPUT, Architecture
 from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.checkpoint.tensors import tensors_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.plan import Plan, copy_plan, make_plan
@@ -19,7 +20,6 @@ from hf_minitron.pruning import rotate
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.statistics import Statistics
-from hf_minitron.tensors import tensors_of
 
 PLAIN = [model_type for model_type in tiny.TYPES if FAMILIES[model_type].pre_norm_residual]
 MERGING = (*DEFAULT_CORRECTIONS, "layer_merge")

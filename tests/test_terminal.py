@@ -12,10 +12,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-from hf_minitron import estimate
 from hf_minitron.command import own_stages
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
+from hf_minitron.planning import estimate
 from hf_minitron.recipe import load_recipe
 from hf_minitron.stages.every import STAGES
 from hf_minitron.terminal import StageBar, show_stage

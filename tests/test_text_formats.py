@@ -11,11 +11,11 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from hub_server import hub_server, use
 
 from hf_minitron import token_blocks
-from hf_minitron.data import check_first_block
-from hf_minitron.formats import WANTED
+from hf_minitron.data.formats import WANTED
+from hf_minitron.data.mixture import mixed_blocks, read_sources
+from hf_minitron.data.packing import check_first_block
+from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.inputs import text_files
-from hf_minitron.mixture import mixed_blocks, read_sources
-from hf_minitron.texts import check_text, load_text
 
 TEXTS = tiny.text(12, 0)
 IDS = [tiny.tokenizer()(text)["input_ids"] + [2] for text in TEXTS]

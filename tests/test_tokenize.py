@@ -8,7 +8,7 @@ import yaml
 from datasets import Dataset
 
 from hf_minitron.__main__ import main
-from hf_minitron.mixture import read_mixture
+from hf_minitron.data.mixture import read_mixture
 from hf_minitron.stages import training
 
 

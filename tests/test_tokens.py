@@ -9,9 +9,9 @@ import torch
 from tokenizers import models
 from transformers import AutoTokenizer
 
+from hf_minitron.data.tokens import Tokens, token_scores
 from hf_minitron.pruning.vocab import cut_tokenizer
 from hf_minitron.shape import ShapeError
-from hf_minitron.tokens import Tokens, token_scores
 
 SIZE = {name: max(made.get_vocab().values()) + 1 for name, made in tiny_tokenizers.ALL.items()}
 

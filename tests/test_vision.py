@@ -13,14 +13,14 @@ from transformers import AutoModelForImageTextToText
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
-from hf_minitron.checkpoint import Checkpoint
+from hf_minitron.checkpoint.checkpoint import Checkpoint
+from hf_minitron.checkpoint.tensors import ModelTensors
 from hf_minitron.distillation.adapters import add_lora
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.pruning.export import export
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model, with_projector
 from hf_minitron.pruning.rotate import rotated
-from hf_minitron.tensors import ModelTensors
 
 TYPES = tuple(tiny_vision.SETTINGS)
 # Those that are like another one, but for names.

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import PRUNED_VOCAB
+from hf_minitron.data.tokens import token_scores
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.pruning.vocab import cut_tokenizer, vocab_scores
 from hf_minitron.shape import ShapeError
 from hf_minitron.statistics import Statistics
-from hf_minitron.tokens import token_scores
 
 KEPT = sorted({0, 1, 2, *torch.randperm(99, generator=torch.Generator().manual_seed(4))[:60].tolist()})
 SCORES = torch.zeros(99)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.data import token_blocks
+from hf_minitron.data.packing import token_blocks
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments

@@ -14,7 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from hf_minitron.architecture.config import model_of
 from hf_minitron.architecture.vision import TOWERS
-from hf_minitron.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.distillation.checks import check_number
 from hf_minitron.errors import one_line
 

@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import Trainer
 
-from hf_minitron.vocabulary import check_row_ids
+from hf_minitron.data.vocabulary import check_row_ids
 
 # What a row may hold, and what its padding is: one entry per token.
 COLUMNS = {"input_ids": 0, "labels": -100, "attention_mask": 0, "position_ids": 0}

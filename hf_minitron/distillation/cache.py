@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
-from hf_minitron.checkpoint import require_space
-from hf_minitron.data import text_hash
+from hf_minitron.checkpoint.checkpoint import require_space
+from hf_minitron.data.packing import text_hash
 from hf_minitron.distillation.batch import COLUMNS, POSITIONS
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, answers_of, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
-from hf_minitron.checkpoint import Checkpoint
-from hf_minitron.data import text_hash
+from hf_minitron.checkpoint.checkpoint import Checkpoint
+from hf_minitron.checkpoint.model_files import resolve, split_kwargs
+from hf_minitron.data.packing import text_hash
 from hf_minitron.distillation.batch import COLUMNS, TARGETS, at_positions, positions_of, with_targets
 from hf_minitron.distillation.records import record_of
 from hf_minitron.distillation.signals import Signal
-from hf_minitron.model_files import resolve, split_kwargs
 
 META, UNFINISHED = "cache.json", "unfinished.json"
 ENTRY = 3  # int64 per sequence in a shard's index: end, rows, key

@@ -10,7 +10,8 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_minitron.checkpoint import best_dtype
+from hf_minitron.checkpoint.checkpoint import best_dtype
+from hf_minitron.checkpoint.model_files import split_kwargs, with_hidden_token
 from hf_minitron.distillation.checks import (
     check_mapping,
     check_number,
@@ -25,7 +26,6 @@ from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES, OwnLoss, by_name
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
 from hf_minitron.errors import one_line
-from hf_minitron.model_files import split_kwargs, with_hidden_token
 
 BALANCES = ("static", "minitron")
 # How activations are made again in the backward pass; the second is the name before transformers 5.23.

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_minitron.checkpoint import Checkpoint, check_finite
+from hf_minitron.checkpoint.checkpoint import Checkpoint, check_finite
 
 
 class StopOnSigterm(TrainerCallback):

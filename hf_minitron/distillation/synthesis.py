@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.data import adds_bos_token
+from hf_minitron.data.packing import adds_bos_token
 
 NGRAM = 10  # tokens
 

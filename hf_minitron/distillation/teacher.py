@@ -17,14 +17,14 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
 from hf_minitron.architecture.vision import TOWERS
-from hf_minitron.checkpoint import best_dtype, load_model
+from hf_minitron.checkpoint.checkpoint import best_dtype, load_model
+from hf_minitron.checkpoint.model_files import is_hub_id, pinned, resolve, split_kwargs
+from hf_minitron.checkpoint.model_kinds import adapter_base
+from hf_minitron.data.vocabulary import difference, teacher_ids
 from hf_minitron.distillation.batch import at_positions, model_inputs, positions_of
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.head import head_of
-from hf_minitron.model_files import is_hub_id, pinned, resolve, split_kwargs
-from hf_minitron.model_kinds import adapter_base
 from hf_minitron.probe import last_hidden_states
-from hf_minitron.vocabulary import difference, teacher_ids
 
 
 class LiveTeacher:

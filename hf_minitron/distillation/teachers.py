@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import model_of
+from hf_minitron.data.vocabulary import check_vocabularies
 from hf_minitron.distillation.cached import META, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart
@@ -18,7 +19,6 @@ from hf_minitron.distillation.records import check_losses
 from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
 from hf_minitron.errors import one_line
 from hf_minitron.head import check_head
-from hf_minitron.vocabulary import check_vocabularies
 
 Given = PreTrainedModel | CachedTeacher | str | Path | None
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
+from hf_minitron.checkpoint.saving import complete_side_files, repair_generation, save_config
 from hf_minitron.distillation.averaging import WeightAverage
 from hf_minitron.distillation.batch import POSITIONS, TARGETS, at_positions, collate, model_inputs, positions_of, with_targets
 from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
@@ -32,7 +33,6 @@ from hf_minitron.distillation.teachers import Given, check_models, set_attention
 from hf_minitron.distillation.training_card import write_training_card
 from hf_minitron.head import head_of
 from hf_minitron.probe import last_hidden_states
-from hf_minitron.saving import complete_side_files, repair_generation, save_config
 
 # The projections of the losses on states, in a checkpoint.
 PROJECTIONS = "projections.safetensors"

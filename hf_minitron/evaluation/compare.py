@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
-from hf_minitron.data import text_hash
+from hf_minitron.checkpoint.checkpoint import DTYPES, Checkpoint, best_device, best_dtype, load_model
+from hf_minitron.checkpoint.model_files import is_hub_id, resolve, revision_of
+from hf_minitron.data.packing import text_hash
+from hf_minitron.data.vocabulary import check_ids, difference
 from hf_minitron.evaluation.report import Report, compare_models, load_samples, save_samples
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import (
@@ -30,9 +32,7 @@ from hf_minitron.evaluation.text import (
 )
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric, check_metrics
 from hf_minitron.head import check_head
-from hf_minitron.model_files import is_hub_id, resolve, revision_of
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
-from hf_minitron.vocabulary import check_ids, difference
 
 CHECKPOINTS = "checkpoints"  # as a run's, which go when a stage is done
 

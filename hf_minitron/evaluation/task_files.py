@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_minitron.checkpoint.model_files import is_hub_id
+from hf_minitron.data.texts import hub_commit
 from hf_minitron.evaluation.tasks import Tasks, entries_of, leaves
-from hf_minitron.model_files import is_hub_id
-from hf_minitron.texts import hub_commit
 
 MOST_FILES = 100_000  # lm-eval has 14,000, and reads every folder below one that it is given
 

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import text_config
-from hf_minitron.data import adds_bos_token
+from hf_minitron.data.packing import adds_bos_token
 from hf_minitron.evaluation.report import Entry
 from hf_minitron.evaluation.task_data import check_data
 from hf_minitron.evaluation.task_results import records_of, task_entries

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.data import adds_bos_token
+from hf_minitron.data.packing import adds_bos_token
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.report import TEXT, Entry
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions, TextMetric

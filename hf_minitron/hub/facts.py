@@ -16,15 +16,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import hf_minitron
 from hf_minitron.architecture.config import pipeline_tag
-from hf_minitron.formats import hub_name, text_files
+from hf_minitron.checkpoint.model_files import is_hub_id, pinned
+from hf_minitron.checkpoint.saving import minimum_transformers
+from hf_minitron.data.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.command import command
 from hf_minitron.hub.public import public, shorten
-from hf_minitron.model_files import is_hub_id, pinned
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
-from hf_minitron.saving import minimum_transformers
 
 STAGES = ("correct", "synthesize", "tokenize", "score", "prune", "cache", "distill", "evaluate")
 WROTE = {"synthesize": ("documents", "tokens", "rejected"), "cache": ("method", "bytes_per_token")}  # of `<stage>.json`

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Parameter
-from hf_minitron.tensors import tensors_of
+from hf_minitron.checkpoint.tensors import tensors_of
 
 
 def magnitude(model: PreTrainedModel | str | Path, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

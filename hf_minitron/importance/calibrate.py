@@ -19,15 +19,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import hf_minitron
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import resolve
-from hf_minitron.data import text_hash
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.data.packing import text_hash
+from hf_minitron.data.vocabulary import check_ids
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.metrics import DEFAULT, DEFAULTS, Chosen, metrics_of, name_of
 from hf_minitron.importance.streamed import read_layers
 from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, take_moments
 from hf_minitron.shape import Shape
 from hf_minitron.statistics import MOMENTS, Moments, Statistics
-from hf_minitron.vocabulary import check_ids
 
 
 def calibrate(

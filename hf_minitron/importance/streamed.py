@@ -25,7 +25,8 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import dequantizing
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
-from hf_minitron.checkpoint import check_finite, require_space
+from hf_minitron.checkpoint.checkpoint import check_finite, require_space
+from hf_minitron.checkpoint.tensors import CheckpointTensors, config_of
 from hf_minitron.importance.metrics import Chosen
 from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, take_moments
 from hf_minitron.memory import give_back_freed_memory
@@ -34,7 +35,6 @@ from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.prune import prune_tensors
 from hf_minitron.shape import ShapeError
 from hf_minitron.statistics import Moments
-from hf_minitron.tensors import CheckpointTensors, config_of
 from hf_minitron.waiting import by_every_process
 
 

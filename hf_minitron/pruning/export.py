@@ -15,7 +15,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.student import stock_config
 from hf_minitron.architecture.vision import TOWERS
-from hf_minitron.checkpoint import (
+from hf_minitron.checkpoint.checkpoint import (
     DTYPES,
     Checkpoint,
     TensorSpec,
@@ -24,11 +24,11 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_tensors,
 )
+from hf_minitron.checkpoint.saving import copy_side_files, save_config
 from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.prune import prune_checkpoint
-from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.shape import Shape, ShapeError
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.checkpoint.tensors import Tensors
 from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
 from hf_minitron.pruning.reconstruction import RIDGE, least_squares, solver_device
@@ -21,7 +22,6 @@ from hf_minitron.ranking import best_in_layer
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import BY_LAYER
 from hf_minitron.statistics import Statistics
-from hf_minitron.tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.rotary import FullRotary
-from hf_minitron.checkpoint import TensorSpec
+from hf_minitron.checkpoint.checkpoint import TensorSpec
 from hf_minitron.plan import Plan
 
 Pruned = Iterator[tuple[str, TensorSpec, Iterator[Tensor]]]

@@ -14,7 +14,9 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import NewIds, model_type_of, text_config
 from hf_minitron.architecture.student import check_target, student_config, text_alone
-from hf_minitron.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
+from hf_minitron.checkpoint.checkpoint import TensorSpec, complete_or_absent, require_space, stored_dtype, write_tensors
+from hf_minitron.checkpoint.saving import copy_side_files, repair_generation, save_config
+from hf_minitron.checkpoint.tensors import CheckpointTensors, ModelTensors, Tensors
 from hf_minitron.plan import RANKS, Plan, make_plan
 from hf_minitron.pruning.compensate import Corrections, corrections_for
 from hf_minitron.pruning.effects import chosen_corrections
@@ -22,9 +24,7 @@ from hf_minitron.pruning.parts import in_parts
 from hf_minitron.pruning.ranks import RankTensors
 from hf_minitron.pruning.rotate import rotated
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for
-from hf_minitron.saving import copy_side_files, repair_generation, save_config
 from hf_minitron.statistics import Residuals, Statistics
-from hf_minitron.tensors import CheckpointTensors, ModelTensors, Tensors
 
 
 def prune_model(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.checkpoint import TensorSpec
+from hf_minitron.checkpoint.checkpoint import TensorSpec
+from hf_minitron.checkpoint.tensors import Tensors
 from hf_minitron.plan import RANKS, Plan
 from hf_minitron.pruning.reconstruction import RIDGE
 from hf_minitron.statistics import Moments
-from hf_minitron.tensors import Tensors
 
 # Share of a row's largest energy below which a direction has none but rounding.
 NO_ENERGY = 1e-9

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_minitron.architecture.architecture import HIDDEN, OUTPUT, Architecture, Parameter
 from hf_minitron.architecture.config import with_text
-from hf_minitron.checkpoint import TensorSpec
+from hf_minitron.checkpoint.checkpoint import TensorSpec
+from hf_minitron.checkpoint.tensors import Tensors
 from hf_minitron.plan import Plan
 from hf_minitron.statistics import Moments
-from hf_minitron.tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_minitron.architecture.config import NewIds, named_ids, text_config
-from hf_minitron.model_files import resolve
+from hf_minitron.checkpoint.model_files import resolve
+from hf_minitron.data.tokens import TOKENIZER_FILE, Tokens, token_scores
+from hf_minitron.data.vocabulary import PROBE
 from hf_minitron.shape import Shape
 from hf_minitron.statistics import Statistics
-from hf_minitron.tokens import TOKENIZER_FILE, Tokens, token_scores
-from hf_minitron.vocabulary import PROBE
 
 # Entries of generation_config.json in which ids stand among other numbers.
 OTHER_IDS = ("forced_decoder_ids", "sequence_bias")

@@ -8,10 +8,10 @@ from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
+from hf_minitron.checkpoint.model_kinds import adapter_base
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.records import check_losses, record_of
 from hf_minitron.distillation.teacher import teacher_folder
-from hf_minitron.model_kinds import adapter_base
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage

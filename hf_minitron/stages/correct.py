@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.checkpoint import resolve
-from hf_minitron.data import adds_bos_token
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.checkpoint.saving import check_generation
+from hf_minitron.checkpoint.side_files import side_files
+from hf_minitron.data.packing import adds_bos_token
 from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.config import CROSS_ENTROPY, DistillationArguments
 from hf_minitron.run import Run
-from hf_minitron.saving import check_generation
-from hf_minitron.side_files import side_files
 from hf_minitron.stage import Stage
 from hf_minitron.stages.trained import train_model
 from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_of
@@ -74,7 +74,7 @@ def check(args: Args, run: Run) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`; the teacher is trained as the student is."""
+    """Return the units of work, see `hf_minitron.planning.estimate`; the teacher is trained as the student is."""
     return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": eval_tokens_of(args)}
 
 

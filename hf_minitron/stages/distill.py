@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import resolve
-from hf_minitron.data import adds_bos_token
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.data.packing import adds_bos_token
+from hf_minitron.data.vocabulary import teacher_ids
 from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
@@ -24,7 +25,6 @@ from hf_minitron.stages import correct, prune, synthesize
 from hf_minitron.stages.trained import train_model
 from hf_minitron.stages.training import TextArguments, check_space, check_text_for, tokens_made, tokens_of
 from hf_minitron.stages.validation import eval_tokens_of
-from hf_minitron.vocabulary import teacher_ids
 
 
 @dataclass
@@ -81,7 +81,7 @@ def check_blocks(args: Args, run: Run) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`."""
+    """Return the units of work, see `hf_minitron.planning.estimate`."""
     read = eval_tokens_of(args)
     return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": read, "compare": read}
 

@@ -9,8 +9,10 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import resolve
-from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.data.packing import adds_bos_token, check_first_block, token_blocks
+from hf_minitron.data.texts import check_text, load_text
+from hf_minitron.data.vocabulary import difference
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
@@ -20,8 +22,6 @@ from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
-from hf_minitron.texts import check_text, load_text
-from hf_minitron.vocabulary import difference
 
 OURS = ("teacher", "pruned", "distilled")
 
@@ -98,7 +98,7 @@ def _task_settings(args: Args) -> dict[str, int | bool | None]:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`: the text and the tasks of every model, and speed."""
+    """Return the units of work, see `hf_minitron.planning.estimate`: the text and the tasks of every model, and speed."""
     others = 2 + ("correct" in run.recipe) + len(args.models)
     read, decode = args.tokens, 0
     read += (1 + others) * len(args.tasks) * (args.limit or DOCUMENTS) * DOCUMENT_TOKENS

@@ -14,7 +14,7 @@ from hf_minitron.architecture import outline as meta
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import dequantizing
 from hf_minitron.architecture.student import student_config, text_alone
-from hf_minitron.checkpoint import (
+from hf_minitron.checkpoint.checkpoint import (
     NAMES,
     Checkpoint,
     TensorSpec,
@@ -26,6 +26,9 @@ from hf_minitron.checkpoint import (
     stored_dtype,
     write_sparse_checkpoint,
 )
+from hf_minitron.checkpoint.saving import check_generation, copy_side_files, save_config
+from hf_minitron.checkpoint.side_files import side_files
+from hf_minitron.checkpoint.tensors import CheckpointTensors
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
@@ -37,14 +40,11 @@ from hf_minitron.pruning.rotate import untied
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
 from hf_minitron.ranking import best
 from hf_minitron.run import Run, done_digest
-from hf_minitron.saving import check_generation, copy_side_files, save_config
 from hf_minitron.shape import Shape
-from hf_minitron.side_files import side_files
 from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
 from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uses_rotation
 from hf_minitron.statistics import Statistics
-from hf_minitron.tensors import CheckpointTensors
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def check_nonuniform(args: Args, run: Run) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`."""
+    """Return the units of work, see `hf_minitron.planning.estimate`."""
     return {"prune": 1}
 
 

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 
-from hf_minitron.checkpoint import resolve
+from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.evaluation.report import Report
 from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, forest, scatter, write_card
@@ -19,7 +20,6 @@ from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.json_files import read_json
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
-from hf_minitron.side_files import side_files
 from hf_minitron.stage import Stage
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 

@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import dequantizing, text_config
-from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_first_block, token_blocks
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model, resolve
+from hf_minitron.checkpoint.model_files import revision_of
+from hf_minitron.checkpoint.tensors import CheckpointTensors
+from hf_minitron.data.packing import adds_bos_token, check_first_block, token_blocks
+from hf_minitron.data.texts import check_text, load_text
+from hf_minitron.data.vocabulary import check_ids
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.importance.baselines import BASELINES
@@ -36,13 +40,9 @@ from hf_minitron.importance.removal import (
 from hf_minitron.importance.streamed import check_streamable
 from hf_minitron.inputs import text_files
 from hf_minitron.memory import free_memory
-from hf_minitron.model_files import revision_of
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages.training import check_positions
-from hf_minitron.tensors import CheckpointTensors
-from hf_minitron.texts import check_text, load_text
-from hf_minitron.vocabulary import check_ids
 
 # The text that was read, for corrections that look at it again.
 BLOCKS = "blocks.parquet"
@@ -176,7 +176,7 @@ def check_layers_target(score: Mapping, layers: int, target: object) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`: the pass that scores, and those without some layers.
+    """Return the units of work, see `hf_minitron.planning.estimate`: the pass that scores, and those without some layers.
 
     A pass without a layer begins at that layer, so it counts as half of one.
     """

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
-from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.evaluation.speed import shape_tokens_per_second
 from hf_minitron.inputs import HASHES
 from hf_minitron.pruning import search

@@ -12,15 +12,15 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import best_device, best_dtype, load_model, resolve
-from hf_minitron.data import adds_bos_token, check_first_block
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model, resolve
+from hf_minitron.data.formats import SYNTHESIZED
+from hf_minitron.data.packing import adds_bos_token, check_first_block
+from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
-from hf_minitron.formats import SYNTHESIZED
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages.correct import teacher_of
-from hf_minitron.texts import check_text, load_text
 
 TEXT = "text.jsonl"
 # After so many batches in a row of which nothing is kept, nothing will be.
@@ -108,7 +108,7 @@ def check(args: Args, run: Run) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `hf_minitron.estimate`: the tokens that the teacher generates at least, in batches."""
+    """Return the units of work, see `planning.estimate`: the tokens that the teacher generates at least, in batches."""
     return {"decode": (args.tokens or args.documents * args.min_tokens) / args.batch_size}
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target, student_config, text_alone
-from hf_minitron.model_files import resolve
+from hf_minitron.checkpoint.model_files import resolve
+from hf_minitron.checkpoint.tensors import config_of
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import BY_LAYER, CUTTABLE
-from hf_minitron.tensors import config_of
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_minitron.checkpoint import require_space, resolve
-from hf_minitron.data import bytes_per_token
+from hf_minitron.checkpoint.checkpoint import require_space, resolve
+from hf_minitron.data.packing import bytes_per_token
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage

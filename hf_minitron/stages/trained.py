@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec, load_model, stored_dtype, write_tensors
+from hf_minitron.checkpoint.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec, load_model, stored_dtype, write_tensors
+from hf_minitron.checkpoint.saving import copy_side_files, save_config
 from hf_minitron.distillation.adapters import add_lora, load_base, merge_lora
 from hf_minitron.distillation.batch import rows_read
 from hf_minitron.distillation.cached import CachedTeacher
@@ -19,7 +20,6 @@ from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.environment import environment
 from hf_minitron.probe import base_name
 from hf_minitron.run import CHECKPOINTS, Run
-from hf_minitron.saving import copy_side_files, save_config
 from hf_minitron.stages.training import TextArguments, blocks_of, tokens_wanted, train_and_resume
 from hf_minitron.stages.validation import callbacks_of
 from hf_minitron.terminal import show_stage

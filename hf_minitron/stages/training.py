@@ -14,12 +14,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, 
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint import (
+from hf_minitron.checkpoint.checkpoint import (
     complete_or_absent,
     require_space,
     resolve,
 )
-from hf_minitron.data import bytes_per_token, check_first_block
+from hf_minitron.data.mixture import Source, check_sources, mixed_blocks, read_mixture, read_sources
+from hf_minitron.data.packing import bytes_per_token, check_first_block
 from hf_minitron.distillation.adapters import BASES, check_base
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.documents import check_documents_apart, check_layer_kinds
@@ -27,7 +28,6 @@ from hf_minitron.distillation.stopping import StopOnSigterm
 from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
-from hf_minitron.mixture import Source, check_sources, mixed_blocks, read_mixture, read_sources
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of

@@ -4,8 +4,8 @@ from dataclasses import MISSING, fields
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from hf_minitron.data.mixture import Source, read_sources
 from hf_minitron.distillation.config import DistillationArguments
-from hf_minitron.mixture import Source, read_sources
 
 # Settings of evaluation while a stage trains.
 OF_EVALUATION = (

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, kind_of, small_dtype
-from hf_minitron.formats import text_files
-from hf_minitron.shards import blocks_of, tables_of, write_blocks
-from hf_minitron.texts import load_text, unreadable
+from hf_minitron.data.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, kind_of, small_dtype
+from hf_minitron.data.formats import text_files
+from hf_minitron.data.shards import blocks_of, tables_of, write_blocks
+from hf_minitron.data.texts import load_text, unreadable
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.errors import RecipeError
 from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
+from hf_minitron.planning.resources import FLOAT, Training, training_memory
 from hf_minitron.recipe_file import KEYS, arguments
-from hf_minitron.resources import FLOAT, Training, training_memory
 from hf_minitron.stages import target
 from hf_minitron.tables import markdown_table
 

@@ -13,8 +13,8 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.binding import Parameter
 from hf_minitron.architecture.config import auto_class, check_not_quantized, dequantized
-from hf_minitron.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
-from hf_minitron.model_files import resolve
+from hf_minitron.checkpoint.checkpoint import DTYPES, NAMES, Checkpoint, TensorSpec
+from hf_minitron.checkpoint.model_files import resolve
 
 UNTIED = ("The config ties the output head to the embedding, but they are different: set tie_word_embeddings to false in "
           "config.json")  # fmt: skip

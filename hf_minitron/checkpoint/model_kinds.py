@@ -17,8 +17,8 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_minitron.architecture.vision import TOWERS
+from hf_minitron.checkpoint.side_files import check_config_file
 from hf_minitron.errors import one_line
-from hf_minitron.side_files import check_config_file
 
 GGUF = "GGUF; load it with from_pretrained(folder, gguf_file=...), save_pretrained it, and name that folder"
 

@@ -11,7 +11,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_minitron.architecture.config import DEQUANTIZED
-from hf_minitron.tensor_spec import TensorSpec
+from hf_minitron.checkpoint.tensor_spec import TensorSpec
 
 # safetensors' names of the dtypes that only quantized checkpoints hold.
 DTYPES = ("F8_E4M3", "F8_E5M2")

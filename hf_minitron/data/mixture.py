@@ -16,11 +16,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.data import check_documents, token_blocks
-from hf_minitron.encoding import has_labels
-from hf_minitron.formats import files_in
-from hf_minitron.shards import read_blocks
-from hf_minitron.texts import check_text, load_text
+from hf_minitron.data.encoding import has_labels
+from hf_minitron.data.formats import files_in
+from hf_minitron.data.packing import check_documents, token_blocks
+from hf_minitron.data.shards import read_blocks
+from hf_minitron.data.texts import check_text, load_text
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,20 @@ from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from hf_minitron.columns import HOLDS, columns_of, holds
+from hf_minitron.data.columns import HOLDS, columns_of, holds
+from hf_minitron.data.formats import (
+    FORMATS,
+    MEGATRON,
+    format_of,
+    hub_files,
+    hub_name,
+    is_saved,
+    matching,
+    plain_bytes,
+    text_files,
+)
+from hf_minitron.data.megatron import read_megatron
 from hf_minitron.errors import one_line
-from hf_minitron.formats import FORMATS, MEGATRON, format_of, hub_files, hub_name, is_saved, matching, plain_bytes, text_files
-from hf_minitron.megatron import read_megatron
 
 # The commit that a dataset of the Hub was read at: a process reads one, whatever happens to the repository meanwhile.
 COMMITS: dict[str, str] = {}

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hf_minitron.costs import Machine, cost_text
-from hf_minitron.drafting import draft
 from hf_minitron.errors import RecipeError, told
+from hf_minitron.planning.costs import Machine, cost_text
+from hf_minitron.planning.drafting import draft
 from hf_minitron.recipe_file import KEYS, arguments, read_recipe, read_yaml
 from hf_minitron.shape import Shape
 from hf_minitron.stages import target

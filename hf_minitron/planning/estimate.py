@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import named_ids, text_config
-from hf_minitron.checkpoint import best_device, best_dtype, resolve
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
 from hf_minitron.distillation.signals import DenseSignal

@@ -23,7 +23,7 @@ from transformers.utils import (
 )
 
 from hf_minitron.architecture.config import special_float, text_config
-from hf_minitron.side_files import side_files
+from hf_minitron.checkpoint.side_files import side_files
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_minitron.model_kinds import GGUF, check_config, read_config
-from hf_minitron.side_files import SIDE_FILES
+from hf_minitron.checkpoint.model_kinds import GGUF, check_config, read_config
+from hf_minitron.checkpoint.side_files import SIDE_FILES
 
 # Arguments of `from_pretrained` that say which files are meant; the others say how they are loaded.
 WHICH = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")

@@ -8,8 +8,8 @@ from typing import Any
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.costs import GB, Machine, cost_text, costs
 from hf_minitron.errors import RecipeError, told
+from hf_minitron.planning.costs import GB, Machine, cost_text, costs
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.stages.share import coarse, share_of, sizes_for
 from hf_minitron.stages.target import teacher

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from hf_minitron import quantized
 from hf_minitron.architecture.config import auto_class
-from hf_minitron.model_files import resolve, split_kwargs, weights_of
-from hf_minitron.model_kinds import read_config
-from hf_minitron.tensor_spec import DTYPES, NAMES, TensorSpec
+from hf_minitron.checkpoint import quantized
+from hf_minitron.checkpoint.model_files import resolve, split_kwargs, weights_of
+from hf_minitron.checkpoint.model_kinds import read_config
+from hf_minitron.checkpoint.tensor_spec import DTYPES, NAMES, TensorSpec
 from hf_minitron.waiting import by_every_process
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_minitron.columns import MASKS
+from hf_minitron.data.columns import MASKS
 from hf_minitron.errors import one_line
 
 # Ids alone, of the text alone.
