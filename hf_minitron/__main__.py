@@ -44,7 +44,7 @@ RUNS = {
     "report": "write report.html, the run's facts as one page, finished or not, and say where it is.",
 }
 # Verbs that need less than all stages, and the modules that do them.
-MODULES = {"plan": "planning", "init": "drafting"}
+MODULES = {"plan": "planning.plan_text", "init": "planning.drafting"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

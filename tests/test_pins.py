@@ -168,4 +168,5 @@ def test_a_run_of_a_pinned_model_says_so(pins, project, tmp_path):
     assert (models["teacher"]["revision"], models["newest"]["revision"]) == (first, second)
     card = (published / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == REPO
-    assert f"[{REPO}](https://huggingface.co/{REPO}/tree/{first}) at revision `{first}`" in card
+    assert f"[{REPO}](https://huggingface.co/{REPO}/tree/{first})" in card
+    assert f"{REPO} at revision `{first}`" in card
