@@ -20,6 +20,7 @@ VOCABULARY = 320
 # A recipe's model: what hidden, ffn and layers are divided by, and what else is cut.
 CUTS = {
     "Llama-3.1-8B": (64, 128, 8, {"num_attention_heads": 4}),
+    "Llama-3.3-70B-Instruct": (128, 256, 40, {"num_attention_heads": 4, "head_dim": 16}),
     "Mistral-Nemo-Base-2407": (64, 32, 20, {"num_attention_heads": 4, "head_dim": 16}),
     "nemotron-4-15b": (64, 128, 16, {"num_attention_heads": 12, "head_dim": 8}),
     "SmolLM2-135M-Instruct": (1, 16, 15, {}),
@@ -36,6 +37,7 @@ SIZES = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_a
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BESIDE = {
     "Llama-3.1-8B": ("llama3.1", ["<|begin_of_text|>", "<|end_of_text|>"], ["original/consolidated.00.pth", "original/a.json"]),
+    "Llama-3.3-70B-Instruct": ("llama3.3", ["<|begin_of_text|>", "<|eot_id|>"], ["original/consolidated.00.pth"]),
     "Mistral-Nemo-Base-2407": ("apache-2.0", ["<s>", "</s>"], ["consolidated.safetensors", "tekken.json", "params.json"]),
     "nemotron-4-15b": ("other", ["<s>", "</s>"], ["tokenizer.nemo"]),
     "SmolLM2-135M-Instruct": ("apache-2.0", CHAT, ["onnx/model.onnx", "runs/events.out"]),

@@ -168,7 +168,9 @@ def small(paths, folder):
     recipes, written = [yaml.safe_load(path.read_text()) for path in paths], []
     name = Path(recipes[0]["model"]).name
     for path, recipe in zip(paths, recipes, strict=True):
-        recipe["prune"]["target"] = real_repos.scaled(name, recipe["prune"]["target"])
+        for key in {"target", "multiple_of"} & recipe["prune"].keys():
+            recipe["prune"][key] = real_repos.scaled(name, recipe["prune"][key])
+        recipe["evaluate"].pop("tensor_parallel", None)  # here is one process
         if "layers_block" in recipe["score"]:
             recipe["score"]["layers_block"] = recipe["prune"]["target"]["layers"]
         written.append(folder / path.parent.name / path.name)

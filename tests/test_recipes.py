@@ -339,7 +339,7 @@ for kind, tied in (("stock", True), ("stock", False), ("nonuniform", False)):
         student, teacher = fsdp2_prepare_model(accelerator, student), live.model
     args = DistillationArguments(out, bf16=False, report_to="none")
     trainer = DistillationTrainer(student, teacher, args)
-    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=2e-3), []
     for start in (0, 2, 0, 2):
         rows = [RAGGED[start], RAGGED[start + 1]]
         count = torch.tensor(sum(len(row["input_ids"]) - 1 for row in rows))

@@ -61,8 +61,9 @@ def shard_models(accelerator: Accelerator, student: PreTrainedModel, teacher: ob
     """Shard a live teacher as accelerate will shard the student, and let a student that is sharded be as it is."""
     if isinstance(teacher, LiveTeacher):
         teacher.shard(accelerator)
-    if isinstance(student, FSDPModule):  # accelerate would look for classes by their names, which sharding has changed
-        accelerator.state.fsdp_plugin.auto_wrap_policy = None
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)  # none where its user has sharded the student
+    if plugin and isinstance(student, FSDPModule):  # accelerate looks for classes by their names, which sharding has changed
+        plugin.auto_wrap_policy = None
 
 
 def sharded_loading(args: TrainingArguments, config: PreTrainedConfig, trained: bool) -> DistributedConfig | None:
