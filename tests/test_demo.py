@@ -79,8 +79,11 @@ def test_its_weights_can_be_quantized(kind):
 
 def test_the_card_is_made_of_the_report(report):
     card = (MODEL / "README.md").read_text()
-    assert f"{report.models['distilled']['parameters'] / 1e6:.1f} M parameters in bfloat16" in card
-    (row,) = (line for line in card.splitlines() if line.startswith("| perplexity ") and "(" in line and "%" not in line)
+    size = f"{report.models['distilled']['parameters'] / 1e6:.1f} M parameters"
+    assert f"{size}, pruned from" in card
+    assert re.search(rf"\| \*\*Size\*\* \| {size}, .* MB in bfloat16 \|", card)
+    row, again = (line for line in card.splitlines() if line.startswith("| perplexity ") and "(" in line)  # above, and folded
+    assert again.split("|")[2:5] == row.split("|")[2:5]
     shown = [float(cell.split("(")[0]) for cell in row.split("|")[2:5]]
     assert shown == pytest.approx([report.value(name, "perplexity") for name in report.models], rel=0.02)
     metadata = yaml.safe_load(card.split("---")[1])
