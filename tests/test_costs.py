@@ -110,6 +110,14 @@ def test_70b_to_49b_fits_64_gpus():
     assert "at 26% of 989 TFLOP/s each" in said
 
 
+def test_fewer_tokens_are_counted_where_a_config_names_late_ones():
+    """Llama's end token is one of the last 256: which tokens stay is known after scoring only."""
+    content = recipe("llama-3.1-8b-width-4.5b")
+    content["prune"] = {"target": {"vocab": 32_768}}
+    disk = {cost.stage: cost.disk for cost in costs(content, Machine())}
+    assert disk["publish"] == 2 * (8_030_261_248 - 2 * (128_256 - 32_768) * 4096)
+
+
 def test_what_does_not_fit_is_said_with_what_to_change():
     content = recipe("llama-3.1-8b-width-4.5b", per_device_train_batch_size=4, gradient_checkpointing=False)
     said = cost_text(content, Machine(8, 80e9))

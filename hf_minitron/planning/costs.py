@@ -25,7 +25,9 @@ BF16 = torch.bfloat16.itemsize
 # What to do about a stage that does not train and does not fit.
 OTHERWISE = {
     "score": "set score.batch_size: 1",
-    "evaluate": "set evaluate.tensor_parallel: true and accelerate launch it on several GPUs",
+    "prune": "take GPUs with more memory",
+    "cache": "set cache.batch_size: 1",
+    "evaluate": "accelerate launch with evaluate.tensor_parallel: true",
 }
 
 
@@ -38,12 +40,23 @@ class Machine:
         gpu_bytes (`float`, *optional*): Memory of each; nothing is judged when left out.
         peak (`float`, *optional*): FLOP/s of each, dense bfloat16; an H100's when left out.
         utilization (`float`, *optional*): The share of it that is reached.
+
+    Raises:
+        RecipeError: for a number that is none, by the command's option.
     """
 
     gpus: int = 1
     gpu_bytes: float | None = None
     peak: float = PEAK
     utilization: float = UTILIZATION
+
+    def __post_init__(self):
+        if self.gpus < 1:
+            raise RecipeError(f"--gpus: {self.gpus} is not a whole number from 1 on")
+        if not 0 < self.utilization <= 1:
+            raise RecipeError(f"--utilization: {self.utilization:g} is not a share between 0 and 1")
+        if self.peak <= 0:
+            raise RecipeError(f"--gpu-tflops: {self.peak / 1e12:g} is not a number above zero")
 
     def hours(self, flops: float) -> float:
         """Return how long so many operations take on all GPUs."""
@@ -78,19 +91,39 @@ class Cost:
         return sum(self.gpu.values()) + CONTEXT if self.gpu else 0
 
 
-def costs(recipe: Mapping[str, Any], machine: Machine) -> list[Cost]:
-    """Return what each stage of a recipe takes, in their order."""
-    model = str(recipe["model"])
-    args = arguments(recipe.get("prune") or {}, "prune", target.Args)
-    teacher, student = target.teacher(model, args.dequantize), target.student(args, model)
-    found = [_training("correct", recipe, teacher, None, machine)] if "correct" in recipe else []
+@dataclass(frozen=True)
+class Models:
+    """The models of a recipe, read once.
+
+    Args:
+        teacher (`Architecture`): The one that is cut.
+        student (`Architecture`): What is left of it.
+        corrects (`bool`): Whether weights are corrected.
+    """
+
+    teacher: Architecture
+    student: Architecture
+    corrects: bool
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any]) -> "Models":
+        """Read those of a recipe."""
+        model, args = str(recipe["model"]), arguments(recipe.get("prune") or {}, "prune", target.Args)
+        return cls(target.teacher(model, args.dequantize), target.student(args, model), bool(args.corrections))
+
+
+def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = None) -> list[Cost]:
+    """Return what each stage of a recipe takes, in their order; its models are read unless they are given."""
+    models = models or Models.of(recipe)
+    teacher, student = models.teacher, models.student
+    found = [training_cost("correct", recipe, models, machine)] if "correct" in recipe else []
     found.append(_score(recipe, teacher, machine))
-    largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if args.corrections else 0
+    largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if models.corrects else 0
     layer = FLOAT * _parameters(teacher) // teacher.shape["layers"]
     found.append(Cost("prune", {"moments": 3 * largest, "weights": layer}, 2 * layer + largest, BF16 * _parameters(student)))
     if "cache" in recipe:
         found.append(_cache(recipe, teacher, machine))
-    found += [_training("distill", recipe, student, teacher, machine), _evaluate(recipe, teacher, student, machine)]
+    found += [training_cost("distill", recipe, models, machine), _evaluate(recipe, teacher, student, machine)]
     return [*found, Cost("publish", disk=BF16 * _parameters(student))]
 
 
@@ -174,10 +207,9 @@ def tokens_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> int:
     return max(int(_value(recipe, stage, "max_steps")), 0) * training.tokens * training.accumulation * machine.gpus
 
 
-def _training(
-    stage: str, recipe: Mapping[str, Any], student: Architecture, teacher: Architecture | None, machine: Machine
-) -> Cost:
-    """Return what training takes, sharded where several GPUs are there and whole models do not fit on each."""
+def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine: Machine) -> Cost:
+    """Return what a stage that trains takes, sharded where several GPUs are there and whole models do not fit on each."""
+    student, teacher = (models.student, models.teacher) if stage == "distill" else (models.teacher, None)
     training, trained = training_of(recipe, stage, machine), None
     if (recipe.get(stage) or {}).get("lora") is not None:
         trained = _parameters(student) // 100
@@ -197,7 +229,7 @@ def _training(
     return Cost(stage, gpu, _host(machine, loaded), disk, tokens, tokens * per_token, note)
 
 
-def fitting(recipe: Mapping[str, Any], stage: str, machine: Machine) -> str:
+def fitting(recipe: Mapping[str, Any], stage: str, models: Models, machine: Machine) -> str:
     """Say what to change for a training stage to fit, and what it takes then."""
     batch, accumulation = (_value(recipe, stage, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps"))
     tried = [
@@ -210,7 +242,7 @@ def fitting(recipe: Mapping[str, Any], stage: str, machine: Machine) -> str:
         for change in ({}, *tried):
             changes += [f"{stage}.{k}: {str(value).lower()}" for k, value in change.items() if section.get(k) != value]
             section |= change
-            found = _found({**recipe, stage: section}, stage, replace(machine, gpus=gpus))
+            found = training_cost(stage, {**recipe, stage: section}, models, replace(machine, gpus=gpus))
             if found.gpu_bytes <= machine.gpu_bytes:
                 more = [f"take {gpus} GPUs"] if gpus > machine.gpus else []
                 settings = [f"set {', '.join(changes)}"] if changes else []
@@ -218,13 +250,10 @@ def fitting(recipe: Mapping[str, Any], stage: str, machine: Machine) -> str:
     return "no number of GPUs holds it; shorten block_size, or take GPUs with more memory"
 
 
-def _found(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Cost:
-    return next(cost for cost in costs(recipe, machine) if cost.stage == stage)
-
-
 def cost_text(recipe: Mapping[str, Any], machine: Machine) -> str:
     """Say what every stage takes, whether it fits, and what to change where it does not."""
-    found = costs(recipe, machine)
+    models = Models.of(recipe)
+    found = costs(recipe, machine, models)
     table = [["stage", "GB per GPU", "GB per host", "GB of disk", "tokens", "FLOPs", "hours", ""]]
     for cost in found:
         sizes = (f"{size / GB:,.1f}" if size else "" for size in (cost.gpu_bytes, cost.host, cost.disk))
@@ -242,7 +271,7 @@ def cost_text(recipe: Mapping[str, Any], machine: Machine) -> str:
     lines.append(f"In all {_hours(total, machine)} hours on {gpus} at {share} (an H100 reached 26 % with 1B, see "
                  f"docs/measurements.md), {disk / GB:,.0f} GB of disk.")  # fmt: skip
     if machine.gpu_bytes:
-        lines += _judged(recipe, found, machine)
+        lines += _judged(recipe, found, models, machine)
     return "\n".join(lines)
 
 
@@ -251,17 +280,13 @@ def _hours(flops: float, machine: Machine) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2g}"
 
 
-def _judged(recipe: Mapping[str, Any], found: list[Cost], machine: Machine) -> list[str]:
+def _judged(recipe: Mapping[str, Any], found: list[Cost], models: Models, machine: Machine) -> list[str]:
     large = [cost for cost in found if cost.gpu_bytes > machine.gpu_bytes]
     if not large:
         return [f"Every stage fits into {machine.gpu_bytes / GB:,.0f} GB."]
     lines = []
     for cost in large:
-        if cost.stage in ("correct", "distill"):
-            advice = fitting(recipe, cost.stage, machine)
-        else:
-            advice = (
-                "set score.batch_size: 1" if cost.stage == "score" else "accelerate launch with evaluate.tensor_parallel: true"
-            )
+        trains = cost.stage in ("correct", "distill")
+        advice = fitting(recipe, cost.stage, models, machine) if trains else OTHERWISE[cost.stage]
         lines.append(f"{cost.stage} needs {cost.gpu_bytes / GB:,.1f} GB of {machine.gpu_bytes / GB:,.0f}: {advice}.")
     return lines

@@ -3,13 +3,13 @@
 import argparse
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
 from hf_minitron.errors import RecipeError, told
-from hf_minitron.planning.costs import GB, Machine, cost_text, costs
+from hf_minitron.planning.costs import GB, Cost, Machine, Models, cost_text, training_cost
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.stages.share import coarse, share_of, sizes_for
 from hf_minitron.stages.target import teacher
@@ -75,9 +75,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
             raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe; edit {args.output}, or give it to run")
         if args.output.exists():
             raise RecipeError(f"{args.output} is there already; name another --output, or delete it")
-        if args.gpus < 1:
-            raise RecipeError(f"--gpus: {args.gpus} is not a whole number from 1 on")
-        machine = Machine(args.gpus, args.memory or GPU_MEMORY)
+        machine = Machine(args.gpus, args.memory or GPU_MEMORY)  # which the plan is judged by, too
         text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text or TEXT, args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
@@ -98,6 +96,7 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
     architecture = teacher(model)
     sizes = sizes_for(architecture, share)
     shape, rows = architecture.shape, architecture.rows
+    machine = replace(machine, gpu_bytes=machine.gpu_bytes or GPU_MEMORY)
     positions = getattr(text_config(architecture.config), "max_position_embeddings", None) or BLOCK
     name = Path(model.partition("@")[0]).name
     chat = is_instruct(model)
@@ -109,11 +108,11 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
         "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes) + "}",
         "tasks": "[gsm8k, ifeval]" if chat else "[arc_easy, hellaswag, winogrande]", "chat": str(chat).lower(),
         "kind": "an instruct model's, in its chat template" if chat else "a base model's",
-        "memory": (machine.gpu_bytes or GPU_MEMORY) / GB,
+        "memory": machine.gpu_bytes / GB,
         "gpus": f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}",
     }  # fmt: skip
     facts |= {"score_tokens": 1024 * facts["block"]}
-    return TEMPLATE.format(**facts, **_training(facts, architecture, machine, sizes))
+    return TEMPLATE.format(**facts, **_training(facts, machine, sizes))
 
 
 def is_instruct(model: str) -> bool:
@@ -121,21 +120,18 @@ def is_instruct(model: str) -> bool:
     return bool(re.search(r"instruct|chat|(^|[-_])it($|[-_@])", model.rpartition("/")[2], re.IGNORECASE))
 
 
-def _training(
-    facts: Mapping[str, Any], architecture: Architecture, machine: Machine, sizes: Mapping[str, int]
-) -> dict[str, Any]:
+def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the batch that the memory holds, and the steps that take `HOURS`."""
     block, gpus = facts["block"], machine.gpus
+    models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes)}})
 
-    def distillation(batch: int, checkpointing: bool, accumulation: int = 2, steps: int = 1) -> Any:
+    def distillation(batch: int, checkpointing: bool, accumulation: int = 2, steps: int = 1) -> Cost:
         section = {"block_size": block, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing,
                    "gradient_accumulation_steps": accumulation, "max_steps": steps, "streaming": True}  # fmt: skip
-        prune = {"target": dict(sizes)}
-        found = costs({"model": facts["model"], "prune": prune, "score": {}, "evaluate": {}, "distill": section}, machine)
-        return next(cost for cost in found if cost.stage == "distill")
+        return training_cost("distill", {"distill": section}, models, machine)
 
     tried = [(batch, checkpointing) for checkpointing in (False, True) for batch in (8, 4, 2, 1)]
-    limit = 0.9 * (machine.gpu_bytes or GPU_MEMORY)
+    limit = 0.9 * machine.gpu_bytes
     batch, checkpointing = next((pair for pair in tried if distillation(*pair).gpu_bytes <= limit), tried[-1])
     one = distillation(batch, checkpointing, 1)
     tokens = min(MOST_TOKENS, HOURS / machine.hours(one.flops / one.tokens))

@@ -19,7 +19,8 @@ from hf_minitron.tables import markdown_table
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     """Print the plan of a recipe; return the command's exit code."""
     with told():
-        machine, known = machine_of(args), dict.fromkeys(KEYS["stages"])
+        machine = Machine(args.gpus, args.memory, args.gpu_tflops * 1e12, args.utilization)
+        known = dict.fromkeys(KEYS["stages"])
         if args.recipe.suffix in (".yaml", ".yml") or args.recipe.is_file():
             if args.keep is not None:
                 raise RecipeError(f"--keep: {args.keep!r} is for a model; a recipe has prune.target, which may be such a share")
@@ -38,21 +39,6 @@ def as_drafted(model: str, args: argparse.Namespace, overrides: Mapping[str, Any
     share = share_of(args.keep or "50%", "--keep")
     print(f"{model}, {share:.0%} of its parameters, as hf-minitron init {model} --keep {share:.0%} writes it\n")
     return read_yaml(draft(model, share, machine), model)
-
-
-def machine_of(args: argparse.Namespace) -> Machine:
-    """Return the machine that the command line names.
-
-    Raises:
-        RecipeError: for a number that is none.
-    """
-    if args.gpus < 1:
-        raise RecipeError(f"--gpus: {args.gpus} is not a whole number from 1 on")
-    if not 0 < args.utilization <= 1:
-        raise RecipeError(f"--utilization: {args.utilization:g} is not a share between 0 and 1")
-    if args.gpu_tflops <= 0:
-        raise RecipeError(f"--gpu-tflops: {args.gpu_tflops:g} is not a number above zero")
-    return Machine(args.gpus, args.memory, args.gpu_tflops * 1e12, args.utilization)
 
 
 def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:

@@ -8,6 +8,7 @@ CUDA context (about 0.5 GB), come on top.
 import logging
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -132,7 +133,7 @@ def activation_bytes(architecture: Architecture, batch_size: int, block_size: in
     layers = architecture.shape["layers"]
     if "experts" not in architecture.shape.sizes and not architecture.shape.states:  # whose loops go token by token
         try:
-            first, two = (batch_size * _sequence_bytes(architecture.config, n, block_size, mixed) for n in (1, min(2, layers)))
+            first, two = (batch_size * _sequence_bytes(architecture, n, block_size, mixed) for n in (1, min(2, layers)))
             return first + (layers - 1) * (two - first), two - first if layers > 1 else first
         except Exception as error:  # models raise their own kinds
             logger.info("activations are counted from the rows: %s", error)
@@ -140,13 +141,14 @@ def activation_bytes(architecture: Architecture, batch_size: int, block_size: in
     return size, size // layers
 
 
-def _sequence_bytes(config: PreTrainedConfig, layers: int, block_size: int, mixed: bool) -> int:
+@lru_cache(maxsize=64)
+def _sequence_bytes(architecture: Architecture, layers: int, block_size: int, mixed: bool) -> int:
     """Return the bytes that autograd keeps of one packed sequence in a model of some layers: what a second one adds.
 
     16-bit copies of weights, which are kept once, drop out.
     """
     with torch.device("meta"):
-        config = random_model(config, torch.float32, layers, vocab=None).config
+        config = random_model(architecture.config, torch.float32, layers, vocab=None).config
     one, two = (_run_fake(config, torch.Size((count, block_size)), mixed) for count in (1, 2))
     return two - one
 

@@ -36,14 +36,13 @@ from hf_minitron.pruning.compensate import check_names
 from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
-from hf_minitron.pruning.rotate import untied
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
 from hf_minitron.ranking import best
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
-from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uses_rotation
+from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uncut
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -58,14 +57,12 @@ def outline(args: Args, model: str, folder: Path) -> None:
         ValueError: for a target that no class holds.
     """
     before, after, _ = shapes(args, model)
-    architecture = teacher(model, args.dequantize)
-    architecture = untied(architecture) if uses_rotation(args) else architecture
     plan = stand_in(before, after)
     if after["vocab"] != before["vocab"]:
         kept = best(vocab_scores(model, torch.zeros(before["vocab"]), after["vocab"]), after["vocab"])
         plan = replace(plan, keep={**plan.keep, "vocab": kept})
     # of a nonuniform one, sizes are known after scoring
-    config = student_config(architecture, plan)
+    config = student_config(uncut(args, model), plan)
     config = config if args.nonuniform is None else PrunedConfig.from_stock(config)
     config = text_alone(Architecture.of(config))[0] if args.text_only else config
     dtype = stored_dtype(Checkpoint(resolve(model)).specs.values())

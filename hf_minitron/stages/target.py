@@ -6,7 +6,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target, student_config, text_alone
 from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.checkpoint.tensors import config_of
-from hf_minitron.plan import Plan
+from hf_minitron.plan import stand_in
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
@@ -64,10 +64,15 @@ def teacher(model: str, dequantize: bool = False) -> Architecture:
     return Architecture.of(config_of(resolve(model, weights=False), dequantize))
 
 
+def uncut(args: Args, model: str) -> Architecture:
+    """Return the architecture that is cut: the model's, with a head of its own when its stream is rotated."""
+    architecture = teacher(model, args.dequantize)
+    return untied(architecture) if uses_rotation(args) else architecture
+
+
 def student_rows(args: Args, model: str) -> dict[str, str]:
     """Return the rows of the student: the model's, and a head of its own when its stream is rotated."""
-    architecture = teacher(model, args.dequantize)
-    student = untied(architecture) if uses_rotation(args) else architecture
+    student = uncut(args, model)
     return {row: p for row, p in student.rows.items() if not args.text_only or row not in student.family.outside}
 
 
@@ -78,12 +83,7 @@ def student(args: Args, model: str) -> Architecture:
         ShapeError: for a target that no class holds.
     """
     before, after, _ = shapes(args, model)
-    architecture = teacher(model, args.dequantize)
-    architecture = untied(architecture) if uses_rotation(args) else architecture
-    kept = {"layers": before.first_layers(after["layers"], after.by_kind)}
-    if after["vocab"] != before["vocab"]:
-        kept["vocab"] = list(range(after["vocab"]))
-    config = student_config(architecture, Plan(before, after, kept))
+    config = student_config(uncut(args, model), stand_in(before, after))
     return Architecture.of(text_alone(Architecture.of(config))[0] if args.text_only else config)
 
 
