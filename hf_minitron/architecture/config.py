@@ -80,6 +80,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def pruned_vocab(config: PreTrainedConfig) -> str | None:
+    """Return which tokens a model has of the one that it was cut out of; `None` for all."""
+    return getattr(text_config(config), PRUNED_VOCAB, None)
+
+
 def model_type_of(config: PreTrainedConfig) -> str:
     """Return the model type of a config's text model; of a nonuniform one that of its stock class."""
     return getattr(text_config(config), "stock_model_type", text_config(config).model_type)

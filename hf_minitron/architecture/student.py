@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
-from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, named_ids, text_config, with_text
+from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, named_ids, pruned_vocab, text_config, with_text
 from hf_minitron.architecture.nonuniform import PER_LAYER, per_layer_config, pruned_config
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
@@ -100,7 +100,7 @@ def _new_tokens(architecture: Architecture, plan: Plan) -> dict[str, object]:
     if "vocab" in plan.keep and gone:
         raise ShapeError(f"vocab: the plan drops token {gone[0]}, which the config names (eos_token_id and the like); keep it: "
                          "token_scores(..., named=named_ids(config.to_dict()))")  # fmt: skip
-    return new.changes(config.to_dict()) | {PRUNED_VOCAB: new.mark(getattr(config, PRUNED_VOCAB, None))}
+    return new.changes(config.to_dict()) | {PRUNED_VOCAB: new.mark(pruned_vocab(config))}
 
 
 def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, str]]:

@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
+from hf_minitron.architecture.config import PRUNED_VOCAB, pruned_vocab, text_config
 from hf_minitron.checkpoint.checkpoint import require_space
 from hf_minitron.data.packing import text_hash
 from hf_minitron.distillation.batch import COLUMNS, POSITIONS
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, answers_of, keys_of, shard_path, teacher_identity
 from hf_minitron.distillation.records import Record, record_of
-from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
+from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.head import head_chunks
 from hf_minitron.waiting import wait_for
 

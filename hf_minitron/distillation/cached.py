@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
+from hf_minitron.architecture.config import PRUNED_VOCAB, pruned_vocab, text_config
 from hf_minitron.checkpoint.checkpoint import Checkpoint
 from hf_minitron.checkpoint.model_files import resolve, split_kwargs
 from hf_minitron.data.packing import text_hash
@@ -247,11 +247,11 @@ def _real(inputs: dict[str, Tensor]) -> np.ndarray:
 
 def block_keys(blocks: Dataset, answers: bool = False) -> Iterator[int]:
     """Yield the keys of a dataset's rows, without their padding; those of a cache of `answers` alone if so."""
-    for row in blocks.with_format("torch") if answers else ():
-        inputs = {"labels": row["input_ids"], **row}
-        inputs = {name: inputs[name][None] for name in COLUMNS if name in inputs}
-        yield from keys_of(inputs, answers_of(inputs))
     if answers:
+        for row in blocks.with_format("torch"):
+            inputs = {"labels": row["input_ids"], **row}
+            inputs = {name: inputs[name][None] for name in COLUMNS if name in inputs}
+            yield from keys_of(inputs, answers_of(inputs))
         return
     for rows in blocks.with_format("numpy").iter(batch_size=64):
         nothing = [None] * len(rows["input_ids"])
@@ -284,6 +284,6 @@ def teacher_identity(model: PreTrainedModel | str | Path, init_kwargs: dict | No
         some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)][:16].to("cpu", torch.bfloat16)
         digest.update(f"{name} {list(tensor.shape)} ".encode() + some.view(torch.int16).numpy().tobytes())
     weights = None if tensors is None else digest.hexdigest()
-    mark = getattr(text_config(config), PRUNED_VOCAB, None)
+    mark = pruned_vocab(config)
     identity = {"model_type": config.model_type, "vocab_size": text_config(config).vocab_size, "weights": weights}
     return identity | ({} if mark is None else {PRUNED_VOCAB: mark})

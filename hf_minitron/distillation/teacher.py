@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.distributed import DistributedConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_minitron.architecture.config import PRUNED_VOCAB, text_config
+from hf_minitron.architecture.config import PRUNED_VOCAB, pruned_vocab, text_config
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint.checkpoint import best_dtype, load_model
 from hf_minitron.checkpoint.model_files import is_hub_id, pinned, resolve, split_kwargs
@@ -110,11 +110,6 @@ class LiveTeacher:
             with last_hidden_states(self.model) as hidden:
                 self.model(**model_inputs(inputs), use_cache=False, logits_to_keep=no_tokens(positions))
             return DenseSignal(at_positions(hidden.pop(), positions), head_of(self.model), self._top_k)
-
-
-def pruned_vocab(config: PreTrainedConfig) -> str | None:
-    """Return which tokens a model has of the one that it was cut out of; `None` for all."""
-    return getattr(text_config(config), PRUNED_VOCAB, None)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architecture.config import model_of
+from hf_minitron.architecture.config import model_of, pruned_vocab
 from hf_minitron.data.vocabulary import check_vocabularies
 from hf_minitron.distillation.cached import META, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
@@ -16,7 +16,7 @@ from hf_minitron.distillation.documents import check_documents_apart
 from hf_minitron.distillation.engine import sharded_loading
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY
 from hf_minitron.distillation.records import check_losses
-from hf_minitron.distillation.teacher import LiveTeacher, pruned_vocab
+from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.errors import one_line
 from hf_minitron.head import check_head
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import pruned_vocab, text_config
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.data.packing import adds_bos_token
 from hf_minitron.data.vocabulary import teacher_ids
@@ -14,7 +14,7 @@ from hf_minitron.distillation.adapters import check_lora
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.states import STATE_LOSSES, check_states
-from hf_minitron.distillation.teacher import check_tokenizers, pruned_vocab, teacher_folder
+from hf_minitron.distillation.teacher import check_tokenizers, teacher_folder
 from hf_minitron.head import check_head
 from hf_minitron.inputs import teacher_files
 from hf_minitron.plan import copy_plan
