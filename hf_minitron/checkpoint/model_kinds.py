@@ -19,17 +19,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint.side_files import check_config_file
 from hf_minitron.errors import one_line
+from hf_minitron.json_files import read_json
 
 GGUF = "GGUF; load it with from_pretrained(folder, gguf_file=...), save_pretrained it, and name that folder"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of `config.json`; nothing where it cannot be read."""
-    try:
-        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(folder / CONFIG_NAME)
 
 
 def check_config(folder: Path, model: str) -> None:

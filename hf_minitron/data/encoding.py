@@ -113,7 +113,9 @@ class Encoder:
         messages = _messages(row["messages"])
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         made = self._template(messages, row, **how)
-        return made["input_ids"], _some(np.array(made["assistant_masks"], bool))
+        learnt = np.array(made["assistant_masks"], bool)
+        _some(learnt.nonzero()[0])
+        return made["input_ids"], learnt
 
     def _written_chat(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
         """Return a conversation as text, and where the assistant's turns begin and end in it."""
@@ -123,9 +125,7 @@ class Encoder:
             if turn["role"] == "assistant":
                 before = self._template(messages[:number], row, tokenize=False, add_generation_prompt=True)
                 spans.append((self._prefix(before, whole), self._end(messages, number, row, whole)))
-        if not spans:
-            raise ValueError("has no turn of the assistant, so nothing in it is learnt. Leave it out")
-        return whole, spans
+        return whole, _some(spans)
 
     def _end(self, messages: list[dict], number: int, row: Mapping, whole: str) -> int:
         """Return where a turn ends in a conversation, which may write it in another way than as the last one: without thoughts.
@@ -274,8 +274,9 @@ def _messages(turns: Any) -> list[dict]:
     return made
 
 
-def _some(learnt: np.ndarray) -> np.ndarray:
-    if not learnt.any():
+def _some(learnt: Sequence) -> Sequence:
+    """Return what of a conversation is learnt, its turns or its tokens, unless there is none."""
+    if not len(learnt):
         raise ValueError("has no turn of the assistant, so nothing in it is learnt. Leave it out")
     return learnt
 

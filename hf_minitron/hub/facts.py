@@ -5,7 +5,7 @@ Paths of this machine are shortened, and access tokens taken out.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -202,18 +202,23 @@ def _datasets(run: Run) -> list[str] | None:
 
 def _commits(run: Run) -> dict[str, str]:
     """Return the commits at which the finished stages have read datasets of the Hub."""
-    done = [_done_json(run, stage, "done.json")["inputs"] for stage in STAGES if _is_done(run, stage)]
-    held = {name.partition(": ")[::2]: str(value) for inputs in done for name, value in inputs.items()}
+    held = {name.partition(": ")[::2]: str(value) for name, value in _inputs(run)}
     return {name: value.removeprefix("commit ") for (key, name), value in held.items()
             if value.startswith("commit ") and not key.startswith(("model", "teacher"))}  # fmt: skip
 
 
 def _hashes(run: Run) -> dict[str, str]:
     """Return the SHA-256 of the files that the finished stages have read: weights of models, texts and tasks."""
-    read = [item for stage in STAGES if _is_done(run, stage) for item in _done_json(run, stage, "done.json")["inputs"].items()]
-    files = {name: value for name, value in read if re.fullmatch("[0-9a-f]{64}", str(value)) and ": " in name}
+    files = {name: value for name, value in _inputs(run) if re.fullmatch("[0-9a-f]{64}", str(value)) and ": " in name}
     kept = {name: sha for name, sha in files.items() if "model: " not in name or name.endswith(".safetensors")}
     return {public(name): sha for name, sha in kept.items()}
+
+
+def _inputs(run: Run) -> Iterator[tuple[str, Any]]:
+    """Yield what the finished stages depend on: settings, and files with their contents."""
+    for stage in STAGES:
+        if _is_done(run, stage):
+            yield from _done_json(run, stage, "done.json")["inputs"].items()
 
 
 def _on_hub(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Pictures of a run for the card and the README, readable on light and dark pages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.set_xlabel("million parameters")
         axes.set_ylabel("perplexity")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.2)
-        names = "\n".join(f"{number}  {name}" for number, name in enumerate(points, 1))
-        axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
+        _list_names(axes, points)
         save(figure, path)
 
 
@@ -168,8 +167,7 @@ def plot_models(points: Mapping[str, tuple[float, float, float, float]], path: P
             axes.annotate(numbers, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_xlabel("million parameters")
         axes.set_ylabel("bits per byte")
-        names = "\n".join(f"{number}  {name}" for number, name in enumerate(points, 1))
-        axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
+        _list_names(axes, points)
         save(figure, path)
 
 
@@ -216,6 +214,12 @@ def _grouped(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float
         else:
             near[3] += f", {number}"
     return [(x, y, numbers) for _, x, y, numbers in found]
+
+
+def _list_names(axes, names: Iterable[str]) -> None:
+    """List beside the axes what the numbers of `_grouped` mean."""
+    names = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
+    axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
 
 
 def _legend(axes) -> None:
