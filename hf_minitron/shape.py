@@ -64,8 +64,8 @@ class Shape:
             return self.sizes
         return {**self.sizes, **{axis: sizes[layer] for axis, sizes in self.by_layer.items()}}
 
-    def of_layer(self, layer: int) -> "Shape":
-        """Return the shape with one layer's sizes in all of them."""
+    def of_layer(self, layer: int | None) -> "Shape":
+        """Return the shape with one layer's sizes in all of them; outside of the layers those of all."""
         return replace(self, sizes=self.at(layer), by_layer={})
 
     def with_sizes(self, sizes: Mapping[str, int]) -> "Shape":

@@ -10,6 +10,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.binding import inner_norms
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names
+from hf_minitron.shape import Shape
 from hf_minitron.statistics import Moments, Residuals
 
 
@@ -127,15 +128,15 @@ def _no_group(architecture: Architecture, plan: Plan) -> str:
     if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in architecture.rows.values()):
         return f"is not for {architecture.config.model_type}, whose queries have no projection of their own"
     layers = plan.kept_layers or range(plan.before["layers"])
-    groups = [(_group(plan.before.at(old)), _group(plan.after.at(new))) for new, old in enumerate(layers)]
+    groups = [(_group(plan.before.of_layer(old)), _group(plan.after.of_layer(new))) for new, old in enumerate(layers)]
     if "heads" in plan.keep and any(0 < left < whole for whole, left in groups):
         return ""
     return f"has no effect: no KV group keeps some of its {max(groups)[0]} query heads and loses others"
 
 
-def _group(sizes: Mapping[str, int]) -> int:
+def _group(layer: Shape) -> int:
     """Return the query heads of a KV head of a layer; 0 of one without attention."""
-    return sizes["heads"] // max(1, sizes.get("kv_heads", sizes["heads"]))
+    return layer["heads"] // max(1, layer.kv_groups)
 
 
 def _cut(plan: Plan) -> str:

@@ -46,22 +46,17 @@ class _Padding:
 
     def pad(self, tensor: Tensor, parameter: Parameter) -> Tensor:
         """Return a parameter with zeros where its layer has fewer heads or channels than the largest: pruning backwards."""
-        own, sizes = self.before.shape.at(parameter.layer), self.after.shape.sizes
-        heads = torch.arange(sizes["heads"]).view(_groups(sizes), -1)
-        heads = heads[: _groups(own), : own["heads"] // max(1, _groups(own))].flatten()
-        kept = {"heads": heads, **{axis: torch.arange(own[axis]) for axis in ("kv_heads", "ffn") if axis in own}}
+        own, largest = self.before.shape.of_layer(parameter.layer), self.after.shape
+        heads = torch.arange(largest["heads"]).view(largest.kv_groups, -1)
+        heads = heads[: own.kv_groups, : own["heads"] // max(1, own.kv_groups)].flatten()
+        kept = {"heads": heads, **{axis: torch.arange(own[axis]) for axis in ("kv_heads", "ffn") if axis in own.axes}}
         for position, dim in enumerate(parameter.dims):
-            index = axes.dim_index(dim, kept, sizes)
+            index = axes.dim_index(dim, kept, largest.sizes)
             if index is not None:
                 shape = list(tensor.shape)
-                shape[position] = axes.dim_size(dim, sizes)
+                shape[position] = axes.dim_size(dim, largest.sizes)
                 tensor = tensor.new_zeros(shape).index_copy_(position, index, tensor)
         return tensor
-
-
-def _groups(sizes: Mapping[str, int]) -> int:
-    """Return the number of KV heads."""
-    return sizes.get("kv_heads", sizes["heads"])
 
 
 def export(source: Path, target: Path, max_shard_bytes: int = 5_000_000_000) -> None:

@@ -28,7 +28,8 @@ def vocab_scores(model: str | Path, counts: Tensor, count: int) -> Tensor:
     """Return `token_scores` of a model's folder or Hub id, in which the tokens that its configs name stay."""
     folder = resolve(model)
     generation = folder / GENERATION_CONFIG_NAME
-    contents = [AutoConfig.from_pretrained(folder).to_dict(), text_config(AutoConfig.from_pretrained(folder)).to_dict()]
+    config = AutoConfig.from_pretrained(folder)
+    contents = [config.to_dict(), text_config(config).to_dict()]
     contents += [json.loads(generation.read_text(encoding="utf-8"))] if generation.is_file() else []
     if unread := [name for name in OTHER_IDS if contents[-1].get(name)]:
         raise ValueError(f"vocab: {unread[0]} in {generation} names tokens by their ids, which would be others; take it out, "
