@@ -26,7 +26,6 @@ CASES = [
     ("hidden 448, tied", {"hidden": 448}, ()),
     ("hidden 448, rotated and untied", {"hidden": 448}, ("rotation",)),
     ("heads 9 to 6", {"heads": 6, "kv_heads": 3}, ()),
-    ("heads 9 to 6, head residual too", {"heads": 6, "kv_heads": 3}, ("head_residual",)),
     ("22 of 30 layers, merged", {"layers": 22}, ("layer_merge",)),
     ("hidden 504, ffn 1152", {"hidden": 504, "ffn": 1152}, ()),
     ("all axes, half of the body", {"layers": 27, "hidden": 480, "ffn": 960, "heads": 6, "kv_heads": 3}, ("layer_merge",)),

@@ -402,7 +402,6 @@ def test_corrections_are_made_unless_told_otherwise(project, tmp_path, capsys):
         ("{ffn: 48}", "[rotation]", "rotation has no effect: hidden is not cut (cut: ffn). Leave rotation out"),
         ("{ffn: 48}", "[bias, least_squares]", "bias has no effect: no projection that reads an axis that is cut"),
         ("{ffn: 48}", "[layer_merge]", "layer_merge has no effect: no layer is dropped"),
-        ("{heads: 2, kv_heads: 1}", "[head_residual]", "head_residual has no effect"),
     ):  # before anything is scored
         changes = ("--prune.target", target, "--prune.corrections", names)
         assert run(project, tmp_path / "a", *changes) == 1

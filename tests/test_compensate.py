@@ -224,14 +224,11 @@ WITHOUT_EFFECT = [
     ("llama", {"ffn": 8}, ["norm_ratio"], r"norm_ratio has no effect: hidden is not cut \(cut: ffn\)"),
     ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "rotation"], "rotation has no effect: hidden is not cut"),
     ("llama", {"ffn": 8}, [*DEFAULT_CORRECTIONS, "layer_merge"], "layer_merge has no effect: no layer is dropped"),
-    ("llama", {"kv_heads": 1, "heads": 2}, ["head_residual"], "head_residual has no effect: no KV group keeps some of its 2"),
     ("llama", {"layers": 2}, ["least_squares"], r"least_squares has no effect: no projection reads .*\(cut: layers\)"),
     ("olmo", {"hidden": 24}, ["norm_ratio"], "norm_ratio has no effect: the norms of olmo have no weights"),
     ("gpt2", {"layers": 2}, ["layer_merge"], "layer_merge is not for gpt2"),
     ("gemma2", {"hidden": 24}, ["rotation"], "rotation is not for gemma2: it needs RMS norms"),
-    ("phi3", {"heads": 2, "kv_heads": 2}, ["head_residual"], "head_residual is not for phi3"),
     ("mixtral", {"ffn": 32}, ["least_squares"], "least_squares has no effect"),
-    ("opt", {"hidden": 20, "heads": 2}, ["head_residual"], "head_residual has no effect"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The rotated stream, merged layers, biases and head residuals, each against what they claim."""
+"""The rotated stream, merged layers and biases, each against what they claim."""
 
 import json
 import shutil
@@ -184,18 +184,6 @@ def test_a_bias_gives_back_the_mean(model_type, names):
     else:
         assert biased < 1e-5
         assert plain > 100 * biased
-
-
-def test_head_residuals_pair_the_weakest_that_stays_with_the_strongest_that_goes():
-    teacher = tiny.model(dtype=torch.float32)
-    shape = shape_of(teacher)
-    statistics = calibrate(teacher, tiny.blocks(), moments=True)
-    plan = make_plan(statistics.scores, shape, shape.cut_to({"heads": 2, "kv_heads": 2}))
-    student = prune_model(teacher, plan, statistics, ["head_residual"])
-    for layer in range(3):
-        query = teacher.model.layers[layer].self_attn.q_proj.weight.view(4, 6, 40)
-        expected = [2 * query[h] - query[h ^ 1] for h in plan.keep["heads"][layer]]  # two heads a group: one stays, one goes
-        assert torch.allclose(student.model.layers[layer].self_attn.q_proj.weight.view(2, 6, 40), torch.stack(expected))
 
 
 @pytest.fixture(scope="module")

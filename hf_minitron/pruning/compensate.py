@@ -19,15 +19,11 @@ from hf_minitron.plan import Plan
 from hf_minitron.pruning.reconstruction import RIDGE, factorised, solver_device
 from hf_minitron.statistics import Moments, Residuals
 
-# What a query head's output dimension is made of.
-HEADS: axes.Dim = (("heads", "head_dim"),)
-
 CORRECTIONS = {
     "least_squares": "least-squares reconstruction of every projection whose inputs are cut",
     "bias": "biases keep the mean output of projections",
     "norm_ratio": "the weights of norms are scaled by the share of energy that the kept channels or heads have",
     "layer_merge": "the MLP before dropped layers is fitted to give their residuals, too (another pass over the text)",
-    "head_residual": "query heads that stay lean away from those that go (2407.14679, section 2.3)",
     "rotation": "hidden channels are principal components of the stream before they are cut (unties the head, a matrix more)",
 }
 # What helps on text of the calibration's domain and of another one (benchmarks/corrections.py), and costs no parameter.
@@ -91,7 +87,6 @@ class Corrections:
         self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor], read: Callable[[str], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], Mapping[str, int]]:
         sizes, source = self.plan.before.at(parameter.layer), self.architecture.reads.get(parameter.module)
-        tensor = self._with_head_residual(parameter, tensor, keep)
         if parameter.role == "norm" or parameter.module in self._inner_norms:
             return self._norm(parameter, tensor, keep), keep, sizes
         if source is None or parameter.kind not in ("weight", "bias") or not (source.axis in keep or self._merges(source)):
@@ -103,7 +98,7 @@ class Corrections:
         if weight.module in self._fits:
             fitted, gain = self._fits.pop(weight.module)
         else:
-            values = tensor if parameter.kind == "weight" else self._with_head_residual(weight, read(weight.name), keep)
+            values = tensor if parameter.kind == "weight" else read(weight.name)
             fitted, gain = self._fit(weight, source, values, keep)
             if shifts:
                 self._fits[weight.module] = fitted, gain  # for the bias, or for the weight after it
@@ -164,10 +159,6 @@ class Corrections:
     def _sources(self, parameter: Parameter) -> list[Read]:
         """Return the moments that a parameter is corrected by."""
         found = []
-        if "head_residual" in self.names and parameter.dims[0] == HEADS:
-            found += [
-                read for read in self.architecture.reads.values() if (read.axis, read.layer) == ("heads", parameter.layer)
-            ]
         if parameter.role == "norm" and self.rotation is not None:
             found.append(Read("hidden", parameter.layer, f"{parameter.module}{OUTPUT}"))
         if parameter.kind in ("weight", "bias") and parameter.module in self.architecture.reads:
@@ -194,21 +185,6 @@ class Corrections:
             energy = self._input(source)[:-1].diagonal()
         ratio, offset = (energy[kept].mean() / energy.mean()).sqrt().to(tensor), self.architecture.norm_offset
         return (tensor + offset) * ratio - offset
-
-    def _with_head_residual(self, parameter: Parameter, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
-        """Add to query heads that stay what sets them apart from those that go: the weakest stays for the strongest gone."""
-        if "head_residual" not in self.names or "heads" not in keep or parameter.dims[0] != HEADS:
-            return tensor
-        before, kept = self.plan.before.of_layer(parameter.layer), keep["heads"]
-        energy = self._input(self._sources(parameter)[0])[:-1].diagonal().view(before["heads"], -1).sum(1)
-        heads, group = tensor.unflatten(0, (before["heads"], -1)).clone(), before["heads"] // before.kv_groups
-        for first in range(0, before["heads"], group):
-            order = sorted(range(first, first + group), key=lambda head: float(energy[head]))
-            stay, go = ([h for h in order if (h in kept) == staying] for staying in (True, False))
-            if stay:
-                for weak, strong in zip(stay, reversed(go), strict=False):
-                    heads[weak] += heads[weak] - tensor.unflatten(0, (before["heads"], -1))[strong]
-        return heads.flatten(0, 1)
 
     def _merges(self, source: Read) -> bool:
         """Return whether a projection takes over what dropped layers added."""

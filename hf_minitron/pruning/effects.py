@@ -10,7 +10,6 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.binding import inner_norms
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS, check_names
-from hf_minitron.shape import Shape
 from hf_minitron.statistics import Moments, Residuals
 
 
@@ -124,21 +123,6 @@ def _no_rotation(architecture: Architecture, plan: Plan) -> str:
     return "" if "hidden" in plan.keep else f"has no effect: hidden is not cut ({_cut(plan)})"
 
 
-def _no_group(architecture: Architecture, plan: Plan) -> str:
-    if not any(axes.parse(pattern)[0] == (("heads", "head_dim"),) for pattern in architecture.rows.values()):
-        return f"is not for {architecture.config.model_type}, whose queries have no projection of their own"
-    layers = plan.kept_layers or range(plan.before["layers"])
-    groups = [(_group(plan.before.of_layer(old)), _group(plan.after.of_layer(new))) for new, old in enumerate(layers)]
-    if "heads" in plan.keep and any(0 < left < whole for whole, left in groups):
-        return ""
-    return f"has no effect: no KV group keeps some of its {max(groups)[0]} query heads and loses others"
-
-
-def _group(layer: Shape) -> int:
-    """Return the query heads of a KV head of a layer; 0 of one without attention."""
-    return layer["heads"] // max(1, layer.kv_groups)
-
-
 def _cut(plan: Plan) -> str:
     return f"cut: {', '.join(plan.keep) or 'nothing'}"
 
@@ -149,6 +133,5 @@ _REASONS: Mapping[str, Callable[[Architecture, Plan], str]] = {
     "bias": _no_bias,
     "norm_ratio": _no_norm,
     "layer_merge": _no_merge,
-    "head_residual": _no_group,
     "rotation": _no_rotation,
 }

@@ -125,10 +125,9 @@ def check(args: Args, run: Run) -> None:
 def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
     """Refuse corrections that have no effect on the target."""
     cut = [axis for axis in after.axes if after[axis] != before[axis]]
-    names = args.corrections
     if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
-        cut, names = ["heads", "kv_heads", "ffn"], [name for name in names if name != "head_residual"]
-    check_corrections(teacher(model, args.dequantize), Plan(before, after, dict.fromkeys(cut, [])), names)
+        cut = ["heads", "kv_heads", "ffn"]
+    check_corrections(teacher(model, args.dequantize), Plan(before, after, dict.fromkeys(cut, [])), args.corrections)
 
 
 def check_nonuniform(args: Args, run: Run) -> None:
