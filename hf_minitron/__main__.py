@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hf_minitron.errors import TOKEN, RecipeError
-from hf_minitron.recipe_file import KEYS, check_no_token, read_overrides, read_recipe
+from hf_minitron.recipe_file import KEYS, TOP_LEVEL, check_no_token, read_overrides, read_recipe
 
 INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
@@ -50,11 +50,12 @@ MODULES = {"plan": "planning.plan_text", "init": "planning.drafting"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         check_no_token("\n".join(argv), "the command line")
         check_verb(argv)
         args, rest = parser().parse_known_args(argv)
+        check_options(args, rest)
         overrides = read_overrides(rest)
         if hasattr(args, "gpu_memory"):
             args.memory = memory_size(args.gpu_memory)
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\nStopped by Ctrl-C. Start the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {TOKEN.sub('<token>', str(error))}", file=sys.stderr)
         return 1
@@ -122,9 +126,23 @@ def check_verb(argv: Sequence[str]) -> None:
     raise RecipeError(f"{word!r} is not a verb; {hint}Verbs: {', '.join(verbs)}; hf-minitron --help says what they do")
 
 
+def check_options(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuse a mistyped option of a verb, which would be read as a key of the recipe.
+
+    Raises:
+        RecipeError: with the nearest option.
+    """
+    options = [f"--{name.replace('_', '-')}" for name in vars(args).keys() - {"verb", "recipe", "model"}]
+    for word in (item.partition("=")[0] for item in rest if item.startswith("--") and "." not in item):
+        near = difflib.get_close_matches(word.replace("_", "-"), options, n=1, cutoff=0.75)
+        if near and word[2:] not in {*TOP_LEVEL, *stages()}:
+            raise RecipeError(f"{word} is not an option of {args.verb}; did you mean {near[0]}?")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
     made = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--version", action="version", version=f"hf_minitron {version('hf_minitron')}")
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in {**{name: stage["summary"] for name, stage in stages().items()}, **RUNS}.items():
         verb = verbs.add_parser(

@@ -20,7 +20,8 @@ from transformers import (
 
 from hf_minitron.__main__ import main, memory_size
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.planning.costs import Machine, cost_text, costs
+from hf_minitron.planning.cost_text import cost_text
+from hf_minitron.planning.costs import Machine, costs
 from hf_minitron.planning.resources import Training, activation_bytes, training_memory
 
 ROOT = Path(__file__).resolve().parent.parent

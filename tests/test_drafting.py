@@ -59,6 +59,23 @@ def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
     assert "Every stage fits into 24 GB." in capsys.readouterr().out
 
 
+def test_a_draft_fits_its_machine_by_adapters_or_says_that_it_does_not(tmp_path, capsys):
+    """No comment claims a memory that does not hold the draft."""
+    path, recipe = drafted(tmp_path, "Qwen3-4B-Base", "--gpu-memory", "24GB")
+    assert "Every stage fits into 24 GB." in capsys.readouterr().out
+    assert recipe["distill"]["base_dtype"] == "bfloat16"
+    run = load_recipe(path, {}, SECTIONS)
+    assert bind(run, "distill", SECTIONS["distill"]).lora == {"r": 32, "lora_alpha": 64}
+    text = path.read_text().replace("  base_dtype: bfloat16", "").replace("  lora: {r: 32, lora_alpha: 64}", "")
+    path.write_text(text)
+    assert main(["plan", str(path), "--gpu-memory", "24GB"]) == 0
+    assert "; or train adapters, distill.lora: {} and distill.base_dtype: bfloat16: " in capsys.readouterr().out
+    path.unlink()
+    _, recipe = drafted(tmp_path, "Qwen3-4B-Base", "--gpu-memory", "12GB")
+    assert "lora" not in recipe["distill"]
+    assert "more than 12 GB: plan says what helps" in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -36,11 +36,15 @@ def imported(*argv):
     ("argv", "expected", "message"),
     [
         (["--help"], 0, ""),
+        ([], 0, ""),
+        (["--version"], 0, ""),
         (["distill", "--help"], 0, ""),
         (["plna", "recipe.yaml"], 1, "'plna' is not a verb; did you mean 'plan'?"),
         (["run", "{recipe}", "--score.tokns", "9"], 1, "Unknown key 'tokns' in score; did you mean 'tokens'?"),
         (["run", "{recipe}", "--distill.learning_rat", "1"], 1, "did you mean 'learning_rate'?"),
         (["plan", "nowhere.yaml"], 1, "nowhere.yaml"),
+        (["run", "{recipe}", "--dryrun"], 1, "--dryrun is not an option of run; did you mean --dry-run?"),
+        (["init", "owner/model", "--keeps", "50%"], 1, "--keeps is not an option of init; did you mean --keep?"),
     ],
 )
 def test_help_and_typos_are_answered_before_any_library_is_imported(project, argv, expected, message):
@@ -49,6 +53,15 @@ def test_help_and_typos_are_answered_before_any_library_is_imported(project, arg
     assert message in error
     assert not modules & SLOW
     assert len(modules) < 300
+
+
+def test_a_reader_that_leaves_early_is_no_error(project, monkeypatch, capfd):
+    def write(args, overrides):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("hf_minitron.planning.plan_text.main", write)
+    assert main(["plan", str(project["path"])]) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_plan_imports_what_a_model_without_weights_needs(project):

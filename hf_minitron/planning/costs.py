@@ -12,7 +12,6 @@ from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
 from hf_minitron.planning.resources import FLOAT, Training, training_memory
 from hf_minitron.recipe_file import KEYS, arguments
 from hf_minitron.stages import target
-from hf_minitron.tables import markdown_table
 
 GB = 1e9
 CONTEXT = 1_000_000_000  # CUDA's own, its libraries' and NCCL's
@@ -22,13 +21,7 @@ UTILIZATION = 0.26
 GPUS_PER_HOST = 8
 CACHED = {"random": 0.7, "top_k": 3.5}  # bytes of each draw, or of each token kept; docs/distillation.md
 BF16 = torch.bfloat16.itemsize
-# What to do about a stage that does not train and does not fit.
-OTHERWISE = {
-    "score": "set score.batch_size: 1",
-    "prune": "take GPUs with more memory",
-    "cache": "set cache.batch_size: 1",
-    "evaluate": "accelerate launch with evaluate.tensor_parallel: true",
-}
+BASES = {"bfloat16": BF16, "nf4": 0.5}  # bytes of a frozen weight, where it is not in float32
 
 
 @dataclass(frozen=True)
@@ -198,7 +191,9 @@ def training_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Trai
             raise RecipeError(f"{stage}.{name}: {number!r} is not a whole number from 1 on")
     checkpointing = bool(section.get("gradient_checkpointing") or section.get("activation_checkpointing"))
     mixed = section.get("bf16") is not False
-    return Training(batch, block, accumulation, mixed, checkpointing, str(optimizer), chunk or 1024, machine.gpus)
+    frozen = BASES.get(section.get("base_dtype"), FLOAT) if section.get("lora") is not None else FLOAT
+    settings = (batch, block, accumulation, mixed, checkpointing, str(optimizer), chunk or 1024)
+    return Training(*settings, devices=machine.gpus, frozen_item=frozen)
 
 
 def tokens_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> int:
@@ -225,68 +220,6 @@ def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine
     disk = kept * 3 * FLOAT * (parameters if trained is None else trained)
     disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
     note = "FSDP2" if training.sharded else "DDP" if machine.gpus > 1 else ""
-    loaded = (FLOAT * parameters + live) // (machine.gpus if training.sharded and trained is None else 1)  # a shard each
+    shards = machine.gpus if training.sharded and trained is None else 1  # a shard each
+    loaded = (int(training.frozen_item * parameters) + live) // shards
     return Cost(stage, gpu, _host(machine, loaded), disk, tokens, tokens * per_token, note)
-
-
-def fitting(recipe: Mapping[str, Any], stage: str, models: Models, machine: Machine) -> str:
-    """Say what to change for a training stage to fit, and what it takes then."""
-    batch, accumulation = (_value(recipe, stage, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    tried = [
-        {"gradient_checkpointing": True},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation * batch},
-        {"optim": "adamw_bnb_8bit"},
-    ]
-    for gpus in [machine.gpus, *(2**power for power in range(1, 11) if 2**power > machine.gpus)]:
-        section, changes = dict(recipe.get(stage) or {}), []
-        for change in ({}, *tried):
-            changes += [f"{stage}.{k}: {str(value).lower()}" for k, value in change.items() if section.get(k) != value]
-            section |= change
-            found = training_cost(stage, {**recipe, stage: section}, models, replace(machine, gpus=gpus))
-            if found.gpu_bytes <= machine.gpu_bytes:
-                more = [f"take {gpus} GPUs"] if gpus > machine.gpus else []
-                settings = [f"set {', '.join(changes)}"] if changes else []
-                return f"{' and '.join(more + settings)}: {found.gpu_bytes / GB:,.1f} GB"
-    return "no number of GPUs holds it; shorten block_size, or take GPUs with more memory"
-
-
-def cost_text(recipe: Mapping[str, Any], machine: Machine) -> str:
-    """Say what every stage takes, whether it fits, and what to change where it does not."""
-    models = Models.of(recipe)
-    found = costs(recipe, machine, models)
-    table = [["stage", "GB per GPU", "GB per host", "GB of disk", "tokens", "FLOPs", "hours", ""]]
-    for cost in found:
-        sizes = (f"{size / GB:,.1f}" if size else "" for size in (cost.gpu_bytes, cost.host, cost.disk))
-        work = (f"{cost.tokens:,}", f"{cost.flops:.1e}", _hours(cost.flops, machine)) if cost.flops else ("", "", "")
-        table.append([cost.stage, *sizes, *work, cost.note])
-    lines = [markdown_table(table), ""]
-    for cost in (cost for cost in found if cost.stage in ("correct", "distill")):
-        parts = ", ".join(f"{name} {size / GB:,.1f}" for name, size in cost.gpu.items())
-        lines.append(f"{cost.stage}, GB of a GPU: {parts}, CUDA {CONTEXT / GB:,.1f}.")
-        if not cost.tokens:
-            lines.append(f"{cost.stage}: max_steps is not set, so its tokens and hours depend on the text.")
-    total, disk = sum(cost.flops for cost in found), sum(cost.disk for cost in found)
-    gpus = f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}"
-    share = f"{machine.utilization:.0%} of {machine.peak / 1e12:,.0f} TFLOP/s each"
-    lines.append(f"In all {_hours(total, machine)} hours on {gpus} at {share} (an H100 reached 26 % with 1B, see "
-                 f"docs/measurements.md), {disk / GB:,.0f} GB of disk.")  # fmt: skip
-    if machine.gpu_bytes:
-        lines += _judged(recipe, found, models, machine)
-    return "\n".join(lines)
-
-
-def _hours(flops: float, machine: Machine) -> str:
-    hours = machine.hours(flops)
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2g}"
-
-
-def _judged(recipe: Mapping[str, Any], found: list[Cost], models: Models, machine: Machine) -> list[str]:
-    large = [cost for cost in found if cost.gpu_bytes > machine.gpu_bytes]
-    if not large:
-        return [f"Every stage fits into {machine.gpu_bytes / GB:,.0f} GB."]
-    lines = []
-    for cost in large:
-        trains = cost.stage in ("correct", "distill")
-        advice = fitting(recipe, cost.stage, models, machine) if trains else OTHERWISE[cost.stage]
-        lines.append(f"{cost.stage} needs {cost.gpu_bytes / GB:,.1f} GB of {machine.gpu_bytes / GB:,.0f}: {advice}.")
-    return lines

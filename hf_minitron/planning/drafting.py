@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_minitron.architecture.config import text_config
 from hf_minitron.errors import RecipeError, told
-from hf_minitron.planning.costs import GB, Cost, Machine, Models, cost_text, training_cost
+from hf_minitron.planning.cost_text import cost_text
+from hf_minitron.planning.costs import GB, Cost, Machine, Models, training_cost
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.stages.share import coarse, share_of, sizes_for
 from hf_minitron.stages.target import teacher
@@ -46,10 +47,10 @@ distill: # forward KL to the teacher's logits (2407.14679, table 15)
   streaming: true
   block_size: {block}
   max_steps: {steps} # {tokens:.2g} B tokens: about {hours:.0f} hours on {gpus}; more is better, up to 94 (2408.11796, table 4)
-  per_device_train_batch_size: {batch} # what {memory:.0f} GB hold
+  per_device_train_batch_size: {batch} # {fits}
   gradient_accumulation_steps: {accumulation} # {step_tokens:,} tokens a step on {gpus}
   gradient_checkpointing: {checkpointing}
-  learning_rate: 1.0e-4 # 2408.11796, table 4
+{adapters}  learning_rate: {rate}
   warmup_steps: {warmup}
   save_steps: {save}
   save_total_limit: 2
@@ -120,20 +121,29 @@ def is_instruct(model: str) -> bool:
     return bool(re.search(r"instruct|chat|(^|[-_])it($|[-_@])", model.rpartition("/")[2], re.IGNORECASE))
 
 
+ADAPTERS = """\
+  lora: {r: 32, lora_alpha: 64} # adapters: to train all weights takes more memory
+  base_dtype: bfloat16 # of the weights below them, which are frozen
+"""
+
+
 def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the batch that the memory holds, and the steps that take `HOURS`."""
     block, gpus = facts["block"], machine.gpus
     models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes)}})
 
-    def distillation(batch: int, checkpointing: bool, accumulation: int = 2, steps: int = 1) -> Cost:
+    def distillation(batch: int, checkpointing: bool, adapters: bool, accumulation: int = 2) -> Cost:
         section = {"block_size": block, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing,
-                   "gradient_accumulation_steps": accumulation, "max_steps": steps, "streaming": True}  # fmt: skip
+                   "gradient_accumulation_steps": accumulation, "max_steps": 1, "streaming": True}  # fmt: skip
+        section |= {"lora": {}, "base_dtype": "bfloat16"} if adapters else {}
         return training_cost("distill", {"distill": section}, models, machine)
 
-    tried = [(batch, checkpointing) for checkpointing in (False, True) for batch in (8, 4, 2, 1)]
+    ways = ((False, False), (True, False), (True, True))  # the fastest first
+    tried = [(batch, *way) for way in ways for batch in (8, 4, 2, 1)]
     limit = 0.9 * machine.gpu_bytes
-    batch, checkpointing = next((pair for pair in tried if distillation(*pair).gpu_bytes <= limit), tried[-1])
-    one = distillation(batch, checkpointing, 1)
+    fit = next((settings for settings in tried if distillation(*settings).gpu_bytes <= limit), None)
+    batch, checkpointing, adapters = fit or (1, True, False)
+    one = distillation(batch, checkpointing, adapters, 1)
     tokens = min(MOST_TOKENS, HOURS / machine.hours(one.flops / one.tokens))
     micro = batch * block * gpus
     wanted = min(max(tokens / STEPS, LEAST_BATCH), MOST_BATCH)
@@ -141,6 +151,9 @@ def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, in
     steps = max(10, round(tokens / (micro * accumulation)))
     done = steps * micro * accumulation
     return {
+        "fits": f"what {facts['memory']:.0f} GB hold" if fit else f"more than {facts['memory']:.0f} GB: plan says what helps",
+        "adapters": ADAPTERS if adapters else "",
+        "rate": "2.0e-4 # of adapters" if adapters else "1.0e-4 # 2408.11796, table 4",
         "batch": batch, "checkpointing": str(checkpointing).lower(), "accumulation": accumulation, "steps": steps,
         "step_tokens": micro * accumulation, "tokens": done / 1e9, "hours": machine.hours(one.flops / one.tokens * done),
         "warmup": max(1, steps // 50), "save": max(10, steps // 20),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hf_minitron.errors import RecipeError, told
-from hf_minitron.planning.costs import Machine, cost_text
+from hf_minitron.planning.cost_text import cost_text
+from hf_minitron.planning.costs import Machine
 from hf_minitron.planning.drafting import draft
 from hf_minitron.recipe_file import KEYS, arguments, read_recipe, read_yaml
 from hf_minitron.shape import Shape
@@ -37,8 +38,9 @@ def as_drafted(model: str, args: argparse.Namespace, overrides: Mapping[str, Any
     if overrides:
         raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe, and {model} is a model: write one with init")
     share = share_of(args.keep or "50%", "--keep")
+    text = draft(model, share, machine)
     print(f"{model}, {share:.0%} of its parameters, as hf-minitron init {model} --keep {share:.0%} writes it\n")
-    return read_yaml(draft(model, share, machine), model)
+    return read_yaml(text, model)
 
 
 def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:

@@ -51,6 +51,7 @@ class Training:
         chunk_size (`int`): Tokens whose logits exist at the same time.
         devices (`int`): How many share the batch.
         sharded (`bool`): Whether they share weights, gradients and optimizer states too (FSDP2, ZeRO-3).
+        frozen_item (`float`): Bytes of a weight that is not trained, where adapters are.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class Training:
     chunk_size: int = 1024
     devices: int = 1
     sharded: bool = False
+    frozen_item: float = FLOAT
 
     @property
     def tokens(self) -> int:
@@ -105,7 +107,7 @@ def training_memory(
     outside = sum(_numbers(pattern, shape) for row, pattern in rows.items() if not _layered(row))
     layer = (parameters - outside) // shape["layers"]
     parts = {
-        "weights": FLOAT * parameters // share,
+        "weights": int(FLOAT * trained + training.frozen_item * (parameters - trained)) // share,
         "teacher": teacher // share,
         "optimizer": optimizer_bytes(training.optimizer) * trained // share,
         # without accumulation they are made while activations go
@@ -115,8 +117,8 @@ def training_memory(
         parts["DDP's buckets"] = FLOAT * trained
     if training.sharded:  # layers in turn, and what stands outside of them all the time, of the teacher too
         parts["unsharded"] = training.item * (PREFETCHED * layer + outside * (2 if teacher else 1)) + FLOAT * layer
-    elif training.mixed:
-        parts["16-bit copies"] = training.item * parameters
+    elif training.mixed:  # of what is in float32
+        parts["16-bit copies"] = training.item * (parameters if training.frozen_item == FLOAT else trained)
     every, one = activation_bytes(architecture, training.batch_size, training.block_size, training.mixed)
     if training.checkpointing:
         every = training.tokens * FLOAT * shape["hidden"] * shape["layers"] + one
