@@ -31,15 +31,16 @@ BOUNDS = (
     ("at least 1", lambda value: value >= 1, (
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
         "save_total_limit", "chunk_size", "top_k", "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout",
-        "ddp_bucket_cap_mb", "eval_tokens", "early_stopping_patience",
+        "ddp_bucket_cap_mb", "eval_tokens", "early_stopping_patience", "max_new_tokens",
     )),
     ("above zero", lambda value: value > 0, (
         "learning_rate", "num_train_epochs", "temperature", "logging_steps", "save_steps", "eval_steps", "neftune_noise_alpha",
     )),
     ("zero or more", lambda value: value >= 0, (
         "weight_decay", "adam_epsilon", "max_grad_norm", "eval_delay", "dataloader_num_workers", "seed", "data_seed",
+        "sampling_temperature",
     )),
-    ("between 0 and 1", lambda value: 0 <= value <= 1, ("beta", "label_smoothing_factor")),
+    ("between 0 and 1", lambda value: 0 <= value <= 1, ("beta", "label_smoothing_factor", "lmbda")),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2", "ema_decay")),
     ("at least 1, or -1 to count epochs", lambda value: value == -1 or value >= 1, ("max_steps",)),
     ("a share below 1, or whole steps", lambda value: 0 <= value < 1 or value == int(value) >= 1, ("warmup_steps",)),

@@ -28,6 +28,8 @@ from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
 from hf_minitron.errors import one_line
 
 BALANCES = ("static", "minitron")
+# Settings of on-policy distillation and what they are by default; TRL's number of tokens.
+ON_POLICY = {"max_new_tokens": 128, "sampling_temperature": 1.0}
 # How activations are made again in the backward pass; the second is the name before transformers 5.23.
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 # Schedules that want to be told how far they fall.
@@ -39,7 +41,9 @@ class DistillationArguments(TrainingArguments):
     """`TrainingArguments` with the settings of distillation.
 
     Defaults that differ from the parent's: learning rate 1e-4 falling to a tenth by a cosine (2408.11796, table 4), bf16 where
-    the processor has it.
+    the processor has it. `lmbda`, `max_new_tokens`, `beta` and `teacher_model_init_kwargs` mean what they mean in TRL's
+    `GKDConfig`; its `temperature`, that of sampling, is `sampling_temperature`, for here `temperature` is that of the loss, and
+    for its `seq_kd` the teacher writes the text before (`synthesize`).
 
     Example:
 
@@ -66,6 +70,20 @@ class DistillationArguments(TrainingArguments):
         metadata={
             "help": "Compare the teacher's k most likely tokens, the rest summed into one entry (hurts: 2407.14679, A.5)."
         },
+    )
+    lmbda: float = field(
+        default=0.0,
+        metadata={
+            "help": "On-policy distillation: the share of steps in which the student samples the completions that it learns "
+            "from (2306.13649, TRL). Prompts are those of chats; of other text all but the last max_new_tokens tokens."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens that the student samples for a prompt, at most (lmbda); 128 when left out."}
+    )
+    sampling_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Divides the student's logits where it samples (lmbda), TRL's temperature; 1 when left out."},
     )
     layer_pairs: dict | str | None = field(
         default="last-2",
@@ -147,6 +165,7 @@ class DistillationArguments(TrainingArguments):
         if self.attn_implementation is not None and "attn_implementation" in kwargs:
             raise ValueError("attn_implementation: teacher_model_init_kwargs has one too; leave one of them out")
         self._check_losses()
+        self._check_on_policy()
         self._check_states()
 
     @classmethod
@@ -183,6 +202,19 @@ class DistillationArguments(TrainingArguments):
         if self.label_smoothing_factor and CROSS_ENTROPY not in self.losses:
             raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor} smooths labels, which only "
                              f"{CROSS_ENTROPY} reads; give that a weight in losses, or leave it out")  # fmt: skip
+
+    def _check_on_policy(self) -> None:
+        """Set what on-policy distillation needs; refuse it where nothing is sampled, and a loss on labels, which it has not."""
+        for name, default in ON_POLICY.items():
+            value = getattr(self, name)
+            if value is not None and not self.lmbda:
+                raise ValueError(f"{name}: {value} has no effect without lmbda, the share of steps in which the student "
+                                 "writes; set that above 0, or leave it out")  # fmt: skip
+            if value is None and self.lmbda:
+                setattr(self, name, default)
+        if self.lmbda and CROSS_ENTROPY in self.losses:
+            raise ValueError(f"lmbda: {self.lmbda}, but {CROSS_ENTROPY} would learn what the student writes as if it was "
+                             "right; leave it out of losses, or set lmbda to 0")  # fmt: skip
 
     def to_dict(self) -> dict:
         """Return the settings as `TrainingArguments` does, the teacher's token hidden too."""

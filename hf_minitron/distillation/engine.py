@@ -49,6 +49,9 @@ def _check_engine(trainer: Trainer) -> None:
     sharded = trainer.accelerator.is_fsdp2 or trainer.is_deepspeed_enabled
     if sharded and args.ema_decay is not None:
         raise ValueError("ema_decay: not with FSDP or DeepSpeed, which save their shards by themselves; leave it out")
+    if sharded and getattr(args, "lmbda", 0):
+        raise ValueError(f"lmbda: {args.lmbda}, not with FSDP or DeepSpeed, whose shards no process can generate with alone; "
+                         "use DDP, with LoRA or gradient_checkpointing where memory is short, or set lmbda to 0")  # fmt: skip
     if sharded and getattr(trainer.model, "quantization_method", None):
         raise ValueError("model: quantized weights are not sharded by FSDP or DeepSpeed; train whole copies, or from bfloat16")
     if getattr(trainer, "is_distributed_loading_by_transformers", False):  # since transformers 5.19

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,24 +61,40 @@ def generate_batch(
         seed (`int`): Of this batch.
     """
     torch.manual_seed(seed)
+    ends = set(config.eos_token_id or ())
+    return [row[:-1] if row and row[-1] in ends else row for row in continued(model, starts, config)]
+
+
+def continued(
+    model: PreTrainedModel, starts: Sequence[Sequence[int]], config: GenerationConfig, **more: Any
+) -> list[list[int]]:
+    """Continue some starts, of any lengths, and return the new ids of each, up to an end token and with it.
+
+    Args:
+        model (`PreTrainedModel`): In eval mode.
+        starts (`Sequence[Sequence[int]]`): Ids, one list per text.
+        config (`GenerationConfig`): From `sampling`.
+        **more: Passed to `generate`.
+    """
     length = max(map(len, starts))
     ids = torch.full((len(starts), length), config.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, start in enumerate(starts):  # padded on the left: what is generated follows the start
         ids[row, length - len(start) :] = torch.tensor(start)
         mask[row, length - len(start) :] = 1
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    ends = set(config.eos_token_id)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    out = model.generate(**inputs, generation_config=config, **more)
+    ends = set(config.eos_token_id or ())
     new = []
     for row in out[:, length:].tolist():
-        end = next((position for position, token in enumerate(row) if token in ends), len(row))
+        end = next((position + 1 for position, token in enumerate(row) if token in ends), len(row))
         new.append(row[:end])
     return new
 
 
 def sampling(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -87,18 +104,21 @@ def sampling(
 
     Args:
         model (`PreTrainedModel`): Its generation config may name more end tokens.
-        tokenizer (`PreTrainedTokenizerBase`): Its end token ends a text.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its end token ends a text.
         max_new_tokens (`int`): Tokens per text.
         temperature (`float`): Divides the logits; 0 takes the most probable token.
         top_p (`float`): Share of probability to sample from.
         top_k (`int`): Tokens to sample from; 0 for all.
     """
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends, (end, pad) = model.generation_config.eos_token_id, (None, None)
+    if tokenizer is not None:
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = {end, *(ends if isinstance(ends, list) else [ends])} - {None}
     sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    settings = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": sorted(ends) or None, **sampled}
     # what is unset here would be read from the model's own
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), **sampled)
-    model.generation_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(**settings)
+    model.generation_config.pad_token_id = next((token for token in (pad, end, *sorted(ends)) if token is not None), 0)
     return model.generation_config
 
 

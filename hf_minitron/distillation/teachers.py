@@ -51,6 +51,9 @@ def teacher_for(
         set_attention(live.model, args.attn_implementation)
         live.share_vocabulary(student, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
         return live
+    if args.lmbda:
+        raise ValueError(f"lmbda: {args.lmbda}, but a cached teacher has no answer to what the student writes; give the "
+                         "teacher itself, or set lmbda to 0")  # fmt: skip
     check_losses(given.record, args.losses, args.temperature)
     given.check_vocabulary(pruned_vocab(student))
     if args.top_k is not None:

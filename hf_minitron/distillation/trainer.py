@@ -25,6 +25,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.engine import prepare_engine, shard_models, train_in_float32
 from hf_minitron.distillation.float32 import float32_as_it_is
 from hf_minitron.distillation.losses.output import OutputLosses
+from hf_minitron.distillation.on_policy import OnPolicy
 from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token, token_counts
 from hf_minitron.distillation.states import STATE_LOSSES, state_losses_of
 from hf_minitron.distillation.stopping import Attempt, not_finite
@@ -115,7 +116,7 @@ class DistillationTrainer(Trainer):
         self._loss_only = False
         self._trained, self._evaluated = NamedMeans(self.accelerator), NamedMeans(self.accelerator)
         self._attempt = Attempt(self._begin)
-        self._average = WeightAverage(args.ema_decay)
+        self._average, self._batches = WeightAverage(args.ema_decay), OnPolicy(self)
         for callback in (self._attempt, self._average):
             self.add_callback(callback)
 
@@ -163,7 +164,7 @@ class DistillationTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self._attempt.was_done = self.control.should_training_stop = True  # resumed, the Trainer would take one step more
             return [], None
-        batches, count = super().get_batch_samples(map(with_targets, epoch_iterator), num_batches, device)
+        batches, count = super().get_batch_samples(map(with_targets, self._batches(epoch_iterator)), num_batches, device)
         return [{**batch, POSITIONS: positions_of(batch)} for batch in batches], count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,7 +199,6 @@ class DistillationTrainer(Trainer):
         count = (num_items_in_batch if num_items_in_batch is not None else len(targets),
                  self.accelerator.num_processes if of_all else 1)  # fmt: skip
         if self.model.training:
-            self._width = inputs["input_ids"].shape[1]
             self._trained.add({name: per_token(part, *count) for name, part in sums.items()})
         else:
             self._evaluated.add(sums, len(targets))
@@ -262,8 +262,8 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every named loss since the last log, and the tokens read."""
         if "loss" in logs and self._trained.count:
-            counts = token_counts(self, self._width, self._trained.count, self._trained.since)
-            logs |= self._trained.take() | counts
+            counts = token_counts(self, self._batches.width, self._trained.count, self._trained.since)
+            logs |= self._trained.take() | counts | self._batches.take()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -216,10 +216,13 @@ def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine
     tokens, parameters = tokens_of(recipe, stage, machine), _parameters(student)
     per_token = (4 if training.checkpointing else 3) * _flops(student, training.block_size)
     per_token += _flops(teacher, training.block_size) if live else 0
+    sampled = float((recipe.get(stage) or {}).get("lmbda") or 0)  # of the steps; sampling reads prompt and completion once
+    per_token += sampled * _flops(student, training.block_size)
     kept = (_value(recipe, stage, "save_total_limit") or 1) + 1  # and the one that is being written
     disk = kept * 3 * FLOAT * (parameters if trained is None else trained)
     disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
-    note = "FSDP2" if training.sharded else "DDP" if machine.gpus > 1 else ""
+    notes = ["FSDP2" if training.sharded else "DDP"] if machine.gpus > 1 else []
+    notes += ["sampling takes longer than its FLOPs say"] if sampled else []
     shards = machine.gpus if training.sharded and trained is None else 1  # a shard each
     loaded = (int(training.frozen_item * parameters) + live) // shards
-    return Cost(stage, gpu, _host(machine, loaded), disk, tokens, tokens * per_token, note)
+    return Cost(stage, gpu, _host(machine, loaded), disk, tokens, int(tokens * per_token), ", ".join(notes))

@@ -47,6 +47,12 @@ class Args(TextArguments, DistillationArguments):
 def check(args: Args, run: Run) -> None:
     """Refuse an unusable text, another tokenizer, a model without document-masked attention, and too small a disk."""
     check_blocks(args, run)
+    if args.lmbda and "cache" in run.recipe:
+        raise ValueError(f"lmbda: {args.lmbda}, but a cache has no answer to what the student writes; leave out the section "
+                         "cache, or lmbda")  # fmt: skip
+    if args.lmbda and args.max_new_tokens >= args.block_size:
+        raise ValueError(f"max_new_tokens: {args.max_new_tokens} leave no room for a prompt in block_size: {args.block_size}; "
+                         "set it lower")  # fmt: skip
     if names := [name for name in args.losses if name in STATE_LOSSES]:
         teacher, student = (AutoConfig.from_pretrained(resolve(model)) for model in (args.teacher or run.model, run.model))
         _, after, _ = prune.shapes(bind(run, "prune", prune.Args), run.model)
@@ -82,8 +88,9 @@ def check_blocks(args: Args, run: Run) -> None:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
-    read = eval_tokens_of(args)
-    return {"train": tokens_of(args), "step": max(args.max_steps, 0), "read": read, "compare": read}
+    read, steps = eval_tokens_of(args), max(args.max_steps, 0)
+    sampled = args.lmbda * steps * args.gradient_accumulation_steps * (args.max_new_tokens or 0)
+    return {"train": tokens_of(args), "step": steps, "read": read, "compare": read, "decode": sampled}
 
 
 def teacher_of(args: Args, run: Run) -> str | Path:
