@@ -59,11 +59,11 @@ def target(model_type, *axes):
     return tiny.target(Architecture.of(tiny_vision.config(model_type)).shape, *axes)
 
 
-def answer(model, model_type):
+def answer(model, model_type, **changes):
     if model.dtype == torch.float64 and any("experts" in name for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the default kernel takes no float64
     with torch.no_grad():
-        return model(**tiny_vision.images(model_type, model.dtype), use_cache=False).logits
+        return model(**tiny_vision.images(model_type, model.dtype) | changes, use_cache=False).logits
 
 
 def assert_same(found, expected):

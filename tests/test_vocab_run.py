@@ -7,13 +7,11 @@ from pydoc_data import topics
 import pytest
 import tiny
 import tiny_tokenizers
-import tiny_vision
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
-from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.data.packing import token_blocks
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
@@ -22,7 +20,6 @@ from hf_minitron.distillation.teacher import keep_tokens
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.report import Report
 from hf_minitron.plan import Plan
-from hf_minitron.shape import ShapeError
 from hf_minitron.stages import prune
 
 VOCAB = 480
@@ -230,9 +227,3 @@ def test_what_stands_in_for_a_student_in_a_chain_has_its_vocabulary(project, tmp
     args = prune.Args(target={"vocab": VOCAB})
     prune.outline(args, str(project["folder"] / "teacher"), tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).vocab_size == len(AutoTokenizer.from_pretrained(tmp_path)) == VOCAB
-
-
-def test_a_vision_language_model_keeps_its_tokens():
-    shape = Architecture.of(tiny_vision.config("gemma3")).shape
-    with pytest.raises(ShapeError, match="vocab: cannot be cut in this model: its processor puts images in by the ids"):
-        shape.cut_to({"vocab": 64})

@@ -17,7 +17,6 @@ from hf_minitron.architecture.vision import Tower
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import AXES, largest
 
-IMAGES = "its processor puts images in by the ids of tokens; cut it in a text model that was saved alone"
 LONGEST = 260  # characters of what a refusal lists, beside the rest of five lines
 # The axes that a norm inside of attention or an MLP may see.
 INNER = {"heads", "kv_heads", "ffn"}
@@ -100,7 +99,7 @@ def within(family: Family, tower: Tower, model: Outline) -> Family:
         rows=rows | outside,
         norms=tuple(map(moved, family.norms)),
         stored={moved(row): {moved(part): p for part, p in parts.items()} for row, parts in family.stored.items()},
-        fixed={**family.fixed, **tower.fixed, "vocab": IMAGES},
+        fixed={**family.fixed, **tower.fixed},
         tower=tower,
         outside=outside,
     )

@@ -65,7 +65,8 @@ class NewIds:
 
 
 def named_ids(*contents: Mapping[str, Any]) -> set[int]:
-    """Return the ids of tokens that configs name."""
+    """Return the ids of tokens that configs name, composite ones also in that of their text model."""
+    contents = (*contents, *(content[TEXT_CONFIG] for content in contents if content.get(TEXT_CONFIG)))
 
     def flat(value: Any) -> set[int]:
         if isinstance(value, list | tuple):

@@ -68,15 +68,15 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
     for axis, reason in architecture.family.fixed.items():
         if axis in plan.after.sizes and plan.after[axis] != plan.before[axis]:
             raise ShapeError(f"{axis}: cannot be cut in a {architecture.config.model_type}: {reason}")
-    tokens = _new_tokens(architecture, plan)
-    student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens)
+    tokens, around = _new_tokens(architecture, plan)
+    student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens, around)
     if student is None and plan.by_layer:
         if why := architecture.not_nonuniform:
             kind = model_type_of(architecture.config)
             raise ShapeError(f"Layers of a {kind} cannot differ in size: {why}. Give all of them the same sizes")
         student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens, pruned=True)
     elif student is None and architecture.family.fallback_config:
-        student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture) | tokens)
+        student, _ = _try_config(architecture, plan.after, plan.kept_layers, _fallback(architecture) | tokens, around)
     if student is None:
         raise ShapeError(_advice(architecture, plan.after, reason))
     return student
@@ -90,17 +90,23 @@ def _fallback(architecture: Architecture) -> dict[str, object]:
     return {**family.fallback_config, **full}
 
 
-def _new_tokens(architecture: Architecture, plan: Plan) -> dict[str, object]:
-    """Return what the student's config says of tokens; until a plan says which of them stay, that the first ones do."""
+def _new_tokens(architecture: Architecture, plan: Plan) -> tuple[dict[str, object], dict[str, object]]:
+    """Return what the student's config says of tokens, that of its text model and, of a composite one, what stands around it.
+
+    Until a plan says which of them stay, those that the config names do, and the first ones.
+    """
     before, after = plan.before.sizes.get("vocab"), plan.after.sizes.get("vocab")
     if before == after:
-        return {}
-    config, new = text_config(architecture.config), NewIds(plan.keep.get("vocab", range(after)), before)
-    gone = [index for index in sorted(named_ids(config.to_dict())) if new(index) is None]
-    if "vocab" in plan.keep and gone:
+        return {}, {}
+    config, text = architecture.config, text_config(architecture.config)
+    named = {index for index in named_ids(config.to_dict()) if index < before}
+    stays = plan.keep.get("vocab") or sorted([*named, *(index for index in range(before) if index not in named)][:after])
+    new = NewIds(stays, before)
+    if gone := [index for index in sorted(named) if new(index) is None]:
         raise ShapeError(f"vocab: the plan drops token {gone[0]}, which the config names (eos_token_id and the like); keep it: "
                          "token_scores(..., named=named_ids(config.to_dict()))")  # fmt: skip
-    return new.changes(config.to_dict()) | {PRUNED_VOCAB: new.mark(pruned_vocab(config))}
+    changes = new.changes(text.to_dict()) | {PRUNED_VOCAB: new.mark(pruned_vocab(config))}
+    return changes, {} if text is config else new.changes(config.to_dict())
 
 
 def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, str]]:
@@ -142,7 +148,11 @@ def text_alone(architecture: Architecture) -> tuple[PreTrainedConfig, dict[str, 
 
 
 def stock_config(
-    architecture: Architecture, after: Shape, layers: Sequence[int], more: Mapping[str, object] = MappingProxyType({})
+    architecture: Architecture,
+    after: Shape,
+    layers: Sequence[int],
+    more: Mapping[str, object] = MappingProxyType({}),
+    around: Mapping[str, object] = MappingProxyType({}),
 ) -> PreTrainedConfig:
     """Return the config of a stock class with the sizes of a shape, whether that holds it or not.
 
@@ -151,6 +161,7 @@ def stock_config(
         after (`Shape`): The student's shape.
         layers (`Sequence[int]`): The teacher's layers that stay.
         more (`Mapping`, *optional*): Further changes; with a `model_type`, of another class than the teacher's.
+        around (`Mapping`, *optional*): Changes to what stands around the text model's config in a composite one.
     """
     config, changes = architecture.config, {**_changes(architecture, after, layers), **more}
     nonuniform = isinstance(config, PrunedConfig)
@@ -160,7 +171,7 @@ def stock_config(
     if nonuniform:
         return config.to_stock(**changes)
     tower = architecture.family.tower or Tower("", {})
-    return with_text(config, changes, {key: after[axis] for key, axis in tower.follows.items()})
+    return with_text(config, changes, {key: after[axis] for key, axis in tower.follows.items()} | around)
 
 
 def _changes(architecture: Architecture, after: Shape, layers: Sequence[int]) -> dict[str, object]:
@@ -179,6 +190,7 @@ def _try_config(
     after: Shape,
     layers: Sequence[int],
     more: Mapping[str, object] = MappingProxyType({}),
+    around: Mapping[str, object] = MappingProxyType({}),
     pruned: bool = False,
 ) -> tuple[PreTrainedConfig | None, str]:
     """Return the config of a shape when its class makes exactly the parameters that pruning will give, else why not.
@@ -190,7 +202,7 @@ def _try_config(
         if pruned:
             student = pruned_config(architecture.config, {**_changes(architecture, after, layers), **more}, after)
         else:
-            student = stock_config(architecture, after, layers, more)
+            student = stock_config(architecture, after, layers, more, around)
         made = outline(student)
     except Exception as error:  # config classes and modules raise their own kinds
         return None, one_line(error)

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.distributed import DistributedConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
-from hf_minitron.architecture.config import PRUNED_VOCAB, pruned_vocab, text_config
+from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, pruned_vocab, text_config
 from hf_minitron.architecture.vision import TOWERS
+from hf_minitron.axes import dim_names
 from hf_minitron.checkpoint.checkpoint import best_dtype, load_model
 from hf_minitron.checkpoint.model_files import is_hub_id, pinned, resolve, split_kwargs
 from hf_minitron.checkpoint.model_kinds import adapter_base
@@ -114,7 +116,7 @@ class LiveTeacher:
 
 @torch.no_grad()
 def keep_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Leave a model only the rows of some tokens in its embedding and its head, in a new order.
+    """Leave a model only the rows of some tokens in its embeddings and its head, in a new order.
 
     Args:
         model (`PreTrainedModel`): It is changed.
@@ -123,14 +125,18 @@ def keep_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
     Raises:
         ValueError: for a model whose embedding or head is not on a device.
     """
-    kept = {id(part.weight): part for part in (model.get_output_embeddings(), model.get_input_embeddings())}
-    tables = [table for part in kept.values() for table in (part.weight, getattr(part, "bias", None)) if table is not None]
+    parameters = Architecture.of(model.config).parameters.values()
+    tables = [model.get_parameter(p.name) for p in parameters if p.dims and "vocab" in dim_names(p.dims[0])]
     if any(table.is_meta or not table.is_floating_point() for table in tables):
         raise ValueError("The teacher's embedding or head is offloaded or quantized, so that it cannot leave out the tokens "
                          "that the student lacks: leave device_map out, or these two out of the quantization")  # fmt: skip
+    new = NewIds(ids, text_config(model.config).vocab_size)
     for table in tables:
         table[: len(ids)] = table[list(ids)]
     model.resize_token_embeddings(len(ids), mean_resizing=False)
+    for config in (model.config, text_config(model.config)):
+        for key, value in new.changes(config.to_dict()).items():
+            setattr(config, key, getattr(config, key) if value is None else value)
 
 
 def no_tokens(like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import named_ids, text_config
+from hf_minitron.architecture.config import named_ids
 from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, resolve
 from hf_minitron.distillation.losses.chunked import chunked_loss
 from hf_minitron.distillation.losses.tokens import forward_kl
@@ -145,7 +145,7 @@ def _rehearse_pruning(
         measure = partial(calibrate, teacher, blocks, len(ids), moments=bool(args.corrections), save_to=folder)
         measured = measure()
         tokens = torch.arange(shape["vocab"], 0.0, -1)  # any will do, beside those that the config names
-        tokens[[index for index in named_ids(text_config(teacher.config).to_dict()) if index < len(tokens)]] = torch.inf
+        tokens[[index for index in named_ids(teacher.config.to_dict()) if index < len(tokens)]] = torch.inf
         scores = {**measured.scores, "vocab": tokens}
         plan, used = make_plan(scores, shape, after), measured if args.corrections else None
         score = _seconds(measure) / ids.numel()
