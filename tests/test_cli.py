@@ -10,18 +10,20 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import psutil
 import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron import Architecture, Statistics
 from hf_minitron.__main__ import main
-from hf_minitron.importance import calibrate
+from hf_minitron.importance import calibrate, footprint
 from hf_minitron.importance.footprint import scoring_bytes
 from hf_minitron.stage import Stage
 from hf_minitron.stages import score
@@ -360,6 +362,23 @@ def test_scores_layer_by_layer_through_the_command(project, tmp_path, monkeypatc
         assert all(torch.allclose(other[axis], values, rtol=1e-4) for axis, values in whole.items())
 
 
+def test_calibration_text_of_several_sources(project, tmp_path, capsys):
+    train, other = (str(project["folder"] / f"{part}.jsonl") for part in ("train", "calibration"))
+    assert run(project, tmp_path / "run", "--score.text", f"{{{train}: 3, {other}: 1}}", verb="score") == 0
+    read = Dataset.from_parquet(str(tmp_path / "run/score/blocks.parquet"))["input_ids"][:]
+    single = {}
+    for name in (train, other):
+        assert run(project, tmp_path / Path(name).stem, "--score.text", name, verb="score") == 0
+        single[name] = Dataset.from_parquet(str(tmp_path / Path(name).stem / "score/blocks.parquet"))["input_ids"][:]
+    assert [sum(block in single[name] for block in read) for name in (train, other)] == [12, 4]  # of 16 blocks
+    assert Statistics.load(tmp_path / "run/score").text["source"] == {train: 3, other: 1}
+    capsys.readouterr()
+    assert run(project, tmp_path / "bad", "--score.text", f"{{{train}: 1, ./nowhere.jsonl: 1}}", verb="score") == 1
+    assert "score: No text at './nowhere.jsonl'" in capsys.readouterr().err
+    assert run(project, tmp_path / "bad", "--score.text", f"{{{train}: 1, {other}: 0.001}}", verb="score") == 1
+    assert f"{other} would give none of 16 blocks: give it more weight" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -477,7 +496,8 @@ def test_moments_that_do_not_fit_are_measured_layer_by_layer_and_layers_are_stil
     assert "layer by layer" not in capsys.readouterr().out
     architecture = Architecture.of(AutoConfig.from_pretrained(project["recipe"]["model"]))
     least, most = (scoring_bytes(architecture, torch.float32, 4 * 16, moments) for moments in (False, True))
-    monkeypatch.setattr(score, "free_memory", lambda device: (least + most) / 2 / 0.8)
+    for module in (score, footprint):
+        monkeypatch.setattr(module, "free_memory", lambda device: (least + most) / 2 / 0.8)
     assert run(project, tmp_path / "run", *settings, verb="score") == 0
     said = rf"The model and its moments need {most / 1e9:,.1f} GB, .* free on cpu: it is read layer by layer, which needs"
     assert re.search(said, capsys.readouterr().out)

@@ -2,13 +2,16 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.importance.moments import SecondMoment
 from hf_minitron.importance.taps import moment_readings
+from hf_minitron.memory import free_memory
 
 FLOAT = torch.float32.itemsize
 COPIES = 2  # in float32, that metrics make of what they read
@@ -49,6 +52,20 @@ def scoring_bytes(
     copied = max((size for layer in sizes.values() for size in layer), default=0)  # to be reduced and written
     states = dtype.itemsize * max(widths[layer] for layer in weights) + COPIES * FLOAT * architecture.shape["hidden"]
     return outside + inside + copied + tokens * states
+
+
+def fits(folder: Path, dtype: torch.dtype, device: torch.device, tokens: int = 0, moments: bool = False) -> bool:
+    """Return whether running a whole model, once for every process, takes at most four fifths of the device's free memory.
+
+    Args:
+        folder (`Path`): The model.
+        dtype (`torch.dtype`): Of its weights.
+        device (`torch.device`): Where it runs.
+        tokens (`int`, *optional*, defaults to 0): Of a batch.
+        moments (`bool`, *optional*, defaults to `False`): Whether second moments of all layers are held as well.
+    """
+    architecture = Architecture.of(AutoConfig.from_pretrained(folder))
+    return scoring_bytes(architecture, dtype, tokens, moments) <= 0.8 * free_memory(device)
 
 
 def moment_bytes(architecture: Architecture) -> dict[int | None, list[int]]:

@@ -29,6 +29,7 @@ from hf_minitron.checkpoint.checkpoint import (
 from hf_minitron.checkpoint.saving import check_generation, copy_side_files, save_config
 from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.checkpoint.tensors import CheckpointTensors
+from hf_minitron.importance.footprint import fits
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
@@ -41,7 +42,7 @@ from hf_minitron.ranking import best
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
-from hf_minitron.stages.score import BLOCKS, check_layers_target, fits
+from hf_minitron.stages.score import BLOCKS, check_layers_target
 from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uncut
 from hf_minitron.statistics import Statistics
 

@@ -17,14 +17,14 @@ from hf_minitron.architecture.config import dequantizing, text_config
 from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.checkpoint.model_files import revision_of
 from hf_minitron.checkpoint.tensors import CheckpointTensors
-from hf_minitron.data.packing import adds_bos_token, check_first_block, token_blocks
-from hf_minitron.data.texts import check_text, load_text
+from hf_minitron.data.mixture import check_sources, mixed_blocks, read_sources
+from hf_minitron.data.packing import adds_bos_token, check_first_block
 from hf_minitron.data.vocabulary import check_ids
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, run_tasks, task_manager
 from hf_minitron.importance.baselines import BASELINES
 from hf_minitron.importance.calibrate import calibrate
-from hf_minitron.importance.footprint import scoring_bytes
+from hf_minitron.importance.footprint import fits, scoring_bytes
 from hf_minitron.importance.metrics import DEFAULT, metrics_of
 from hf_minitron.importance.metrics import METRICS as INDEX_METRICS
 from hf_minitron.importance.removal import (
@@ -52,8 +52,11 @@ BLOCKS = "blocks.parquet"
 class Args:
     """The `score:` section."""
 
-    text: str = field(
-        metadata={"help": "Calibration text: a file, a folder or pattern of files, or a dataset's Hub id.", "reads": text_files}
+    text: str | dict = field(
+        metadata={
+            "help": "Calibration text: a file, a folder or pattern of files, or a dataset's Hub id; several by name: weight.",
+            "reads": text_files,
+        }
     )
     text_column: str = field(
         default="text", metadata={"help": "Column of the text, messages, completions beside their prompt, or tokens."}
@@ -114,7 +117,8 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("device_map spreads one model over all devices; several processes hold one model each: unset it")
     if args.device_map and args.layer_by_layer:
         raise ValueError("device_map spreads a whole model, layer_by_layer holds one layer: set one of them")
-    check_text(args.text, args.block_size)
+    sources = read_sources(args.text, args.split, args.text_column)
+    check_sources(sources, args.block_size, args.tokens)
     folder = resolve(run.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -122,7 +126,8 @@ def check(args: Args, run: Run) -> None:
         check_streamable(Architecture.of(config))
     check_positions(config, args.block_size)
     adds_bos_token(tokenizer, args.add_bos_token)
-    check_first_block(args.text, tokenizer, args.block_size, args.tokens, args.split, args.text_column)
+    for source in sources:
+        check_first_block(source.name, tokenizer, args.block_size, args.tokens, source.split, source.column)
     check_layers(args, config)
     target = run.section("prune").get("target")
     if isinstance(target, dict) and "layers" in target:
@@ -195,8 +200,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     """Write statistics and the text. Under `accelerate launch` every process reads its share of it."""
     folder, device = resolve(run.model), best_device()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    documents = load_text(args.text, args.split, args.text_column)
-    blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
+    sources = read_sources(args.text, args.split, args.text_column)
+    blocks = mixed_blocks(sources, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
     check_ids(blocks, text_config(AutoConfig.from_pretrained(folder)).vocab_size, tokenizer)
     set_seed(run.seed)  # metric: random
     dtype = best_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -280,20 +285,6 @@ def _task(layers: str) -> tuple[str, str]:
     """Split the name of a task and its metric."""
     task, _, metric = layers.partition(":")
     return task, metric or "acc"
-
-
-def fits(folder: Path, dtype: torch.dtype, device: torch.device, tokens: int = 0, moments: bool = False) -> bool:
-    """Return whether running a whole model, once for every process, takes at most four fifths of the device's free memory.
-
-    Args:
-        folder (`Path`): The model.
-        dtype (`torch.dtype`): Of its weights.
-        device (`torch.device`): Where it runs.
-        tokens (`int`, *optional*, defaults to 0): Of a batch.
-        moments (`bool`, *optional*, defaults to `False`): Whether second moments of all layers are held as well.
-    """
-    architecture = Architecture.of(AutoConfig.from_pretrained(folder))
-    return scoring_bytes(architecture, dtype, tokens, moments) <= 0.8 * free_memory(device)
 
 
 STAGE = Stage("score", __doc__, Args, check, run, work, scales=("tokens",), distributed=True)
