@@ -1,209 +1,316 @@
-"""The measured models: SmolLM2-135M at two sizes, every way of making them with the same tokens, data and seed.
+"""The race: how many tokens do our students need for what the published recipe makes of all of them?
 
-    python benchmarks/models.py ../shared/data runs/models          # hours on 2 cores; killed, it goes on where it was
+    python benchmarks/models.py ../shared/data runs/race              # days on 2 cores; killed, it goes on where it was
+    python benchmarks/models.py ../shared/data runs/race --hours 2    # no run is begun after two hours
+    python benchmarks/models.py ../shared/data runs/race --only '100m/published*' --budget 12288
 
-Every model is a recipe that the `hf-minitron` command runs, written to `<out>/<size>/<variant>.yaml`; they share
-scoring passes. `ours` is then measured beside all the others of its size: held-out text and lm-eval tasks, sample by sample.
+SmolLM2-135M to two sizes in three shapes: as the papers do it, ours uniform, and ours nonuniform, each with several budgets of
+tokens and seeds. Every model is a recipe that the `hf-minitron` command runs in a folder of its own; those that differ in
+their tokens alone share scores and pruned weights. Trained and calibrated on web, questions and answers, and code; tested on
+documents held out of each, and on books and documentation that neither training nor calibration has read. Settings of training
+are tried with few tokens, and chosen for every shape by its loss on a validation split that is apart from all test text.
+
+The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one.
 """
 
 import argparse
+import fnmatch
 import json
-import subprocess
-import sys
+import pydoc_data.topics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+import race
 import torch
 import yaml
-from matplotlib import pyplot as plt
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from datasets import Dataset
+from transformers import AutoTokenizer
 
 from hf_minitron import load_text
-from hf_minitron.checkpoint.saving import save_config
-from hf_minitron.hub import plots
+from hf_minitron.__main__ import main as command
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model
+from hf_minitron.environment import environment
+from hf_minitron.evaluation.text import read_text
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS
 from hf_minitron.json_files import read_json
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.search import start
 
-# Sizes of the body: by width as the paper's recipe cuts it, by depth, and the share of the layers' parameters that stays.
+BLOCK = 256
+# What is cut by width as the papers cut it, and the share of the layers' parameters that a nonuniform student of that size has.
 SIZES = {
-    "100m": {"width": {"hidden": 504, "ffn": 1152}, "depth": {"layers": 20}, "share": 0.675},
-    "70m": {"width": {"hidden": 432, "ffn": 768}, "depth": {"layers": 12}, "share": 0.393},
+    "100m": ({"hidden": 504, "ffn": 1152}, 0.675),
+    "70m": ({"hidden": 432, "ffn": 768}, 0.393),
 }
-STEPS, BATCH, BLOCK = 36, 4, 256
-PLAIN: dict[str, Any] = {"score": {"metric": "l2_mean"}, "prune": {"corrections": []}}
-UNEVEN = {"prune": {"target": {}, "nonuniform": "share"}}
-THIRD = {"distill": {"max_steps": STEPS // 3}}
-# What each variant says otherwise than `ours`: width, chosen by contribution and corrected, forward KL from the live teacher.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "published": PLAIN,
-    "ours-third": THIRD,
-    "random": PLAIN,  # the same shape, its weights drawn anew
-    "depth": {**PLAIN, "prune": {"target": "depth", **PLAIN["prune"]}},
-    "nonuniform": UNEVEN,
-    "nonuniform-third": {**UNEVEN, **THIRD},
-    "cross-entropy": {"distill": {"losses": {"cross_entropy": 1.0}}},
-    "cached": {"cache": {"method": "random", "draws": 50}},
-    "teacher-corrected": {"correct": {"max_steps": STEPS // 2, "learning_rate": 2e-5}},
+SHAPES = (race.PUBLISHED, "uniform", "nonuniform")
+ASKED = (12_288, 36_864, 122_880, 368_640)  # budgets of the published recipe
+BUDGETS = (1_024, 4_096, *ASKED)  # of every recipe: a curve begins at less than a tenth of the least that is asked about
+SEEDS = {budget: (0, 1, 2) if budget <= 36_864 else (0,) for budget in BUDGETS}
+# How a student is trained, beyond what all have; the best on the validation split is each shape's own.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "batch4": {"per_device_train_batch_size": 4, "learning_rate": 6e-4},
+    "batch1": {"per_device_train_batch_size": 1, "learning_rate": 3e-4, "lr_scheduler_type": "linear"},
 }
-ONLY = {"70m": ["ours", "published", "ours-third", "random", "depth", "nonuniform", "nonuniform-third"]}
-RESULTS = Path(__file__).with_name("results") / "models"
-TASKS = {"tasks": ["local_arc_easy", "local_piqa", "local_lambada"], "limit": 200}
+TRIED_WITH = ("100m", 12_288)  # the size and the tokens that settings are tried with
+TRAINING = ("c4_1", "stackexchange", "code")
+TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
+DOCUMENTS = {"c4_2": 64}  # of a test text; of the others 32 or what there is
+VALIDATION = "validation"
+RESULT = Path(__file__).with_name("results") / "race.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A student of the race.
+
+    Args:
+        size (`str`): A key of `SIZES`.
+        shape (`str`): One of `SHAPES`.
+        budget (`int`): Tokens that it is trained with.
+        seed (`int`): Of calibration, training text and order.
+        setting (`str`): A key of `SETTINGS`.
+    """
+
+    size: str
+    shape: str
+    budget: int
+    seed: int
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """Its folder below that of all runs."""
+        return f"{self.size}/{self.shape}-{self.budget}-{self.setting}-{self.seed}"
+
+    @property
+    def pruned(self) -> str:
+        """The folder of the run whose pruned weights it shares with other budgets."""
+        return f"{self.size}/{self.shape}-pruned-{self.seed}"
+
+    @property
+    def scores(self) -> str:
+        """The folder of the run whose scores it shares with other sizes."""
+        return f"scores/{race.PUBLISHED if self.shape == race.PUBLISHED else 'ours'}-{self.seed}"
 
 
 def main() -> None:
-    """Make every model, then measure."""
+    """Make what is missing, the cheapest first, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder with text/c4_1.jsonl, text/c4_2.jsonl and tasks/")
+    parser.add_argument("data", type=Path, help="a folder with text/ and tasks/")
     parser.add_argument("out", type=Path, help="where the runs go")
     parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--train-only", action="store_true", help="leave the measuring to a later start")
+    parser.add_argument("--only", default="*", help="a pattern of names, such as '70m/nonuniform-*'")
+    parser.add_argument("--budget", type=int, choices=BUDGETS, nargs="+", default=BUDGETS, help="tokens")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes")
     args = parser.parse_args()
-    args.data, args.out = args.data.resolve(), args.out.resolve()
-    split_text(args.data / "text/c4_1.jsonl", args.out)
-    scored: dict[str, Path] = {}  # a `score:` section to the recipe that has it first
-    for size in args.sizes:
-        names = [name for name in args.variants if name in ONLY.get(size, VARIANTS)]
-        for name in names:
-            path = write_recipe(args, size, name, names)
-            make(path, scored.setdefault(str(read(path).section("score")), path), name)
-    for size in args.sizes if not args.train_only else ():
-        command("run", args.out / size / "ours.yaml", args.data / "tasks")  # their files name the data beside them
-        summarize(args.out / size, size)
+    args.data, args.out, begun = args.data.resolve(), args.out.resolve(), time.monotonic()
+    texts = prepare(args.data, args.out, args.model)
+    while (entry := following(args.out, args.only, args.budget)) is not None:
+        if time.monotonic() - begun > args.hours * 3600:
+            print(f"{args.hours:g} hours are over; the same command goes on with {entry.name}")
+            break
+        make(args.out, args.model, entry, texts)
+        save(args.out, texts, args.json)
+    save(args.out, texts, args.json)
 
 
-def split_text(text: Path, out: Path) -> None:
-    """Split the text into what scores read and what students learn from."""
+def following(out: Path, only: str, budgets: Sequence[int]) -> Entry | None:
+    """Return the cheapest run that is missing: settings are tried before what depends on them."""
+    tried = (entry for entry in (*trials(), *entries(out)) if fnmatch.fnmatch(entry.name, only) and entry.budget in budgets)
+    return next((entry for entry in tried if not (out / entry.name / "measured.json").is_file()), None)
+
+
+def trials() -> Iterator[Entry]:
+    """Yield the runs that settings are tried with."""
+    size, budget = TRIED_WITH
+    for setting in SETTINGS:
+        for shape in SHAPES:
+            yield Entry(size, shape, budget, 0, setting)
+
+
+def entries(out: Path) -> list[Entry]:
+    """Return the runs of the race, the cheapest first; more seeds of one come after the first of what costs three times."""
+    found = [
+        Entry(size, shape, budget, seed, setting)
+        for size in SIZES
+        for shape in SHAPES
+        if (setting := chosen(out, shape)) is not None
+        for budget in BUDGETS
+        for seed in SEEDS[budget]
+    ]
+    return sorted(found, key=lambda entry: entry.budget * (1 + 3 * entry.seed))
+
+
+def chosen(out: Path, shape: str) -> str | None:
+    """Return the setting with which a shape has the least loss on the validation split; `None` while none was tried."""
+    losses = {entry.setting: validation_loss(out, entry) for entry in trials() if entry.shape == shape}
+    known = {setting: loss for setting, loss in losses.items() if loss is not None}
+    return min(known, key=known.__getitem__, default=None)
+
+
+def validation_loss(out: Path, entry: Entry) -> float | None:
+    """Return a run's mean loss on the validation split; `None` where it was not made yet."""
+    path = out / entry.name / "measured.json"
+    if not path.is_file():
+        return None
+    table = np.array(read_json(path)["losses"][VALIDATION])
+    return float(table[:, 0].sum() / table[:, 1].sum())
+
+
+def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
+    """Write what is trained on and calibrated with; return the tokens of every test text's documents, and of validation.
+
+    The parts are the same whenever they are made. A document of the calibration has at most 2,000 characters, so that each
+    source has about the same share of it.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "train.jsonl").is_file():
-        documents = load_text(str(text)).train_test_split(test_size=0.2, seed=0)
-        documents["test"].to_json(out / "calibration.jsonl")
-        documents["train"].to_json(out / "train.jsonl")
+    held_out: dict[str, list[str]] = {VALIDATION: [], "c4_2": load_text(str(data / "text/c4_2.jsonl"))["text"]}
+    calibration = []
+    for name in TRAINING:
+        documents = load_text(str(data / f"text/{name}.jsonl")).shuffle(seed=0)["text"]
+        tested = min(len(documents) // 5, 100)
+        held_out[name], rest = documents[:tested], documents[tested:]
+        few = len(rest) // 10
+        held_out[VALIDATION] += rest[: min(few, 16)]
+        calibration += [document[:2_000] for document in rest[few : 2 * few][:64]]
+        write_once(out / f"{name}.jsonl", rest[few:])
+    write_once(out / "calibration.jsonl", calibration)
+    lines = (data / "tasks/lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out["books"] = [f"{row['context']} {row['continuation']}" for row in map(json.loads, lines[:100])]
+    held_out["documentation"] = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    tokenizer = AutoTokenizer.from_pretrained(Path(model).expanduser())
+    return {name: rows_of(held_out[name], tokenizer, DOCUMENTS.get(name, 32)) for name in (VALIDATION, *TESTS)}
 
 
-def write_recipe(args: argparse.Namespace, size: str, name: str, names: list[str]) -> Path:
-    """Write one variant's recipe."""
-    train = {
-        "text": str(args.out / "train.jsonl"),
-        "block_size": BLOCK,
-        "per_device_train_batch_size": BATCH,
-        "warmup_steps": 3,
-        "logging_steps": 2,
-        "logging_first_step": True,
-        "save_steps": 12,
-        "save_total_limit": 1,
-        "report_to": "none",
+def rows_of(documents: Sequence[str], tokenizer: Any, count: int) -> list[list[int]]:
+    """Return the beginnings of the first documents that are no mere title."""
+    rows = (tokenizer(document)["input_ids"][:BLOCK] for document in documents)
+    return [row for row in rows if len(row) >= 64][: count if documents else None]
+
+
+def write_once(path: Path, documents: Sequence[str]) -> None:
+    """Write a text, unless it is there."""
+    if not path.is_file():
+        Dataset.from_dict({"text": list(documents)}).to_json(path)
+
+
+def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
+    """Return a student's recipe."""
+    width, share = SIZES[entry.size]
+    score = {"text": str(out / "calibration.jsonl"), "tokens": 32_768, "layers_limit": 4}
+    ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
+    sections = {
+        race.PUBLISHED: ({**score, "metric": "l2_mean", "moments": False}, {"target": width, "corrections": []}),
+        "uniform": (ours, {"target": width}),
+        "nonuniform": (ours, {"target": {}, "nonuniform": share}),
     }
-    recipe: dict[str, Any] = {
-        "model": args.model,
-        "run": str(args.out / size / (f"smollm2-135m-{size}" if name == "ours" else name)),  # the card's title
-        "seed": 0,
-        "score": {
-            "text": str(args.out / "calibration.jsonl"),
-            "tokens": 16_384,
-            "sublayers": True,
-            "layers_limit": 4,
-            "metric": {"ffn": "contribution", "heads": "contribution"},
-        },
-        "prune": {"target": "width"},
-        "distill": {**train, "max_steps": STEPS, "learning_rate": 6e-4, "max_grad_norm": 1.0},
-        "evaluate": {
-            "text": str(args.data / "text/c4_2.jsonl"),
-            "tokens": 16_384,
-            **TASKS,
-            "include_path": str(args.data / "tasks"),
-        },
-        "publish": {
-            "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "license": "apache-2.0",
-            "language": "en",
-            "notes": "A measurement: distilled on a little web text, where a useful model takes billions of tokens. The "
-            "teacher's weights went through 4-bit quantization before (a GGUF file).",
+    setting = SETTINGS[entry.setting]
+    steps = entry.budget // (BLOCK * setting["per_device_train_batch_size"])
+    score, prune = sections[entry.shape]
+    return {
+        "model": model,
+        "seed": entry.seed,
+        "score": score,
+        "prune": prune,
+        "distill": {
+            "text": {str(out / f"{name}.jsonl"): 1.0 for name in TRAINING},
+            "block_size": BLOCK,
+            "max_steps": steps,
+            "warmup_steps": 0.05,
+            "max_grad_norm": 1.0,
+            "logging_steps": max(steps // 24, 1),
+            "logging_first_step": True,
+            "save_steps": max(steps // max(entry.budget // 12_288, 1), 1),
+            "save_total_limit": 1,
+            "report_to": "none",
+            **setting,
         },
     }
-    for section, changes in VARIANTS[name].items():
-        recipe[section] = {**(train if section == "correct" else {}), **recipe.get(section, {}), **changes}
-    prune = recipe["prune"]
-    recipe["prune"] = {key: SIZES[size][value] if isinstance(value, str) else value for key, value in prune.items()}
-    if name == "ours":
-        others = {other: str(args.out / size / other / "distill/student") for other in names if other != "ours"}
-        if "teacher-corrected" in others:
-            others["corrected-teacher"] = str(args.out / size / "teacher-corrected/correct/teacher")
-        recipe["evaluate"]["models"] = others
-    path = args.out / size / f"{name}.yaml"
+
+
+def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> Run:
+    """Write a recipe beside the folder of its run, and read it as the command does."""
+    path = out / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def make(path: Path, first: Path, name: str) -> None:
-    """Score (or share the scores of the first recipe), prune and distill; finished stages are skipped."""
-    run = read(path)
-    if path == first:
-        command("score", path)
-    else:
-        start(run, read(first))
-    command("prune", path)
-    if name == "random" and not run.path("distill").is_dir():
-        draw_anew(run.path("prune") / "student")
-    for stage in ("correct", "cache", "distill"):
-        if stage in run.recipe:
-            command(stage, path)
-
-
-def read(path: Path) -> Run:
-    """Read a recipe."""
+    path.write_text(yaml.safe_dump({**recipe, "run": str(out / name)}, sort_keys=False), encoding="utf-8")
     return load_recipe(path, {}, {name: stage.args for name, stage in STAGES.items()})
 
 
-def draw_anew(folder: Path) -> None:
-    """Replace a student's weights by such as training from nothing begins with."""
-    set_seed(0)
-    config = AutoConfig.from_pretrained(folder)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
-    save_config(config, folder, dtype=torch.bfloat16)
+def make(out: Path, model: str, entry: Entry, texts: dict[str, list[list[int]]]) -> None:
+    """Score, prune, distill and measure; what is finished is skipped."""
+    recipe = recipe_of(out, model, entry)
+    run = write_recipe(out, entry.name, recipe)
+    pruned = write_recipe(out, entry.pruned, {key: value for key, value in recipe.items() if key != "distill"})
+    scored = write_recipe(out, entry.scores, {key: value for key, value in recipe.items() if key not in ("prune", "distill")})
+    do("score", scored)
+    start(pruned, scored, ("score",))
+    do("prune", pruned)
+    if not (pruned.folder / "measured.json").is_file():
+        measure(pruned, "prune", texts, {"tokens": 0})
+    start(run, pruned, ("score", "prune"))
+    do("distill", run)
+    measure(run, "distill", texts, {"tokens": read_json(run.path("distill") / "log.json")["tokens"]})
 
 
-def command(stage: str, path: Path, folder: Path | None = None) -> None:
-    """Run `hf-minitron`, in a folder."""
-    subprocess.run([sys.executable, "-m", "hf_minitron", stage, str(path)], check=True, cwd=folder)
+def do(stage: str, run: Run) -> None:
+    """Run a stage as the command does."""
+    if command([stage, str(run.recipe_path)]):
+        raise SystemExit(f"{run.recipe_path}: {stage} has failed; the same command goes on from there")
 
 
-def summarize(folder: Path, size: str) -> None:
-    """Write the curves of one size; what was measured is kept beside its card (`keep_cards.py`)."""
-    curves = {}
-    for path in sorted(folder.glob("*/distill/log.json")):
-        log = read_json(path)
-        steps = [entry for entry in log["history"] if "forward_kl" in entry and "loss" in entry]
-        name = "ours" if path.parts[-3] == f"smollm2-135m-{size}" else path.parts[-3]
-        if steps and name != "cached":  # whose loss is too high by a number that no student changes
-            curves[name] = [(entry["step"] * BATCH * BLOCK, entry["forward_kl"]) for entry in steps]
-    content = {"tokens": STEPS * BATCH * BLOCK, "curves": curves}
-    (RESULTS / f"{size}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    plot_curves(curves, RESULTS / f"{size}.png")
+def measure(run: Run, stage: str, texts: dict[str, list[list[int]]], facts: dict[str, Any]) -> None:
+    """Write the negative log-likelihood and the tokens of every document, for the student of a stage."""
+    device = best_device()
+    model = load_model(run.path(stage) / "student", best_dtype(device), device)
+    losses = {}
+    for name, rows in texts.items():
+        sums, _ = read_text(model, rows, description=name, metrics=TEXT_METRICS[:1])
+        values = -sums[TEXT_METRICS[0].name]
+        losses[name] = [[float(value), len(row) - 1] for value, row in zip(values, rows, strict=True)]
+    facts |= {"parameters": model.num_parameters(), "seconds": read_json(run.path(stage) / "done.json")["seconds"]}
+    part = run.folder / "measured.json.part"
+    part.write_text(json.dumps({**facts, "losses": losses}) + "\n", encoding="utf-8")
+    part.rename(run.folder / "measured.json")
+    means = {name: np.exp(sum(v for v, _ in rows) / sum(n for _, n in rows)) for name, rows in losses.items()}
+    print(run.folder.name, *(f"{name} {mean:.2f}" for name, mean in means.items()), flush=True)
 
 
-def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Draw the distillation losses of several students on the same text, readable on light and dark pages."""
-    with plots.style():
-        figure, axes = plt.subplots(figsize=(8, 3.4))
-        for number, (name, points) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1][1])):
-            wide = 3 if name == "ours" else 1.6
-            axes.plot([t / 1e3 for t, _ in points], [loss for _, loss in points], label=name, lw=wide, color=f"C{number}")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,.3g}")
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_xlabel("thousand tokens")
-        axes.set_ylabel("forward KL, nats per token")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-        plots.save(figure, path)
+def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
+    """Write the answers on every text, the settings tried and the hours that all of it took."""
+    found: dict[str, list[dict]] = {"rows": [], "other_texts": [], "equal_tokens": [], "curves": []}
+    every = entries(out)
+    for size in SIZES:
+        for text in TESTS:
+            lengths = np.array([len(row) - 1 for row in texts[text]], dtype=float)
+            curves = {shape: curve(out, every, size, shape, text) for shape in SHAPES}
+            for key, rows in race.answers(curves, lengths, ASKED).items():
+                kept = "other_texts" if key == "rows" and text != TESTS[0] else key
+                found[kept] += [{"size": size, "text": text, **row} for row in rows]
+    measured = sorted(out.glob("*/*/measured.json"))
+    hours = sum(read_json(each)["seconds"] for each in measured) / 3600
+    tried = [{"shape": entry.shape, "setting": entry.setting, "chosen": entry.setting == chosen(out, entry.shape),
+              "validation_perplexity": float(np.exp(loss))}
+             for entry in trials() if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
+    whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": hours, "settings": SETTINGS,
+             "tried_with": TRIED_WITH, "tried": tried, **found}  # fmt: skip
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def curve(out: Path, every: Sequence[Entry], size: str, shape: str, text: str) -> dict[int, np.ndarray]:
+    """Return what was measured of one recipe: tokens to losses of shape `(seeds, documents)`."""
+    found: dict[int, list[np.ndarray]] = {}
+    for entry in sorted(every, key=lambda entry: (entry.budget, entry.seed)):
+        path = out / entry.name / "measured.json"
+        if (entry.size, entry.shape) == (size, shape) and path.is_file():
+            found.setdefault(entry.budget, []).append(np.array(read_json(path)["losses"][text])[:, 0])
+    return {budget: np.stack(losses) for budget, losses in found.items()}
 
 
 if __name__ == "__main__":

@@ -168,17 +168,20 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
     return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
 
 
-def start(child: Run, run: Run) -> None:
-    """Claim a child's folder and share with it what does not depend on the target; its digests of that are the same."""
+def start(child: Run, run: Run, stages: Sequence[str] = SHARED) -> None:
+    """Claim a child's folder and share finished stages with it, by default those that do not depend on the target.
+
+    Its digests of them are the same.
+    """
     with child.locked():
         child.claim()
-        _share(child, run)
+        _share(child, run, stages)
 
 
-def _share(child: Run, run: Run) -> None:
+def _share(child: Run, run: Run, stages: Sequence[str]) -> None:
     if (run.folder / HASHES).is_file():
         shutil.copy2(run.folder / HASHES, child.folder / HASHES)
-    for stage in SHARED:
+    for stage in stages:
         if done_digest(child.path(stage)) == done_digest(run.path(stage)) or not run.path(stage).is_dir():
             continue
         part = child.folder / f"{stage}.part"  # gets its name only when complete
