@@ -20,6 +20,7 @@ import pydoc_data.topics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TRIED_WITH = ("100m", 12_288)  # the size and the tokens that settings are tried with
 TRAINING = ("c4_1", "stackexchange", "code")
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
-DOCUMENTS = {"c4_2": 64}  # of a test text; of the others 32 or what there is
 VALIDATION = "validation"
+DOCUMENTS = {"c4_2": 32, VALIDATION: 24}  # of a text; of the others 16
+MEASURED = "measured.json"
 RESULT = Path(__file__).with_name("results") / "race.json"
 
 
@@ -112,19 +114,33 @@ def main() -> None:
     args = parser.parse_args()
     args.data, args.out, begun = args.data.resolve(), args.out.resolve(), time.monotonic()
     texts = prepare(args.data, args.out, args.model)
-    while (entry := following(args.out, args.only, args.budget)) is not None:
+    while (found := following(args.out, args.only, args.budget)) is not None:
+        entry, names = found
         if time.monotonic() - begun > args.hours * 3600:
             print(f"{args.hours:g} hours are over; the same command goes on with {entry.name}")
             break
-        make(args.out, args.model, entry, texts)
+        make(args.out, args.model, entry, {name: texts[name] for name in names})
         save(args.out, texts, args.json)
     save(args.out, texts, args.json)
 
 
-def following(out: Path, only: str, budgets: Sequence[int]) -> Entry | None:
-    """Return the cheapest run that is missing: settings are tried before what depends on them."""
-    tried = (entry for entry in (*trials(), *entries(out)) if fnmatch.fnmatch(entry.name, only) and entry.budget in budgets)
-    return next((entry for entry in tried if not (out / entry.name / "measured.json").is_file()), None)
+def following(out: Path, only: str, budgets: Sequence[int]) -> tuple[Entry, Sequence[str]] | None:
+    """Return the cheapest run of which something is missing, and the texts that it is measured on.
+
+    Settings are tried before what depends on them, and look at no test text.
+    """
+    wanted = [(entry, (VALIDATION,)) for entry in trials()] + [(entry, (VALIDATION, *TESTS)) for entry in entries(out)]
+    for entry, names in wanted:
+        asked = fnmatch.fnmatch(entry.name, only) and entry.budget in budgets
+        if asked and not set(names) <= measured(out, entry.name).keys():
+            return entry, names
+    return None
+
+
+def measured(out: Path, name: str) -> dict[str, list[list[float]]]:
+    """Return the loss and the tokens of every document that a run was measured on, by text."""
+    path = out / name / MEASURED
+    return read_json(path)["losses"] if path.is_file() else {}
 
 
 def trials() -> Iterator[Entry]:
@@ -157,18 +173,14 @@ def chosen(out: Path, shape: str) -> str | None:
 
 def validation_loss(out: Path, entry: Entry) -> float | None:
     """Return a run's mean loss on the validation split; `None` where it was not made yet."""
-    path = out / entry.name / "measured.json"
-    if not path.is_file():
-        return None
-    table = np.array(read_json(path)["losses"][VALIDATION])
-    return float(table[:, 0].sum() / table[:, 1].sum())
+    table = np.array(measured(out, entry.name).get(VALIDATION, ()))
+    return float(table[:, 0].sum() / table[:, 1].sum()) if len(table) else None
 
 
 def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
     """Write what is trained on and calibrated with; return the tokens of every test text's documents, and of validation.
 
-    The parts are the same whenever they are made. A document of the calibration has at most 2,000 characters, so that each
-    source has about the same share of it.
+    The parts are the same whenever they are made. The calibration has as many pieces of the training text of every source.
     """
     out.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, list[str]] = {VALIDATION: [], "c4_2": load_text(str(data / "text/c4_2.jsonl"))["text"]}
@@ -178,15 +190,16 @@ def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
         tested = min(len(documents) // 5, 100)
         held_out[name], rest = documents[:tested], documents[tested:]
         few = len(rest) // 10
-        held_out[VALIDATION] += rest[: min(few, 16)]
-        calibration += [document[:2_000] for document in rest[few : 2 * few][:64]]
+        held_out[VALIDATION] += rest[:few][:8]
+        pieces = (document[place : place + 2_000] for document in rest[few:] for place in range(0, len(document), 2_000))
+        calibration += islice(pieces, 40)
         write_once(out / f"{name}.jsonl", rest[few:])
     write_once(out / "calibration.jsonl", calibration)
     lines = (data / "tasks/lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
     held_out["books"] = [f"{row['context']} {row['continuation']}" for row in map(json.loads, lines[:100])]
     held_out["documentation"] = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     tokenizer = AutoTokenizer.from_pretrained(Path(model).expanduser())
-    return {name: rows_of(held_out[name], tokenizer, DOCUMENTS.get(name, 32)) for name in (VALIDATION, *TESTS)}
+    return {name: rows_of(held_out[name], tokenizer, DOCUMENTS.get(name, 16)) for name in (VALIDATION, *TESTS)}
 
 
 def rows_of(documents: Sequence[str], tokenizer: Any, count: int) -> list[list[int]]:
@@ -204,7 +217,7 @@ def write_once(path: Path, documents: Sequence[str]) -> None:
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
     width, share = SIZES[entry.size]
-    score = {"text": str(out / "calibration.jsonl"), "tokens": 32_768, "layers_limit": 4}
+    score = {"text": str(out / "calibration.jsonl"), "tokens": 16_384, "layers_limit": 4}
     ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
     sections = {
         race.PUBLISHED: ({**score, "metric": "l2_mean", "moments": False}, {"target": width, "corrections": []}),
@@ -252,11 +265,10 @@ def make(out: Path, model: str, entry: Entry, texts: dict[str, list[list[int]]])
     do("score", scored)
     start(pruned, scored, ("score",))
     do("prune", pruned)
-    if not (pruned.folder / "measured.json").is_file():
-        measure(pruned, "prune", texts, {"tokens": 0})
+    measure(out, pruned, "prune", texts)
     start(run, pruned, ("score", "prune"))
     do("distill", run)
-    measure(run, "distill", texts, {"tokens": read_json(run.path("distill") / "log.json")["tokens"]})
+    measure(out, run, "distill", texts)
 
 
 def do(stage: str, run: Run) -> None:
@@ -265,19 +277,23 @@ def do(stage: str, run: Run) -> None:
         raise SystemExit(f"{run.recipe_path}: {stage} has failed; the same command goes on from there")
 
 
-def measure(run: Run, stage: str, texts: dict[str, list[list[int]]], facts: dict[str, Any]) -> None:
+def measure(out: Path, run: Run, stage: str, texts: dict[str, list[list[int]]]) -> None:
     """Write the negative log-likelihood and the tokens of every document, for the student of a stage."""
+    losses = measured(out, str(run.folder.relative_to(out)))
+    if texts.keys() <= losses.keys():
+        return
     device = best_device()
     model = load_model(run.path(stage) / "student", best_dtype(device), device)
-    losses = {}
     for name, rows in texts.items():
-        sums, _ = read_text(model, rows, description=name, metrics=TEXT_METRICS[:1])
-        values = -sums[TEXT_METRICS[0].name]
-        losses[name] = [[float(value), len(row) - 1] for value, row in zip(values, rows, strict=True)]
-    facts |= {"parameters": model.num_parameters(), "seconds": read_json(run.path(stage) / "done.json")["seconds"]}
-    part = run.folder / "measured.json.part"
-    part.write_text(json.dumps({**facts, "losses": losses}) + "\n", encoding="utf-8")
-    part.rename(run.folder / "measured.json")
+        if name not in losses:
+            sums, _ = read_text(model, rows, description=name, metrics=TEXT_METRICS[:1])
+            values = -sums[TEXT_METRICS[0].name]
+            losses[name] = [[float(value), len(row) - 1] for value, row in zip(values, rows, strict=True)]
+    seconds = read_json(run.path(stage) / "done.json")["seconds"]
+    facts = {"parameters": model.num_parameters(), "seconds": seconds, "losses": losses}
+    part = run.folder / f"{MEASURED}.part"
+    part.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    part.rename(run.folder / MEASURED)
     means = {name: np.exp(sum(v for v, _ in rows) / sum(n for _, n in rows)) for name, rows in losses.items()}
     print(run.folder.name, *(f"{name} {mean:.2f}" for name, mean in means.items()), flush=True)
 
@@ -293,8 +309,7 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
             for key, rows in race.answers(curves, lengths, ASKED).items():
                 kept = "other_texts" if key == "rows" and text != TESTS[0] else key
                 found[kept] += [{"size": size, "text": text, **row} for row in rows]
-    measured = sorted(out.glob("*/*/measured.json"))
-    hours = sum(read_json(each)["seconds"] for each in measured) / 3600
+    hours = sum(read_json(each)["seconds"] for each in out.glob(f"*/*/{MEASURED}")) / 3600
     tried = [{"shape": entry.shape, "setting": entry.setting, "chosen": entry.setting == chosen(out, entry.shape),
               "validation_perplexity": float(np.exp(loss))}
              for entry in trials() if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
@@ -307,9 +322,9 @@ def curve(out: Path, every: Sequence[Entry], size: str, shape: str, text: str) -
     """Return what was measured of one recipe: tokens to losses of shape `(seeds, documents)`."""
     found: dict[int, list[np.ndarray]] = {}
     for entry in sorted(every, key=lambda entry: (entry.budget, entry.seed)):
-        path = out / entry.name / "measured.json"
-        if (entry.size, entry.shape) == (size, shape) and path.is_file():
-            found.setdefault(entry.budget, []).append(np.array(read_json(path)["losses"][text])[:, 0])
+        losses = measured(out, entry.name) if (entry.size, entry.shape) == (size, shape) else {}
+        if text in losses:
+            found.setdefault(entry.budget, []).append(np.array(losses[text])[:, 0])
     return {budget: np.stack(losses) for budget, losses in found.items()}
 
 

@@ -1,8 +1,8 @@
 """The arithmetic of the race: how many tokens one recipe needs for the quality that another has with all of its tokens.
 
 Pure functions on what `models.py` has measured. A point is one recipe with one budget of tokens: an array of seeds x documents,
-the negative log-likelihood of every document in nats. A recipe's curve is its mean loss (log perplexity), over the seeds, against
-the logarithm of the tokens, straight between points. The tokens it needs for a quality are where its curve first reaches it.
+the negative log-likelihood of every document in nats. A recipe's curve is its mean loss (log perplexity), over the seeds,
+against the logarithm of the tokens, straight between points. The tokens it needs for a quality are where it first reaches it.
 Intervals are percentiles of a bootstrap that draws documents, the same for all points, and seeds, each point its own.
 """
 
