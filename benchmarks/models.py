@@ -258,17 +258,23 @@ def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> Run:
 
 def make(out: Path, model: str, entry: Entry, texts: dict[str, list[list[int]]]) -> None:
     """Score, prune, distill and measure; what is finished is skipped."""
-    recipe = recipe_of(out, model, entry)
-    run = write_recipe(out, entry.name, recipe)
-    pruned = write_recipe(out, entry.pruned, {key: value for key, value in recipe.items() if key != "distill"})
-    scored = write_recipe(out, entry.scores, {key: value for key, value in recipe.items() if key not in ("prune", "distill")})
-    do("score", scored)
-    start(pruned, scored, ("score",))
-    do("prune", pruned)
+    pruned = begin(out, model, entry)
     measure(out, pruned, "prune", texts)
+    run = write_recipe(out, entry.name, recipe_of(out, model, entry))
     start(run, pruned, ("score", "prune"))
     do("distill", run)
     measure(out, run, "distill", texts)
+
+
+def begin(out: Path, model: str, entry: Entry) -> Run:
+    """Score and prune, once for all that differ in their training alone; return that run."""
+    score, prune = recipe_of(out, model, entry), recipe_of(out, model, entry)
+    del score["prune"], score["distill"], prune["distill"]
+    scored, pruned = write_recipe(out, entry.scores, score), write_recipe(out, entry.pruned, prune)
+    do("score", scored)
+    start(pruned, scored, ("score",))
+    do("prune", pruned)
+    return pruned
 
 
 def do(stage: str, run: Run) -> None:

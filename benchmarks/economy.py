@@ -1,0 +1,142 @@
+"""Which way of training makes most of few tokens: loss on the race's validation split, from the same start, text and seed.
+
+    python benchmarks/economy.py ../shared/data runs/race --tokens 4096
+
+Begins with the students that `models.py` prunes, the published recipe's beside ours, and trains both in the same ways: what
+helps one only is no gain of the other. A way that is measured already is skipped; the table in docs/measurements.md comes from the
+result file.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from models import BLOCK, SETTINGS, TRAINING, VALIDATION, Entry, begin, prepare
+from torch import Tensor, nn
+from transformers import AutoTokenizer, TrainerCallback
+
+from hf_minitron import DistillationArguments, DistillationTrainer
+from hf_minitron.checkpoint.checkpoint import best_device, load_model
+from hf_minitron.data.mixture import mixed_blocks, read_sources
+from hf_minitron.evaluation.text import read_text
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS
+from hf_minitron.json_files import read_json
+from hf_minitron.memory import keep_freed_memory
+
+RESULT = Path(__file__).with_name("results") / "economy.json"
+LINEAR = {"lr_scheduler_type": "linear"}
+SELECTED = 0.2  # of the positions, where the student is least certain
+
+
+def uncertain_positions(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the forward KL where the student's entropy is among the highest of the chunk, and nothing elsewhere."""
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    entropy = -(student.exp() * student).sum(-1)
+    return divergence * (entropy >= entropy.quantile(1 - SELECTED)) / SELECTED
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of layers, AdamW for all else, in groups of one optimizer."""
+
+    def __init__(self, model: nn.Module, lr: float):
+        named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        matrices = [each for name, each in named if each.ndim == 2 and "embed" not in name and "lm_head" not in name]
+        others = [each for name, each in named if each.ndim != 2 or "embed" in name or "lm_head" in name]
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=lr, weight_decay=0.0)]  # fmt: skip
+        super().__init__([part.param_groups[0] for part in self.parts], {})
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def step(self, closure: Callable | None = None) -> None:
+        """Take a step with both."""
+        for part in self.parts:
+            part.step()
+
+
+class EarlyStates(TrainerCallback):
+    """Lets the weight of the losses on states fall to nothing in the first third of training."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Set the weight of this step."""
+        args.losses["block"] = max(1 - 3 * state.global_step / state.max_steps, 0.0)
+
+
+# Arguments of the training, a callback class, and whether Muon trains the matrices.
+WAYS: dict[str, dict[str, Any]] = {
+    "4 sequences a step, 6e-4": {"per_device_train_batch_size": 4, "learning_rate": 6e-4},
+    "1 sequence, 3e-4, linear": {"learning_rate": 3e-4, **LINEAR},
+    "1 sequence, 6e-4, linear": {"learning_rate": 6e-4, **LINEAR},
+    "1 sequence, 1.5e-4, linear": {"learning_rate": 1.5e-4, **LINEAR},
+    "average (EMA 0.9)": {"learning_rate": 3e-4, **LINEAR, "ema_decay": 0.9},
+    "20 % most uncertain positions": {"learning_rate": 3e-4, **LINEAR, "losses": {uncertain_positions: 1.0}},
+    "Muon, 4 sequences, 1e-3, linear": {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **LINEAR, "muon": True},
+    "half the text, read twice": {"learning_rate": 3e-4, **LINEAR, "epochs": 2},
+    "block loss, first third": {"learning_rate": 3e-4, **LINEAR, "losses": {"forward_kl": 1.0, "block": 1.0},
+                                "balance": "static", "callback": EarlyStates},
+}  # fmt: skip
+
+
+def main() -> None:
+    """Train in every way that is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder with text/ and tasks/")
+    parser.add_argument("runs", type=Path, help="the folder of models.py's runs")
+    parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
+    parser.add_argument("--tokens", type=int, default=4_096)
+    parser.add_argument("--size", default="100m")
+    parser.add_argument("--shapes", nargs="+", default=["published", "uniform"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=RESULT)
+    args = parser.parse_args()
+    keep_freed_memory()
+    rows = prepare(args.data.resolve(), args.runs.resolve(), args.model)[VALIDATION]
+    texts = read_sources({str(args.runs.resolve() / f"{name}.jsonl"): 1.0 for name in TRAINING})
+    found = read_json(args.json) if args.json.is_file() else []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
+        blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=Path(folder) / "blocks")
+        for way in args.ways:
+            for shape in args.shapes:
+                facts = {"size": args.size, "shape": shape, "tokens": args.tokens, "seed": args.seed, "way": way}
+                if any(facts.items() <= row.items() for row in found):
+                    continue
+                entry = Entry(args.size, shape, args.tokens, args.seed, next(iter(SETTINGS)))
+                student = begin(args.runs.resolve(), args.model, entry).path("prune") / "student"
+                values = trained(student, args.model, blocks, rows, WAYS[way], args.seed, Path(folder) / "out")
+                found.append({**facts, **values})
+                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                print(*found[-1].values(), flush=True)
+
+
+def trained(
+    student: Path, teacher: str, blocks: Dataset, rows: list[list[int]], way: dict[str, Any], seed: int, out: Path
+) -> dict[str, float]:
+    """Train a student in one way; return what it makes of the validation split, and the tokens that it saw once or again."""
+    device = best_device()
+    model = load_model(student, torch.float32, device).train()
+    way = {"per_device_train_batch_size": 1, **way}
+    muon, callback, epochs = (way.pop(name, None) for name in ("muon", "callback", "epochs"))
+    epochs = epochs or 1
+    blocks = blocks.select(range(len(blocks) // epochs))
+    settings = {"num_train_epochs": epochs, "warmup_steps": 0.05, "max_grad_norm": 1.0, "seed": seed}
+    args = DistillationArguments(str(out), save_strategy="no", report_to="none", logging_steps=4, **settings, **way)
+    optimizer = (MuonAdamW(model, args.learning_rate), None) if muon else (None, None)
+    callbacks = [callback()] if callback else None
+    trainer = DistillationTrainer(model, teacher, args, train_dataset=blocks, optimizers=optimizer, callbacks=callbacks)
+    trainer.train()
+    model = trainer.model.eval().to(torch.bfloat16)
+    sums, _ = read_text(model, rows, description="Validation", metrics=TEXT_METRICS[:1])
+    mean = -sums[TEXT_METRICS[0].name].sum() / sum(len(row) - 1 for row in rows)
+    return {"validation": float(np.exp(mean)), "unique_tokens": len(blocks) * BLOCK, "steps": trainer.state.global_step}
+
+
+if __name__ == "__main__":
+    main()
