@@ -3,8 +3,8 @@
     python benchmarks/economy.py ../shared/data runs/race --tokens 4096
 
 Begins with the students that `models.py` prunes, the published recipe's beside ours, and trains both in the same ways: what
-helps one only is no gain of the other. A way that is measured already is skipped; the table in docs/measurements.md comes from the
-result file.
+helps one only is no gain of the other. A way that is measured already is skipped; the table in docs/measurements.md is made
+of the result file.
 """
 
 import argparse

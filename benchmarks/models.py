@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batch1": {"per_device_train_batch_size": 1, "learning_rate": 3e-4, "lr_scheduler_type": "linear"},
 }
 TRIED_WITH = ("100m", 12_288)  # the size and the tokens that settings are tried with
+CALIBRATION = {"tokens": 16_384, "layers_limit": 4}
 TRAINING = ("c4_1", "stackexchange", "code")
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
 VALIDATION = "validation"
@@ -217,7 +218,7 @@ def write_once(path: Path, documents: Sequence[str]) -> None:
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
     width, share = SIZES[entry.size]
-    score = {"text": str(out / "calibration.jsonl"), "tokens": 16_384, "layers_limit": 4}
+    score = {"text": str(out / "calibration.jsonl"), **CALIBRATION}
     ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
     sections = {
         race.PUBLISHED: ({**score, "metric": "l2_mean", "moments": False}, {"target": width, "corrections": []}),

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from claims import PAPER
 from keep_cards import keep
+from race_page import plot_race, race_block
 
 from hf_minitron import Report
 from hf_minitron.evaluation.report import TEXT, Comparison
@@ -24,6 +25,7 @@ from hf_minitron.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
+RACE, ECONOMY = ROOT / "benchmarks/results/race.json", ROOT / "benchmarks/results/economy.json"
 MODELS, SEARCH = ROOT / "benchmarks/results/models", ROOT / "benchmarks/results/search"
 
 
@@ -73,7 +75,7 @@ def benchmark_block(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
-        if path == CLAIMS:
+        if path in (CLAIMS, RACE, ECONOMY):
             continue
         answers = "\n".join(f"- {answer}" for answer in found["result"].split("; "))
         parts.append(f"**{found['what'][0].upper()}{found['what'][1:]}** (`{found['command']}`)\n\n{answers}")
@@ -132,13 +134,30 @@ def asked(report: Report) -> list[Comparison]:
     return [found[pair] for pair in pairs]
 
 
+def economy_block(found: list[dict]) -> str:
+    """Return the ways of training that were tried, each beside the first of the same start and tokens."""
+    ways = list(dict.fromkeys(row["way"] for row in found))
+    columns = list(dict.fromkeys((row["size"], row["shape"], row["tokens"]) for row in found))
+    values = {(row["way"], row["size"], row["shape"], row["tokens"]): row for row in found}
+    rows = [["way", *(f"{size.upper()} {shape}, {tokens:,} tokens" for size, shape, tokens in columns)]]
+    for way in ways:
+        of = [values.get((way, *column)) for column in columns]
+        rows.append([way, *("" if row is None else f"{row['validation']:.1f}" for row in of)])
+    return markdown_table(rows)
+
+
 def main() -> None:
-    """Rewrite the blocks; the demo's where its run is there."""
+    """Rewrite the blocks; the demo's where its run is there, the race's where it was run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
     run = parser.parse_args().run.resolve()
     blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
     blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
+    if RACE.is_file() and (race := json.loads(RACE.read_text()))["rows"]:
+        blocks["race"] = race_block(race)
+        plot_race(race, RACE.with_suffix(".png"))
+    if ECONOMY.is_file():
+        blocks["economy"] = economy_block(json.loads(ECONOMY.read_text()))
     cards = {path.stem: ROOT / f"model_cards/smollm2-135m-{path.stem}/report.json" for path in sorted(MODELS.glob("*.json"))}
     tokens = {size: json.loads((MODELS / f"{size}.json").read_text())["tokens"] for size in cards}
     blocks["models"] = models_block({size: (Report.load(path), tokens[size]) for size, path in cards.items()})

@@ -1,0 +1,216 @@
+"""The race's arithmetic, the order of its runs, and that a run which was killed goes on: benchmarks/race.py and models.py."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import models  # noqa: E402
+import race  # noqa: E402
+import race_page  # noqa: E402
+
+LENGTHS = np.array([10.0, 20.0, 30.0, 40.0, 25.0, 15.0])
+
+
+def losses(tokens, hard=0.0, seeds=1):
+    """Documents that get easier by 0.3 nats per e-fold of tokens; some are harder than others."""
+    of_token = 6 - 0.3 * math.log(tokens) + hard * np.linspace(-1, 1, len(LENGTHS))
+    return np.stack([(of_token + 0.001 * seed) * LENGTHS for seed in range(seeds)])
+
+
+def test_tokens_needed_are_read_off_the_logarithmic_curve():
+    tokens, curve = np.array([100.0, 400.0, 1600.0]), np.array([5.0, 4.0, 3.5])
+    assert race.tokens_needed(tokens, curve, 4.5) == pytest.approx(200)
+    assert race.tokens_needed(tokens, curve, 4.0) == pytest.approx(400)
+    assert race.tokens_needed(tokens, curve, 6.0) == 100, "there from the start: the fewest measured are a bound"
+    assert race.tokens_needed(tokens, curve, 3.0) == math.inf, "nothing is extrapolated"
+
+
+def test_tokens_needed_are_those_of_the_first_crossing():
+    tokens, curve = np.array([100.0, 200.0, 400.0, 800.0]), np.array([5.0, 4.0, 4.6, 3.0])
+    assert race.tokens_needed(tokens, curve, 4.5) == pytest.approx(100 * 2**0.5)
+
+
+@pytest.mark.parametrize("hard", [0.0, 1.0])
+def test_a_recipe_that_needs_a_third_is_found_to(hard):
+    published = {tokens: losses(tokens, hard) for tokens in (300, 900, 2700)}
+    ours = {tokens: losses(3 * tokens, hard) for tokens in (30, 100, 300, 900)}
+    rows = race.answers({"published": published, "ours": ours}, LENGTHS, (900, 2700))["rows"]
+    assert [(row["budget"], row["shape"], row["seeds"]) for row in rows] == [(900, "ours", 1), (2700, "ours", 1)]
+    for row in rows:  # every document gains the same, so no choice of them changes the answer
+        for key in ("fraction", "low", "high"):
+            assert row[key] == pytest.approx(1 / 3), key
+
+
+def test_the_interval_is_as_wide_as_documents_differ():
+    gain = 0.3 * math.log(3) + np.linspace(-0.1, 0.1, len(LENGTHS))  # of each document
+    published = {tokens: losses(tokens) for tokens in (300, 900)}
+    ours = {tokens: losses(tokens) - gain * LENGTHS for tokens in (30, 100, 300, 900)}
+    (row,) = race.answers({"published": published, "ours": ours}, LENGTHS, (900,))["rows"]
+    assert row["low"] < row["fraction"] < row["high"]
+    assert row["low"] < 1 / 3 < row["high"]
+    (ratio,) = race.answers({"published": published, "ours": ours}, LENGTHS, (900,))["equal_tokens"]
+    assert ratio["ratio"] == pytest.approx(math.exp(-(gain * LENGTHS).sum() / LENGTHS.sum()))
+    assert ratio["low"] < ratio["ratio"] < ratio["high"] < 1
+
+
+def test_seeds_widen_the_interval():
+    ours = {tokens: losses(3 * tokens) for tokens in (30, 100, 300, 900)}
+    one, three = ({tokens: losses(tokens, seeds=seeds) for tokens in (300, 900)} for seeds in (1, 3))
+    (of_one,), (of_three,) = (race.answers({"published": p, "ours": ours}, LENGTHS, (900,))["rows"] for p in (one, three))
+    assert of_three["seeds"] == 3
+    assert of_one["high"] - of_one["low"] < 1e-9
+    assert of_three["high"] - of_three["low"] > 1e-3
+
+
+def test_a_quality_that_is_not_reached_has_no_fraction():
+    published = {900: losses(9_000)}
+    (row,) = race.answers({"published": published, "ours": {300: losses(300), 900: losses(900)}}, LENGTHS, (900,))["rows"]
+    assert (row["fraction"], row["low"], row["high"]) == (None, None, None)
+
+
+def test_curves_hold_every_point():
+    found = race.answers({"published": {300: losses(300, seeds=2)}, "ours": {}}, LENGTHS, (900,))
+    assert found["rows"] == found["equal_tokens"] == []
+    (point,) = found["curves"]
+    assert (point["budget"], point["shape"], point["seeds"]) == (300, "published", 2)
+    assert point["perplexity"] == pytest.approx(math.exp(losses(300, seeds=2).sum(1).mean() / LENGTHS.sum()))
+
+
+def finish(out, entry, names, loss=1.0):
+    folder = out / entry.name
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"seconds": 3600, "parameters": 1, "losses": {name: [[loss * 10, 10]] for name in names}}
+    (folder / models.MEASURED).write_text(json.dumps(content))
+
+
+def test_settings_are_tried_on_the_validation_split_alone_and_the_best_of_each_shape_runs(tmp_path):
+    tried = list(models.trials())
+    for number, entry in enumerate(tried):
+        assert models.following(tmp_path, "*", models.BUDGETS) == (entry, (models.VALIDATION,))
+        finish(tmp_path, entry, [models.VALIDATION], loss=number)
+    first, second, *_ = models.SETTINGS
+    finish(tmp_path, next(e for e in tried if (e.shape, e.setting) == ("uniform", second)), [models.VALIDATION], loss=-1)
+    assert [models.chosen(tmp_path, shape) for shape in models.SHAPES] == [first, second, first]
+    entry, names = models.following(tmp_path, "*", models.BUDGETS)
+    assert (entry.budget, entry.seed, entry.setting) == (min(models.BUDGETS), 0, first)
+    assert set(names) == {models.VALIDATION, *models.TESTS}
+
+
+def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
+    for entry in models.trials():
+        finish(tmp_path, entry, [models.VALIDATION])
+    every = models.entries(tmp_path)
+    assert len(every) == len(models.SIZES) * len(models.SHAPES) * sum(len(seeds) for seeds in models.SEEDS.values())
+    order = [(entry.budget, entry.seed) for entry in every]
+    assert order.index((36_864, 0)) < order.index((12_288, 1)) < order.index((122_880, 0)) < order.index((36_864, 1))
+    for entry in every:
+        found = models.following(tmp_path, "*", models.BUDGETS)
+        assert found is not None and found[0] == entry
+        finish(tmp_path, entry, [models.VALIDATION, *models.TESTS])
+    assert models.following(tmp_path, "*", models.BUDGETS) is None
+
+
+def test_only_what_is_asked_for_runs(tmp_path):
+    for entry in models.trials():
+        finish(tmp_path, entry, [models.VALIDATION])
+    found = models.following(tmp_path, "70m/nonuniform-*", [4_096])
+    assert (found[0].size, found[0].shape, found[0].budget) == ("70m", "nonuniform", 4_096)
+
+
+@pytest.fixture
+def small(project, monkeypatch):
+    """A race of tiny models."""
+    monkeypatch.setattr(models, "SIZES", {"100m": ({"ffn": 48}, 0.7)})
+    monkeypatch.setattr(models, "BLOCK", 16)
+    monkeypatch.setattr(models, "CALIBRATION", {"tokens": 256, "block_size": 16})
+    return project["folder"]
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(small, tmp_path, monkeypatch):
+    out, stages = tmp_path / "race", []
+    out.mkdir()
+    text = (small / "train.jsonl").read_text()
+    for name in (*models.TRAINING, "calibration"):
+        (out / f"{name}.jsonl").write_text(text)
+    texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
+    entry, model, real = models.Entry("100m", "uniform", 256, 1, "batch1"), str(small / "teacher"), models.command
+
+    def command(arguments):
+        stages.append(arguments[0])
+        if stages == ["score", "prune", "distill"]:
+            raise KeyboardInterrupt
+        return real(arguments)
+
+    monkeypatch.setattr(models, "command", command)
+    with pytest.raises(KeyboardInterrupt):
+        models.make(out, model, entry, texts)
+    scored = (out / entry.scores / "score/done.json").stat().st_mtime_ns
+    models.make(out, model, entry, {models.VALIDATION: texts[models.VALIDATION]})
+    assert (out / entry.scores / "score/done.json").stat().st_mtime_ns == scored, "the scores were made again"
+    assert models.measured(out, entry.name).keys() == {models.VALIDATION}
+    models.make(out, model, entry, texts)
+    assert models.measured(out, entry.name).keys() == texts.keys()
+    assert models.measured(out, entry.pruned).keys() == texts.keys()
+    assert models.validation_loss(out, entry) > 0
+    log = json.loads((out / entry.name / "distill/log.json").read_text())
+    assert (log["steps"], log["tokens"]) == (256 // 16, 256)
+
+
+def test_the_result_holds_every_row_and_says_which_setting_was_chosen(tmp_path):
+    texts = {name: [[0] * 11] * 4 for name in (models.VALIDATION, *models.TESTS)}
+    for entry in models.trials():
+        finish(tmp_path, entry, [models.VALIDATION], loss=1 + (entry.setting == "batch4"))
+    for entry in models.entries(tmp_path):
+        if entry.budget <= 12_288:
+            folder = tmp_path / entry.name
+            folder.mkdir(parents=True, exist_ok=True)
+            loss = [[10 * (9 - math.log10(entry.budget) - (entry.shape != "published")), 10]] * 4
+            content = {
+                "seconds": 1,
+                "parameters": 1,
+                "losses": {**dict.fromkeys(models.TESTS, loss), models.VALIDATION: [[1, 1]]},
+            }
+            (folder / models.MEASURED).write_text(json.dumps(content))
+    models.save(tmp_path, texts, tmp_path / "race.json")
+    found = json.loads((tmp_path / "race.json").read_text())
+    rows = {(row["size"], row["budget"], row["shape"]): row for row in found["rows"]}
+    assert rows.keys() == {(size, 12_288, shape) for size in models.SIZES for shape in ("uniform", "nonuniform")}
+    for row in rows.values():
+        assert {"size", "budget", "shape", "fraction", "low", "high", "seeds"} <= row.keys()
+        assert (row["fraction"], row["seeds"]) == (pytest.approx(0.1), 3)
+    assert {row["text"] for row in found["other_texts"]} == set(models.TESTS[1:])
+    assert [row["setting"] for row in found["tried"] if row["chosen"]] == ["batch1"] * 3
+
+
+def test_the_page_says_what_the_rows_say():
+    facts = {"size": "100m", "budget": 900, "seeds": 1}
+    points = [{**facts, "text": "c4_2", "shape": shape, "budget": budget, "perplexity": value, "low": 90.0, "high": 99.0}
+              for shape, budget, value in (("published", 900, 97.5), ("uniform", 300, 98.5), ("uniform", 900, 95.5),
+                                           ("nonuniform", 300, 91.5))]  # fmt: skip
+    rows = [{**facts, "shape": "uniform", "fraction": 0.6, "low": 0.5, "high": None},
+            {**facts, "shape": "nonuniform", "fraction": 300 / 900, "low": 300 / 900, "high": 0.4}]  # fmt: skip
+    ratios = [{**facts, "shape": "uniform", "text": text, "ratio": ratio} for text, ratio in (("c4_2", 0.98), ("code", 1.12))]
+    found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"}}
+    page = race_page.race_block(found)
+    for words in (
+        "At 100M and 900 tokens, uniform of ours needs 0.60 (0.50 to more than was measured) of the published recipe's tokens",
+        "nonuniform of ours needs at most 0.33 (up to 0.40) of the",
+        "97.5 (90.0 to 99.0)",
+        "uniform 1.12 (code)",
+        "2.0 hours so far",
+    ):
+        assert words in page, page
+
+
+def test_the_curves_are_drawn(tmp_path):
+    point = {"size": "100m", "text": "c4_2", "shape": "uniform", "perplexity": 95.0, "low": 90.0, "high": 99.0}
+    race_page.plot_race({"curves": [{**point, "budget": budget} for budget in (300, 900)]}, tmp_path / "race.png")
+    assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
