@@ -113,7 +113,7 @@ def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
     assert order.index((36_864, 0)) < order.index((12_288, 1)) < order.index((122_880, 0)) < order.index((36_864, 1))
     for entry in every:
         found = models.following(tmp_path, "*", models.BUDGETS)
-        assert found is not None and found[0] == entry
+        assert found[0] == entry
         finish(tmp_path, entry, [models.VALIDATION, *models.TESTS])
     assert models.following(tmp_path, "*", models.BUDGETS) is None
 
