@@ -33,6 +33,7 @@ class HubServer(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.objects, self.collections = {}, {}, {}
         self.faults, self.requests, self.lock = [], Counter(), threading.Lock()
+        self.hardware = []  # the machines of HF Jobs
         self.echo = False  # whether errors repeat the authorization header
 
     def fail(self, method, pattern, *answers, headers=(), body='{"error": "no"}'):
@@ -345,6 +346,7 @@ API = rf"/api/(?:models/)?{REPO}"
 ROUTES = [
     ("GET", "/api/whoami-v2", lambda self: {"name": self.user}),
     ("POST", "/api/repos/create", _Handler.create),
+    ("GET", "/api/jobs/hardware", lambda self: self.server.hardware),
     ("POST", "/api/validate-yaml", lambda self: {"errors": [], "warnings": []}),
     ("GET", API, _Handler.info),
     ("GET", rf"{API}/revision/(.+)", _Handler.info),
