@@ -276,7 +276,7 @@ def inputs_of(model, modules):
     return {name: metric.finish() for name, metric in found.items() if isinstance(metric.totals[0], torch.Tensor)}
 
 
-@pytest.mark.parametrize(("model_type", "changes"), tiny.ACCEPTED, ids=str)
+@pytest.mark.parametrize(("model_type", "changes"), tiny.slow_twins(tiny.ACCEPTED), ids=str)
 def test_every_projection_is_corrected_by_the_moments_of_what_it_reads(model_type, changes, tmp_path):
     """Whatever the tables say: compared with hooks on the projections themselves, in memory and layer by layer."""
     model = tiny.model(model_type, dtype=torch.float32, **changes)

@@ -233,7 +233,7 @@ def narrow_norm(norm, kept, hidden):
     norm.forward = forward
 
 
-@pytest.mark.parametrize(("model_type", "axis"), CASES)
+@pytest.mark.parametrize(("model_type", "axis"), tiny.slow_twins(CASES))
 def test_pruned_equals_masked(model_type, axis):
     teacher = tiny.model(model_type)
     shape = Architecture.of(teacher.config).shape
@@ -253,7 +253,7 @@ def test_pruned_equals_masked(model_type, axis):
         assert error < bar, error  # norms, routers and rotations compute in float32, and Gemma 4 does not scale its scores
 
 
-@pytest.mark.parametrize(("model_type", "axis"), CORRECTED)
+@pytest.mark.parametrize(("model_type", "axis"), tiny.slow_twins(CORRECTED))
 def test_norms_over_all_heads_are_corrected(model_type, axis):
     """Without its effect on norms of hidden channels, which the masked model has not."""
     teacher = tiny.model(model_type)
@@ -314,7 +314,7 @@ def assert_head_is_a_matrix(model):
 STORED = [(t, tied) for i, t in enumerate(tiny.TYPES) for tied in (True, False) if t in tiny.MODEL_TYPES or tied == bool(i % 2)]
 
 
-@pytest.mark.parametrize(("model_type", "tied"), STORED)
+@pytest.mark.parametrize(("model_type", "tied"), tiny.slow_twins(STORED))
 def test_in_memory_equals_on_disk_and_loads_as_stock(model_type, tied, tmp_path):
     teacher = tiny.model(model_type, dtype=torch.float32, tie_word_embeddings=tied)
     shape = Architecture.of(teacher.config).shape
@@ -445,7 +445,7 @@ def test_every_other_type_is_refused_in_one_line():
     assert families_table.part(page, "refused") == families_table.refused(), "run python tests/families_table.py"
 
 
-@pytest.mark.parametrize(("model_type", "changes"), tiny.ACCEPTED, ids=str)
+@pytest.mark.parametrize(("model_type", "changes"), tiny.slow_twins(tiny.ACCEPTED), ids=str)
 def test_norms_add_to_their_weights_what_is_measured(model_type, changes):
     """Weights of minus the offset let nothing pass."""
     model = tiny.model(model_type, **changes)

@@ -217,7 +217,14 @@ def test_every_config_is_asked_about():
     }
 
 
-@pytest.mark.parametrize("repository", PUBLISHED)
+def once_per_type(repositories):
+    """Return parameters of a test over models, one of each model type by default, the others in the slow suite."""
+    types = {name: json.loads((folder(name) / "config.json").read_text())["model_type"] for name in repositories}
+    first = {model_type: name for name, model_type in reversed(types.items())}
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in first.values())) for name in types]
+
+
+@pytest.mark.parametrize("repository", once_per_type(PUBLISHED))
 def test_plan_agrees_with_the_published_count(repository, tmp_path, capsys):
     config = AutoConfig.from_pretrained(folder(repository))
     target = cut(config)

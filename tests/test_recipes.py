@@ -192,7 +192,11 @@ def write_holes(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "135m" not in name])  # whose texts and tasks need not be here
+LARGE = [name for name in NAMES if "135m" not in name]  # whose texts and tasks need not be here
+LARGE[1:] = [pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:]]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13))  # ten terabytes
     monkeypatch.setattr(

@@ -38,7 +38,7 @@ def rotated(model, moments):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", PLAIN)
+@pytest.mark.parametrize("model_type", tiny.slow_twins(PLAIN))
 def test_a_rotated_teacher_says_the_same(model_type, tied):
     model = tiny.model(model_type, tie_word_embeddings=tied)
     made, rotation = rotated(model, calibrate(model, tiny.blocks(40), moments=True).moments)

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_minitron.architecture.family import FAMILIES
 
 SIZES = {"layers": 3, "hidden": 40, "ffn": 72, "heads": 4, "kv_heads": 2, "head_dim": 6, "vocab": 99}
 WIDTHS = {"ffn": 32, "dense_ffn": 44, "shared_ffn": 12, "experts": 3, "layers": 2, "hidden": 24, "heads": 2, "kv_heads": 1,
@@ -207,6 +210,23 @@ VARIANTS = (
 TYPES = (*MODEL_TYPES, *MORE_TYPES)
 ACCEPTED = (*((model_type, {}) for model_type in TYPES), *VARIANTS)
 WORDS = [f"w{i}" for i in range(SIZES["vocab"] - 3)]
+
+
+def slow_twins(cases):
+    """Return parameters of a test over model types, one type of each family table by default, the others in the slow suite.
+
+    `MODEL_TYPES` are all in the default suite: each has something of its own.
+    """
+    tables, kept = set(), set()
+    for model_type in TYPES:
+        table = frozenset(FAMILIES[model_type].rows.items())
+        kept |= {model_type} if model_type in MODEL_TYPES or table not in tables else set()
+        tables.add(table)
+    made = []
+    for case in cases:
+        case = (case,) if isinstance(case, str) else case
+        made.append(pytest.param(*case, marks=[] if case[0] in kept else [pytest.mark.slow]))
+    return made
 
 
 def config(model_type="llama", **changes):
