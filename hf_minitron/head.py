@@ -3,7 +3,7 @@
 It is the only place that turns last hidden states into logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,6 +53,11 @@ class Head:
             return projected  # a float32 copy would cost as much memory as a softmax, which widens as it reads
         logits = projected.to(wide_dtype(projected)) * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def rows(self, ids: Sequence[int]) -> "Head":
+        """Return the head of some tokens, in their order."""
+        index = torch.tensor(ids, device=self.weight.device)
+        return replace(self, weight=self.weight[index], bias=None if self.bias is None else self.bias[index], module=None)
 
     def to(self, target: torch.dtype | torch.device) -> "Head":
         """Return the head in another dtype, or on another device."""

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
 from hf_minitron.data.packing import token_blocks
+from hf_minitron.data.texts import load_text
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.teacher import keep_tokens
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.text import in_kept_tokens
 from hf_minitron.plan import Plan
 from hf_minitron.stages import prune
 
@@ -71,10 +73,55 @@ def test_the_report_compares_per_byte(whole):
     report = Report.load(whole / "evaluate" / "report.json")
     for name in ("teacher", "pruned", "distilled"):
         assert report.value(name, "bits_per_byte") > 0
-    assert report.models["distilled"]["tokenizer"] == "another"
+    assert report.models["distilled"]["tokenizer"] == f"{VOCAB} of the teacher's tokens"
     units = {entry.model: entry.unit for entry in report.entries if entry.metric == "perplexity"}
     assert units["distilled"] != units["teacher"], "perplexities per token of two tokenizers look comparable"
-    assert "vocab" in (whole / "publish" / "model" / "README.md").read_text()
+    assert units["distilled"] == units["pruned"]
+    assert "perplexity" in {c.metric for c in report.against("pruned", "distilled")}
+    card = (whole / "publish" / "model" / "README.md").read_text()
+    assert "vocab" in card
+    assert f"distilled has {VOCAB} of the teacher's tokens" in card
+    assert "mass of dropped tokens" in card
+
+
+def test_the_report_compares_on_the_tokens_that_student_and_teacher_have(project, whole):
+    """By hand: what the teacher says where it reads the student's tokens, renormalised over these."""
+    report = Report.load(whole / "evaluate" / "report.json")
+    section, folder = project["recipe"]["evaluate"], whole / "prune" / "student"
+    documents = load_text(section["text"], "test", "text")
+    theirs, ours = AutoTokenizer.from_pretrained(project["folder"] / "teacher"), AutoTokenizer.from_pretrained(folder)
+    blocks = token_blocks(documents, theirs, section["block_size"], section["tokens"], project["recipe"].get("seed", 0))
+    kept = Plan.load(folder / "plan.json").keep["vocab"]
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (project["folder"] / "teacher", folder))
+    found = {"teacher_kl": [], "top1_match": [], "dropped_mass": []}
+    for row in in_kept_tokens(ours, blocks, theirs, kept)[0]:
+        with torch.no_grad():
+            whole_logp = teacher(torch.tensor(kept)[torch.tensor([row])]).logits[0, :-1].double().log_softmax(-1)
+            logp = student(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
+        some = whole_logp[:, kept].log_softmax(-1)
+        found["teacher_kl"] += (some.exp() * (some - logp)).sum(-1).tolist()
+        found["top1_match"] += (some.argmax(-1) == logp.argmax(-1)).tolist()
+        found["dropped_mass"] += (1 - whole_logp[:, kept].exp().sum(-1)).tolist()
+    for metric, values in found.items():
+        assert report.value("pruned", metric) == pytest.approx(sum(values) / len(values), rel=0.03), (
+            metric
+        )  # models ran in bfloat16
+        assert report.entry("pruned", metric).unit.endswith("in tokens of pruned"), metric
+    assert report.entry("teacher", "dropped_mass") is None
+
+
+def test_a_block_in_the_students_tokens_says_the_same(project, whole):
+    """Signs between and in texts stay, and what is not predicted: the BOS token of a block, the questions of a chat."""
+    theirs = AutoTokenizer.from_pretrained(project["folder"] / "teacher")
+    folder = whole / "prune" / "student"
+    ours, kept = AutoTokenizer.from_pretrained(folder), Plan.load(folder / "plan.json").keep["vocab"]
+    asked, said = (theirs(text, add_special_tokens=False)["input_ids"] for text in ("assert the <|tool|>", "Größe import "))
+    ids = [theirs.bos_token_id, *asked, theirs.eos_token_id, *said, theirs.eos_token_id]
+    labels = [*[-100] * (len(asked) + 2), *said, theirs.eos_token_id]
+    (row,), (wanted,) = in_kept_tokens(ours, tiny.Dataset.from_dict({"input_ids": [ids], "labels": [labels]}), theirs, kept)
+    assert ours.decode(row) == theirs.decode(ids)
+    assert ours.decode([token for token in wanted if token != -100]) == theirs.decode([*said, theirs.eos_token_id])
+    assert [(row[0], wanted[0]), row[-1]] == [(ours.bos_token_id, -100), ours.eos_token_id]
 
 
 def test_plan_counts_the_rows(project, tmp_path, capsys):

@@ -6,6 +6,7 @@ states and its head, so that one model is in memory at a time.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -83,6 +84,36 @@ def in_tokens_of(
             begun = opening if own or not tokens else []
             tokens += begun + own
             wanted += [-100] * len(begun) + own
+        rows.append(tokens)
+        labels.append(wanted)
+    return rows, labels
+
+
+def in_kept_tokens(
+    student: PreTrainedTokenizerBase, blocks: Dataset, teacher: PreTrainedTokenizerBase, kept: Sequence[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the blocks in the tokens of a student that has some of the teacher's, and their labels.
+
+    Args:
+        student (`PreTrainedTokenizerBase`): The student's tokenizer.
+        blocks (`Dataset`): From `token_blocks`.
+        teacher (`PreTrainedTokenizerBase`): The one that made them.
+        kept (`Sequence[int]`): The teacher's ids of the student's tokens.
+    """
+    special = {index: kept.index(index) for index in teacher.all_special_ids if index in kept}
+    rows, labels = [], []
+    for pair in zip(*plain_blocks(blocks), strict=True):
+        tokens: list[int] = []
+        wanted: list[int] = []
+        for (sign, hidden), part in groupby(zip(*pair, strict=True), lambda two: (special.get(two[0]), two[1] == -100)):
+            ids = [token for token, _ in part]
+            if sign is None:
+                text = teacher.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                own = student(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                own = [sign] * len(ids)
+            tokens += own
+            wanted += [-100] * len(own) if hidden else own
         rows.append(tokens)
         labels.append(wanted)
     return rows, labels
@@ -177,7 +208,7 @@ def text_records(
 
 
 def text_entries(
-    model: str, records: Sequence[dict], metrics: Sequence[TextMetric] = TEXT_METRICS, own_tokens: bool = False
+    model: str, records: Sequence[dict], metrics: Sequence[TextMetric] = TEXT_METRICS, tokens_of: str | None = None
 ) -> list[Entry]:
     """Return a model's entries of the text, from the records of its blocks.
 
@@ -185,14 +216,14 @@ def text_entries(
         model (`str`): The model's name.
         records (`Sequence[dict]`): From `text_records`.
         metrics (`Sequence[TextMetric]`, *optional*): The metrics.
-        own_tokens (`bool`, *optional*, defaults to `False`): Whether its tokens are not the teacher's: what is counted per
-            token then has a unit that no other model has.
+        tokens_of (`str`, *optional*): Where its tokens are not the teacher's, the first model that has them: what is counted
+            per token then has a unit that models with other tokens do not have.
     """
     entries = []
     for metric in metrics:
         rows = np.array([[row["value"], row["weight"]] for row in records if row["metric"] == metric.name])
         if len(rows) and rows[:, 1].sum() > 0:
-            unit = f"{metric.unit}, in tokens of {model}" if own_tokens and metric.per == "token" else metric.unit
+            unit = f"{metric.unit}, in tokens of {tokens_of}" if tokens_of and metric.per == "token" else metric.unit
             direction = metric.direction
             entries.append(Entry.of_samples(model, TEXT, metric.name, rows, metric.aggregation, direction=direction, unit=unit))
     return entries

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 
 import torch
@@ -91,6 +91,21 @@ TEXT_METRICS = (
     TextMetric("top1_match", _top1_match, "higher", unit="share of tokens", teacher=True),
     TextMetric("teacher_kl", _teacher_kl, "lower", unit="nats per token", teacher=True),
 )
+
+
+def dropped_mass(kept: Sequence[int]) -> TextMetric:
+    """Return the metric of the mass that a teacher gives to the tokens which its student does not have.
+
+    Args:
+        kept (`Sequence[int]`): The ids of those that it has.
+    """
+    return TextMetric("dropped_mass", partial(_dropped_mass, kept=kept), "lower", unit="share of probability")
+
+
+def _dropped_mass(predictions: Predictions, kept: Sequence[int]) -> Tensor:
+    index = torch.tensor(kept, device=predictions.logits.device)
+    logits = predictions.logits
+    return 1 - (logits[:, index].logsumexp(-1) - logits.logsumexp(-1)).exp()
 
 
 def check_metrics(metrics: Sequence[TextMetric]) -> None:

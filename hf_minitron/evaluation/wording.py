@@ -10,6 +10,7 @@ from hf_minitron.shape import Shape
 # What metrics of held-out text are called; others are called by their names.
 TITLES = {
     "perplexity": "perplexity", "bits_per_byte": "bits per byte", "top1_match": "top-1 match", "teacher_kl": "KL to teacher",
+    "dropped_mass": "mass of dropped tokens",
 }  # fmt: skip
 HEADLINES = 5  # metrics that a reader takes in at a glance
 # Of several metrics of a task, the first of these says most: lm-eval's own order is the alphabet's.
@@ -118,7 +119,8 @@ def kept(report: Report) -> tuple[float, float, float, str] | None:
     match = report.entry("distilled", "top1_match")
     if match is None or match.interval is None:
         return None
-    return (100 * match.value, *(100 * bound for bound in match.interval), "of tokens are predicted as by the teacher")
+    some = ", of the tokens that both have" if report.models["distilled"].get("tokenizer") else ""
+    return (100 * match.value, *(100 * bound for bound in match.interval), f"of tokens are predicted as by the teacher{some}")
 
 
 def faster(report: Report) -> tuple[float, float] | None:
