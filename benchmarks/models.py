@@ -99,7 +99,7 @@ class Entry:
     @property
     def scores(self) -> str:
         """The folder of the run whose scores it shares with other sizes."""
-        return f"scores/{race.PUBLISHED if self.shape == race.PUBLISHED else 'ours'}-{self.seed}"
+        return f"scores/{self.shape}-{self.seed}"
 
 
 def main() -> None:
@@ -219,11 +219,11 @@ def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
     width, share = SIZES[entry.size]
     score = {"text": str(out / "calibration.jsonl"), **CALIBRATION}
-    ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
+    ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}}
     sections = {
         race.PUBLISHED: ({**score, "metric": "l2_mean", "moments": False}, {"target": width, "corrections": []}),
         "uniform": (ours, {"target": width}),
-        "nonuniform": (ours, {"target": {}, "nonuniform": share}),
+        "nonuniform": ({**ours, "sublayers": True}, {"target": {}, "nonuniform": share}),
     }
     setting = SETTINGS[entry.setting]
     steps = entry.budget // (BLOCK * setting["per_device_train_batch_size"])
