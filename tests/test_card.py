@@ -279,6 +279,16 @@ def test_a_resumed_training_s_time_is_that_of_its_last_start():
     assert "10 tokens in 2 steps in float32, 1.0 minutes since it went on from checkpoint-1; losses: 1.0 forward_kl." in text
 
 
+def test_text_that_was_read_again_is_said():
+    log = {"tokens": 3_000, "packed_tokens": 2_000, "steps": 2, "losses": {"forward_kl": 1.0}, "history": []}
+    facts = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
+    text = " ".join(str(publish.write_card(report(), {}, log, facts)).split())
+    assert "3,000 tokens, 2,000 of packed text read 1.5 times in 2 steps" in text
+    assert "| **Distillation** | 3,000 tokens, 2,000 of packed text read 1.5 times |" in text
+    once = " ".join(str(publish.write_card(report(), {}, {**log, "packed_tokens": 3_000}, facts)).split())
+    assert "packed text" not in once
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [({"random": 50}, "higher than the true"), ({"top_k": 98}, "a lower bound"), ({"top_k": 99}, None)],

@@ -204,8 +204,8 @@ def test_training_is_what_was_done(odd, project, tables, text):
     assert logged[-1]["step"] < steps, "the last step is not logged"
     (summary,) = (entry for entry in log["history"] if "train_loss" in entry)
     minutes = f"{summary['train_runtime'] / 60:.1f}"
-    tokens = f"{EPOCHS * blocks * BLOCK:,}"
-    assert f"{tokens} tokens in {steps} steps in bf16 mixed precision, {minutes} minutes; losses: 0." in text
+    tokens = f"{EPOCHS * blocks * BLOCK:,} tokens, {blocks * BLOCK:,} of packed text read {EPOCHS}.0 times"
+    assert f"{tokens} in {steps} steps in bf16 mixed precision, {minutes} minutes; losses: 0." in text
     assert "0.75 forward_kl" in text
     assert "0.25 cross_entropy" in text
     assert "; LoRA adapters were trained and merged." in text

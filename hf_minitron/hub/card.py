@@ -109,8 +109,14 @@ def at_a_glance(report: Report, log: Mapping[str, Any] | None) -> list[tuple[str
         value, low, high, of = share
         rows.append(("Quality kept", f"{value:.0f} % ({low:.0f} to {high:.0f}) {of}"))
     if log:
-        rows.append(("Distillation", f"{log['tokens']:,} tokens"))
+        rows.append(("Distillation", f"{log['tokens']:,} tokens{repeats(log)}"))
     return rows
+
+
+def repeats(log: Mapping[str, Any]) -> str:
+    """Say how often the packed text was read; nothing where no sequence of it was read twice."""
+    seen, packed = log["tokens"], log.get("packed_tokens") or log["tokens"]
+    return f", {packed:,} of packed text read {seen / packed:.1f} times" if seen > packed else ""
 
 
 def _verdicts(report: Report) -> dict[str, list[str]]:
@@ -164,6 +170,7 @@ def _training(log: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, A
     names, ends = ["loss", *loss_parts(log)], [steps[0], steps[-1]] if steps else []
     return {
         **{key: log.get(key) for key in ("tokens", "steps", "precision", "resumed", "best")},
+        "again": repeats(log),
         "losses": [(name, *(f"{end[name]:.3f}" if name in end else "" for end in ends)) for name in names if ends],
         "eval_losses": [f"{entry['eval_loss']:.3f}" for entry in log["history"] if "eval_loss" in entry],
         "hours": summary["train_runtime"] / 3600 if summary else None,

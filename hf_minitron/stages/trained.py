@@ -79,6 +79,7 @@ def save_log(trainer: Trainer, out: Path, **facts) -> None:
     log = {
         "steps": state.global_step,
         "tokens": rows_read(trainer) * args.block_size,
+        "packed_tokens": len(trainer.train_dataset) * args.block_size,  # fewer where they are read again
         "losses": dict(args.losses),
         "precision": "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else "float32",
         "history": state.log_history,
