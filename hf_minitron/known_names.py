@@ -54,6 +54,8 @@ RENAMED = {
     "max_length": ("block_size",),
     "max_seq_length": ("block_size",),
     "seq_length": ("block_size",),
+    "teacher_model_server": ("server",),
+    "base_url": ("server",),
     "seq_len": ("block_size",),
     "sequence_length": ("block_size",),
     "context_length": ("block_size",),

@@ -6,6 +6,7 @@ an interrupted write resumes at the batch it was in; the draws of a sequence dep
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from hf_minitron.checkpoint.checkpoint import require_space
 from hf_minitron.data.packing import text_hash
 from hf_minitron.distillation.batch import COLUMNS, POSITIONS
 from hf_minitron.distillation.cached import ENTRY, META, UNFINISHED, answers_of, keys_of, shard_path, teacher_identity
-from hf_minitron.distillation.records import Record, record_of
+from hf_minitron.distillation.records import Arrays, Record, record_of
+from hf_minitron.distillation.served import Served, served_teacher
 from hf_minitron.distillation.teacher import LiveTeacher
 from hf_minitron.head import head_chunks
 from hf_minitron.waiting import wait_for
@@ -41,6 +43,7 @@ def write_cache(
     chunk_size: int = 256,
     init_kwargs: dict | None = None,
     student: str | Path | None = None,
+    server: str | None = None,
 ) -> dict:
     """Precompute a teacher's outputs for packed sequences; an interrupted write is resumed.
 
@@ -56,12 +59,13 @@ def write_cache(
         dtype (`str`, *optional*, defaults to `"float16"`): How log-probabilities are stored (an error of 2**-11 of each), or
             float32. Random sampling keeps none.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
-        batch_size (`int`, *optional*, defaults to 4): Sequences per forward pass.
+        batch_size (`int`, *optional*, defaults to 4): Sequences per forward pass, or that a server is asked about together.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
         init_kwargs (`dict`, *optional*): How a teacher that is named is loaded, as `teacher_model_init_kwargs`.
-
         student (`str` or `Path`, *optional*): The folder of a student that has some of the teacher's tokens: those, under its
             ids, are what is cached, and the sequences are in its tokens.
+        server (`str`, *optional*): A server that runs the teacher, such as `http://127.0.0.1:8000/v1`, see `ServedTeacher`; of
+            `model`, its name, only config and tokenizer are read.
 
     Returns: what `cache.json` says, with `bytes_per_token`.
 
@@ -75,16 +79,22 @@ def write_cache(
     ```
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
+    apart = "position_ids" in blocks.column_names
+    served = server and served_teacher(server, model, method, init_kwargs, student, apart)
     lengths, identity, shared = _lengths(blocks), teacher_identity(model, init_kwargs), _vocabulary(student)
     record = record_of(method, (identity | shared)["vocab_size"], dtype)
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
-    settings |= {"position_ids": "position_ids" in blocks.column_names, "batch_size": batch_size, **_sizes(lengths)}
+    settings |= {"position_ids": apart, "batch_size": batch_size, **_sizes(lengths)}
     settings["answers"] = "labels" in blocks.column_names
+    settings |= {"served": served.model} if served else {}
     tokens = _tokens(blocks) if settings["answers"] else sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        teacher = _teacher(LiveTeacher(model, state.device, init_kwargs), student)
-        recorder = _Recorder(teacher, record, seed, batch_size, chunk_size)
+        if served:
+            source = Served(served, record)
+        else:
+            source = _Live(_teacher(LiveTeacher(model, state.device, init_kwargs), student), record, seed, chunk_size)
+        recorder = _Recorder(source, record, batch_size)
         _write_shards(folder, settings, blocks, recorder, state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
@@ -145,35 +155,47 @@ def _asked(ids: Tensor, answers: np.ndarray | None) -> Tensor:
     return asked
 
 
-class _Recorder:
-    """Computes the records of some sequences."""
+@dataclass(frozen=True)
+class _Live:
+    """The answers of a teacher that runs here; the draws of a sequence depend on the seed and its number alone."""
 
-    def __init__(self, teacher: LiveTeacher, record: Record, seed: int, batch_size: int, chunk_size: int):
-        self.teacher, self.record, self.seed = teacher, record, seed
-        self.batch_size, self.chunk_size = batch_size, chunk_size
+    teacher: LiveTeacher
+    record: Record
+    seed: int
+    chunk_size: int
 
     @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], asked: Tensor, first: int) -> Iterator[Arrays]:
+        """Yield what is kept of every row of a batch, the first of which has the number `first`."""
+        device = self.teacher.model.device
+        inputs = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
+        signal = self.teacher({**inputs, POSITIONS: asked.flatten().nonzero().squeeze(1).to(device)})
+        for number, hidden in enumerate(signal.hidden.split(asked.sum(1).tolist()), first):
+            rng, chunks = np.random.default_rng([self.seed, number]), []
+            for _, logits in head_chunks(signal.head.logits, hidden, self.chunk_size):
+                chunks.append(self.record.keep(logits, rng))
+                del logits  # before the next chunk's are made
+            yield [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+
+
+class _Recorder:
+    """Makes the records of some sequences of what a teacher, live or served, says of them."""
+
+    def __init__(self, source: _Live | Served, record: Record, batch_size: int):
+        self.source, self.record, self.batch_size = source, record, batch_size
+
     def __call__(self, rows: Sequence[Mapping[str, Tensor]], first: int) -> Iterator[tuple[bytes, int, int]]:
         """Yield the record, the predicted tokens and the key of every sequence; `first` is the number of the first."""
         alike = len({len(row["input_ids"]) for row in rows}) == 1
         for batch in [rows] if alike else [[row] for row in rows]:  # nothing is padded
-            names = [name for name in ("input_ids", "position_ids") if name in batch[0]]
-            inputs = {n: torch.stack([torch.as_tensor(row[n]) for row in batch]).to(self.teacher.model.device) for n in names}
-            answers = None
-            if "labels" in batch[0]:
-                labels = torch.stack([torch.as_tensor(row["labels"]) for row in batch]).to(self.teacher.model.device)
-                answers = answers_of({**inputs, "labels": labels})
+            names = [name for name in ("input_ids", "position_ids", "labels") if name in batch[0]]
+            inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in batch]) for name in names}
+            answers = answers_of(inputs) if "labels" in inputs else None
             asked = _asked(inputs["input_ids"], answers)
-            signal = self.teacher({**inputs, POSITIONS: asked.flatten().nonzero().squeeze(1)})
-            hiddens = signal.hidden.split(asked.sum(1).tolist())
-            for hidden, key in zip(hiddens, keys_of(inputs, answers), strict=True):
-                rng, chunks = np.random.default_rng([self.seed, first]), []
-                for _, logits in head_chunks(signal.head.logits, hidden, self.chunk_size):
-                    chunks.append(self.record.keep(logits, rng))
-                    del logits  # before the next chunk's are made
-                arrays = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
-                yield self.record.encode(arrays), len(hidden), key
-                first += 1
+            counts, arrays = asked.sum(1).tolist(), self.source(inputs, asked, first)
+            for count, some, key in zip(counts, arrays, keys_of(inputs, answers), strict=True):
+                yield self.record.encode(some), count, key
+            first += len(batch)
 
 
 def _claim(folder: Path, settings: dict, main: bool, num_bytes: int) -> bool:

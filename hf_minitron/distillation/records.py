@@ -155,7 +155,10 @@ class TopK:
         logp = logits.log_softmax(-1)
         ids = logp.topk(self.k, sorted=False).indices.sort(-1).values
         rest = logp.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        values = torch.cat([logp.gather(-1, ids), rest], -1)
+        return self.stored(ids, torch.cat([logp.gather(-1, ids), rest], -1))
+
+    def stored(self, ids: Tensor, values: Tensor) -> Arrays:
+        """Return what `keep` does, of the likeliest tokens, ascending, and of log-probabilities that are known already."""
         return ids.cpu().numpy(), _stored(values, self.dtype)
 
     def encode(self, arrays: Arrays) -> bytes:

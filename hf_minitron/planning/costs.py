@@ -166,6 +166,8 @@ def _cache(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -
     tables = training.chunk_size * teacher.shape["vocab"] * 3 * FLOAT
     flops = tokens * _flops(teacher, training.block_size)
     disk = int(tokens * kept)
+    if _value(recipe, "cache", "server"):
+        return Cost("cache", disk=disk, tokens=tokens, note="a server reads the text")
     return Cost("cache", {"weights": weights, "states": states, "head": tables}, _host(machine, weights), disk, tokens, flops)
 
 

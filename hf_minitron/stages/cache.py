@@ -11,6 +11,7 @@ from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint.model_kinds import adapter_base
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.records import check_losses, record_of
+from hf_minitron.distillation.served import served_teacher
 from hf_minitron.distillation.teacher import teacher_folder
 from hf_minitron.recipe import bind
 from hf_minitron.run import Run
@@ -32,7 +33,17 @@ class Args:
     tokens: int | None = field(
         default=None, metadata={"min": 1, "help": "Tokens of text; those of distill with as many processes when left out."}
     )
-    batch_size: int = field(default=4, metadata={"min": 1, "help": "Packed sequences per forward pass."})
+    batch_size: int = field(
+        default=4, metadata={"min": 1, "help": "Packed sequences per forward pass, or that the server is asked about together."}
+    )
+    server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ask a server that runs the teacher (vLLM, SGLang, llama.cpp), such as http://127.0.0.1:8000/v1, and load "
+            "none; needs method: top_k. Its key is that of the environment, OPENAI_API_KEY."
+        },
+    )
+    NO_BITS = ("server",)  # the same teacher at another address
 
     @property
     def how(self) -> dict[str, int]:
@@ -50,9 +61,23 @@ def check(args: Args, run: Run) -> None:
     if training.teacher and adapter_base(training.teacher):
         raise ValueError(f"distill.teacher: {training.teacher} is a PEFT adapter, of which no cache is made; leave the cache "
                          "out, or merge the adapter (merge_and_unload) and save the model")  # fmt: skip
+    if args.server is not None:
+        _check_server(args, training, run)
     config = AutoConfig.from_pretrained(teacher_folder(training.teacher or run.model, training.teacher_model_init_kwargs))
     vocab = run.section("prune")["target"]["vocab"] if prune.cuts_vocab(run) else text_config(config).vocab_size
     check_losses(record_of(args.how, vocab, args.dtype), training.losses, training.temperature)
+
+
+def _check_server(args: Args, training: distill.Args, run: Run) -> None:
+    """Refuse a server that does not answer, or not for this teacher, and what only a teacher here could do."""
+    if "correct" in run.recipe and not training.teacher:
+        raise ValueError("server: the teacher of this run is the one that `correct:` makes, which no server has yet; leave one "
+                         "of the two out, or serve it and name its folder as distill.teacher of another recipe")  # fmt: skip
+    if prune.cuts_vocab(run):
+        raise ValueError("server: it speaks of all of the teacher's tokens, and prune.target.vocab leaves the student some of "
+                         "them; leave one of the two out")  # fmt: skip
+    teacher, kwargs = training.teacher or run.model, training.teacher_model_init_kwargs
+    served_teacher(args.server, teacher, args.how, kwargs, apart=not training.cross_documents)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -74,7 +99,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     teacher = distill.teacher_of(training, run)
     facts = write_cache(teacher, blocks, out, args.how, args.dtype, run.seed, args.batch_size, training.chunk_size,
                         training.teacher_model_init_kwargs,
-                        prune.student_of(run) if prune.cuts_vocab(run) else None)  # fmt: skip
+                        prune.student_of(run) if prune.cuts_vocab(run) else None, args.server)  # fmt: skip
     PartialState().print(
         f"{facts['tokens']:,} tokens of {facts['blocks']:,} sequences, {facts['bytes_per_token']:.1f} bytes per token",
         flush=True,
