@@ -10,6 +10,7 @@ import torch
 import yaml
 from datasets import Dataset
 from teacher_server import OWNERS, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
 from hf_minitron.distillation import served
@@ -103,8 +104,6 @@ def test_a_recipe_fills_its_cache_from_a_server(project, tmp_path, capsys):
     recipe = project["recipe"] | {"run": str(folder), "cache": {"method": "top_k", "k": K, "batch_size": 3}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with serving(loaded, AutoTokenizer.from_pretrained(model)) as server:
         for stage in ("score", "prune"):
@@ -171,10 +170,8 @@ def test_who_does_not_answer_or_is_of_another_kind_is_named(server, monkeypatch)
 
 def test_another_tokenizer_is_refused(teacher, tmp_path):
     other = tiny.tokenizer()
-    vocabulary = {token: (i + 1) % 99 if i > 10 else i for token, i in other.get_vocab().items()}
     with serving(teacher[1], lambda text, **how: {"input_ids": [7, *other(text, **how)["input_ids"]]}) as server:
         said = told(write_cache, teacher[0], tiny.blocks(2, 11), tmp_path / "cache", {"top_k": K}, server=server.address)
-    assert vocabulary
     assert "serves teacher with another tokenizer than the teacher's: token 0 of a text is" in said
     assert said.endswith("here and 7 there")
     assert not (tmp_path / "cache").exists()
@@ -205,6 +202,7 @@ WRONG = {
         "token 123456, and the teacher has 99: it is another",
     ),
     "no probabilities": (lambda tables: entries(tables, {5: 3.0}), "log-probabilities of one position whose probabilities"),
+    "overflow": (lambda tables: entries(tables, {5: 1e6}), "math range error"),
     "NaN": (lambda tables: entries(tables, {5: math.nan}), "log-probabilities of one position|tokens"),
     "text": (lambda tables: entries(tables, {5: "much"}), "TypeError: "),
 }
@@ -253,7 +251,10 @@ def test_what_a_server_cannot_do_is_refused(changes, message, teacher, server, t
     [
         ({"cache": {}}, "cache: server: it gives the likeliest tokens alone; set method to top_k"),
         ({"distill": {"cross_documents": False}}, "cache: server: it attends to all that stands before a token"),
-        ({"correct": {"max_steps": 200}}, "cache: server: the teacher of this run is the one that `correct:` makes"),
+        (
+            {"correct": {"max_steps": 200, "block_size": 16}},
+            "cache: server: the teacher of this run is the one that `correct:` makes",
+        ),
         ({}, "cache: server: no answer from http://127.0.0.1:9 ("),
     ],
 )

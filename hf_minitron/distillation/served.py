@@ -177,7 +177,7 @@ class ServedTeacher:
         """Return what is read of an answer; one line of whatever is wrong with it."""
         try:
             return read()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, _RefusedError):
                 raise
             what = f"{type(error).__name__}: {one_line(error)}" if isinstance(error, KeyError | TypeError) else one_line(error)
