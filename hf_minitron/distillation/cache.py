@@ -86,16 +86,12 @@ def write_cache(
     settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
     settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
     settings |= {"position_ids": apart, "batch_size": batch_size, **_sizes(lengths)}
-    settings["answers"] = "labels" in blocks.column_names
-    settings |= {"served": served.model} if served else {}
+    settings |= {"answers": "labels" in blocks.column_names} | ({"served": served.model} if served else {})
     tokens = _tokens(blocks) if settings["answers"] else sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        if served:
-            source = Served(served, record)
-        else:
-            source = _Live(_teacher(LiveTeacher(model, state.device, init_kwargs), student), record, seed, chunk_size)
-        recorder = _Recorder(source, record, batch_size)
-        _write_shards(folder, settings, blocks, recorder, state)
+        live = None if served else _teacher(LiveTeacher(model, state.device, init_kwargs), student)
+        source = Served(served, record) if served else _Live(live, record, seed, chunk_size)
+        _write_shards(folder, settings, blocks, _Recorder(source, record, batch_size), state)
     if state.is_main_process and not (folder / META).is_file():
         _finish(folder, settings, tokens)
     wait_for(folder / META)
