@@ -45,27 +45,24 @@ def write_cache(
     student: str | Path | None = None,
     server: str | None = None,
 ) -> dict:
-    """Precompute a teacher's outputs for packed sequences; an interrupted write is resumed.
-
-    Under `accelerate launch` every process is given all sequences and writes its share of the shards; the bytes are the same.
+    """Precompute a teacher's outputs for packed sequences; an interrupted write is resumed, processes share the shards.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): The teacher, or where to load it from (in bf16 where the device has it).
-        blocks (`Dataset`): `input_ids` per row, and `position_ids` for document-masked attention. Without `labels` every token
-            but a sequence's first is predicted, and with them those whose label is not -100.
-        folder (`str` or `Path`): Where to write; new, or of an interrupted write with the same settings.
+        blocks (`Dataset`): `input_ids` per row, and `position_ids` for document-masked attention; with `labels` nothing is
+            kept of tokens whose label is -100.
+        folder (`str` or `Path`): Where to write, or to go on with the same settings.
         method (`Mapping[str, int]`): `{"random": 50}`: draws per token; `{"top_k": 64}`: the likeliest tokens and the mass of
             the rest, or the whole vocabulary if it is no larger. All at temperature 1.
         dtype (`str`, *optional*, defaults to `"float16"`): How log-probabilities are stored (an error of 2**-11 of each), or
-            float32. Random sampling keeps none.
+            float32; random sampling keeps none.
         seed (`int`, *optional*, defaults to 0): Seed of the draws.
         batch_size (`int`, *optional*, defaults to 4): Sequences per forward pass, or that a server is asked about together.
         chunk_size (`int`, *optional*, defaults to 256): Tokens whose logits exist at the same time.
         init_kwargs (`dict`, *optional*): How a teacher that is named is loaded, as `teacher_model_init_kwargs`.
         student (`str` or `Path`, *optional*): The folder of a student that has some of the teacher's tokens: those, under its
             ids, are what is cached, and the sequences are in its tokens.
-        server (`str`, *optional*): A server that runs the teacher, such as `http://127.0.0.1:8000/v1`, see `ServedTeacher`; of
-            `model`, its name, only config and tokenizer are read.
+        server (`str`, *optional*): One that runs the teacher, see `ServedTeacher`; of `model` the tokenizer is compared.
 
     Returns: what `cache.json` says, with `bytes_per_token`.
 
@@ -80,16 +77,15 @@ def write_cache(
     """
     folder, state = Path(folder), PartialState(cpu=not torch.accelerator.is_available())
     apart = "position_ids" in blocks.column_names
-    served = server and served_teacher(server, model, method, init_kwargs, student, apart)
+    served = None if server is None else served_teacher(server, model, method, init_kwargs, student, apart)
     lengths, identity, shared = _lengths(blocks), teacher_identity(model, init_kwargs), _vocabulary(student)
     record = record_of(method, (identity | shared)["vocab_size"], dtype)
-    settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed}
-    settings |= {"teacher": identity, "text": text_hash(blocks), **shared}
-    settings |= {"position_ids": apart, "batch_size": batch_size, **_sizes(lengths)}
-    settings |= {"answers": "labels" in blocks.column_names} | ({"served": served.model} if served else {})
+    settings = {"format": 1, "method": dict(method), "dtype": dtype, "seed": seed, "teacher": identity}
+    settings |= {"text": text_hash(blocks), **shared, **_layout(blocks, lengths), "batch_size": batch_size}
+    settings |= {} if served is None else {"served": served.model}
     tokens = _tokens(blocks) if settings["answers"] else sum(lengths) - len(lengths)
     if _claim(folder, settings, state.is_main_process, int(tokens * record.about_bytes)):
-        live = None if served else _teacher(LiveTeacher(model, state.device, init_kwargs), student)
+        live = None if served else _teacher(model, state.device, init_kwargs, student)
         source = Served(served, record) if served else _Live(live, record, seed, chunk_size)
         _write_shards(folder, settings, blocks, _Recorder(source, record, batch_size), state)
     if state.is_main_process and not (folder / META).is_file():
@@ -98,18 +94,20 @@ def write_cache(
     return json.loads((folder / META).read_text(encoding="utf-8"))
 
 
-def _teacher(teacher: LiveTeacher, student: str | Path | None) -> LiveTeacher:
+def _teacher(model: object, device: torch.device, init_kwargs: dict | None, student: str | Path | None) -> LiveTeacher:
     """Return a teacher with the tokens of its student, where that has some of them."""
+    teacher = LiveTeacher(model, device, init_kwargs)
     if student is not None:
         teacher.share_vocabulary(AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student))
     return teacher
 
 
-def _sizes(lengths: Sequence[int]) -> dict:
-    """Return what a cache says of the number of its sequences and of their lengths."""
+def _layout(blocks: Dataset, lengths: Sequence[int]) -> dict:
+    """Return what a cache says of its sequences: what belongs to their tokens, how many there are and how long."""
     shard_blocks = min(MAX_SHARD_BLOCKS, -(-len(lengths) // MIN_SHARDS))
     same = lengths[0] if len(set(lengths)) == 1 else None
-    return {"blocks": len(lengths), "block_size": same, "shard_blocks": shard_blocks}
+    columns = {"position_ids": "position_ids" in blocks.column_names, "answers": "labels" in blocks.column_names}
+    return {**columns, "blocks": len(lengths), "block_size": same, "shard_blocks": shard_blocks}
 
 
 def _vocabulary(student: str | Path | None) -> dict:
