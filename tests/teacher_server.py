@@ -47,7 +47,7 @@ class TeacherServer(ThreadingHTTPServer):
 
     def sglang(self, asked):
         """`/generate` with `return_logprob` from the first token on."""
-        assert asked["return_logprob"] and asked["logprob_start_len"] == 0
+        assert (asked["return_logprob"], asked["logprob_start_len"]) == (True, 0)
         ids, logp = asked["input_ids"], self.log_probs(asked["input_ids"])
         tops = [row.topk(asked["top_logprobs_num"]) for row in logp[:-1]]
         tables = [[[p, i, None] for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)] for top in tops]
