@@ -18,7 +18,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 PICTURES = ("differences.png", "shapes.png", "kept.png", "loss.png")  # as they come
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth,
-  [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor].join("|")
+  [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor,
+  (window.scrollTo(0, 700), window.scrollY), document.querySelector("aside").getBoundingClientRect().top].join("|")
 </script></body>"""
 
 
@@ -35,6 +36,15 @@ def test_the_page_has_what_the_card_has(page, whole):
     assert not set(re.findall(r"\w+", prose)) - words
     assert text.count("<table>") == text.count('<div class="wide">') == len(re.findall(r"^\| -", card, re.MULTILINE))
     assert text.count('<img src="data:image/png;base64,') == 4 == text.count("<img")
+
+
+def test_the_summary_has_the_facts_and_leads_to_every_section(page):
+    text = page.read_text()
+    aside = re.search("<aside>(.*?)</aside>", text)[1]
+    assert re.findall("<dt>(.*?)</dt>", aside) == ["Size", "Speed", "Quality kept", "Distillation"]
+    anchors = re.findall(r'<h2 id="([^"]+)">', text)
+    assert re.findall(r'href="#([^"]+)"', aside) == anchors
+    assert len(anchors) == text.count("<h2")
 
 
 def test_nothing_is_fetched_and_no_script_runs(page):
@@ -119,8 +129,9 @@ def test_nothing_sticks_out_and_all_pictures_are_there(page, tmp_path, width):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user", "--dump-dom",
                f"--window-size={width},900", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found, pictures, background = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
+    found, pictures, background, scrolled, top = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
     assert int(found) <= width
+    assert (float(scrolled), float(top)) == (700, 0), "the summary stays in view"
     assert background == "rgb(255, 255, 255)"
     widths = [image.imread(page.parent / "publish/model" / name).shape[1] for name in PICTURES]
     assert pictures == ",".join(map(str, widths))

@@ -312,6 +312,11 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     assert {entry["rank_pruned"] for entry in ranking["ranking"]} == {1, 2} == {e["rank_by_score"] for e in ranking["ranking"]}
     assert (folder / "select/candidates.png").stat().st_size > 0
     assert names[1] in (folder / "select/ranking.md").read_text()
+    assert main(["report", str(searched)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "Candidates of the search</h2>" in page
+    assert f"<td>{names[1]}</td>" in page
+    assert 'alt="Quality against size of the candidates"' in page
     best = yaml.safe_load((folder / "select/best.yaml").read_text())
     assert best["prune"]["target"] == ranking["ranking"][0]["target"]
     assert best["distill"]["max_steps"] == 6

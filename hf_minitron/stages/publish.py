@@ -24,6 +24,7 @@ from hf_minitron.stage import Stage
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 PAGE = "report.html"
+CANDIDATES = "candidates.png"  # of select
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,29 @@ def run(args: Args, run: Run, out: Path) -> None:
     card_facts = facts.gather(run)
     card = write(card_facts, report, recipe, log, folder)
     (out / "card.json").write_text(_json(card_facts), encoding="utf-8")
-    write_page(card, folder, run.folder / PAGE)
+    page(run, card, folder)
+
+
+def page(run: Run, card: ModelCard, folder: Path) -> None:
+    """Write `report.html`: a card with its pictures, which lie in a folder, and the candidates of a search that was ranked."""
+    with TemporaryDirectory() as scratch:
+        for picture in folder.glob("*.png"):
+            shutil.copyfile(picture, Path(scratch) / picture.name)
+        card.text += candidates(run, Path(scratch))
+        write_page(card, Path(scratch), run.folder / PAGE)
+
+
+def candidates(run: Run, folder: Path) -> str:
+    """Copy the picture of ranked candidates to a folder; return the section about them, and nothing where there are none.
+
+    They are those of the run's search, or of the search whose best candidate it is.
+    """
+    of = run.folder.parent.parent if run.folder.parent.name == "best" else run.folder
+    if done_digest(of / "select") is None:
+        return ""
+    shutil.copyfile(of / "select" / CANDIDATES, folder / CANDIDATES)
+    table = facts.public((of / "select/ranking.md").read_text(encoding="utf-8"))
+    return f"\n\n## Candidates of the search\n\n![Quality against size of the candidates]({CANDIDATES})\n\n{table}"
 
 
 def read(run: Run) -> tuple[Report | None, dict, dict | None]:
@@ -145,7 +168,7 @@ def report(run: Run, show: bool = False) -> str:
     if done_digest(run.path("publish")) is None:
         card_facts["missing"].append("publish")
     with TemporaryDirectory() as folder:
-        write_page(write(card_facts, *read(run), Path(folder)), Path(folder), path)
+        page(run, write(card_facts, *read(run), Path(folder)), Path(folder))
     if show:
         webbrowser.open(path.resolve().as_uri())
     return str(path)
