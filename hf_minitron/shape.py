@@ -1,16 +1,22 @@
-"""`Shape`: the size of every axis of one model; which cuts are legal, and what a shape costs.
-
-Costs are counted from the patterns of a family's rows alone.
-"""
+"""`Shape`: the size of every axis of one model, and which cuts are legal."""
 
 import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hf_minitron import axes
+from hf_minitron.costs import Costs
 from hf_minitron.known_names import CONFIG_NAMES
-from hf_minitron.sizes import AXES, CUTTABLE, expert_problems, head_problems, limited, selected
+from hf_minitron.sizes import (
+    AXES,
+    CUTTABLE,
+    divisor_problems,
+    expert_problems,
+    head_problems,
+    limited,
+    number_problems,
+    selected,
+)
 
 
 class ShapeError(ValueError):
@@ -18,7 +24,7 @@ class ShapeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Costs):
     """The size of every axis that a model has.
 
     Args:
@@ -28,7 +34,9 @@ class Shape:
         layer_kinds (`Mapping[str, tuple[int, ...]]`, *optional*): Where layers differ in kind, the layers of each:
             `attention_layers`, `mamba_layers`.
         coupled (`Mapping[str, str]`, *optional*): Axis to the one that it keeps its ratio to.
-        fixed (`Mapping[str, str]`, *optional*): Axis to the reason why it cannot be cut.
+        fixed (`Mapping[str, str]`, *optional*): Axis to the reason why it cannot be cut; or a kind of layers, to the reason why
+            they stay.
+        reused (`Mapping[str, str]`, *optional*): Kind of the layers that hold shared weights, to that of those that use them.
         by_kind (`Mapping[str, int]`, *optional*): Of a cut, how many layers of a kind shall stay.
         windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
             window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
@@ -44,6 +52,7 @@ class Shape:
     coupled: Mapping[str, str] = field(default_factory=dict, compare=False)
     by_kind: Mapping[str, int] = field(default_factory=dict, compare=False)
     fixed: Mapping[str, str] = field(default_factory=dict, compare=False)
+    reused: Mapping[str, str] = field(default_factory=dict, compare=False)
     windows: tuple[int | None, ...] = field(default=(), compare=False)
     states: Mapping[str, str] = field(default_factory=dict, compare=False)
     caches: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -73,79 +82,10 @@ class Shape:
         layers = [limited(self.at(layer), sizes) for layer in range(self["layers"])] if self.by_layer else []
         return replace(self, sizes=sizes, by_layer={axis: tuple(own[axis] for own in layers) for axis in self.by_layer})
 
-    def num_parameters(self, rows: Mapping[str, str]) -> int:
-        """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
-        return sum(self._numbers(row, rows[row]) for row in rows)
-
-    def flops_per_token(self, rows: Mapping[str, str], context: int = 0) -> int:
-        """Count the floating-point operations of the matrix products of one token's forward pass.
-
-        Two per weight of every matrix that the token meets: of the experts those it is sent to, and the output head (for tied
-        embeddings, the embedding as head); looking up embeddings is free. To these come the products of a query with the keys
-        and of its weights with the values of a context of so many tokens. What a state-space layer does beside its matrices is
-        left out.
-        """
-        dims = {row: [axes.dim_names(dim) for dim in axes.parse(pattern)] for row, pattern in rows.items()}
-        # what has a size that no cut changes, or a projector's, belongs to a vision model: no token of text meets it
-        dims = {row: names for row, names in dims.items() if names and all(names) and {"projector"} not in names}
-        heads = [row for row in dims if "vocab" in dims[row][0] and len(dims[row]) == 2]
-        flops = 0
-        for row in dims:
-            routed = dims[row][0] == {"experts"} and any("ffn" in names for names in dims[row])
-            looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
-            if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
-                continue
-            weights = self._numbers(row, rows[row])
-            flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
-        if self.head_sizes:
-            products = (self._seen_by(kind, context) * self[axis] for kind, axis in self.head_sizes.items())
-            return flops + 4 * self["heads"] * sum(products)
-        key = self.sizes.get("qk_dim", self.sizes.get("head_dim", 0))
-        return flops + 2 * self._seen(context, "heads") * (key + self.sizes.get("v_dim", key))
-
-    def kv_cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Count the bytes that one token adds to the KV cache of a long text: a key and a value for each KV head of a layer.
-
-        Layers whose attention sees a sliding window add nothing, unless all do: then what a token within it adds is counted.
-        Multi-head latent attention keeps a narrow row in place of keys and values, from which both are made (2405.04434,
-        section 2.1).
-        """
-        growing = tuple(0 if window else window for window in self.windows) if None in self.windows else self.windows
-        return replace(self, windows=growing).cache_bytes(1, bytes_per_number) - self.state_bytes(bytes_per_number)
-
-    def cache_bytes(self, context: int, bytes_per_number: int) -> int:
-        """Count the bytes of everything that is kept of a text of so many tokens: keys and values, and states."""
-        kept = self._seen(context, "kv_heads" if "kv_heads" in self.sizes else "heads") * 2 * self.sizes.get("head_dim", 0)
-        if "kv_rank" in self.sizes:
-            kept = self._seen(context) * (self["kv_rank"] + self["rope"])
-        if self.caches:
-            sizes = {kind: axes.dim_size(axes.parse(pattern)[0], self.sizes) for kind, pattern in self.caches.items()}
-            kept = sum(self._seen_by(kind, context) * size for kind, size in sizes.items())
-            kept = self["layers"] * kept // len(self.windows)
-        return kept * bytes_per_number + self.state_bytes(bytes_per_number)
-
-    def state_bytes(self, bytes_per_number: int) -> int:
-        """Count the bytes of the states of Mamba, linear attention and short convolutions, which do not grow with the text."""
-        numbers = (
-            self.sizes.get(kind, 0) * axes.dim_size(axes.parse(state)[0], self.sizes) for kind, state in self.states.items()
-        )
-        return sum(numbers) * bytes_per_number
-
-    def _seen_by(self, kind: str, context: int) -> int:
-        """Return how many tokens of a context the attention of the layers of a kind sees together."""
-        windows = (self.windows[layer] for layer in self.layer_kinds.get(kind, ()))
-        return sum(context if window is None else min(window, context) for window in windows)
-
-    def _seen(self, context: int, axis: str | None = None) -> int:
-        """Return how many tokens of a context the attention of all layers sees together, by each entry of an axis."""
-        each = self.sizes.get(axis, 0) if axis else 1
-        windows = self.windows or (None,) * len(self.by_layer.get(axis, ()))
-        if not windows:
-            return self.sizes.get("attention_layers", self["layers"]) * context * each
-        tokens = [context if window is None else min(window, context) for window in windows]
-        if axis in self.by_layer:
-            tokens, each = [n * size for n, size in zip(tokens, self.by_layer[axis], strict=True)], 1
-        return self["layers"] * sum(tokens) // len(windows) * each
+    @property
+    def staying(self) -> set[int]:
+        """The layers that no cut drops."""
+        return set().union(*(layers for kind, layers in self.layer_kinds.items() if kind in self.fixed))
 
     @property
     def kv_groups(self) -> int:
@@ -194,7 +134,8 @@ class Shape:
             return dict(target), {}, []
         by_kind, rest = {f"{kind}_layers": count for kind, count in named.items()}, dict(target)
         del rest["layers"]
-        least = {"attention_layers": 1}  # by which the caches of Transformers count tokens
+        # by attention the caches of Transformers count tokens
+        least = {"attention_layers": 1, **{kind: count for kind, count in kinds.items() if kind in self.fixed}}
         known = [f"{kind.removesuffix('_layers')} ({least.get(kind, 0)} to {count})" for kind, count in kinds.items()]
         known = ", ".join(known) or "of one kind"
         if "layer_period" in self.sizes:
@@ -241,7 +182,9 @@ class Shape:
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
         if not by_kind:
-            kept, attention = list(range(count)), self.layer_kinds.get("attention_layers", (0,))
+            others = [layer for layer in range(self["layers"]) if layer not in self.staying]
+            kept = sorted([*self.staying, *others[: count - len(self.staying)]])
+            attention = self.layer_kinds.get("attention_layers", (0,))
             return kept if attention[0] < count else [*kept[:-1], attention[0]]  # one layer of attention at least
         kinds = {kind: self.layer_kinds[kind] for kind in by_kind}
         dropped = {layer for kind, layers in kinds.items() for layer in layers[by_kind[kind] :]}
@@ -268,32 +211,14 @@ class Shape:
         if leader := self.coupled.get(axis):
             ratio = f"{self[axis] / self[leader]:g} times as large"
             return [f"{axis}: follows {leader} in this model ({ratio}); cut {leader} instead"]
-        if isinstance(size, Sequence | Mapping) and not isinstance(size, str):
-            why = (
-                "no class holds layers with different numbers of them" if axis == "experts" else "a cut has one for all layers"
-            )
-            return [f"{axis}: {size!r} is a size for each layer, but {why}; give one size from 1 to {self[axis]}"]
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            return [f"{axis}: {size!r} is not a whole number from 1 to {self[axis]}"]
-        if size > self[axis]:
-            return [f"{axis}: {size} is larger than the model's {self[axis]}; pruning only makes a model smaller"]
+        if problems := number_problems(axis, size, self[axis]):
+            return problems
+        if axis == "layers" and size < len(self.staying):
+            why = next(why for kind, why in self.fixed.items() if kind in self.layer_kinds)
+            return [f"layers: {size} are fewer than {len(self.staying)}: {why}"]
         if size % self.unit(axis):
             followers = ", ".join(follower for follower, leader in self.coupled.items() if leader == axis)
             why = "in which kinds of layers repeat" if axis == "layers" else f"so that {followers} can keep their ratio to it"
             return [f"{axis}: {size} is not a multiple of {self.unit(axis)}, {why}"]
         divisor = multiple_of.get(axis, 1)
-        if size % divisor and size != self[axis]:
-            near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= self[axis]})
-            return [
-                f"{axis}: {size} is not a multiple of {divisor}; nearest: {', '.join(map(str, near))} (or change multiple_of)"
-            ]
-        return []
-
-    def _numbers(self, row: str, pattern: str) -> int:
-        """Count the numbers of all tensors of a row."""
-        kinds = axes.placeholders(row)
-        if not any(self.by_layer.keys() & axes.dim_names(dim) for dim in axes.parse(pattern)):
-            return math.prod(self[axis] for axis in kinds) * math.prod(axes.tensor_shape(pattern, self.sizes))
-        every = range(len(next(iter(self.by_layer.values()))))
-        counts = (math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in self.layer_kinds.get(kinds[0], every))
-        return self["layers"] * sum(counts) // len(every)
+        return divisor_problems(axis, size, self[axis], divisor) if size != self[axis] else []

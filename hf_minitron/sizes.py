@@ -67,6 +67,26 @@ def head_problems(before: Mapping[str, int], after: Mapping[str, int]) -> list[s
     return problems
 
 
+def number_problems(axis: str, size: object, most: int) -> list[str]:
+    """Say why something is no size of an axis that has so many entries; nothing where it is one."""
+    if isinstance(size, Sequence | Mapping) and not isinstance(size, str):
+        why = "no class holds layers with different numbers of them" if axis == "experts" else "a cut has one for all layers"
+        return [f"{axis}: {size!r} is a size for each layer, but {why}; give one size from 1 to {most}"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        return [f"{axis}: {size!r} is not a whole number from 1 to {most}"]
+    if size > most:
+        return [f"{axis}: {size} is larger than the model's {most}; pruning only makes a model smaller"]
+    return []
+
+
+def divisor_problems(axis: str, size: int, most: int, divisor: int) -> list[str]:
+    """Say which sizes near one are multiples of a divisor; nothing where it is one itself."""
+    if size % divisor == 0:
+        return []
+    near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= most})
+    return [f"{axis}: {size} is not a multiple of {divisor}; nearest: {', '.join(map(str, near))} (or change multiple_of)"]
+
+
 def expert_problems(sizes: Mapping[str, int]) -> list[str]:
     """Say what a router cannot do with a number of experts."""
     if "experts" not in sizes:

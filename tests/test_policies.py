@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules and packages of the first level: each imports only what stands before it.
 ORDER = """
-registration modeling errors tables json_files yaml_text known_names recipe_file axes sizes shape ranking plan probe
-architecture memory environment waiting data checkpoint inputs statistics head run stage execute pruning importance
+registration modeling errors tables json_files yaml_text known_names recipe_file axes sizes costs shape ranking plan
+probe architecture memory environment waiting data checkpoint inputs statistics head run stage execute pruning importance
 distillation evaluation terminal hub recipe stages planning chain command __main__
 """.split()
 

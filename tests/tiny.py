@@ -96,6 +96,11 @@ CHANGES = {
     "minicpm3": {**MLA, "scale_emb": 3, "scale_depth": 1.2, "dim_model_base": 16},
     "sarvam_mla": {**MLA, "q_lora_rank": None, "first_k_dense_replace": 2},
     "youtu": MLA,
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "n_mamba_heads": 10,
+        "mamba_d_state": 5, "mamba_ngroups": 2, "chunk_size": 8, "adapter_rank": 3, "use_shared_attention_adapter": True,
+        "use_mem_rope": True, "head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True,
+    },
     "falcon_h1": {**MAMBA2, "mamba_n_heads": 8, "mamba_d_ssm": 64, "ssm_multipliers": [0.9, 0.8, 0.7, 0.6, 0.5],
                   "key_multiplier": 0.5, "mlp_multipliers": [0.6, 0.7], "ssm_in_multiplier": 0.8, "embedding_multiplier": 3.0},
     "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
@@ -186,7 +191,7 @@ MODEL_TYPES = (
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
     *BERTS, "minimax_m3_vl_text", "bitnet", "codegen", "diffllama", "doge", "laguna", "glm_moe_dsa", "axk2",
-    "gpt_neox_japanese", "minimax", "modernbert-decoder",
+    "gpt_neox_japanese", "minimax", "modernbert-decoder", "zamba2",
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",

@@ -1,6 +1,6 @@
 """`Architecture`: a family bound to one config. A parameter is matched to its row once; what it is follows from that."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -13,7 +13,7 @@ from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
 from hf_minitron.architecture.names import parts_of, stored_rows
 from hf_minitron.architecture.nonuniform import norms_elsewhere, not_nonuniform, sublayer_of, without_sublayers
 from hf_minitron.architecture.outline import Outline, Trace, norm_offset, outline, trace
-from hf_minitron.architecture.roles import ATTENTION, READ_AT
+from hf_minitron.architecture.roles import ATTENTION, ONLY_SLICED, READ_AT
 from hf_minitron.architecture.vision import TOWERS, Tower
 from hf_minitron.plan import RANKS
 from hf_minitron.shape import Shape
@@ -22,7 +22,6 @@ from hf_minitron.shape import Shape
 OUTPUT, INPUT = ".output", ".input"
 
 HIDDEN: axes.Dim = (("hidden",),)
-
 # Where activations are read: the layer (`None` outside of the layers) and the module.
 Place = tuple[int | None, str]
 
@@ -110,7 +109,8 @@ class Architecture:
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """Every parameter and stored buffer by its name, in the model's order; tied ones once."""
-        return {name: self._parameter(name, self.outline.parameters[name], *match) for name, match in self._matched.items()}
+        shapes = self.outline.parameters
+        return {name: Parameter.of(self.family, name, shapes[name], *match) for name, match in self._matched.items()}
 
     @cached_property
     def stored_rows(self) -> dict[str, dict[str, str]]:
@@ -134,22 +134,22 @@ class Architecture:
 
     @cached_property
     def weights(self) -> dict[str, Parameter]:
-        """The weights of every module that has them; of routed experts their down projection, which is read by channel."""
+        """The weights of every module that has its own; of routed experts their down projection, which is read by channel."""
         routed = {p.module: p for p in self.parameters.values() if p.role == "down" and p.kind == "down_proj"}
-        return routed | {p.module: p for p in (*self.parameters.values(), *self.tied.values()) if p.kind == "weight"}
+        outside = (p for p in self.tied.values() if p.layer is None)
+        return routed | {p.module: p for p in (*self.parameters.values(), *outside) if p.kind == "weight"}
 
     @cached_property
     def tied(self) -> dict[str, Parameter]:
         """Parameters that are another one under a further name (a tied head), by that name; `outline.tied` says which one."""
-        found = {}
-        for name, first in self.outline.tied.items():
-            if match := axes.match(name, self.family.rows):
-                found[name] = self._parameter(name, self.outline.parameters[first], *match)
-        return found
+        shapes = {name: self.outline.parameters[first] for name, first in self.outline.tied.items()}
+        found = {name: axes.match(name, self.family.rows) for name in shapes}
+        return {name: Parameter.of(self.family, name, shapes[name], *match) for name, match in found.items() if match}
 
-    def _parameter(self, name: str, shape: tuple[int, ...], row: str, indices: Mapping[str, int]) -> Parameter:
-        module, _, kind = name.rpartition(".")
-        return Parameter(name, shape, row, self.family.rows[row], indices, self.family.role(row), module, kind)
+    @cached_property
+    def tied_head(self) -> bool:
+        """Whether the output head is the embedding."""
+        return any(parameter.role in ("head", "embedding") for parameter in self.tied.values())
 
     def supports(self, feature: str) -> bool:
         """Return whether `rotation` and `layer_merge` are for this model."""
@@ -232,7 +232,7 @@ class Architecture:
             outputs = [name for name in self.trace.reads.get(module, ()) if name in norms and norms[name] == layer]
             if layer is None and self.prefix in self.trace.reads.get(module, ()):
                 outputs.append(self.prefix)
-            if "experts" in given:
+            if given & ONLY_SLICED:
                 continue
             if outputs:
                 found[module] = Read("hidden", layer, f"{outputs[0]}{OUTPUT}")

@@ -49,6 +49,12 @@ class Parameter:
     module: str
     kind: str
 
+    @classmethod
+    def of(cls, family: Family, name: str, shape: tuple[int, ...], row: str, indices: Mapping[str, int]) -> "Parameter":
+        """Return a parameter that matches a row of a family."""
+        module, _, kind = name.rpartition(".")
+        return cls(name, shape, row, family.rows[row], indices, family.role(row), module, kind)
+
     @property
     def dims(self) -> tuple[axes.Dim, ...]:
         """The axes of every dimension."""
@@ -141,6 +147,10 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
         used.append((axes.parse(family.rows[row]), model.parameters[name]))
         for axis, index in places.items():
             indices.setdefault(axis, set()).add(index)
+    # a number that no cut changes, where placeholders are no axes
+    held = Counter(axes.placeholders(row) for row in dict.fromkeys(row for row, _ in matches.values()))
+    tensors = Counter(axes.placeholders(row) for row, _ in matches.values())
+    sizes |= {" ".join(key): tensors[key] // held[key] for key in held if len(key) > 1 and not sizes.keys() >= set(key[1:])}
     kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
     by_layer = {} if family.head_sizes else sizes_by_layer(config, keys)  # there kinds of layers differ, by the tables
     sizes |= largest(by_layer)
@@ -159,7 +169,13 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     coupled = {**family.coupled, **({"shared_ffn": "ffn"} if "shared_experts" in sizes else {})}
     coupled = {axis: leader for axis, leader in coupled.items() if {axis, leader} <= sizes.keys()}
     fixed = {axis: why for axis, why in family.fixed.items() if axis in sizes}
-    kept = {"states": family.states, "caches": family.caches, "head_sizes": family.head_sizes, "by_layer": by_layer}
+    kept = {
+        "reused": family.reused,
+        "states": family.states,
+        "caches": family.caches,
+        "head_sizes": family.head_sizes,
+        "by_layer": by_layer,
+    }
     return Shape(sizes, kinds, coupled, windows=_windows(config, sizes, kinds), fixed=fixed, **kept)
 
 

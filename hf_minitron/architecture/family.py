@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import alibi, bert, delta, gemma4, gpt, hybrid, llama, mla, moe
+from hf_minitron.architecture import alibi, bert, delta, gemma4, gpt, hybrid, llama, mla, moe, zamba
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -27,7 +27,8 @@ class Family:
         follows (`Mapping[str, str]`): Further keys of `config.json`, to the axis whose size they repeat, or
             a product of several.
         coupled (`Mapping[str, str]`): Axis to the axis that it keeps its ratio to, because the model's class computes it so.
-        fixed (`Mapping[str, str]`): Axis to the reason why it cannot be cut.
+        fixed (`Mapping[str, str]`): Axis to the reason why it cannot be cut; or a kind of layers, to the reason why they stay.
+        reused (`Mapping[str, str]`): Kind of the layers that hold shared weights, to that of the layers that use them.
         from_parameters (`tuple[str, ...]`): Axes whose key in `config.json` is not the size that the class makes.
         settings (`Mapping[str, object]`): Entries of the student's `config.json`, for its class to make the sizes as they are.
         periods (`tuple[str, ...]`): Keys of `config.json` that say after how many layers a kind of layer comes again.
@@ -60,6 +61,7 @@ class Family:
     follows: Mapping[str, str] = field(default_factory=dict)
     coupled: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
+    reused: Mapping[str, str] = field(default_factory=dict)
     from_parameters: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     periods: tuple[str, ...] = ()
@@ -123,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(**table) for name, table in (gpt.TABLES | alibi.TABLES | bert.TABLES).items()},
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
-    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES | gemma4.TABLES).items()},
+    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES | gemma4.TABLES | zamba.TABLES).items()},
 }
 
 

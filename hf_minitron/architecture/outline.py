@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from textwrap import shorten
 
 import torch
@@ -65,6 +65,14 @@ class Outline:
         """Return the names of the modules in a layer, such as `layers.0` of the base model."""
         start = f"{self.prefix}.{layer}.".lstrip(".")
         return {name.removeprefix(start).split(".")[0] for name in self.modules if name.startswith(start)}
+
+    @cached_property
+    def uses(self) -> dict[str, list[str]]:
+        """The modules that have the weights of another one, by that one's name."""
+        found: dict[str, list[str]] = {}
+        for name, first in self.tied.items():
+            found.setdefault(first.rpartition(".")[0], []).append(name.rpartition(".")[0])
+        return found
 
     def in_memory(self, name: str) -> str:
         """Return the name in memory of a tensor on disk, as loading it would; of one that is renamed only, not converted."""

@@ -29,7 +29,7 @@ LAYER_LISTS = (
     "num_attention_heads_per_layer", "indexer_types",
 )  # fmt: skip
 # Entries that list layers by their indices, which a depth cut counts anew.
-INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs")
+INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
 # Entries that say of which layers every so manieth is of a kind: the period, the first one, and the kind.
 PERIODS = (
     ("attn_layer_period", "attn_layer_offset", "attention_layers"),
@@ -261,7 +261,8 @@ def _expected(
             for axis, i in indices.items()
         }
         dropped = any(
-            i not in layers if axes.axis_of_placeholder(axis) == "layers" else i >= after[axis] for axis, i in indices.items()
+            i not in layers if axes.axis_of_placeholder(axis) == "layers" else i >= after.sizes.get(axis, i + 1)
+            for axis, i in indices.items()
         )
         if not dropped and not _lacks(architecture, after, parameter, places):
             rows = parts.get(parameter.row, {parameter.row: parameter.pattern})

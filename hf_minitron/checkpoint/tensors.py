@@ -52,7 +52,7 @@ class ModelTensors:
         if head is None or self.architecture.parameters.keys() - tensors.keys():
             raise ValueError(f"{type(model).__name__} is not a causal language model as its config describes it; load it with "
                              f"{auto_class(model.config).__name__}")  # fmt: skip
-        if self.architecture.outline.tied and head.weight is not embedding.weight:
+        if self.architecture.tied_head and head.weight is not embedding.weight:
             raise ValueError(UNTIED)
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items() if name in self.architecture.parameters}
 

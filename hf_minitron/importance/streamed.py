@@ -89,7 +89,8 @@ def read_layers(
 
 def check_streamable(architecture: Architecture) -> None:
     """Refuse a model whose layers do not compute the same wherever they stand."""
-    if reason := {**architecture.inexact_for_text, **architecture.family.fixed}.get("layers"):
+    known = {**architecture.inexact_for_text, **architecture.shape.fixed}
+    if reason := next((why for axis, why in known.items() if axes.axis_of_placeholder(axis) == "layers"), None):
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
     for layer in {layers[0] for layers in architecture.shape.layer_kinds.values()}:
         try:

@@ -97,7 +97,8 @@ def open_taps(
         if reading.routed:
             experts.setdefault(reading.module, {})[reading.axis] = reading
         else:
-            after.append((reading.module, reading.see))
+            modules = (reading.module, *architecture.outline.uses.get(reading.module, ()))
+            after += [(module, reading.see) for module in modules]
     with probe(model, after, instead={module: partial(run_experts, by_axis) for module, by_axis in experts.items()}):
         yield readings
 

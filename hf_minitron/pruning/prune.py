@@ -248,7 +248,7 @@ def _rescaling(architecture: Architecture, parameter: Parameter, plan: Plan) -> 
     last = parameter.role == "norm" and parameter.layer is None
     for axis, powers in family.rescaled.items():
         power = powers.get("last_norm" if last else parameter.role, 0.0)
-        if last and architecture.outline.tied:
+        if last and architecture.tied_head:
             power -= powers.get("embedding", 0.0)
         factor *= (plan.before[axis] / plan.after[axis]) ** power
     return factor, architecture.norm_offset if last and factor != 1 else 0.0
