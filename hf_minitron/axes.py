@@ -113,18 +113,24 @@ def dim_index(dim: Dim, keep: Mapping[str, Tensor], sizes: Mapping[str, int]) ->
     """
     if not dim_names(dim) & keep.keys():
         return None
-    groups = sizes[dim.groups] if isinstance(dim, ByGroup) else 1
-    width, indices, offset = dim_size(dim, sizes) // groups, [], 0
-    for term in dim:
-        size = math.prod(sizes[axis] for axis in term)
-        index = torch.arange(size).view([sizes[axis] for axis in term])
+    indices = []
+    for term, index in zip(dim, _positions(dim, sizes), strict=True):
         for position, axis in enumerate(term):
             if axis in keep:
                 index = index.index_select(position, keep[axis])
-        share = size // groups
-        indices.append(index.flatten() // share * width + index.flatten() % share + offset)
+        indices.append(index.flatten())
+    return torch.cat(indices).sort().values if isinstance(dim, ByGroup) else torch.cat(indices)
+
+
+def _positions(dim: Dim, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    """Yield where the entries of every term stand along a dimension, in the shape of the term's axes."""
+    groups, offset = sizes[dim.groups] if isinstance(dim, ByGroup) else 1, 0
+    width = dim_size(dim, sizes) // groups
+    for term in dim:
+        shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in term]
+        every, share = torch.arange(math.prod(shape)), math.prod(shape) // groups
+        yield (every // share * width + every % share + offset).view(shape)
         offset += share
-    return torch.cat(indices) if groups == 1 else torch.cat(indices).sort().values
 
 
 def join(shape: tuple[int, ...], parts: Iterable[Tensor]) -> Tensor:
@@ -261,10 +267,10 @@ def by_axis(activation: Tensor, dim: Dim, axis: str, sizes: Mapping[str, int]) -
 
 
 def labels(dim: Dim, axis: str, sizes: Mapping[str, int]) -> Tensor:
-    """Return the index of an axis that every position along a dimension belongs to, shape `(dim,)`; all terms have the axis."""
-    parts = []
-    for term in dim:
-        at, shape = term.index(axis), [sizes[a] for a in term]
-        index = torch.arange(sizes[axis]).view([-1 if position == at else 1 for position in range(len(term))])
-        parts.append(index.expand(shape).flatten())
-    return torch.cat(parts)
+    """Return the index of an axis that every position along a dimension belongs to, shape `(dim,)`; -1 where to none."""
+    found = torch.full([dim_size(dim, sizes)], -1)
+    for term, positions in zip(dim, _positions(dim, sizes), strict=True):
+        if axis in term:
+            every = positions.movedim(term.index(axis), 0).reshape(sizes[axis], -1)
+            found[every] = torch.arange(sizes[axis])[:, None].expand_as(every)
+    return found

@@ -6,6 +6,7 @@ import torch
 from accelerate import PartialState
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.axes import pieces
 from hf_minitron.importance.activation import OVER, Activation, Contribution, Fluctuation
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.metrics import METRICS, BlockImportance, needs_outgoing
@@ -116,6 +117,23 @@ def test_magnitude_is_the_norm_of_all_weights_that_carry_an_index():
     assert torch.allclose(scores["ffn"][1], ffn.sqrt())
     assert torch.allclose(scores["heads"][1], heads.sqrt())
     assert torch.allclose(scores["layers"][1], layer.sqrt())
+
+
+@pytest.mark.parametrize(("model_type", "axis"), [("phi3", "heads"), ("qwen3_next", "ssm_heads"), ("zamba2", "heads")])
+def test_magnitude_of_an_index_that_carries_a_part_of_a_dimension_is_that_of_what_goes_with_it(model_type, axis):
+    model = tiny.model(model_type, dtype=torch.float32)
+    architecture, scores = Architecture.of(model.config), calibrate(model, tiny.blocks(), metric="magnitude").scores[axis]
+    sizes = architecture.shape.sizes
+    layer = next(at for at, score in enumerate(scores) if score.isfinite().all())
+    for index in range(sizes[axis]):
+        keep = {axis: torch.tensor([other for other in range(sizes[axis]) if other != index])}
+        lost = 0.0
+        for name, parameter in architecture.parameters.items():
+            if parameter.layer == layer:
+                tensor = model.get_parameter(name).data
+                kept = sum(float(piece.square().sum()) for piece in pieces(tensor, parameter.pattern, keep, sizes))
+                lost += float(tensor.square().sum()) - kept
+        assert abs(float(scores[layer, index]) ** 2 - lost) < 1e-3 * lost
 
 
 def test_random_scores_repeat_with_their_seed():

@@ -87,6 +87,51 @@ def test_layers_of_kinds_that_a_model_has_not_are_refused(model_type, layers):
     assert "\n" not in str(caught.value)
 
 
+def test_a_block_that_layers_share_is_scored_and_corrected_by_all_that_use_it():
+    model, seen = tiny.model("zamba2", dtype=torch.float32), []
+    shape, statistics = Architecture.of(model.config).shape, calibrate(model, tiny.blocks(), moments=True)
+    hooks = [
+        model.get_submodule(f"model.layers.{layer}.shared_transformer.feed_forward.down_proj").register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
+        for layer in shape.layer_kinds["attention_layers"]
+    ]
+    with torch.no_grad():
+        model(input_ids=tiny.blocks()["input_ids"][:])
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 2
+    expected = sum(given.abs().mean(1).square().sum(0) for given in seen).sqrt()
+    assert torch.allclose(statistics.scores["ffn"][1], expected, rtol=1e-4)
+    assert statistics.scores["ffn"][[0, 2, 3]].isnan().all()
+    read = torch.cat([given.flatten(0, 1)[::4] for given in seen]).double()
+    moment = statistics.moments["model.layers.1.shared_transformer.feed_forward.down_proj"]
+    assert torch.allclose(moment[:-1].double(), read.T @ read / len(read), rtol=1e-3, atol=1e-5)
+    assert shape.flops_per_token(Architecture.of(model.config).rows) > 2 * shape.num_parameters(
+        Architecture.of(model.config).rows
+    )  # the block is met twice
+
+
+def test_layers_that_share_blocks_stay():
+    shape = Architecture.of(
+        tiny.config("zamba2", num_hidden_layers=6, layers_block_type=["linear_attention", "hybrid"] * 3)
+    ).shape
+    assert shape.cut_to({"layers": {"mamba": 1}})["layers"] == 4
+    scores = {"layers": torch.tensor([3.0, 0, 2, 0, 1, 0])}
+    assert make_plan(scores, shape, shape.cut_to({"layers": 5})).keep["layers"] == [0, 1, 2, 3, 5]
+    wrong = {
+        "2": "2 are fewer than 3: its layers of attention use shared blocks in turn",
+        "{attention: 2}": r"this model's are mamba \(0 to 3\), attention \(3 to 3\), shared \(1 to 1\)",
+    }
+    for layers, message in wrong.items():
+        with pytest.raises(ShapeError, match=message):
+            shape.cut_to({"layers": yaml.safe_load(layers)})
+    model = tiny.model("zamba2", dtype=torch.float32)
+    shape = Architecture.of(model.config).shape
+    with pytest.raises(ShapeError, match="attention_layers: cannot be cut in a zamba2: its layers of attention use shared"):
+        prune_model(model, Plan(shape, shape.with_layers([0, 1]), {"layers": [0, 1]}))
+
+
 def test_kinds_are_not_ranked_by_blocks_or_greedily():
     for score in ({"layers_block": 2}, {"layers_remove": 1}):
         with pytest.raises(ValueError, match="takes the best layers of each kind"):
@@ -149,7 +194,7 @@ def test_layers_whose_kinds_repeat_stay_in_whole_periods():
 @pytest.mark.parametrize("tokens", [12, 4])
 @pytest.mark.parametrize(
     "model_type", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "falcon_h1", "jamba",
-                   "mimo_v2_flash", "nemotron_h", "qwen3_5_text"]
+                   "mimo_v2_flash", "nemotron_h", "qwen3_5_text", "zamba2"]
 )  # fmt: skip
 def test_the_cache_that_is_counted_is_the_one_that_transformers_keeps(model_type, tokens):
     model = tiny.model(model_type, dtype=torch.float32)

@@ -55,7 +55,8 @@ def _add_squares(total: Tensor, tensor: Tensor, parameter: Parameter, axis: str,
     kept = {position} | ({0} if total.dim() == 2 else set())
     others = [at for at in range(tensor.dim()) if at not in kept]
     squares = tensor.float().square()
-    total.index_add_(-1, axes.labels(dim, axis, sizes), squares.sum(others) if others else squares)
+    squares, labels = squares.sum(others) if others else squares, axes.labels(dim, axis, sizes)
+    total.index_add_(-1, labels[labels >= 0], squares[..., labels >= 0])
 
 
 BASELINES: dict[str, Callable] = {"magnitude": magnitude, "random": chance}
