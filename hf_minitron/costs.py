@@ -12,7 +12,7 @@ class Costs:
 
     def num_parameters(self, rows: Mapping[str, str]) -> int:
         """Count the numbers that a model of this shape stores, whose tensors are `rows` (name to pattern); tied ones once."""
-        return sum(self._numbers(row, rows[row]) for row in rows)
+        return sum(self._numbers(row, rows[row], self.tensors(row)) for row in rows)
 
     def flops_per_token(self, rows: Mapping[str, str], context: int = 0) -> int:
         """Count the floating-point operations of the matrix products of one token's forward pass.
@@ -25,16 +25,15 @@ class Costs:
         dims = {row: [axes.dim_names(dim) for dim in axes.parse(pattern)] for row, pattern in rows.items()}
         # what has a size that no cut changes, or a projector's, belongs to a vision model: no token of text meets it
         dims = {row: names for row, names in dims.items() if names and all(names) and {"projector"} not in names}
-        heads = [row for row in dims if "vocab" in dims[row][0] and len(dims[row]) == 2]
+        heads = [row for row in dims if "vocab" in dims[row][0] and len(dims[row]) == 2 and "layers" not in dims[row][1]]
         flops = 0
         for row in dims:
             routed = dims[row][0] == {"experts"} and any("ffn" in names for names in dims[row])
-            looked_up = "positions" in dims[row][0] or row in heads[:-1]  # tied: one matrix, looked up and a head
+            # tied: one matrix, looked up and a head
+            looked_up = "positions" in dims[row][0] or row in heads[:-1] or "layers" in dims[row][-1]
             if looked_up or row.endswith("bias") or len(dims[row]) - routed < 2:
                 continue
-            weights = self._numbers(row, rows[row])
-            if (kinds := axes.placeholders(row)) and kinds == tuple(self.reused):
-                weights = weights * self[self.reused[kinds[0]]] // self[kinds[0]]
+            weights = self._numbers(row, rows[row], self.met(row))
             flops += 2 * (weights * self["experts_per_token"] // self["experts"] if routed else weights)
         if self.head_sizes:
             products = (self._seen_by(kind, context) * self[axis] for kind, axis in self.head_sizes.items())
@@ -86,12 +85,21 @@ class Costs:
             tokens, each = [n * size for n, size in zip(tokens, self.by_layer[axis], strict=True)], 1
         return self["layers"] * sum(tokens) // len(windows) * each
 
-    def _numbers(self, row: str, pattern: str) -> int:
-        """Count the numbers of all tensors of a row."""
+    def tensors(self, row: str) -> int:
+        """Count the tensors of a row."""
+        kinds = axes.placeholders(row)
+        return math.prod(self[axis] for axis in ((" ".join(kinds),) if " ".join(kinds) in self.sizes else kinds))
+
+    def met(self, row: str) -> int:
+        """Count how often a token meets a tensor of a row: weights that layers share by each of them."""
+        kinds = axes.placeholders(row)
+        return self[self.reused[kinds[0]]] if kinds and kinds == tuple(self.reused) else self.tensors(row)
+
+    def _numbers(self, row: str, pattern: str, tensors: int) -> int:
+        """Count the numbers of so many tensors of a row; of all where layers differ in size."""
         kinds = axes.placeholders(row)
         if not any(self.by_layer.keys() & axes.dim_names(dim) for dim in axes.parse(pattern)):
-            counted = (" ".join(kinds),) if " ".join(kinds) in self.sizes else kinds  # where no axes of theirs tell
-            return math.prod(self[axis] for axis in counted) * math.prod(axes.tensor_shape(pattern, self.sizes))
+            return tensors * math.prod(axes.tensor_shape(pattern, self.sizes))
         every = range(len(next(iter(self.by_layer.values()))))
         counts = (math.prod(axes.tensor_shape(pattern, self.at(layer))) for layer in self.layer_kinds.get(kinds[0], every))
         return self["layers"] * sum(counts) // len(every)

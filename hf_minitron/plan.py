@@ -95,7 +95,7 @@ class Plan:
             expert (`int`, *optional*): The teacher's expert, where every expert has its own tensors.
         """
         if layer is None:
-            return self._everywhere
+            return self._everywhere | ({"layers": torch.tensor(self.kept_layers)} if "layers" in self.keep else {})
         if layer not in self.kept_layers:
             return None
         position = self.kept_layers.index(layer)

@@ -185,7 +185,9 @@ def masked(model, plan, narrow_gated=False):
                     for user in users(model, module):
                         hooks.append(user.register_forward_hook(lambda m, args, output: output * mask.to(output)))
             embedding = isinstance(module, torch.nn.Embedding) and module.embedding_dim == sizes["hidden"]
-            if embedding or name.endswith(("embeddings_project", "embedding_hidden_mapping_in", "map_inputs_layer")):
+            between = (".altup_projections", ".altup_unembed_projections")  # Gemma 3n's states
+            made = name.endswith(("embeddings_project", "embedding_hidden_mapping_in", "map_inputs_layer"))
+            if embedding or made or name.rpartition(".")[0].endswith(between):
                 hooks.append(module.register_forward_hook(lambda m, args, output: output * mask.to(output)))
     yield
     for hook in hooks:
@@ -262,7 +264,7 @@ def test_pruned_equals_masked(model_type, axis):
     if (model_type, axis) in INEXACT:
         assert abs(error - INEXACT[model_type, axis]) < 0.02, error
     else:
-        bar = 1e-4 if teacher.dtype == torch.float32 else 1e-5 if model_type.startswith("gemma4") else 1e-6
+        bar = 1e-4 if teacher.dtype == torch.float32 else 1e-5 if model_type.startswith(("gemma3n", "gemma4")) else 1e-6
         assert error < bar, error  # norms, routers and rotations compute in float32, and Gemma 4 does not scale its scores
 
 
@@ -507,7 +509,7 @@ def test_an_unknown_family_with_almost_llamas_names_is_refused(model_type, wrong
         Architecture.of(tiny.config(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["afmoe", "gemma", "gemma2", "gemma3_text", "minicpm3", "vaultgemma"])
+@pytest.mark.parametrize("model_type", ["afmoe", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "minicpm3", "vaultgemma"])
 def test_a_narrower_stream_is_as_large_when_the_head_is_the_embedding(model_type):
     """The last norm takes back what the embedding makes up for."""
     teacher = tiny.model(model_type, tie_word_embeddings=True)
@@ -801,7 +803,34 @@ def test_a_setting_that_makes_a_cut_inexact_is_told():
         assert relative(logits(student), logits(teacher)) > 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "gemma3n_text", "dbrx", "rwkv", "t5"])
+def test_layers_that_use_others_keys_are_cut_by_kind_and_an_mlp_of_outstanding_channels_is_inexact():
+    """Gemma 3n's; every layer has a slice of one table of embeddings."""
+    teacher = tiny.model("gemma3n_text")
+    shape = Architecture.of(teacher.config).shape
+    assert {kind: len(layers) for kind, layers in shape.layer_kinds.items()} == dict.fromkeys(("kv_layers", "store_layers",
+                                                                                               "shared_layers"), 2)  # fmt: skip
+    with pytest.raises(ShapeError, match="layers: 1 are fewer than 2: the last layers use their keys and values"):
+        shape.cut_to({"layers": 1})
+    for kept in ([1, 2, 3, 4], [0, 2, 3, 5], [2, 3, 4, 5]):
+        teacher = tiny.model("gemma3n_text")
+        plan = Plan(shape, shape.cut_to({"layers": 4}), {"layers": kept})
+        student = prune_model(teacher, plan)
+        assert student.config.num_kv_shared_layers == sum(layer > 3 for layer in kept)
+        with masked(teacher, plan):
+            assert relative(logits(student), logits(teacher)) < 1e-6
+    sparse = tiny.model("gemma3n_text", activation_sparsity_pattern=[0.9, 0.5, *[0.0] * 4])
+    plan = plan_for(sparse, ffn=32)
+    assert "stands out from all channels" in Architecture.of(sparse.config).inexact["ffn"]
+    assert "ffn" not in Architecture.of(teacher.config).inexact
+    student = prune_model(sparse, plan)
+    with masked(sparse, plan):
+        assert relative(logits(student), logits(sparse)) > 1e-3
+    plan = Plan(shape, shape.cut_to({"layers": 4}), {"layers": [1, 2, 3, 4]})
+    student = prune_model(tiny.model("gemma3n_text", activation_sparsity_pattern=[0.9, 0.5, *[0.0] * 4]), plan)
+    assert student.config.activation_sparsity_pattern == [0.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "gemma3n", "dbrx", "rwkv", "t5"])
 def test_whatever_is_no_family_of_ours_is_refused_in_words(model_type):
     with pytest.raises(ValueError, match="does not cover model type|does not make a causal language model"):
         Architecture.of(tiny.AutoConfig.for_model(model_type))

@@ -163,13 +163,13 @@ def test_losses_on_states_that_some_layers_lack_are_refused():
         check_states(config, config, 3, ["query_query"], "last-2")
 
 
-@pytest.mark.parametrize("model_type", ["bamba", "falcon_h1", "lfm2", "nemotron_h", "qwen3_5_text"])
+@pytest.mark.parametrize("model_type", ["bamba", "falcon_h1", "gemma3n_text", "lfm2", "nemotron_h", "qwen3_5_text", "zamba2"])
 def test_a_removed_layer_costs_what_the_model_without_it_loses(model_type):
     model, rows = tiny.model(model_type, dtype=torch.float32), tiny.blocks()["input_ids"][:]
     shape, costs = Architecture.of(model.config).shape, removal_costs(model, tiny.blocks(), "loss")
     layers = range(shape["layers"])
     for layer in layers:
-        if (layer,) == shape.layer_kinds.get("attention_layers"):
+        if (layer,) == shape.layer_kinds.get("attention_layers") or layer in shape.staying:
             continue  # a student without it is refused
         kept = [other for other in layers if other != layer]
         without = prune_model(model, Plan(shape, shape.cut_to({"layers": len(kept)}), {"layers": kept}))
@@ -193,13 +193,20 @@ def test_layers_whose_kinds_repeat_stay_in_whole_periods():
 
 @pytest.mark.parametrize("tokens", [12, 4])
 @pytest.mark.parametrize(
-    "model_type", ["llama", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "falcon_h1", "jamba",
+    "model_type", ["llama", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "falcon_h1", "jamba",
                    "mimo_v2_flash", "nemotron_h", "qwen3_5_text", "zamba2"]
 )  # fmt: skip
 def test_the_cache_that_is_counted_is_the_one_that_transformers_keeps(model_type, tokens):
     model = tiny.model(model_type, dtype=torch.float32)
     kept, shape = tiny.cached_numbers(model, tokens), Architecture.of(model.config).shape
-    one_less = {"gemma2": 3, "gemma3_text": 3, "gemma4_text": 1, "gemma4_unified_text": 2, "mimo_v2_flash": 3}
+    one_less = {
+        "gemma2": 3,
+        "gemma3_text": 3,
+        "gemma3n_text": 2,
+        "gemma4_text": 1,
+        "gemma4_unified_text": 2,
+        "mimo_v2_flash": 3,
+    }
     # Transformers keeps a window without the token that is predicted from it
     assert abs(4 * kept - shape.cache_bytes(tokens, 4)) <= 4 * 2 * 2 * 6 * one_less.get(model_type, 0)
     for count in (8, 100):

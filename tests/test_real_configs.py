@@ -139,6 +139,7 @@ PUBLISHED = {
     "ibm-granite/granite-4.0-h-micro": 3_191_396_096,
     "Qwen/Qwen3-Next-80B-A3B-Instruct": 79_674_391_296,
     "ibm-granite/granite-4.0-h-tiny": 6_939_037_248,
+    "Zyphra/Zamba2-1.2B": 1_215_064_704,
 }
 
 # Repository to what is wrong with it and what to do.
@@ -164,6 +165,7 @@ CUT = {
 CUT |= {"attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "block_auto_adjust_ff_dim"}
 CUT |= {
     "full_attn_idxs",
+    "hybrid_layer_ids",
     "shared_intermediate_size",
     "num_experts",
     "num_local_experts",
@@ -237,7 +239,7 @@ def test_plan_agrees_with_the_published_count(repository, tmp_path, capsys):
     full, small, _ = prune.shapes(prune.Args(target), str(folder(repository)))
     kept = list(range(full["layers"]))[-small["layers"] :]
     if full.layer_kinds:  # the first ones, which `plan` takes to stay
-        kept = list(range(small["layers"]))
+        kept = full.first_layers(small["layers"], {})
     student = student_config(Architecture.of(config), Plan(full, small, {"layers": kept}))
     student.save_pretrained(tmp_path / "student")
     loaded = AutoConfig.from_pretrained(tmp_path / "student")

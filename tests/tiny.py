@@ -105,6 +105,11 @@ CHANGES = {
                   "key_multiplier": 0.5, "mlp_multipliers": [0.6, 0.7], "ssm_in_multiplier": 0.8, "embedding_multiplier": 3.0},
     "gemma2": {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "sliding_window": 5},
     "gemma3_text": {"query_pre_attn_scalar": 7, "sliding_window": 5, "sliding_window_pattern": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 5, "laurel_rank": 7,
+        "altup_num_inputs": 3, "sliding_window": 5, "final_logit_softcapping": 5.0,
+    },
     "gemma4_text": {
         **GEMMA4, "hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": 99, "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
@@ -195,7 +200,7 @@ MORE_TYPES = (
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",
-    "gemma4_text", "gemma4_unified_text", "mimo_v2_flash", "olmo_hybrid", "sarvam_moe",
+    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "mimo_v2_flash", "olmo_hybrid", "sarvam_moe",
     "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
     "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "llama4_text", "mellum",
     "minimax_m2", "olmoe", "phimoe", "solar_open",
@@ -277,7 +282,7 @@ def every_kind(shape):
         return shape["layers"]
     kinds = {kind: set(layers) for kind, layers in shape.layer_kinds.items()}
     for kind, layers in kinds.items():
-        if len(layers) > 1 and all(other - {layer} for other in kinds.values() for layer in layers):
+        if kind not in shape.fixed and len(layers) > 1 and all(other - {layer} for other in kinds.values() for layer in layers):
             return {kind.removesuffix("_layers"): len(layers) - 1}
     return WIDTHS["layers"]
 

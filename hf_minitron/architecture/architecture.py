@@ -170,8 +170,7 @@ class Architecture:
     @cached_property
     def inexact_for_text(self) -> dict[str, str]:
         """The axes whose cut changes more than masking would of text, too."""
-        family, config = self.family, text_config(self.config)
-        return dict(family.inexact) | {a: why for a, (key, why) in family.inexact_if.items() if getattr(config, key, False)}
+        return self.family.inexact_for(text_config(self.config))
 
     def taps(self, axis: str) -> list[Place]:
         """Return where the activations of an axis are read.

@@ -147,14 +147,16 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
         used.append((axes.parse(family.rows[row]), model.parameters[name]))
         for axis, index in places.items():
             indices.setdefault(axis, set()).add(index)
-    # a number that no cut changes, where placeholders are no axes
-    held = Counter(axes.placeholders(row) for row in dict.fromkeys(row for row, _ in matches.values()))
-    tensors = Counter(axes.placeholders(row) for row, _ in matches.values())
-    sizes |= {" ".join(key): tensors[key] // held[key] for key in held if len(key) > 1 and not sizes.keys() >= set(key[1:])}
     kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
+    listed = {kind: getattr(config, key, None) or () for kind, (key, _) in family.kinds.items()}
+    listed = {kind: tuple(at for at, own in enumerate(listed[kind]) if own in family.kinds[kind][1]) for kind in listed}
+    kinds |= {kind: layers for kind, layers in listed.items() if layers}
     by_layer = {} if family.head_sizes else sizes_by_layer(config, keys)  # there kinds of layers differ, by the tables
     sizes |= largest(by_layer)
     sizes |= {kind: len(layers) for kind, layers in kinds.items()}
+    # placeholders that are no axes: how many tensors a row with them has, which no cut changes
+    counts = {axes.placeholders(row): count for row, count in Counter(row for row, _ in matches.values()).items()}
+    sizes |= {" ".join(places): count for places, count in counts.items() if not sizes.keys() >= {*places, "layers"}}
     for _ in range(3):  # a size that is solved may help to solve another
         for dims, shape in used:
             for dim, size in zip(dims, shape, strict=False):

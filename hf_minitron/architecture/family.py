@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_minitron import axes
-from hf_minitron.architecture import alibi, bert, delta, gemma4, gpt, hybrid, llama, mla, moe, zamba
+from hf_minitron.architecture import alibi, bert, delta, gemma3n, gemma4, gpt, hybrid, llama, mla, moe, zamba
 from hf_minitron.architecture.roles import ROLES
 from hf_minitron.architecture.vision import Tower
 
@@ -39,7 +39,8 @@ class Family:
         states (`Mapping[str, str]`): Kind of layers to the numbers that each keeps of a text whatever its length.
         only_ffn (`str`, *optional*): The axis that is called `ffn` in models without routed experts.
         inexact (`Mapping[str, str]`): Axis to the reason why cutting it changes more than masking it would.
-        inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true: axis to key and reason.
+        inexact_if (`Mapping[str, tuple[str, str]]`): The same, where a key of `config.json` is true, or an item of it: axis to
+            key and reason.
         rescaled (`Mapping[str, Mapping[str, float]]`): Axis whose size the class computes a factor from, to the roles whose
             tensors make up for it: to the power of old size / new size that they are multiplied by. `last_norm` is a role here.
         rescaled_if (`str`): The key of `config.json` that says whether it does, where it depends.
@@ -86,6 +87,12 @@ class Family:
         keys = {axis: key for axis, key in self.config_keys.items() if axis != self.only_ffn}
         return replace(self, rows=rows, config_keys={**keys, "ffn": self.config_keys[self.only_ffn]}, only_ffn=None)
 
+    def inexact_for(self, config: object) -> dict[str, str]:
+        """Return the axes whose cut is inexact in models of a config, with the reasons."""
+        given = {axis: getattr(config, key, False) for axis, (key, _) in self.inexact_if.items()}
+        given = {axis: any(value) if isinstance(value, list) else value for axis, value in given.items()}
+        return {**self.inexact, **{axis: why for axis, (_, why) in self.inexact_if.items() if given[axis]}}
+
     def role(self, row: str) -> str:
         """Return the role of the parameters of a row.
 
@@ -125,7 +132,11 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(**table) for name, table in (gpt.TABLES | alibi.TABLES | bert.TABLES).items()},
     **{name: replace(MOE, **table) for name, table in moe.TABLES.items()},
     **{name: replace(MLA, **table) for name, table in mla.TABLES.items()},
-    **{name: Family(**table) for name, table in (hybrid.TABLES | delta.TABLES | gemma4.TABLES | zamba.TABLES).items()},
+    **{
+        name: Family(**table)
+        for tables in (hybrid.TABLES, delta.TABLES, gemma3n.TABLES, gemma4.TABLES, zamba.TABLES)
+        for name, table in tables.items()
+    },
 }
 
 

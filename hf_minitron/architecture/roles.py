@@ -8,8 +8,8 @@ ATTENTION = ("query", "key", "value", "qkv", "output", "inner", "mixer")
 # The axes that are read where they go out, by the role of the projections that they go through.
 READ_AT = {"down": ("ffn", "experts", "dense_ffn", "shared_ffn"), "output": ("heads", "ssm_heads", "conv_channels")}
 
-# What gives these reads hidden channels, but is not corrected: routers, and adapters of weights that layers share.
-ONLY_SLICED = {"experts", "adapter_rank"}
+# What gives these reads hidden channels, but is not corrected: routers, adapters of weights that layers share.
+ONLY_SLICED = {"experts", "adapter_rank", "altup"}
 
 ROLES = {
     "embed_tokens": "embedding",

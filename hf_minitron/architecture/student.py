@@ -26,7 +26,7 @@ from hf_minitron.shape import Shape, ShapeError
 # Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
 LAYER_LISTS = (
     "layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta", "attention_layers", "moe_topk",
-    "num_attention_heads_per_layer", "indexer_types",
+    "num_attention_heads_per_layer", "indexer_types", "activation_sparsity_pattern",
 )  # fmt: skip
 # Entries that list layers by their indices, which a depth cut counts anew.
 INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
@@ -39,6 +39,8 @@ PERIODS = (
 # which are not.
 DENSE_LIST, DENSE_STEP, MOE_LIST = "mlp_only_layers", "decoder_sparse_step", "moe_layers"
 DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# Entries that count the last layers, which reuse something of earlier ones.
+LAST_COUNTS = ("num_kv_shared_layers",)
 # Of gpt_neo: the layers' kinds of attention, and how often they come.
 KINDS = "attention_types"
 
@@ -233,6 +235,8 @@ def _by_layer(architecture: Architecture, layers: Sequence[int]) -> dict[str, ob
     if hasattr(config, DENSE_LIST):
         changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
     changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
+    last = {key: architecture.shape["layers"] - getattr(config, key) for key in LAST_COUNTS if hasattr(config, key)}
+    changes |= {key: sum(layer >= first for layer in layers) for key, first in last.items()}
     if hasattr(config, MOE_LIST):
         changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
     if hasattr(config, KINDS):

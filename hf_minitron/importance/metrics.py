@@ -89,7 +89,7 @@ class BlockImportance:
         """Add one batch, as `Metric.update` has it."""
         before, after = activation
         change = 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (batch, seq)
-        counted = torch.ones_like(change) if mask is None else mask.to(change.dtype)
+        counted = torch.ones_like(change) if mask is None else mask.to(change.dtype).expand_as(change)
         # float64 because a sum of many small changes is averaged; a few numbers per batch
         self.totals[0] = self.totals[0] + (change * counted).sum(dtype=torch.float64)
         self.totals[1] = self.totals[1] + counted.sum(dtype=torch.float64)

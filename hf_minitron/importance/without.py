@@ -4,7 +4,7 @@ So masks, positions and the last norm are the class's own, whatever the family. 
 is left out: one pass keeps the input of every layer, and what the model says without a block needs only the layers behind it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,13 @@ def without_layers(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[No
     architecture, names = Architecture.of(model.config), layer_names(model)
     attends = {layer for layer, _ in architecture.taps("heads")}
     identity = {names[layer]: partial(_identity, architecture, layer if layer in attends else None) for layer in layers}
-    with probe(model, instead=identity):
+    with probe(model, _as_given(identity)) if architecture.shape.staying else probe(model, instead=identity):
         yield
+
+
+def _as_given(layers: Iterable[str]) -> list[tuple[str, Callable[[Visit], Tensor]]]:
+    """Return what lets layers run and give their input: later ones may need what they make beside their states."""
+    return [(layer, lambda visit: visit.input) for layer in layers]
 
 
 def _identity(architecture: Architecture, layer: int | None, visit: Visit) -> Any:
@@ -90,7 +95,9 @@ class WholePass:
         skipped = dict.fromkeys(
             layer_names(self.model)[: removal.block.stop], lambda visit: _output(architecture, visit.name, given)
         )
-        zeroed = [(name, lambda visit: torch.zeros_like(visit.states)) for name in removal.zeroed]
-        with probe(self.model, zeroed, instead=skipped):
+        changed = [(name, lambda visit: torch.zeros_like(visit.states)) for name in removal.zeroed]
+        if architecture.shape.staying:
+            changed, skipped = changed + _as_given(list(skipped)[removal.block.start :]), {}
+        with probe(self.model, changed, instead=skipped):
             last = base_model(self.model)(**self.inputs, use_cache=False).last_hidden_state
         return last[self.text_mask.to(last.device)]

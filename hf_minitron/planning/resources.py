@@ -215,7 +215,7 @@ def saved_bytes(architecture: Architecture, mixed: bool) -> int:
 
 def _tokens_seen(row: str, names: list[set[str]], shape: Shape) -> float:
     """Return how many tensors of a row a token meets; of experts, those that it is sent to."""
-    copies = math.prod(shape[axis] for axis in axes.placeholders(row))
+    copies = shape.met(row)
     if names and names[0] == {"experts"}:
         return copies * shape["experts_per_token"]
     return copies * shape["experts_per_token"] / shape["experts"] if "experts" in axes.placeholders(row) else copies
