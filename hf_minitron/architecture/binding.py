@@ -150,7 +150,7 @@ def shape_of(family: Family, model: Outline, matches: Matches) -> Shape:
     kinds = {kind: tuple(sorted(found)) for kind, found in indices.items() if kind.endswith("_layers")}
     listed = {kind: getattr(config, key, None) or () for kind, (key, _) in family.kinds.items()}
     listed = {kind: tuple(at for at, own in enumerate(listed[kind]) if own in family.kinds[kind][1]) for kind in listed}
-    kinds |= {kind: layers for kind, layers in listed.items() if layers}
+    kinds = {kind: layers for kind, layers in listed.items() if layers} | kinds
     by_layer = {} if family.head_sizes else sizes_by_layer(config, keys)  # there kinds of layers differ, by the tables
     sizes |= largest(by_layer)
     sizes |= {kind: len(layers) for kind, layers in kinds.items()}

@@ -68,7 +68,8 @@ def student_config(architecture: Architecture, plan: Plan) -> PreTrainedConfig:
         ShapeError: when no class holds the shape.
     """
     for axis, reason in architecture.family.fixed.items():
-        if axis in plan.after.sizes and plan.after[axis] != plan.before[axis]:
+        stays = set(architecture.shape.layer_kinds.get(axis, ())) <= set(plan.kept_layers)
+        if not stays or axis in plan.after.sizes and plan.after[axis] != plan.before[axis]:
             raise ShapeError(f"{axis}: cannot be cut in a {architecture.config.model_type}: {reason}")
     tokens, around = _new_tokens(architecture, plan)
     student, reason = _try_config(architecture, plan.after, plan.kept_layers, tokens, around)
