@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.layer_settings import LAYER_LISTS
 from hf_minitron.architecture.outline import outline
-from hf_minitron.architecture.student import LAYER_LISTS, student_config
+from hf_minitron.architecture.student import student_config
 from hf_minitron.plan import Plan
 from hf_minitron.stages import prune
 

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, named_ids, pruned_vocab, text_config, with_text
+from hf_minitron.architecture.layer_settings import layer_settings
 from hf_minitron.architecture.nonuniform import PER_LAYER, per_layer_config, pruned_config
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
@@ -22,27 +23,6 @@ from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, stand_in
 from hf_minitron.shape import Shape, ShapeError
-
-# Entries of config.json with one item per layer; a depth cut keeps the items of the kept layers.
-LAYER_LISTS = (
-    "layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types", "layer_rope_theta", "attention_layers", "moe_topk",
-    "num_attention_heads_per_layer", "indexer_types", "activation_sparsity_pattern",
-)  # fmt: skip
-# Entries that list layers by their indices, which a depth cut counts anew.
-INDEX_LISTS = ("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
-# Entries that say of which layers every so manieth is of a kind: the period, the first one, and the kind.
-PERIODS = (
-    ("attn_layer_period", "attn_layer_offset", "attention_layers"),
-    ("expert_layer_period", "expert_layer_offset", "moe_layers"),
-)
-# Entries that say which layers of a mixture of experts are dense: a list of their indices, the count of the first ones; and
-# which are not.
-DENSE_LIST, DENSE_STEP, MOE_LIST = "mlp_only_layers", "decoder_sparse_step", "moe_layers"
-DENSE_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-# Entries that count the last layers, which reuse something of earlier ones.
-LAST_COUNTS = ("num_kv_shared_layers",)
-# Of gpt_neo: the layers' kinds of attention, and how often they come.
-KINDS = "attention_types"
 
 
 def check_target(architecture: Architecture, after: Shape) -> None:
@@ -185,7 +165,7 @@ def _changes(architecture: Architecture, after: Shape, layers: Sequence[int]) ->
         key: axes.dim_size(axes.parse(size)[0], after.sizes) for key, size in family.follows.items() if hasattr(config, key)
     }
     changes |= per_layer_config(config, family.config_keys, architecture.shape, after, layers)
-    return changes | _by_layer(architecture, layers) | family.settings
+    return changes | layer_settings(config, architecture.shape, layers) | family.settings
 
 
 def _try_config(
@@ -218,40 +198,6 @@ def _try_config(
     if not wrong:
         return student, ""
     return None, f"it would make {wrong[0]!r} of shape {found.get(wrong[0])}, not {expected.get(wrong[0])}"
-
-
-def _by_layer(architecture: Architecture, layers: Sequence[int]) -> dict[str, object]:
-    """Return what the student's config says of single layers, in their new numbers."""
-    config, kinds = text_config(architecture.config), architecture.shape.layer_kinds
-    names = config.attribute_map or {}
-    written = config.to_dict().keys()  # else a property, which follows from other entries
-
-    def now(indices: Sequence[int]) -> list[int]:
-        return [new for new, old in enumerate(layers) if old in indices]
-
-    lists = [key for key in LAYER_LISTS if names.get(key, key) in written and isinstance(getattr(config, key), list | tuple)]
-    changes = {key: [getattr(config, key)[i] for i in layers] for key in lists}
-    changes |= {key: now(getattr(config, key)) for key in INDEX_LISTS if getattr(config, key, None)}
-    dense = now(kinds.get("dense_layers", ()))
-    if hasattr(config, DENSE_LIST):
-        changes |= {DENSE_LIST: dense, DENSE_STEP: 1}
-    changes |= {key: len(dense) for key in DENSE_COUNTS if hasattr(config, key)}
-    last = {key: architecture.shape["layers"] - getattr(config, key) for key in LAST_COUNTS if hasattr(config, key)}
-    changes |= {key: sum(layer >= first for layer in layers) for key, first in last.items()}
-    if hasattr(config, MOE_LIST):
-        changes[MOE_LIST] = [layer for layer in range(len(layers)) if layer not in dense]
-    if hasattr(config, KINDS):
-        changes[KINDS] = [[changes["attention_layers"], 1]]
-    for period, first, kind in PERIODS:
-        if hasattr(config, period):
-            changes |= dict(zip((period, first), _period(now(kinds.get(kind, ())), len(layers)), strict=True))
-    return changes
-
-
-def _period(places: Sequence[int], layers: int) -> tuple[int, int]:
-    """Return period and first place of every so manieth of some layers; of places that are not evenly spaced those of one."""
-    period = places[1] - places[0] if len(places) > 1 else layers + 1
-    return period, places[0] % period if places else layers
 
 
 def _expected(
