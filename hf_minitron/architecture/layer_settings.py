@@ -1,4 +1,4 @@
-"""What `config.json` says of single layers: lists with an item for each, indices, counts and periods; a depth cut renumbers it."""
+"""What `config.json` says of single layers (lists, indices, counts, periods), which a depth cut renumbers."""
 
 from collections.abc import Sequence
 
