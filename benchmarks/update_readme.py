@@ -20,7 +20,6 @@ from hf_minitron import Report
 from hf_minitron.evaluation.report import TEXT, Comparison
 from hf_minitron.evaluation.wording import measured, millions, quality_rows, sentence, speed_rows
 from hf_minitron.json_files import read_json
-from hf_minitron.stages.every import STAGES
 from hf_minitron.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,19 +28,22 @@ RACE, ECONOMY = ROOT / "benchmarks/results/race.json", ROOT / "benchmarks/result
 MODELS, SEARCH = ROOT / "benchmarks/results/models", ROOT / "benchmarks/results/search"
 
 
-def demo_block(run: Path, recipe: Path) -> str:
-    """Return the demo's table, pictures and times."""
-    report, log = Report.load(run / "evaluate/report.json"), read_json(run / "distill/log.json")
-    marks = {stage: run / stage / "done.json" for stage in STAGES}
-    seconds = {stage: json.loads(mark.read_text())["seconds"] for stage, mark in marks.items() if mark.is_file()}
+def turned(rows: list[list[str]]) -> list[list[str]]:
+    """Return a table with a row for each of its columns, which is narrow where models are few."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def demo_block(kept: Path, recipe: Path) -> str:
+    """Return the demo's tables, pictures and times, from its kept card."""
+    report, log, seconds = Report.load(kept / "report.json"), read_json(kept / "log.json"), seconds_of(kept)
     times = ", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items())
     picture = recipe.relative_to(ROOT)
     return "\n\n".join(
         [
-            markdown_table(quality_rows(report)),
+            markdown_table(turned(quality_rows(report))),
             "Held-out text, ± standard error; *pruned* is the student before it learns, "
             f"*distilled* after {log['tokens']:,} tokens.",
-            markdown_table(speed_rows(report)),
+            markdown_table(turned(speed_rows(report))),
             f"| what was cut | what was learnt |\n| --- | --- |\n| ![Sizes before and after]({picture}/shapes.png) "
             f"| ![Distillation loss]({picture}/loss.png) |",
             f"2 CPU cores, {sum(seconds.values()) / 60:.1f} minutes after installing: {times}.",
@@ -49,16 +51,21 @@ def demo_block(run: Path, recipe: Path) -> str:
     )
 
 
-def expected_block(run: Path, recipe: Path) -> str:
+def seconds_of(kept: Path) -> dict[str, float]:
+    """Return what each stage of a kept run took."""
+    return json.loads((kept / "card.json").read_text())["seconds"]
+
+
+def expected_block(kept: Path, recipe: Path) -> str:
     """Return the table of the demo's recipe: sizes, tokens, and what to expect of it."""
-    report, log = Report.load(run / "evaluate/report.json"), read_json(run / "distill/log.json")
+    report, log = Report.load(kept / "report.json"), read_json(kept / "log.json")
     whole = yaml.safe_load((recipe / "recipe.yaml").read_text())
     distill = whole["distill"]
     rows = distill["per_device_train_batch_size"] * distill.get("gradient_accumulation_steps", 1)
     tokens = distill["max_steps"] * rows * distill["block_size"]
     sizes = [report.models[name]["parameters"] for name in ("teacher", "distilled")]
     expected = ", ".join(f"{measured(report.entry(name, 'perplexity'))} ({name})" for name in report.models)
-    seconds = sum(json.loads(mark.read_text())["seconds"] for mark in run.glob("*/done.json"))
+    seconds = sum(seconds_of(kept).values())
     rows = [
         ["parameters", f"{sizes[0]:,} to {sizes[1]:,}"],
         ["tokens", f"{tokens / 1e3:.1f} k (fewer where `minutes: {whole['minutes']}` are too few)"],
@@ -116,7 +123,7 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
         parts += [
             f"**{size.upper()}**, {tokens:,} tokens; ± standard error",
             markdown_table(rows),
-            f"![Distillation losses](benchmarks/results/models/{size}.png)",
+            f"![Distillation losses](../benchmarks/results/models/{size}.png)",
             "With all tokens, and with a third of them (*distilled* is ours):",
             "\n".join(f"- {words}" for words in said if " published " in f" {words}"),
             "<details><summary>The others</summary>",
@@ -124,6 +131,17 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
             "</details>",
         ]
     return "\n\n".join(parts)
+
+
+def short_block(sizes: dict[str, tuple[Report, int]]) -> str:
+    """Return what the README says of the models: a sentence for every size, and the curves of the first."""
+    said = []
+    for size, (report, tokens) in sizes.items():
+        value = {name: report.value(name, "perplexity") for name in ("teacher", "published", "distilled", "nonuniform-third")}
+        said.append(f"- **{size.upper()}, {tokens:,} tokens**: perplexity {value['published']:.1f} by the published recipe, "
+                    f"{value['distilled']:.1f} by ours; layers of different sizes reach {value['nonuniform-third']:.1f} with a "
+                    f"third of the tokens (teacher {value['teacher']:.1f}).")  # fmt: skip
+    return "\n".join(said) + f"\n\n![Distillation losses](benchmarks/results/models/{next(iter(sizes))}.png)"
 
 
 def asked(report: Report) -> list[Comparison]:
@@ -147,7 +165,7 @@ def economy_block(found: list[dict]) -> str:
 
 
 def main() -> None:
-    """Rewrite the blocks; the demo's where its run is there, the race's where it was run."""
+    """Rewrite the blocks; the demo's card first where its run is there, the race's where it was run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
     run = parser.parse_args().run.resolve()
@@ -160,13 +178,14 @@ def main() -> None:
         blocks["economy"] = economy_block(json.loads(ECONOMY.read_text()))
     cards = {path.stem: ROOT / f"model_cards/smollm2-135m-{path.stem}/report.json" for path in sorted(MODELS.glob("*.json"))}
     tokens = {size: json.loads((MODELS / f"{size}.json").read_text())["tokens"] for size in cards}
-    blocks["models"] = models_block({size: (Report.load(path), tokens[size]) for size, path in cards.items()})
+    models = {size: (Report.load(path), tokens[size]) for size, path in cards.items()}
+    blocks |= {"models": models_block(models), "short": short_block(models)}
+    recipe, kept = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
     if run.is_dir():
-        blocks["demo"] = demo_block(run, ROOT / "recipes" / run.name)
-        blocks["expected"] = expected_block(run, ROOT / "recipes" / run.name)
         for name in ("loss.png", "shapes.png"):
             shutil.copyfile(run / "publish/model" / name, ROOT / "recipes" / run.name / name)
         keep(run, run.name)
+    blocks |= {"demo": demo_block(kept, recipe), "expected": expected_block(kept, recipe)}
     for name, block in blocks.items():
         write_block(name, block)
 

@@ -40,14 +40,14 @@ class ScriptArguments:
     calibration_tokens: int = 32_768
     documents: int = 200
     prompt_tokens: int = 32
-    max_new_tokens: int = 256
+    document_tokens: int = 256
     min_tokens: int = 16
     batch_size: int = 16
 
 
 def written(script: ScriptArguments, teacher, tokenizer, prompts: Dataset, seed: int) -> Dataset:
     """Return documents that the teacher continues, but those that are empty, short, repetitive or a copy."""
-    config = sampling(teacher, tokenizer, script.max_new_tokens, temperature=0.8, top_p=0.95)
+    config = sampling(teacher, tokenizer, script.document_tokens, temperature=0.8, top_p=0.95)
     sieve, kept = Sieve(script.min_tokens, max_repeated=0.1), []
     prompts = prompts.select(range(min(script.documents, len(prompts))))
     for number, batch in enumerate(tqdm(prompts.iter(script.batch_size), "Writing", unit=" batches")):

@@ -412,7 +412,7 @@ SCRIPTS = {
     "depth": [["--layers", 2, "--losses", '{"forward_kl": 1, "block": 1, "embedding": 1}', "--layer_pairs", "uniform"]],
     "cached_teacher": [["--ffn", 48, "--tokens", 640, "--draws", 4]],
     "custom_loss": [["--ffn", 48], ["--ffn", 48, "--tokens", 640, "--cache_top_k", 7]],
-    "sdg": [["--ffn", 48, "--documents", 12, "--max_new_tokens", 20, "--min_tokens", 4]],
+    "sdg": [["--ffn", 48, "--documents", 12, "--document_tokens", 20, "--min_tokens", 4]],
 }
 
 
