@@ -26,7 +26,6 @@ from hf_minitron.checkpoint.checkpoint import best_device, load_model
 from hf_minitron.data.mixture import mixed_blocks, read_sources
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS
-from hf_minitron.json_files import read_json
 from hf_minitron.memory import keep_freed_memory
 
 RESULT = Path(__file__).with_name("results") / "economy.json"
@@ -99,7 +98,7 @@ def main() -> None:
     keep_freed_memory()
     rows = prepare(args.data.resolve(), args.runs.resolve(), args.model)[VALIDATION]
     texts = read_sources({str(args.runs.resolve() / f"{name}.jsonl"): 1.0 for name in TRAINING})
-    found = read_json(args.json) if args.json.is_file() else []
+    found = json.loads(args.json.read_text()) if args.json.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
         blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=Path(folder) / "blocks")
