@@ -73,6 +73,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "1 sequence, 3e-4, linear": {"learning_rate": 3e-4, **LINEAR},
     "1 sequence, 6e-4, linear": {"learning_rate": 6e-4, **LINEAR},
     "1 sequence, 1.5e-4, linear": {"learning_rate": 1.5e-4, **LINEAR},
+    "1 sequence, 3e-4, linear, no warm-up": {"learning_rate": 3e-4, **LINEAR, "warmup_steps": 0},
     "average (EMA 0.9)": {"learning_rate": 3e-4, **LINEAR, "ema_decay": 0.9},
     "20 % most uncertain positions": {"learning_rate": 3e-4, **LINEAR, "losses": {uncertain_positions: 1.0}},
     "Muon, 4 sequences, 1e-3, linear": {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **LINEAR, "muon": True},
@@ -121,11 +122,11 @@ def trained(
     """Train a student in one way; return what it makes of the validation split, and the tokens that it saw once or again."""
     device = best_device()
     model = load_model(student, torch.float32, device).train()
-    way = {"per_device_train_batch_size": 1, **way}
+    way = {"per_device_train_batch_size": 1, "warmup_steps": 0.05, **way}
     muon, callback, epochs = (way.pop(name, None) for name in ("muon", "callback", "epochs"))
     epochs = epochs or 1
     blocks = blocks.select(range(len(blocks) // epochs))
-    settings = {"num_train_epochs": epochs, "warmup_steps": 0.05, "max_grad_norm": 1.0, "seed": seed}
+    settings = {"num_train_epochs": epochs, "max_grad_norm": 1.0, "seed": seed}
     args = DistillationArguments(str(out), save_strategy="no", report_to="none", logging_steps=4, **settings, **way)
     optimizer = (MuonAdamW(model, args.learning_rate), None) if muon else (None, None)
     callbacks = [callback()] if callback else None

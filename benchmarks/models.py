@@ -10,7 +10,8 @@ their tokens alone share scores and pruned weights. Trained and calibrated on we
 documents held out of each, and on books and documentation that neither training nor calibration has read. Settings of training
 are tried with few tokens, and chosen for every shape by its loss on a validation split that is apart from all test text.
 
-The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one.
+The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one. A folder of runs
+belongs to one version of the code: what a student was made with is not looked at again once it is measured.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_mode
 from hf_minitron.environment import environment
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS
-from hf_minitron.json_files import read_json
+from hf_minitron.json_files import read_json, write_whole
 from hf_minitron.recipe import load_recipe
 from hf_minitron.run import Run
 from hf_minitron.stages.every import STAGES
@@ -298,9 +299,7 @@ def measure(out: Path, run: Run, stage: str, texts: dict[str, list[list[int]]]) 
             losses[name] = [[float(value), len(row) - 1] for value, row in zip(values, rows, strict=True)]
     seconds = read_json(run.path(stage) / "done.json")["seconds"]
     facts = {"parameters": model.num_parameters(), "seconds": seconds, "losses": losses}
-    part = run.folder / f"{MEASURED}.part"
-    part.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    part.rename(run.folder / MEASURED)
+    write_whole(run.folder / MEASURED, json.dumps(facts) + "\n")
     means = {name: np.exp(sum(v for v, _ in rows) / sum(n for _, n in rows)) for name, rows in losses.items()}
     print(run.folder.name, *(f"{name} {mean:.2f}" for name, mean in means.items()), flush=True)
 
@@ -322,7 +321,7 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
              for entry in trials() if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
     whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": hours, "settings": SETTINGS,
              "tried_with": TRIED_WITH, "tried": tried, **found}  # fmt: skip
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(whole, indent=1) + "\n")
 
 
 def curve(out: Path, every: Sequence[Entry], size: str, shape: str, text: str) -> dict[int, np.ndarray]:
