@@ -261,11 +261,10 @@ def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> Run:
 def make(out: Path, model: str, entry: Entry, texts: dict[str, list[list[int]]]) -> None:
     """Score, prune, distill and measure; what is finished is skipped."""
     pruned = begin(out, model, entry)
-    measure(out, pruned, "prune", texts)
     run = write_recipe(out, entry.name, recipe_of(out, model, entry))
     start(run, pruned, ("score", "prune"))
     do("distill", run)
-    measure(out, run, "distill", texts)
+    measure(out, run, texts)
 
 
 def begin(out: Path, model: str, entry: Entry) -> Run:
@@ -285,20 +284,19 @@ def do(stage: str, run: Run) -> None:
         raise SystemExit(f"{run.recipe_path}: {stage} has failed; the same command goes on from there")
 
 
-def measure(out: Path, run: Run, stage: str, texts: dict[str, list[list[int]]]) -> None:
-    """Write the negative log-likelihood and the tokens of every document, for the student of a stage."""
+def measure(out: Path, run: Run, texts: dict[str, list[list[int]]]) -> None:
+    """Write the negative log-likelihood and the tokens of every document, for a distilled student."""
     losses = measured(out, str(run.folder.relative_to(out)))
     if texts.keys() <= losses.keys():
         return
     device = best_device()
-    model = load_model(run.path(stage) / "student", best_dtype(device), device)
+    model = load_model(run.path("distill") / "student", best_dtype(device), device)
     for name, rows in texts.items():
         if name not in losses:
             sums, _ = read_text(model, rows, description=name, metrics=TEXT_METRICS[:1])
             values = -sums[TEXT_METRICS[0].name]
             losses[name] = [[float(value), len(row) - 1] for value, row in zip(values, rows, strict=True)]
-    seconds = read_json(run.path(stage) / "done.json")["seconds"]
-    facts = {"parameters": model.num_parameters(), "seconds": seconds, "losses": losses}
+    facts = {"parameters": model.num_parameters(), "losses": losses}
     write_whole(run.folder / MEASURED, json.dumps(facts) + "\n")
     means = {name: np.exp(sum(v for v, _ in rows) / sum(n for _, n in rows)) for name, rows in losses.items()}
     print(run.folder.name, *(f"{name} {mean:.2f}" for name, mean in means.items()), flush=True)
@@ -315,7 +313,8 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
             for key, rows in race.answers(curves, lengths, ASKED).items():
                 kept = "other_texts" if key == "rows" and text != TESTS[0] else key
                 found[kept] += [{"size": size, "text": text, **row} for row in rows]
-    hours = sum(read_json(each)["seconds"] for each in out.glob(f"*/*/{MEASURED}")) / 3600
+    seconds = {path.stat().st_ino: read_json(path)["seconds"] for path in out.glob("*/*/*/done.json")}
+    hours = sum(seconds.values()) / 3600  # a stage that runs share is one file
     tried = [{"shape": entry.shape, "setting": entry.setting, "chosen": entry.setting == chosen(out, entry.shape),
               "validation_perplexity": float(np.exp(loss))}
              for entry in trials() if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
