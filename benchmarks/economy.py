@@ -8,9 +8,11 @@ of the result file.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from models import BLOCK, SETTINGS, TRAINING, VALIDATION, Entry, begin, prepare
+from sublayers import Tuning, tune
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
-from hf_minitron import DistillationArguments, DistillationTrainer
-from hf_minitron.checkpoint.checkpoint import best_device, load_model
+from hf_minitron import DistillationArguments, DistillationTrainer, Plan, load_text, token_blocks
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model
 from hf_minitron.data.mixture import mixed_blocks, read_sources
 from hf_minitron.evaluation.text import read_text
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS
@@ -30,6 +33,7 @@ from hf_minitron.memory import keep_freed_memory
 
 RESULT = Path(__file__).with_name("results") / "economy.json"
 LINEAR = {"lr_scheduler_type": "linear"}
+TUNED = 28  # sequences of the calibration text that sublayers are tuned on
 SELECTED = 0.2  # of the positions, where the student is least certain
 
 
@@ -67,7 +71,7 @@ class EarlyStates(TrainerCallback):
         args.losses["block"] = max(1 - 3 * state.global_step / state.max_steps, 0.0)
 
 
-# Arguments of the training, a callback class, and whether Muon trains the matrices.
+# Arguments of the training, a callback class, whether Muon trains the matrices, and how sublayers are tuned before.
 WAYS: dict[str, dict[str, Any]] = {
     "4 sequences a step, 6e-4": {"per_device_train_batch_size": 4, "learning_rate": 6e-4},
     "1 sequence, 3e-4, linear": {"learning_rate": 3e-4, **LINEAR},
@@ -77,10 +81,32 @@ WAYS: dict[str, dict[str, Any]] = {
     "average (EMA 0.9)": {"learning_rate": 3e-4, **LINEAR, "ema_decay": 0.9},
     "20 % most uncertain positions": {"learning_rate": 3e-4, **LINEAR, "losses": {uncertain_positions: 1.0}},
     "Muon, 4 sequences, 1e-3, linear": {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **LINEAR, "muon": True},
-    "half the text, read twice": {"learning_rate": 3e-4, **LINEAR, "epochs": 2},
+    "sublayers tuned first": {"learning_rate": 3e-4, **LINEAR, "sublayers": Tuning()},
+    "half the text, read twice": {"learning_rate": 3e-4, **LINEAR, "num_train_epochs": 2},
     "block loss, first third": {"learning_rate": 3e-4, **LINEAR, "losses": {"forward_kl": 1.0, "block": 1.0},
                                 "balance": "static", "callback": EarlyStates},
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all ways have in common.
+
+    Args:
+        teacher (`str`): The model that was pruned.
+        blocks (`Dataset`): Packed sequences of the training text.
+        calibration (`Dataset`): Those that sublayers are tuned on.
+        rows (`list[list[int]]`): The validation split's documents.
+        seed (`int`): Of the text and its order.
+        out (`Path`): A folder for the trainer.
+    """
+
+    teacher: str
+    blocks: Dataset
+    calibration: Dataset
+    rows: list[list[int]]
+    seed: int
+    out: Path
 
 
 def main() -> None:
@@ -96,46 +122,62 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
+    args.runs = args.runs.resolve()
     keep_freed_memory()
-    rows = prepare(args.data.resolve(), args.runs.resolve(), args.model)[VALIDATION]
-    texts = read_sources({str(args.runs.resolve() / f"{name}.jsonl"): 1.0 for name in TRAINING})
     found = json.loads(args.json.read_text()) if args.json.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
-        blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=Path(folder) / "blocks")
-        for way in args.ways:
-            for shape in args.shapes:
-                facts = {"size": args.size, "shape": shape, "tokens": args.tokens, "seed": args.seed, "way": way}
-                if any(facts.items() <= row.items() for row in found):
-                    continue
-                entry = Entry(args.size, shape, args.tokens, args.seed, next(iter(SETTINGS)))
-                student = begin(args.runs.resolve(), args.model, entry).path("prune") / "student"
-                values = trained(student, args.model, blocks, rows, WAYS[way], args.seed, Path(folder) / "out")
-                found.append({**facts, **values})
-                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-                print(*found[-1].values(), flush=True)
+        given = prepared(args, Path(folder))
+        for way, shape in itertools.product(args.ways, args.shapes):
+            facts = {"size": args.size, "shape": shape, "tokens": args.tokens, "seed": args.seed, "way": way}
+            if any(facts.items() <= row.items() for row in found):
+                continue
+            entry = Entry(args.size, shape, args.tokens, args.seed, next(iter(SETTINGS)))
+            student = begin(args.runs, args.model, entry).path("prune") / "student"
+            found.append({**facts, **trained(student, given, WAYS[way])})
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(*found[-1].values(), flush=True)
 
 
-def trained(
-    student: Path, teacher: str, blocks: Dataset, rows: list[list[int]], way: dict[str, Any], seed: int, out: Path
-) -> dict[str, float]:
-    """Train a student in one way; return what it makes of the validation split, and the tokens that it saw once or again."""
+def prepared(args: argparse.Namespace, folder: Path) -> Given:
+    """Return what all ways read."""
+    rows = prepare(args.data.resolve(), args.runs, args.model)[VALIDATION]
+    texts = read_sources({str(args.runs / f"{name}.jsonl"): 1.0 for name in TRAINING})
+    tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
+    blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=folder / "blocks")
+    documents = load_text(str(args.runs / "calibration.jsonl"))
+    calibration = token_blocks(documents, tokenizer, BLOCK, TUNED * BLOCK, seed=args.seed)
+    return Given(args.model, blocks, calibration, rows, args.seed, folder / "out")
+
+
+def trained(student: Path, given: Given, way: dict[str, Any]) -> dict[str, float]:
+    """Train a student in one way; return what it makes of the validation split, and the tokens that it saw."""
     device = best_device()
     model = load_model(student, torch.float32, device).train()
-    way = {"per_device_train_batch_size": 1, "warmup_steps": 0.05, **way}
-    muon, callback, epochs = (way.pop(name, None) for name in ("muon", "callback", "epochs"))
-    epochs = epochs or 1
-    blocks = blocks.select(range(len(blocks) // epochs))
-    settings = {"num_train_epochs": epochs, "max_grad_norm": 1.0, "seed": seed}
-    args = DistillationArguments(str(out), save_strategy="no", report_to="none", logging_steps=4, **settings, **way)
-    optimizer = (MuonAdamW(model, args.learning_rate), None) if muon else (None, None)
+    way = {"per_device_train_batch_size": 1, "warmup_steps": 0.05, "num_train_epochs": 1, **way}
+    muon, callback, how = (way.pop(name, None) for name in ("muon", "callback", "sublayers"))
+    tuned = tune_sublayers(model, student, given, how) if how else 0
+    blocks = given.blocks.select(range(len(given.blocks) // way["num_train_epochs"]))
+    settings = {"save_strategy": "no", "report_to": "none", "logging_steps": 4, "max_grad_norm": 1.0, "seed": given.seed}
+    args = DistillationArguments(str(given.out), **settings, **way)
+    optimizers = (MuonAdamW(model, args.learning_rate) if muon else None, None)
     callbacks = [callback()] if callback else None
-    trainer = DistillationTrainer(model, teacher, args, train_dataset=blocks, optimizers=optimizer, callbacks=callbacks)
+    trainer = DistillationTrainer(model, given.teacher, args, train_dataset=blocks, optimizers=optimizers, callbacks=callbacks)
     trainer.train()
-    model = trainer.model.eval().to(torch.bfloat16)
-    sums, _ = read_text(model, rows, description="Validation", metrics=TEXT_METRICS[:1])
-    mean = -sums[TEXT_METRICS[0].name].sum() / sum(len(row) - 1 for row in rows)
-    return {"validation": float(np.exp(mean)), "unique_tokens": len(blocks) * BLOCK, "steps": trainer.state.global_step}
+    model = trainer.model.eval().to(best_dtype(device))
+    sums, _ = read_text(model, given.rows, description="Validation", metrics=TEXT_METRICS[:1])
+    mean = -sums[TEXT_METRICS[0].name].sum() / sum(len(row) - 1 for row in given.rows)
+    seen = {"unique_tokens": len(blocks) * BLOCK, "tuning_tokens": tuned, "steps": trainer.state.global_step}
+    return {"validation": float(np.exp(mean)), **seen}
+
+
+def tune_sublayers(model: PreTrainedModel, student: Path, given: Given, how: Tuning) -> int:
+    """Tune a student's sublayers in place; return the tokens that each of them saw, some of them again."""
+    ids = torch.tensor(given.calibration.with_format(None)["input_ids"][:], device=model.device)
+    kept = torch.tensor(Plan.load(student / "plan.json").keep["hidden"], device=model.device)
+    whole = load_model(given.teacher, torch.bfloat16, model.device)
+    for layer, kind, before, after in tune(model, whole, kept, ids, how):
+        print(f"layer {layer} {kind}: {before:.4f} -> {after:.4f}", flush=True)
+    return how.steps * how.batch * BLOCK
 
 
 if __name__ == "__main__":

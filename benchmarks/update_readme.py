@@ -160,8 +160,15 @@ def economy_block(found: list[dict]) -> str:
     rows = [["way", *(f"{size.upper()} {shape}, {tokens:,} tokens" for size, shape, tokens in columns)]]
     for way in ways:
         of = [values.get((way, *column)) for column in columns]
-        rows.append([way, *("" if row is None else f"{row['validation']:.1f}" for row in of)])
+        rows.append([way, *("" if row is None else f"{row['validation']:.1f}{tokens_beside(row)}" for row in of)])
     return markdown_table(rows)
+
+
+def tokens_beside(row: dict) -> str:
+    """Say which tokens of a row are not what its column says: fewer different ones, or such that sublayers were tuned with."""
+    tuned = row.get("tuning_tokens", 0)
+    different = f" ({row['unique_tokens']:,} different)" if row["unique_tokens"] < row["tokens"] else ""
+    return different + (f" (and {tuned:,} for each sublayer before)" if tuned else "")
 
 
 def main() -> None:

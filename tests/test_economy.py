@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 
+from hf_minitron import Architecture, calibrate, make_plan, prune_model
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import economy  # noqa: E402
@@ -57,3 +59,23 @@ def test_losses_on_states_end_after_a_third(step, weight):
     args = SimpleNamespace(losses={"forward_kl": 1.0, "block": 1.0})
     economy.EarlyStates().on_step_begin(args, SimpleNamespace(global_step=step, max_steps=90), None)
     assert args.losses == {"forward_kl": 1.0, "block": pytest.approx(weight)}
+
+
+@pytest.mark.parametrize("way", list(economy.WAYS))
+def test_every_way_trains(way, project, tmp_path, monkeypatch):
+    given = dict(economy.WAYS[way])
+    if "sublayers" in given:
+        given["sublayers"] = economy.Tuning(steps=2, batch=1, held_out=1, dtype=torch.float32)
+    monkeypatch.setattr(economy, "BLOCK", 12)
+    teacher = tiny.load_complete(project["folder"] / "teacher")
+    shape = Architecture.of(teacher.config).shape
+    plan = make_plan(calibrate(teacher, tiny.blocks()).scores, shape, shape.cut_to({"hidden": 24, "ffn": 48}))
+    prune_model(teacher, plan).save_pretrained(tmp_path / "student")
+    plan.save(tmp_path / "student/plan.json")
+    rows = list(tiny.blocks(2).with_format(None)["input_ids"])
+    common = economy.Given(str(project["folder"] / "teacher"), tiny.blocks(8), tiny.blocks(3), rows, 0, tmp_path / "out")
+    found = economy.trained(tmp_path / "student", common, {**given, "bf16": False})
+    assert found["validation"] > 1
+    assert found["steps"] == 8 // given.get("per_device_train_batch_size", 1)
+    assert found["unique_tokens"] == 12 * 8 // given.get("num_train_epochs", 1)
+    assert found["tuning_tokens"] == (2 * 12 if "sublayers" in given else 0)
