@@ -1,6 +1,6 @@
 """Peak memory of a training run on the CPU beside what `hf-minitron plan` counts for it.
 
-    python benchmarks/plan_memory.py            # a random Llama of 41 M parameters, four ways to train it
+    python benchmarks/plan_memory.py            # a random Llama of 41 M parameters and a mixture of 90 M
     python benchmarks/plan_memory.py --case bf16 --json results.json
 
 Each case runs in a process of its own: student and live teacher of random weights, two optimizer steps of DistillationTrainer.
@@ -21,13 +21,17 @@ import figure
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16_384, "tie_word_embeddings": True}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 384, "num_experts": 16, "num_experts_per_tok": 4}
 BATCH, BLOCK = 4, 256
-# Settings of training by the name of the case.
+# Settings of training by the name of the case; those of a mixture train a Qwen3 with experts.
 CASES = {
     "float32": {"bf16": False},
     "checkpointing": {"bf16": False, "gradient_checkpointing": True},
     "bf16": {"bf16": True},
     "accumulation": {"bf16": False, "gradient_accumulation_steps": 2},
+    "mixture": {"bf16": False},
+    "mixture, bf16": {"bf16": True},
+    "mixture, bf16, checkpointing": {"bf16": True, "gradient_checkpointing": True},
 }
 
 
@@ -36,18 +40,18 @@ def resident(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(case: str, shape: dict | None = None) -> dict[str, float]:
+def measure(case: str) -> dict[str, float]:
     """Train in this process; return the peak and what was counted for it."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     from hf_minitron.architecture.architecture import Architecture
     from hf_minitron.distillation.config import DistillationArguments
     from hf_minitron.distillation.trainer import DistillationTrainer
     from hf_minitron.planning.resources import FLOAT, Training, training_memory
 
-    config = LlamaConfig(**SHAPE | (shape or {}))
+    config = Qwen3MoeConfig(**SHAPE | EXPERTS) if "mixture" in case else LlamaConfig(**SHAPE)
     ids = torch.randint(0, config.vocab_size, (8 * BATCH, BLOCK))
     blocks = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +91,7 @@ def main() -> None:
     found = {case: in_a_process(case) for case in ([args.case] if args.case else CASES)}
     for case, figures in found.items():
         parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in figures["parts"].items())
-        print(f"{case:14} measured {figures['measured'] / 1e6:7,.0f} MB, counted {figures['counted'] / 1e6:7,.0f} MB "
+        print(f"{case:28} measured {figures['measured'] / 1e6:7,.0f} MB, counted {figures['counted'] / 1e6:7,.0f} MB "
               f"({figures['ratio']:.2f}): {parts}")  # fmt: skip
     ratios = ", ".join(f"{case} {figures['ratio']:.2f}" for case, figures in found.items())
     largest = max(figures["measured"] for figures in found.values()) / 1e9

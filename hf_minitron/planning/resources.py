@@ -1,17 +1,19 @@
 """How much memory training takes, from a config alone.
 
 What autograd keeps for the backward pass is counted by running one layer, and two, on fake tensors, which have no data; where a
-model's code looks at values, as that of routed experts does, it is counted from the rows. What an allocator wastes, and the
+model's code looks at values, as Mamba's loop does, it is counted from the rows. What an allocator wastes, and the
 CUDA context (about 0.5 GB), come on top.
 """
 
 import logging
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -118,7 +120,8 @@ def training_memory(
     if training.sharded:  # layers in turn, and what stands outside of them all the time, of the teacher too
         parts["unsharded"] = training.item * (PREFETCHED * layer + outside * (2 if teacher else 1)) + FLOAT * layer
     elif training.mixed:  # of what is in float32
-        parts["16-bit copies"] = training.item * (parameters if training.frozen_item == FLOAT else trained)
+        copied = parameters - shape.num_parameters(_grouped(rows)) if training.frozen_item == FLOAT else trained
+        parts["16-bit copies"] = training.item * copied
     every, one = activation_bytes(architecture, training.batch_size, training.block_size, training.mixed)
     if training.checkpointing:
         every = training.tokens * FLOAT * shape["hidden"] * shape["layers"] + one
@@ -133,7 +136,7 @@ def training_memory(
 def activation_bytes(architecture: Architecture, batch_size: int, block_size: int, mixed: bool) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a micro-batch in all layers and around them, and in one of them."""
     layers = architecture.shape["layers"]
-    if "experts" not in architecture.shape.sizes and not architecture.shape.states:  # whose loops go token by token
+    if not architecture.shape.states:  # whose loops go token by token
         try:
             first, two = (batch_size * _sequence_bytes(architecture, n, block_size, mixed) for n in (1, min(2, layers)))
             return first + (layers - 1) * (two - first), two - first if layers > 1 else first
@@ -172,9 +175,22 @@ def _run_fake(config: PreTrainedConfig, shape: torch.Size, mixed: bool) -> int:
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+            _PlainProducts(),
         ):
             base_model(model)(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _PlainProducts(TorchFunctionMode):
+    """Computes grouped products of routed experts as plain ones of their sizes: fake tensors have bfloat16 ones only."""
+
+    def __torch_function__(self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None) -> object:
+        """Call a function of torch, or a plain product in place of a grouped one, which autocast leaves alone."""
+        if getattr(func, "__name__", "").endswith("grouped_mm"):
+            tokens, weight = args[:2]
+            with torch.autocast("cpu", enabled=False):
+                return tokens @ weight[0]
+        return func(*args, **(kwargs or {}))
 
 
 def saved_bytes(architecture: Architecture, mixed: bool) -> int:
@@ -227,6 +243,11 @@ def _head_bytes(shape: Shape, training: Training, live: bool) -> int:
     states = training.tokens * hidden * (3 * FLOAT + (item if training.mixed else 0) + (2 * item if live else 0))
     gradient = vocab * hidden * (FLOAT + item)
     return states + gradient + min(training.chunk_size, training.tokens) * vocab * (item + CHUNK_TABLES * FLOAT)
+
+
+def _grouped(rows: Mapping[str, str]) -> dict[str, str]:
+    """Return the rows of routed experts that are one tensor, whose grouped products autocast leaves in float32."""
+    return {row: p for row, p in rows.items() if p.startswith("experts ") and len(axes.parse(p)) == 3}
 
 
 def _layered(row: str) -> bool:
