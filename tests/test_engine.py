@@ -92,6 +92,6 @@ def test_a_recipe_may_ask_for_fsdp():
 def test_flat_parameters_are_refused():
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
     accelerator = SimpleNamespace(state=state, is_fsdp2=False)
-    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1, ema_decay=None), accelerator=accelerator)
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1, ema_decay=None, use_liger_loss=False), accelerator=accelerator)
     with pytest.raises(ValueError, match="fsdp_config: version 1, whose flat parameters .*; set version: 2"):
         prepare_engine(trainer)

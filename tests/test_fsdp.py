@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 TIED, TWICE, LORA, LOADED = {"tie_word_embeddings": True}, {"gradient_accumulation_steps": 2}, {"lora": True}, {"loaded": True}
 STATES = {"losses": {"forward_kl": 1.0, "block": 0.5, "query_key": 0.1}, "layer_pairs": "uniform"}
+AVERAGED = {"ema_decay": 0.2}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 # What a training changes: sizes of both models, and arguments; and whether adapters are trained, models loaded from folders,
 # which each process does by itself, and training interrupted.
@@ -40,6 +41,8 @@ CASES = {
     "evaluated": ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, {}),
     "labels": ({}, {"losses": {"cross_entropy": 1.0}}, {}),
     "resumed": ({}, SAVED, {"interrupted": True}),
+    "averaged": (TIED, AVERAGED | {"eval_strategy": "steps", "eval_steps": 1}, {}),
+    "averaged, resumed": ({}, SAVED | AVERAGED, {"interrupted": True}),
     "loaded": ({}, TWICE, LOADED),
     "tied, loaded": (TIED | {"vocab_size": 100}, {}, LOADED),
     "states, loaded": ({}, STATES, LOADED),

@@ -65,10 +65,15 @@ def test_a_reader_that_leaves_early_is_no_error(project, monkeypatch, capfd):
 
 
 def test_plan_imports_what_a_model_without_weights_needs(project):
-    code, modules, error = imported("plan", project["path"])
+    """Nothing but the class of the model, which Transformers cannot build without importing most of torch, and ourselves."""
+    code, modules, error = imported("plan", project["path"], "--gpus", "8", "--gpu-memory", "80GB")
     assert code == 0, error
     unneeded = {"peft", "datasets", "pandas", "matplotlib", "lm_eval", "transformers.trainer", "transformers.training_args"}
     assert not modules & unneeded
+    least = "import sys; import transformers.models.llama.modeling_llama, transformers.models.auto; print(*sys.modules)"
+    needed = subprocess.run([sys.executable, "-c", least], capture_output=True, text=True).stdout.split()
+    more = {name for name in modules.difference(needed) if not name.startswith("hf_minitron")}
+    assert len(more) <= 20, sorted(more)
 
 
 def test_nonuniform_models_are_known_whichever_package_is_imported_first():

@@ -22,6 +22,7 @@ from hf_minitron.distillation.checks import (
     check_values,
 )
 from hf_minitron.distillation.float32 import float32_as_it_is
+from hf_minitron.distillation.losses.liger import check_liger
 from hf_minitron.distillation.losses.states import DISTANCES
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES, OwnLoss, by_name
 from hf_minitron.distillation.states import LAYER_RULES, STATE_LOSSES
@@ -109,6 +110,13 @@ class DistillationArguments(TrainingArguments):
             "were loaded when left out. With cross_documents: false sdpa and eager make a dense mask, the others none."
         },
     )
+    use_liger_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the loss on the output by Liger's fused linear JSD (pip install liger-kernel): one of forward_kl, "
+            "reverse_kl and jsd, with or without cross_entropy, of a live teacher."
+        },
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={
@@ -166,6 +174,7 @@ class DistillationArguments(TrainingArguments):
             raise ValueError("attn_implementation: teacher_model_init_kwargs has one too; leave one of them out")
         self._check_losses()
         self._check_on_policy()
+        check_liger(self)
         self._check_states()
 
     @classmethod

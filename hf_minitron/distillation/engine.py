@@ -47,8 +47,12 @@ def _check_engine(trainer: Trainer) -> None:
     if getattr(trainer.accelerator.state, "fsdp_plugin", None) and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp_config: version 1, whose flat parameters the chunked loss cannot read; set version: 2")
     sharded = trainer.accelerator.is_fsdp2 or trainer.is_deepspeed_enabled
-    if sharded and args.ema_decay is not None:
-        raise ValueError("ema_decay: not with FSDP or DeepSpeed, which save their shards by themselves; leave it out")
+    if trainer.is_deepspeed_enabled and args.ema_decay is not None:
+        raise ValueError("ema_decay: not with DeepSpeed, which keeps weights in buffers of its own; use FSDP, or leave it out")
+    if sharded and args.ema_decay is not None and args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end: with FSDP it loads weights that ema_decay has not averaged; leave it out")
+    if sharded and args.use_liger_loss:
+        raise ValueError("use_liger_loss: not with FSDP or DeepSpeed, which shard the head that Liger reads; leave it out")
     if sharded and getattr(args, "lmbda", 0):
         raise ValueError(f"lmbda: {args.lmbda}, not with FSDP or DeepSpeed, whose shards no process can generate with alone; "
                          "use DDP, with LoRA or gradient_checkpointing where memory is short, or set lmbda to 0")  # fmt: skip

@@ -24,10 +24,11 @@ from hf_minitron.distillation.cached import CachedCollator, CachedTeacher
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.engine import prepare_engine, shard_models, train_in_float32
 from hf_minitron.distillation.float32 import float32_as_it_is
+from hf_minitron.distillation.losses.liger import check_liger_models
 from hf_minitron.distillation.losses.output import OutputLosses
 from hf_minitron.distillation.on_policy import OnPolicy
 from hf_minitron.distillation.reduction import NamedMeans, balanced, per_token, token_counts
-from hf_minitron.distillation.states import STATE_LOSSES, state_losses_of
+from hf_minitron.distillation.states import state_losses_of
 from hf_minitron.distillation.stopping import Attempt, not_finite
 from hf_minitron.distillation.teacher import base_of, freeze_vision, no_tokens, unsharded_head
 from hf_minitron.distillation.teachers import Given, check_models, set_attention, teacher_for
@@ -109,8 +110,7 @@ class DistillationTrainer(Trainer):
         )
         prepare_engine(self)
         self._prepare_models(teacher_model)
-        weights = {name: weight for name, weight in args.losses.items() if name not in STATE_LOSSES}
-        self._losses = OutputLosses(weights, args.temperature, args.beta, args.label_smoothing_factor, args.chunk_size)
+        self._losses = OutputLosses.of(args)
         self.loss_is_scaled_for_ga = True  # we divide by the token count of the whole accumulated batch,
         self.model_accepts_loss_kwargs = True  # which is counted for every class of models
         self._loss_only = False
@@ -134,6 +134,7 @@ class DistillationTrainer(Trainer):
         if self.data_collator is collate:
             self.data_collator = partial(collate, ignored=[self.args.length_column_name], vocab_size=least)
         self._watch(self.model)
+        check_liger_models(self.args, student, getattr(self.teacher, "model", None))
         shard_models(self.accelerator, student, self.teacher)
         if isinstance(self.teacher, CachedTeacher):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)
@@ -270,16 +271,17 @@ class DistillationTrainer(Trainer):
         """Save as the Trainer does, in words that transformers 4 knows, too; in a checkpoint also the projections."""
         with self._average.applied():
             super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        resumable = folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model
+        if resumable:
+            self._average.save(folder, self.args.should_save)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
         if (folder / CONFIG_NAME).is_file():  # not beside an adapter
             save_config(base_of(self.accelerator.unwrap_model(self.model)).config, folder)
         complete_side_files(folder)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model:
-            self._average.save(folder)
-            if self._states:
-                self._states.save(folder / PROJECTIONS)
+        if resumable and self._states:
+            self._states.save(folder / PROJECTIONS)
 
     def create_model_card(self, **kwargs) -> None:
         """Write the card of a model that is pushed from training; `kwargs` as for `Trainer.create_model_card`."""
