@@ -107,7 +107,7 @@ def test_an_average_that_cannot_be_is_refused(tmp_path):
     accelerator = SimpleNamespace(state=SimpleNamespace(), is_fsdp2=True)
     args = SimpleNamespace(n_gpu=1, ema_decay=DECAY, load_best_model_at_end=True)
     trainer = SimpleNamespace(args=args, accelerator=accelerator, is_deepspeed_enabled=False)
-    with pytest.raises(ValueError, match=r"load_best_model_at_end: with FSDP it would load weights that ema_decay has not"):
+    with pytest.raises(ValueError, match=r"load_best_model_at_end: with FSDP it loads weights that ema_decay has not"):
         prepare_engine(trainer)
     accelerator = SimpleNamespace(state=SimpleNamespace(), is_fsdp2=False)
     args = SimpleNamespace(n_gpu=1, ema_decay=DECAY)
