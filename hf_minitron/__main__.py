@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hf_minitron.errors import TOKEN, RecipeError
+from hf_minitron.export.layouts import FORMATS, GGUF_TYPES
 from hf_minitron.recipe_file import KEYS, TOP_LEVEL, check_no_token, read_overrides, read_recipe
 
 INTRO = """\
@@ -28,6 +29,7 @@ small one, evaluate both, publish the result. A recipe (a YAML file with one sec
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
   hf-minitron run a.yaml b.yaml     one after another: b may prune what a makes (model: <run of a>/publish/model)
   hf-minitron prune recipe.yaml     one stage
+  hf-minitron export FOLDER --to gguf mlx      a model for llama.cpp and MLX, loaded there and compared
   hf-minitron report recipe.yaml    what is known of a run, finished or not, as a page: report.html
   hf-minitron run recipe.yaml --prune.target.ffn 1024 --distill.learning_rate 3e-4     other values than the recipe's
 
@@ -41,10 +43,11 @@ RUNS = {
     "init": "write a short commented recipe for a model, from its config.json alone, and say what it takes.",
     "run": "all stages in order; finished ones are skipped, an interrupted one goes on.",
     "plan": "sizes before and after, memory, disk and hours of every stage, of a recipe or a model's half, from config.json.",
+    "export": "write a model folder for llama.cpp (gguf), MLX (mlx) or stock classes (stock), and compare it with the model.",
     "report": "write report.html, the run's facts as one page, finished or not, and say where it is.",
 }
 # Verbs that need less than all stages, and the modules that do them.
-MODULES = {"plan": "planning.plan_text", "init": "planning.drafting"}
+MODULES = {"plan": "planning.plan_text", "init": "planning.drafting", "export": "export.command"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def recipes_of(args: argparse.Namespace) -> list[Path]:
     """Return the recipes that a verb reads: none where a model is named in place of one."""
-    if args.verb == "init":
+    if args.verb in ("init", "export"):
         return []
     if args.verb == "plan" and args.recipe.suffix not in (".yaml", ".yml") and not args.recipe.is_file():
         return []
@@ -150,8 +153,8 @@ def parser() -> argparse.ArgumentParser:
         )
         if name in ("plan", "init"):
             _add_machine(verb)
-        if name == "init":
-            _add_draft(verb)
+        if name in OPTIONS:
+            OPTIONS[name](verb)
             continue
         several = {"nargs": "+", "help": "recipes, YAML files; a later one may build on what an earlier one makes"}
         one = {"help": "the recipe, a YAML file" + (", or a model" if name == "plan" else "")}
@@ -181,9 +184,24 @@ def _add_draft(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", type=Path, default=Path("recipe.yaml"), help="where to write it (default recipe.yaml)")
 
 
+def _add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="a folder or a Hub id")
+    verb.add_argument("--to", nargs="+", required=True, choices=(*FORMATS, "stock"), help="for llama.cpp, MLX, stock classes")
+    verb.add_argument("--types", nargs="+", default=list(GGUF_TYPES), choices=GGUF_TYPES, help="of GGUF files (default all)")
+    verb.add_argument("--output", type=Path, default=Path("export"), help="the folder to write to (default export)")
+    verb.add_argument("--text", metavar="DATASET", help="to calibrate and measure on (default Python's documentation)")
+    verb.add_argument(
+        "--tokens", type=int, default=4096, help="of that text, to calibrate and to measure on (default 4096 each)"
+    )
+
+
+# Verbs that read no recipe, and what adds their options.
+OPTIONS = {"init": _add_draft, "export": _add_export}
+
+
 def _keys(name: str) -> str:
     """List what a stage's section knows, for its help: type, default, allowed values."""
-    if name == "init":
+    if name in OPTIONS:
         return ""
     lines = ["Keys of the recipe; change one with --key value:"]
     lines += [f"  {key:24} {text}" for key, text in KEYS["top"].items()]

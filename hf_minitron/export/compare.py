@@ -1,0 +1,107 @@
+"""Whether an exported file computes what the model does: loaded by its runtime, compared with Transformers token by token."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_minitron.distillation.signals import log_probabilities
+from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions
+
+MESSAGES = ({"role": "user", "content": "What is a library?"},)
+METRICS = {metric.name: metric for metric in TEXT_METRICS if metric.name in ("perplexity", "teacher_kl", "top1_match")}
+# KL in nats per token from which a file is not the model: converted wrongly, or quantized beyond use.
+LIMITS = {"F16": 0.01, "Q8_0": 0.05}
+LIMIT = 1.0
+
+
+class Runtime(Protocol):
+    """What runs an exported model."""
+
+    version: str
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits after every token, shape `(tokens, vocab)`."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, with those that begin and end it."""
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a chat in its template, up to where the answer begins."""
+
+    def close(self) -> None:
+        """Free its memory."""
+
+
+@torch.inference_mode()
+def compare_exports(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Sequence[Sequence[int]],
+    files: Mapping[str, Callable[[], Runtime]],
+) -> dict[str, Any]:
+    """Measure exported files on some text, and compare each with the model that they were made of.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        blocks (`Sequence[Sequence[int]]`): Token ids of held-out text.
+        files (`Mapping[str, Callable]`): Type of each file (`F16`, ...), and what loads it.
+
+    Returns:
+        `dict`: `perplexity` of the model, the `tokens` that were predicted, and `files`: by type, `runtime`, `perplexity`,
+            `teacher_kl` (nats per token from the model) and `top1_match` (share of tokens).
+
+    Raises:
+        ValueError: when a runtime makes other tokens of the text or of a chat, or predicts something else.
+    """
+    own, found = [], {kind: [] for kind in files}
+    runtimes = {kind: load() for kind, load in files.items()}
+    try:
+        for kind, runtime in runtimes.items():
+            _check_tokens(kind, runtime, tokenizer, blocks[0])
+        for ids in blocks:
+            targets = torch.tensor(ids[1:], device=model.device)
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1].float()
+            reference = log_probabilities(logits)
+            own.append(_values(logits, targets, reference))
+            for kind, runtime in runtimes.items():
+                made = torch.from_numpy(runtime.logits(ids)[:-1, : logits.shape[-1]]).to(logits)
+                found[kind].append(_values(made, targets, reference))
+    finally:
+        for runtime in runtimes.values():
+            runtime.close()
+    measured = {kind: {"runtime": runtimes[kind].version, **_summary(rows)} for kind, rows in found.items()}
+    for kind, facts in measured.items():
+        limit = LIMITS.get(kind, LIMIT)
+        if not facts["teacher_kl"] <= limit:
+            raise ValueError(f"{kind}: what {facts['runtime']} predicts is {facts['teacher_kl']:.3g} nats per token from what "
+                             f"Transformers does, more than {limit}: leave this type out")  # fmt: skip
+    return {"perplexity": _summary(own)["perplexity"], "tokens": sum(len(ids) - 1 for ids in blocks), "files": measured}
+
+
+def _values(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
+    """Return the numbers of every metric, shape `(metrics, tokens)`."""
+    predictions = Predictions(logits, targets, log_probabilities(logits), reference)
+    return torch.stack([metric.values(predictions).double().cpu() for metric in METRICS.values()]).numpy()
+
+
+def _summary(rows: Sequence[np.ndarray]) -> dict[str, float]:
+    means = dict(zip(METRICS, np.concatenate(rows, 1).mean(1).tolist(), strict=True))
+    return means | {"perplexity": float(np.exp(-means["perplexity"]))}  # of which it is the log-likelihood
+
+
+def _check_tokens(kind: str, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Refuse a file whose tokenizer or chat template gives other tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    pairs = {"the text": (tokenizer(text, verbose=False)["input_ids"], runtime.tokenize(text))}
+    if isinstance(tokenizer.chat_template, str):
+        own = tokenizer.apply_chat_template(list(MESSAGES), add_generation_prompt=True, return_dict=False)
+        pairs["a chat"] = (own, runtime.chat(MESSAGES))
+    for what, (wanted, made) in pairs.items():
+        if wanted != made:
+            at = next((i for i, (a, b) in enumerate(zip(wanted, made, strict=False)) if a != b), min(len(wanted), len(made)))
+            raise ValueError(f"{kind}: {runtime.version} makes other tokens of {what} than Transformers from token {at + 1} "
+                             f"({made[at : at + 4]}, not {wanted[at : at + 4]}): this tokenizer is not exported")  # fmt: skip

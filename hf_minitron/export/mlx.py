@@ -1,0 +1,91 @@
+"""What MLX does, through mlx-lm, which is optional: converting and quantizing a model folder, reading one."""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from hf_minitron.checkpoint.checkpoint import complete_or_absent
+from hf_minitron.errors import one_line
+
+BITS = 4
+GROUPS = (64, 32)  # numbers that share a scale, the first that the hidden size divides by
+
+
+def check_mlx(config: PreTrainedConfig) -> None:
+    """Refuse a model that mlx-lm has no class for, or whose hidden size fits no group.
+
+    Raises:
+        ValueError: with the model type, or the size.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes({"model_type": config.model_type})
+    except ValueError as error:
+        raise ValueError(f"mlx-lm has no class for a model of type {config.model_type!r}: {one_line(error)}") from error
+    if _group(config) is None:
+        raise ValueError(f"hidden is {config.hidden_size}, which does not divide by {GROUPS[-1]}, so MLX cannot quantize it")
+
+
+def write_mlx(source: Path, target: Path, config: PreTrainedConfig) -> None:
+    """Write a model folder as mlx-lm converts it, its matrices in four bits.
+
+    Args:
+        source (`Path`): A folder that `save_pretrained` wrote.
+        target (`Path`): The new folder; it has its name only once it is complete.
+        config (`PreTrainedConfig`): The model's config.
+
+    Raises:
+        ValueError: when mlx-lm does not take it.
+    """
+    from mlx_lm import convert
+
+    with complete_or_absent(target) as folder:
+        folder.rmdir()  # it makes it itself
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                convert(str(source), str(folder), quantize=True, q_bits=BITS, q_group_size=_group(config))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # of a model that it reads otherwise
+            raise ValueError(f"mlx-lm did not convert the model: {one_line(error)}") from error
+        (folder / "README.md").unlink(missing_ok=True)  # which names the folder on this machine
+
+
+def _group(config: PreTrainedConfig) -> int | None:
+    return next((size for size in GROUPS if config.hidden_size % size == 0), None)
+
+
+class Mlx:
+    """A model folder, loaded by mlx-lm.
+
+    Args:
+        path (`Path`): The folder.
+        context (`int`): Not needed here.
+    """
+
+    def __init__(self, path: Path, context: int):
+        import mlx_lm
+
+        self.version = f"MLX (mlx-lm {mlx_lm.__version__})"
+        self.model, self.tokenizer = mlx_lm.load(str(path))
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits after every token, shape `(tokens, vocab)`."""
+        import mlx.core as mx
+
+        return np.array(self.model(mx.array([list(tokens)]))[0].astype(mx.float32))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, with those that begin and end it."""
+        return self.tokenizer._tokenizer(text)["input_ids"]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a chat in the folder's template, up to where the answer begins."""
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+    def close(self) -> None:
+        """Free its memory."""
+        del self.model
