@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 registration modeling errors tables json_files yaml_text known_names recipe_file axes sizes costs shape ranking plan
 probe architecture memory environment waiting data checkpoint inputs statistics head run stage execute pruning importance
-distillation evaluation terminal hub recipe stages planning chain command __main__
+distillation evaluation terminal export hub recipe stages planning chain command __main__
 """.split()
 
 

@@ -12,6 +12,7 @@ from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.data.packing import token_blocks
 from hf_minitron.data.texts import load_text
 from hf_minitron.errors import RecipeError, told
+from hf_minitron.export.compare import export_rows
 from hf_minitron.export.export import FACTS, Texts, check_export, export_model, file_name
 from hf_minitron.pruning.export import export as export_stock
 from hf_minitron.tables import markdown_table
@@ -62,12 +63,4 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int
 
 def facts_text(facts: Mapping[str, Any]) -> str:
     """Say what was measured of exports, as a table."""
-    rows = [["file", "MB", "perplexity", "KL, nats per token", "same best token", "loaded in"]]
-    rows.append(["the model itself", "", f"{facts['perplexity']:.3f}", "", "", "transformers, float32"])
-    for file in facts["files"]:
-        loaded = "runtime" in file
-        measured = (
-            [f"{file['perplexity']:.3f}", f"{file['teacher_kl']:.2g}", f"{file['top1_match']:.1%}"] if loaded else [""] * 3
-        )
-        rows.append([file["file"], f"{file['bytes'] / 1e6:,.1f}", *measured, file.get("runtime", "nothing: not installed")])
-    return f"{markdown_table(rows)}\n\nOn {facts['tokens']:,} tokens of {facts['text']}."
+    return f"{markdown_table(export_rows(facts))}\n\nOn {facts['tokens']:,} tokens of {facts['text']}."

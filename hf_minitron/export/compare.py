@@ -82,6 +82,18 @@ def compare_exports(
     return {"perplexity": _summary(own)["perplexity"], "tokens": sum(len(ids) - 1 for ids in blocks), "files": measured}
 
 
+def export_rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of a table of what `export_model` returns: a header, the model itself, every file."""
+    rows = [["file", "MB", "perplexity", "KL (nats per token)", "same best token", "loaded in"]]
+    rows.append(["the model itself", "", f"{facts['perplexity']:.3f}", "", "", "Transformers, float32"])
+    for file in facts["files"]:
+        found = (
+            [f"{file['perplexity']:.3f}", f"{file['teacher_kl']:.2g}", f"{file['top1_match']:.1%}"] if "runtime" in file else []
+        )
+        rows.append([file["file"], f"{file['bytes'] / 1e6:,.1f}", *(found or [""] * 3), file.get("runtime", "not loaded yet")])
+    return rows
+
+
 def _values(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
     """Return the numbers of every metric, shape `(metrics, tokens)`."""
     predictions = Predictions(logits, targets, log_probabilities(logits), reference)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from hf_minitron.pruning.export import export as export_stock
 
 PACKAGES = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "gguf"), "mlx_lm": ("mlx-lm", "mlx")}
 FACTS = "export.json"
-MLX = "mlx"  # the folder
+MLX, MLX_TYPE = "mlx", "MLX 4-bit"  # the folder, and what is in it
 
 
 @dataclass(frozen=True)
@@ -109,27 +110,24 @@ def export_model(
     config = AutoConfig.from_pretrained(source)
     check_export(config, formats, types)
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix="unfinished-") as scratch:
-        scratch = Path(scratch)
+    with TemporaryDirectory(dir=out, prefix="unfinished-") as folder:
+        scratch = Path(folder)
         model = load_model(source, torch.float32, best_device())
         folders = {format: _held_folder(source, config, format, scratch) for format in formats}
-        made: dict[str, tuple[Path, type]] = {}
+        paths: dict[str, Path] = {}
         if "gguf" in formats:
-            made |= {
-                kind: (path, LlamaCpp)
-                for kind, path in _write_ggufs(folders["gguf"], model, name, types, texts, scratch).items()
-            }
+            paths |= _write_ggufs(folders["gguf"], model, name, types, texts, scratch)
         if "mlx" in formats:
-            path = scratch / MLX
-            write_mlx(folders["mlx"], path, AutoConfig.from_pretrained(folders["mlx"]))
-            made["MLX 4-bit"] = (path, Mlx)
-        facts = _measure(model, source, texts, made)
-        entries = [
-            {"file": path.name, "type": kind, "bytes": _size(path), **facts["files"].get(kind, {})}
-            for kind, (path, _) in made.items()
+            paths |= {MLX_TYPE: scratch / MLX}
+            write_mlx(folders["mlx"], scratch / MLX, AutoConfig.from_pretrained(folders["mlx"]))
+        measured = compare_exports(model, AutoTokenizer.from_pretrained(source), texts.held_out, _loaders(paths, texts))
+        facts = {"name": name, "text": texts.name, **measured}
+        facts["files"] = [
+            {"file": path.name, "type": kind, "bytes": _size(path), **measured["files"].get(kind, {})}
+            for kind, path in paths.items()
         ]
-        facts = {"name": name, "text": texts.name, "importance": bool(texts.calibration), **facts, "files": entries}
-        for path, _ in made.values():
+        facts["calibration_tokens"] = sum(map(len, texts.calibration)) if "Q4_K_M" in paths else 0
+        for path in paths.values():
             _put(path, out / path.name)
     (out / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return facts
@@ -156,15 +154,12 @@ def _write_ggufs(
     return paths
 
 
-def _measure(model: PreTrainedModel, source: Path, texts: Texts, made: Mapping[str, tuple[Path, type]]) -> dict[str, Any]:
-    """Compare the files whose runtimes are installed with the model."""
+def _loaders(paths: Mapping[str, Path], texts: Texts) -> dict[str, Callable[[], Runtime]]:
+    """Return what loads each file whose runtime is installed."""
     context = max(map(len, texts.held_out))
-
-    def load(path: Path, runtime: type) -> Callable[[], Runtime]:
-        return lambda: runtime(path, context)
-
-    installed = {kind: load(*entry) for kind, entry in made.items() if entry[1] is Mlx or _is_installed("llama_cpp")}
-    return compare_exports(model, AutoTokenizer.from_pretrained(source), texts.held_out, installed)
+    mlx = {kind: partial(Mlx, path) for kind, path in paths.items() if kind == MLX_TYPE}
+    ggufs = {kind: partial(LlamaCpp, path, context) for kind, path in paths.items() if kind != MLX_TYPE}
+    return (ggufs if _is_installed("llama_cpp") else {}) | mlx
 
 
 @torch.inference_mode()

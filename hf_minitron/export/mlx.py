@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,10 @@ def check_mlx(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: with the model type, or the size.
     """
-    from mlx_lm.utils import _get_classes
+    from mlx_lm.utils import MODEL_REMAPPING
 
-    try:
-        _get_classes({"model_type": config.model_type})
-    except ValueError as error:
-        raise ValueError(f"mlx-lm has no class for a model of type {config.model_type!r}: {one_line(error)}") from error
+    if find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(config.model_type, config.model_type)}") is None:
+        raise ValueError(f"mlx-lm has no class for a model of type {config.model_type!r}")
     if _group(config) is None:
         raise ValueError(f"hidden is {config.hidden_size}, which does not divide by {GROUPS[-1]}, so MLX cannot quantize it")
 
@@ -63,10 +62,9 @@ class Mlx:
 
     Args:
         path (`Path`): The folder.
-        context (`int`): Not needed here.
     """
 
-    def __init__(self, path: Path, context: int):
+    def __init__(self, path: Path):
         import mlx_lm
 
         self.version = f"MLX (mlx-lm {mlx_lm.__version__})"
@@ -80,7 +78,7 @@ class Mlx:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, with those that begin and end it."""
-        return self.tokenizer._tokenizer(text)["input_ids"]
+        return list(self.tokenizer.encode(text))
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the tokens of a chat in the folder's template, up to where the answer begins."""

@@ -25,6 +25,7 @@ from hf_minitron.evaluation.wording import (
     title,
     titles,
 )
+from hf_minitron.export.compare import export_rows
 from hf_minitron.shape import Shape
 from hf_minitron.tables import markdown_table
 from hf_minitron.yaml_text import dump_yaml
@@ -83,6 +84,8 @@ def write_card(
         others=[sentence(c) for c in compared if "distilled" in (c.model, c.baseline) and c.baseline != "teacher"],
         millions=millions,
         machine=(log or {}).get("machine") or {},
+        exports=markdown_table(export_rows(facts["export"])) if facts.get("export") else "",
+        loaded=[file["file"] for file in facts["export"]["files"] if "runtime" in file] if facts.get("export") else [],
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
 

@@ -9,22 +9,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.checkpoint.side_files import side_files
+from hf_minitron.data.packing import token_blocks
+from hf_minitron.data.texts import load_text
 from hf_minitron.evaluation.report import Report
+from hf_minitron.export.export import Texts, check_export, export_model, file_name
+from hf_minitron.export.layouts import FORMATS, GGUF_TYPES
 from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, forest, scatter, write_card
 from hf_minitron.hub.page import write_page
 from hf_minitron.hub.publish import Target, check_no_token
 from hf_minitron.json_files import read_json
+from hf_minitron.recipe import bind
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
+from hf_minitron.stages import target
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 PAGE = "report.html"
 CANDIDATES = "candidates.png"  # of select
+EXPORT_TOKENS, EXPORT_BLOCK = 4096, 512  # on which exports are calibrated, and as many on which they are measured
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,13 @@ class Args:
     )
     language: str | list | None = field(default=None, metadata={"help": "Language codes."})
     datasets: list | None = field(default=None, metadata={"help": "Hub ids of the training data."})
+    export: list = field(
+        default_factory=list,
+        metadata={"help": "Formats for other runtimes to write beside the model: gguf (llama.cpp), mlx.", "choices": FORMATS},
+    )
+    gguf_types: list = field(
+        default_factory=lambda: list(GGUF_TYPES), metadata={"help": "Types of the GGUF files.", "choices": GGUF_TYPES}
+    )
     notes: str | None = field(default=None, metadata={"help": "What a user should know: the card's section on limits."})
 
 
@@ -61,11 +76,18 @@ def check(args: Args, run: Run) -> None:
             raise ValueError(f"language: {code!r} is not a language code, such as en; put it in quotes")
     if args.repo_id is not None:
         _target(args)
+    if args.export:
+        pruning = bind(run, "prune", target.Args)
+        try:
+            check_export(target.student(pruning, run.model).config, args.export, args.gguf_types)
+        except ValueError as error:
+            raise ValueError(f"export: {error}") from error
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Publishing runs no model."""
-    return {}
+    """Return the units of work, see `hf_minitron.planning.estimate`: what every export reads, and the student with it."""
+    files = len(args.gguf_types) * ("gguf" in args.export) + ("mlx" in args.export)
+    return {"compare": EXPORT_TOKENS * (files + 2)} if files else {}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -79,6 +101,9 @@ def run(args: Args, run: Run, out: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     card_facts = facts.gather(run)
+    if args.export:
+        student, name = run.path("distill") / "student", file_name(card_facts["name"])
+        card_facts["export"] = export_model(student, folder, name, _texts(run, student), args.export, args.gguf_types)
     card = write(card_facts, report, recipe, log, folder)
     (out / "card.json").write_text(_json(card_facts), encoding="utf-8")
     page(run, card, folder)
@@ -104,6 +129,21 @@ def candidates(run: Run, folder: Path) -> str:
     shutil.copyfile(of / "select" / CANDIDATES, folder / CANDIDATES)
     table = facts.public((of / "select/ranking.md").read_text(encoding="utf-8"))
     return f"\n\n## Candidates of the search\n\n![Quality against size of the candidates]({CANDIDATES})\n\n{table}"
+
+
+def _texts(run: Run, student: Path) -> Texts:
+    """Return the texts that exports are measured on and calibrated on: the recipe's held-out and calibration text."""
+    tokenizer = AutoTokenizer.from_pretrained(student)
+
+    def blocks(stage: str, split: str) -> list[list[int]]:
+        section = run.section(stage)
+        documents = load_text(section["text"], section.get("split", split), section.get("text_column", "text"))
+        size = min(EXPORT_BLOCK, section.get("block_size", EXPORT_BLOCK))
+        rows = token_blocks(documents, tokenizer, size, EXPORT_TOKENS, run.seed, add_bos_token=section.get("add_bos_token"))
+        return [list(map(int, ids)) for ids in rows.with_format(None)["input_ids"]]
+
+    calibration = blocks("score", "train") if run.section("score").get("text") else []
+    return Texts(facts.public(run.section("evaluate")["text"]), blocks("evaluate", "test"), calibration)
 
 
 def read(run: Run) -> tuple[Report | None, dict, dict | None]:

@@ -1,0 +1,356 @@
+"""Exports for other runtimes: GGUF files read by Transformers' own reader and by llama.cpp, MLX folders; and what is refused.
+
+llama.cpp and mlx-lm are optional: pip install 'hf_minitron[gguf,mlx]'.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny_tokenizers import ALL, TEXTS
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_minitron.__main__ import main
+from hf_minitron.export import export as exporting
+from hf_minitron.export.compare import compare_exports
+from hf_minitron.export.export import Texts, check_export, export_model, file_name, importance_of
+from hf_minitron.export.gguf_model import write_gguf
+from hf_minitron.export.gguf_tokenizer import SPLITS, tokenizer_metadata
+from hf_minitron.export.layouts import GGUF_TYPES, LAYOUTS
+from hf_minitron.export.llama_cpp import LlamaCpp
+from hf_minitron.export.mlx import Mlx
+from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+mlx = pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm is not installed")
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "vocab_size": 720, "max_position_embeddings": 128,
+}  # fmt: skip
+CHANGES = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+}
+ROPE = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TOKENIZER = ALL["byte_level"]
+TEXT = "The compiler makes it: x = 3 + 14, don't you see?\n\n  café 你好 123 4567 "
+IDS = TOKENIZER(TEXT * 2)["input_ids"]
+
+
+def made(model_type="llama", **changes):
+    return tiny.model(model_type, torch.float32, **{**SIZES, **CHANGES.get(model_type, {}), **changes})
+
+
+def saved(folder, model=None, tokenizer=TOKENIZER):
+    """A model folder with a tokenizer that GGUF files hold."""
+    model = model or made()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def with_chat(tokenizer):
+    changed = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    changed.chat_template = CHAT
+    return changed
+
+
+def pruned(model_type="llama", heads=(4, 2, 0, 4), kv_heads=(2, 1, 0, 2), ffn=(96, 64, 32, 0), **changes):
+    stock = tiny.config(model_type, **{**SIZES, **changes})
+    sizes = {"layer_num_attention_heads": heads, "layer_num_key_value_heads": kv_heads, "layer_intermediate_size": ffn}
+    torch.manual_seed(0)
+    model = PrunedForCausalLM(PrunedConfig.from_stock(stock, **{name: list(values) for name, values in sizes.items()})).eval()
+    tiny.shake(model)
+    return model
+
+
+def fields(path):
+    """The metadata of a GGUF file."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_transformers_reads_what_was_written(tmp_path):
+    model = saved(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        difference = model(torch.tensor([IDS])).logits - again(torch.tensor([IDS])).logits
+    assert difference.abs().max() < 0.02
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert read(TEXT, add_special_tokens=False)["input_ids"] == TOKENIZER(TEXT, add_special_tokens=False)["input_ids"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_says_what_the_config_and_the_tokenizer_say_and_no_path(tmp_path):
+    saved(tmp_path / "secret", pruned(), with_chat(TOKENIZER))
+    path = tmp_path / "model.gguf"
+    write_gguf(tmp_path / "secret", path, "tiny", "Q8_0")
+    found = fields(path)
+    assert found["general.architecture"] == "deci"
+    assert found["deci.attention.head_count"] == [4, 2, 0, 4]
+    assert found["deci.attention.head_count_kv"] == [2, 1, 0, 2]
+    assert found["deci.feed_forward_length"] == [96, 64, 32, 32]  # the last, of zeros, keeps the layer's attention
+    assert found["tokenizer.ggml.pre"] == "gpt-2"
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.chat_template"] == CHAT
+    assert found["general.name"] == "tiny"
+    assert len(found["tokenizer.ggml.tokens"]) == SIZES["vocab_size"]
+    assert str(tmp_path).encode() not in path.read_bytes()
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.0.attn_output.weight"] == "Q8_0"
+    assert types["blk.1.attn_output.weight"] == "F16"  # 16 channels
+    assert types["output_norm.weight"] == "F32"
+
+
+def test_an_interrupted_file_has_no_name(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setattr(gguf.quants, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@llama_cpp
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_llama_cpp_computes_what_transformers_does(model_type, tmp_path):
+    model = saved(tmp_path, made(model_type))
+    write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    measured = compare_exports(model, TOKENIZER, [IDS], {"F16": lambda: LlamaCpp(tmp_path / "model.gguf", len(IDS))})
+    assert measured["files"]["F16"]["teacher_kl"] < 1e-4
+    assert measured["files"]["F16"]["perplexity"] == pytest.approx(measured["perplexity"], rel=0.01)
+
+
+@llama_cpp
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_embeddings_of_long_contexts_are_those_of_transformers(kind, tmp_path):
+    model = saved(tmp_path, made(rope_parameters=ROPE[kind]))
+    write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    measured = compare_exports(model, TOKENIZER, [IDS], {"F16": lambda: LlamaCpp(tmp_path / "model.gguf", len(IDS))})
+    assert measured["files"]["F16"]["teacher_kl"] < 1e-4
+
+
+@llama_cpp
+@pytest.mark.parametrize(("model_type", "architecture"), [("llama", "deci"), ("qwen2", "deci"), ("qwen3", "qwen3")])
+def test_nonuniform_models_keep_their_sizes_where_llama_cpp_has_them_and_are_padded_else(model_type, architecture, tmp_path):
+    saved(tmp_path / "pruned", pruned(model_type))
+    facts = export_model(tmp_path / "pruned", tmp_path / "out", "tiny", Texts("text", [IDS]), ["gguf"], ["F16"])
+    assert facts["files"][0]["teacher_kl"] < 1e-4
+    assert fields(tmp_path / "out" / "tiny-F16.gguf")["general.architecture"] == architecture
+
+
+def split_tokenizer(pattern):
+    """A byte-level tokenizer that splits words as a pattern of tokenizer.json says."""
+    made = Tokenizer(models.BPE(ignore_merges=False))
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXTS * 2,
+        trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def digits_tokenizer():
+    made = split_tokenizer("x").backend_tokenizer
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = {
+    "gpt-2": lambda: TOKENIZER,
+    "default": lambda: ALL["byte_fallback"],
+    "smollm": digits_tokenizer,
+    **{name: lambda pattern=pattern: split_tokenizer(pattern) for pattern, name in SPLITS.items()},
+}
+
+
+@llama_cpp
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_makes_the_tokens_that_transformers_does(name, tmp_path):
+    tokenizer = TOKENIZERS[name]()
+    saved(tmp_path, made(num_hidden_layers=1), tokenizer)
+    write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
+    assert fields(tmp_path / "model.gguf")["tokenizer.ggml.pre"] in (name, "dbrx")
+    loaded = LlamaCpp(tmp_path / "model.gguf", 16)
+    words = "I'LL don't 12345 x_1 HTTPServer camelCase naïve ÄÖ привет 你好 (a+b)/c //x\n\n\t y   z !!\n"
+    for text in (words, TEXT, *TEXTS[3:6]):
+        assert loaded.tokenize(text) == tokenizer(text)["input_ids"], text
+
+
+@llama_cpp
+def test_all_types_are_measured_and_quantizing_costs_what_it_should(tmp_path):
+    saved(tmp_path / "model", made(hidden_size=256, intermediate_size=256, head_dim=64), with_chat(TOKENIZER))
+    texts = Texts("held-out text", [IDS, IDS[::-1]], [IDS])
+    facts = export_model(tmp_path / "model", tmp_path / "out", "tiny", texts, ["gguf"])
+    by_type = {file["type"]: file for file in facts["files"]}
+    assert list(by_type) == list(GGUF_TYPES)
+    assert [by_type[kind]["file"] for kind in GGUF_TYPES] == [f"tiny-{kind}.gguf" for kind in GGUF_TYPES]
+    kl = [by_type[kind]["teacher_kl"] for kind in GGUF_TYPES]
+    assert kl == sorted(kl)
+    sizes = [by_type[kind]["bytes"] for kind in GGUF_TYPES]
+    assert sizes == sorted(sizes, reverse=True)
+    assert facts["calibration_tokens"] == len(IDS)
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == facts
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"export.json", *(file["file"] for file in facts["files"])}
+
+
+@llama_cpp
+def test_the_importance_matrix_is_used(tmp_path):
+    from hf_minitron.export.llama_cpp import quantize
+
+    model = saved(tmp_path, made(hidden_size=256, intermediate_size=256, head_dim=64))
+    write_gguf(tmp_path, tmp_path / "half.gguf", "tiny")
+    importance = importance_of(model, [IDS])
+    assert importance["blk.0.ffn_down.weight"].shape == (256,)
+    quantize(tmp_path / "half.gguf", tmp_path / "plain.gguf", "Q4_K_M")
+    quantize(tmp_path / "half.gguf", tmp_path / "better.gguf", "Q4_K_M", importance)
+    assert (tmp_path / "plain.gguf").read_bytes() != (tmp_path / "better.gguf").read_bytes()
+
+
+def test_the_importance_of_a_matrix_is_the_mean_square_of_what_it_reads():
+    model = made(num_hidden_layers=1)
+    with torch.no_grad():
+        normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor([IDS])))
+    expected = normed[0].square().mean(0)
+    torch.testing.assert_close(torch.from_numpy(importance_of(model, [IDS])["blk.0.attn_q.weight"]), expected)
+
+
+@llama_cpp
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    model = saved(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.neg_().mul_(3)
+    monkeypatch.setattr(exporting, "load_model", lambda *args: model)
+    with pytest.raises(ValueError, match="F16: what llama.cpp .* predicts is .* nats per token from what Transformers does"):
+        export_model(tmp_path / "model", tmp_path / "out", "tiny", Texts("text", [IDS]), ["gguf"], ["F16"])
+    assert not list((tmp_path / "out").iterdir())
+
+
+@mlx
+@pytest.mark.parametrize("model", [made, pruned])
+def test_mlx_computes_what_transformers_does(model, tmp_path):
+    saved(tmp_path / "model", model(), with_chat(TOKENIZER))
+    facts = export_model(tmp_path / "model", tmp_path / "out", "tiny", Texts("text", [IDS]), ["mlx"])
+    (file,) = facts["files"]
+    assert file["file"] == "mlx"
+    assert file["teacher_kl"] < 0.2
+    assert json.loads((tmp_path / "out" / "mlx" / "config.json").read_text())["quantization"]["bits"] == 4
+    for path in (tmp_path / "out" / "mlx").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+@mlx
+def test_mlx_loads_a_stock_student_as_it_is(tmp_path):
+    model = saved(tmp_path)
+    measured = compare_exports(model, TOKENIZER, [IDS], {"F16": lambda: Mlx(tmp_path)})
+    assert measured["files"]["F16"]["teacher_kl"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "formats", "types", "message"),
+    [
+        ({"model_type": "bloom", "head_dim": None}, ["gguf"], ["F16"], "of type 'bloom'; of arcee"),
+        ({"hidden_size": 40}, ["gguf"], ["F16", "Q8_0"], "Q8_0: hidden is 40, which does not divide by 32"),
+        ({"hidden_act": "gelu"}, ["gguf"], ["F16"], "hidden_act is 'gelu', and llama.cpp's 'llama' has 'silu' only"),
+        ({"rope_parameters": {**ROPE["linear"], "rope_type": "dynamic"}}, ["gguf"], ["F16"], "rope_type 'dynamic'"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 9}, ["gguf"], ["F16"], "query_pre_attn_scalar is 9"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1]}, ["gguf"], ["F16"], "so drop no layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, ["gguf"], ["F16"], "with and without experts alternate"),
+        ({}, ["gguf"], ["Q2_K"], "'Q2_K' is not a type of GGUF file: F16, Q8_0, Q4_K_M"),
+        ({}, ["gguf"], [], "no type of GGUF file is named"),
+        ({}, ["onnx"], ["F16"], "'onnx' is not a format: gguf, mlx"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_one_line(config, formats, types, message):
+    changes = {**SIZES, **config}
+    with pytest.raises(ValueError, match=message) as error:
+        check_export(tiny.config(changes.pop("model_type", "llama"), **changes), formats, types)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "formats", "message"),
+    [
+        ("gguf", ["gguf"], r"GGUF files need gguf, which is not installed: pip install 'hf_minitron\[gguf\]'"),
+        ("llama_cpp", ["gguf"], r"Q4_K_M, which llama.cpp quantizes to, need llama-cpp-python"),
+        ("mlx_lm", ["mlx"], r"the export for MLX need mlx-lm, which is not installed: pip install 'hf_minitron\[mlx\]'"),
+    ],
+)
+def test_a_runtime_that_is_not_installed_is_named(module, formats, message, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(ValueError, match=message):
+        check_export(tiny.config(**SIZES), formats)
+
+
+def test_without_llama_cpp_files_are_written_and_not_measured(tmp_path, monkeypatch):
+    saved(tmp_path / "model")
+    monkeypatch.setattr(exporting, "_is_installed", lambda name: name == "gguf")
+    facts = export_model(tmp_path / "model", tmp_path / "out", "tiny", Texts("text", [IDS]), ["gguf"], ["F16", "Q8_0"])
+    assert [sorted(file) for file in facts["files"]] == [["bytes", "file", "type"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (tiny.tokenizer(), "the tokenizer is WordLevel"),
+        (ALL["unigram"], "the tokenizer is Unigram"),
+        (ALL["characters"], "the tokenizer is BPE without bytes"),
+        (split_tokenizer("[a-z]+|."), "llama.cpp's name for this tokenizer's split of words is not known"),
+    ],
+    ids=["words", "unigram", "characters", "split"],
+)
+def test_tokenizers_that_a_gguf_file_does_not_hold_are_refused(tokenizer, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_metadata(tokenizer, 1000)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    with pytest.raises(ValueError, match="the tokenizer has a token .*, and the model 300 of them"):
+        tokenizer_metadata(TOKENIZER, 300)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("owner/my model@main", "my-model"), ("/home/me/runs/small", "small"), ("me/x-0.5B", "x-0.5B")]
+)
+def test_files_are_named_by_the_last_part_alone(model, name):
+    assert file_name(model) == name
+
+
+def test_the_command_exports_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("small"), pruned())
+    assert main(["export", "small", "--to", "gguf", "stock", "--types", "F16", "--tokens", "128"]) == 0
+    assert "small-F16.gguf" in capsys.readouterr().out
+    assert {path.name for path in Path("export").iterdir()} == {"export.json", "small-F16.gguf", "stock"}
+    assert AutoModelForCausalLM.from_pretrained("export/stock").config.model_type == "llama"
+
+
+def test_the_command_refuses_in_one_line_before_it_begins(tmp_path, capsys):
+    saved(tmp_path / "small", made(hidden_size=40))
+    assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--output", str(tmp_path / "out")]) == 1
+    assert "hidden is 40, which does not divide by 32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
