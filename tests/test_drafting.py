@@ -1,16 +1,19 @@
 """First steps: a recipe for a model, a plan without one, shares as targets, and names that people know from elsewhere."""
 
+import re
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
+from hf_minitron import Architecture
 from hf_minitron.__main__ import main
 from hf_minitron.errors import RecipeError
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import share_of, sizes_for, with_sizes
-from hf_minitron.stages.target import teacher
+from hf_minitron.stages.target import teacher, unquantizable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SECTIONS = {name: stage.args for name, stage in STAGES.items()}
@@ -109,7 +112,7 @@ def test_plan_takes_a_model(capsys):
 
 def test_a_share_of_an_axis_becomes_the_nearest_legal_size():
     recipe = {"model": str(CONFIGS / "Llama-3.1-8B"), "prune": {"target": {"ffn": "61%", "heads": "70%", "layers": 30}}}
-    assert with_sizes(recipe)["prune"]["target"] == {"ffn": 8744, "heads": 24, "layers": 30}
+    assert with_sizes(recipe)["prune"]["target"] == {"ffn": 8704, "heads": 24, "layers": 30}
     assert recipe["prune"]["target"]["ffn"] == "61%"
     whole = with_sizes(recipe | {"prune": {"target": "60%"}})["prune"]["target"]
     assert set(whole) == {"hidden", "ffn"}
@@ -170,3 +173,30 @@ def test_a_bare_search_recipe_needs_no_target(project, tmp_path, capsys):
     path.write_text(yaml.safe_dump(recipe | {"run": str(tmp_path / "run"), "search": {"budget": {"parameters": "90%"}}}))
     for verb in ("score", "search"):
         assert main([verb, str(path)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({"hidden": 576}, {"hidden": 504}, "hidden: 504 does not divide by 32, so .* take 480 or 512"),
+        ({"ffn": 1536}, {"ffn": 1056}, "ffn: 1056 does not divide by 256, so .* Q5_0 in its place.*: take 1024 or 1280"),
+        ({"hidden": 576}, {"hidden": 480}, None),
+        ({"ffn": 1536}, {"ffn": 1280}, None),
+        ({"hidden": 40}, {"hidden": 24}, None),
+    ],
+)
+def test_sizes_that_quantized_formats_do_not_take_are_told(before, after, expected):
+    shape = Architecture.of(tiny.config(hidden_size=before.get("hidden", 64), intermediate_size=before.get("ffn", 64))).shape
+    notes = [f"{axis}: {note}" for axis, note in unquantizable(shape, shape.cut_to(after)).items()]
+    assert len(notes) == bool(expected)
+    assert not expected or re.fullmatch(expected, notes[0])
+
+
+def test_sizes_that_are_chosen_divide_by_what_quantized_formats_need_where_the_model_is_large_enough(tmp_path):
+    tiny.config(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, head_dim=64).save_pretrained(tmp_path)
+    recipe = {"model": str(tmp_path), "prune": {"target": "60%"}}
+    assert all(size % 64 == 0 for size in with_sizes(recipe)["prune"]["target"].values())
+    recipe["prune"]["target"] = {"hidden": "51%", "ffn": "51%"}
+    assert with_sizes(recipe)["prune"]["target"] == {"hidden": 512, "ffn": 2048}
+    recipe["prune"]["multiple_of"] = {"hidden": 8}
+    assert with_sizes(recipe)["prune"]["target"] == {"hidden": 520, "ffn": 2089}

@@ -37,6 +37,11 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     nonuniform = isinstance(config, PrunedConfig)
     kind = config.stock_model_type if nonuniform else config.model_type
     layout = NONUNIFORM if nonuniform and kind in NONUNIFORM_TYPES else LAYOUTS.get(kind)
+    if layout and layout.square and (width := config.num_attention_heads * head_dim_of(config)) != config.hidden_size:
+        if kind not in NONUNIFORM_TYPES:
+            raise ValueError(f"heads are {width} wide together and hidden is {config.hidden_size}; llama.cpp's "
+                             f"{layout.architecture!r} takes them to be equal: cut both alike, or neither")  # fmt: skip
+        layout = NONUNIFORM
     if layout is None:
         raise ValueError(
             f"no GGUF file can be written of a model of type {kind!r}; of {', '.join(LAYOUTS)} they can; {OTHERWISE}"
@@ -47,7 +52,7 @@ def layout_of(config: PreTrainedConfig) -> Layout:
             f"hidden_act is {activation!r}, and llama.cpp's {layout.architecture!r} has {layout.activation!r} only"
         )
     if (heads := getattr(config, "query_pre_attn_scalar", None)) is not None:
-        own = config.head_dim
+        own = head_dim_of(config)
         if config.num_hidden_layers == layout.head_scale_at:
             own = config.hidden_size // config.num_attention_heads
         if heads != own:
@@ -61,6 +66,11 @@ def layout_of(config: PreTrainedConfig) -> Layout:
         raise ValueError("layers with and without experts alternate, which llama.cpp has no place for")
     rope_metadata(config, layout)
     return layout
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return how many channels a head has."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def quantizable(config: PreTrainedConfig) -> str | None:
@@ -118,7 +128,7 @@ def write_gguf(folder: Path, path: Path, name: str, kind: str = "F16") -> None:
 def metadata(config: PreTrainedConfig, layout: Layout) -> dict[str, Any]:
     """Return what llama.cpp reads of a config, by its keys without the architecture's name."""
     found = {new: getattr(config, key, None) for key, new in KEYS.items()}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     found["attention.head_count_kv"] = found["attention.head_count_kv"] or config.num_attention_heads
     if isinstance(config, PrunedConfig):
@@ -142,7 +152,7 @@ def rope_metadata(config: PreTrainedConfig, layout: Layout) -> dict[str, Any]:
     """
     rope = config.rope_parameters
     main, local = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     share = main.get("partial_rotary_factor") or 1.0
     found = {"rope.dimension_count": int(head_dim * share), "rope.freq_base": float(main["rope_theta"])}
     if local:
@@ -222,8 +232,7 @@ def _reader(
         if name.endswith("norm.weight"):
             tensor = tensor + layout.norm_offset
         if layout.paired and re.search(r"self_attn\.[qk]_proj\.", name):
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            tensor = tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.unflatten(0, (-1, 2, head_dim_of(config) // 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
     return lambda: (torch.stack([one(name) for name in parts]) if stack else one(parts[0])).contiguous().numpy()

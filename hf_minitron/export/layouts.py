@@ -20,6 +20,7 @@ class Layout:
         window (`bool`, *optional*, defaults to `False`): Whether it has layers of sliding-window attention.
         head_scale_at (`int`, *optional*): The number of layers at which it scales attention by hidden / heads, not by the size
             of a head.
+        square (`bool`, *optional*, defaults to `False`): Whether it takes all heads together to be as wide as hidden.
         rope_every (`int`, *optional*): Which layers have no rotary embedding: every so many-th.
     """
 
@@ -30,6 +31,7 @@ class Layout:
     factors: bool = False
     window: bool = False
     head_scale_at: int | None = None
+    square: bool = False
     rope_every: int | None = None
 
 
@@ -43,17 +45,17 @@ LAYOUTS = {
     "granite": Layout("granite", paired=True, factors=True),
     "llama": LLAMA,
     "mistral": LLAMA,
-    "nemotron": Layout("nemotron", "relu2", norm_offset=1.0),
-    "olmo2": Layout("olmo2"),
-    "olmo3": Layout("olmo2", window=True),
-    "phi3": Layout("phi3"),
-    "qwen2": Layout("qwen2"),
+    "nemotron": Layout("nemotron", "relu2", norm_offset=1.0, square=True),
+    "olmo2": Layout("olmo2", square=True),
+    "olmo3": Layout("olmo2", window=True, square=True),
+    "phi3": Layout("phi3", square=True),
+    "qwen2": Layout("qwen2", square=True),
     "qwen3": Layout("qwen3"),
     "qwen3_moe": Layout("qwen3moe"),
     "seed_oss": Layout("seed_oss"),
     "smollm3": Layout("smollm3", paired=True, rope_every=4),
 }
-# The one whose layers may differ in heads, KV heads and FFN, and the model types that it computes as they are.
+# The one whose layers may differ in heads, KV heads and FFN, and the model types that it computes, uniform ones too.
 NONUNIFORM = Layout("deci", paired=True, factors=True)
 NONUNIFORM_TYPES = ("llama", "mistral", "qwen2")
 

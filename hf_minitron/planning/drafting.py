@@ -12,8 +12,8 @@ from hf_minitron.errors import RecipeError, told
 from hf_minitron.planning.cost_text import cost_text
 from hf_minitron.planning.costs import GB, Cost, Machine, Models, training_cost
 from hf_minitron.recipe_file import read_yaml
-from hf_minitron.stages.share import coarse, share_of, sizes_for
-from hf_minitron.stages.target import teacher
+from hf_minitron.stages.share import share_of, sizes_for
+from hf_minitron.stages.target import coarse, teacher, unquantizable
 
 TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
 GPU_MEMORY = 80e9  # of a GPU where none is named
@@ -80,7 +80,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text or TEXT, args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
-        print(f"{text}\n{cost_text(read_yaml(text, str(args.output)), machine)}\n\nRecipe: {args.output}")
+        recipe, shape = read_yaml(text, str(args.output)), teacher(args.model).shape
+        notes = unquantizable(shape, shape.cut_to(recipe["prune"]["target"]))
+        print("\n".join([text, cost_text(recipe, machine), *(f"{axis}: {note}" for axis, note in notes.items())]))
+        print(f"\nRecipe: {args.output}")
     return 0
 
 

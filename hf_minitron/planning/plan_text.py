@@ -76,4 +76,5 @@ def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:
         inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact
     if target.uses_rotation(args):
         inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
-    return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in inexact.items())
+    notes = [*inexact.items(), *target.unquantizable(before, after).items()]
+    return markdown_table(table) + "".join(f"\n{axis}: {reason}" for axis, reason in notes)

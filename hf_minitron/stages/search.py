@@ -25,7 +25,7 @@ from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape, ShapeError
 from hf_minitron.stage import Stage
 from hf_minitron.stages import distill, evaluate
-from hf_minitron.stages.target import MULTIPLE_OF
+from hf_minitron.stages.target import suited, teacher
 from hf_minitron.statistics import Statistics
 
 FOLDER = "candidates"
@@ -200,7 +200,9 @@ def _link(source: str, target: str) -> None:
 
 
 def _multiple_of(args: Args, run: Run) -> dict[str, int]:
-    return dict(args.multiple_of if args.multiple_of is not None else run.section("prune").get("multiple_of", MULTIPLE_OF))
+    if args.multiple_of is not None:
+        return dict(args.multiple_of)
+    return dict(run.section("prune").get("multiple_of", suited(teacher(run.model).shape)))
 
 
 def _space(args: Args, run: Run) -> _Space:

@@ -9,7 +9,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
 from hf_minitron.errors import RecipeError
 from hf_minitron.shape import ShapeError
-from hf_minitron.stages.target import MULTIPLE_OF, teacher
+from hf_minitron.stages.target import coarse, suited, teacher
 
 # FFN channels are cut by this power of what hidden channels are cut by: in Llama-3.1-Minitron-4B-Width 9216 of 14336 stay
 # beside 3072 of 4096 (2408.11796, table 3).
@@ -36,7 +36,7 @@ def with_sizes(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(target, str | Mapping) or not _has_share(target):
         return recipe
     architecture = teacher(str(recipe["model"]), bool(prune.get("dequantize")))
-    multiple_of = prune.get("multiple_of", MULTIPLE_OF)
+    multiple_of = prune.get("multiple_of", suited(architecture.shape))
     if isinstance(target, str):
         sizes = sizes_for(architecture, share_of(target, "prune.target"), multiple_of)
     else:
@@ -87,11 +87,6 @@ def sizes_for(architecture: Architecture, share: float, multiple_of: Mapping[str
         return sizes
     raise RecipeError(f"prune.target: {share:.0%} of the parameters cannot be kept by cutting hidden and FFN channels of this "
                       "model alone; give sizes, or a larger share")  # fmt: skip
-
-
-def coarse(size: int) -> int:
-    """Return what a new size shall be a multiple of: 256 where a model is large, never less than 32 where it allows it."""
-    return next((unit for unit in (256, 128, 64, 32, 8) if size % unit == 0 and size >= 16 * unit), 1)
 
 
 def _near(architecture: Architecture, wanted: float, multiple_of: Mapping[str, int]) -> Iterator[tuple[float, dict[str, int]]]:

@@ -13,6 +13,11 @@ from hf_minitron.shape import Shape
 from hf_minitron.sizes import BY_LAYER, CUTTABLE
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
+# What the rows of a matrix divide by in quantized formats, and what a format does with others.
+QUANTIZED = {
+    32: "cannot be quantized to GGUF's Q8_0 and K-quants or by MLX",
+    256: "cannot be a K-quant of GGUF (Q4_K_M takes Q5_0 in its place)",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,29 @@ def student(args: Args, model: str) -> Architecture:
     before, after, _ = shapes(args, model)
     config = student_config(uncut(args, model), stand_in(before, after))
     return Architecture.of(text_alone(Architecture.of(config))[0] if args.text_only else config)
+
+
+def suited(shape: Shape) -> dict[str, int]:
+    """Return the divisors of sizes that are chosen for a model: what suits GPUs, and quantized formats where it is large."""
+    return {axis: max(least, coarse(shape[axis])) for axis, least in MULTIPLE_OF.items() if axis in shape.axes}
+
+
+def coarse(size: int) -> int:
+    """Return what a new size shall be a multiple of: 256 where a model is large, never less than 32 where it allows it."""
+    return next((unit for unit in (256, 128, 64, 32, 8) if size % unit == 0 and size >= 16 * unit), 1)
+
+
+def unquantizable(before: Shape, after: Shape) -> dict[str, str]:
+    """Return the axes whose new size quantized formats do not take while they took the old one, with what to do."""
+    found = {}
+    for axis in [axis for axis in MULTIPLE_OF if axis in before.axes]:
+        unit = next((unit for unit in QUANTIZED if before[axis] % unit == 0 and after[axis] % unit), None)
+        if unit:
+            near = " or ".join(
+                str(n) for n in (after[axis] // unit * unit, after[axis] // unit * unit + unit) if 0 < n <= before[axis]
+            )
+            found[axis] = f"{after[axis]} does not divide by {unit}, so weights with rows of it {QUANTIZED[unit]}: take {near}"
+    return found
 
 
 def uses_rotation(args: Args) -> bool:
