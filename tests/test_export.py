@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
+from test_publish import card
 from tiny_tokenizers import ALL, TEXTS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -23,6 +25,7 @@ from hf_minitron.export.gguf_tokenizer import SPLITS, tokenizer_metadata
 from hf_minitron.export.layouts import GGUF_TYPES, LAYOUTS
 from hf_minitron.export.llama_cpp import LlamaCpp
 from hf_minitron.export.mlx import Mlx
+from hf_minitron.hub.publish import files_to_push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -369,3 +372,53 @@ def test_the_command_refuses_in_one_line_before_it_begins(tmp_path, capsys):
     assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--output", str(tmp_path / "out")]) == 1
     assert "hidden is 40, which does not divide by 32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# The run and its card
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that exports, of a teacher that GGUF files hold."""
+    words = tiny.make_project(tmp_path, made(vocab_size=720))
+    with_chat(TOKENIZER).save_pretrained(tmp_path / "teacher")
+    found = {**words["recipe"], "run": str(tmp_path / "runs" / "small one"), "prune": {"target": {"ffn": 64}}}
+    found["evaluate"] = {**found["evaluate"], "tasks": [], "speed": False}
+    found["publish"] = {"export": ["gguf"], "gguf_types": ["F16", "Q8_0"]}
+    words["path"].write_text(yaml.safe_dump(found))
+    return words["path"]
+
+
+@pytest.mark.slow
+def test_publish_exports_beside_the_model(recipe, tmp_path):
+    assert main(["run", str(recipe)]) == 0
+    folder = tmp_path / "runs" / "small one" / "publish" / "model"
+    facts = json.loads((folder / "export.json").read_text())
+    assert [file["file"] for file in facts["files"]] == ["small-one-F16.gguf", "small-one-Q8_0.gguf"]
+    assert {"small-one-F16.gguf", "small-one-Q8_0.gguf", "export.json"} <= files_to_push(folder).keys()
+    text = (folder / "README.md").read_text()
+    assert "| small-one-F16.gguf" in text
+    assert ("llama-cli -m small-one-Q8_0.gguf" in text) == ("runtime" in facts["files"][0])
+
+
+def test_a_size_that_cannot_be_quantized_is_refused_before_the_run_begins(recipe, tmp_path, capsys):
+    assert main(["run", str(recipe), "--prune.target.hidden", "40"]) == 1
+    assert "export: Q8_0: hidden is 40, which does not divide by 32" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "small one" / "score").exists()
+
+
+@pytest.mark.parametrize(("load", "where"), [("me/small", "-hf me/small:Q8_0"), (".", "-m small-Q8_0.gguf")])
+def test_the_card_shows_how_to_load_what_was_loaded(load, where):
+    measured = {"runtime": "llama.cpp", "perplexity": 11.0, "teacher_kl": 1e-3, "top1_match": 0.99}
+    files = [{"file": f"small-{kind}.gguf", "type": kind, "bytes": 10**8, **measured} for kind in ("F16", "Q8_0")]
+    export = {"text": "held-out text", "perplexity": 11.0, "tokens": 4088, "files": files}
+    shown = str(card(export=export, load=load))
+    assert f"llama-cli {where} -p" in shown
+    assert "mlx" not in shown
+    assert "4,088 tokens" in shown
+    for file in files:
+        del file["runtime"]
+    assert "llama-cli" not in str(card(export=export, load=load))
+    both = {**export, "files": [*files, {**measured, "file": "mlx", "type": "MLX 4-bit", "bytes": 10**8}]}
+    assert "mlx_lm.generate --model mlx" in str(card(export=both, load=load))
+    assert "not loaded yet" in str(card(export=both, load=load))

@@ -19,7 +19,7 @@ from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint.checkpoint import best_device, load_model
 from hf_minitron.export.compare import Runtime, compare_exports
 from hf_minitron.export.gguf_model import gguf_names, layout_of, quantizable, write_gguf
-from hf_minitron.export.layouts import FORMATS, GGUF_TYPES, NONUNIFORM_TYPES
+from hf_minitron.export.layouts import FORMATS, GGUF_TYPES, MLX, NONUNIFORM_TYPES
 from hf_minitron.export.llama_cpp import LlamaCpp, quantize
 from hf_minitron.export.mlx import Mlx, check_mlx, write_mlx
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
@@ -28,7 +28,7 @@ from hf_minitron.pruning.export import export as export_stock
 
 PACKAGES = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "gguf"), "mlx_lm": ("mlx-lm", "mlx")}
 FACTS = "export.json"
-MLX, MLX_TYPE = "mlx", "MLX 4-bit"  # the folder, and what is in it
+MLX_TYPE = "MLX 4-bit"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 FORMATS = ("gguf", "mlx")
 GGUF_TYPES = ("F16", "Q8_0", "Q4_K_M")
+MLX = "mlx"  # the folder
 
 
 @dataclass(frozen=True)

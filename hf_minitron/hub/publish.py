@@ -18,6 +18,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, 
 
 from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.errors import TOKEN
+from hf_minitron.export.layouts import GGUF_TYPES, MLX
 from hf_minitron.hub.retry import retry, scrub, status_of
 from hf_minitron.tables import markdown_table
 
@@ -30,7 +31,8 @@ SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")  # a collection: its owner, i
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.gguf")  # one of these makes a repository one that holds a model
 RESULTS = ".eval_results/"  # of the old model, which the new one has not reached
 # What a loader reads: of what a repository held before, none of it may stay beside the new model.
-LOADED = ("*.safetensors", "*.gguf", "*.bin", "*.json", "*.py", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+EXPORTS = tuple(f"*-{kind}.gguf" for kind in GGUF_TYPES)
+LOADED = ("*.safetensors", *EXPORTS, "*.bin", "*.json", "*.py", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _commit(api: HfApi, folder: Path, files: Mapping[str, int], target: Target) 
     if branch is not None:
         api.create_branch(target.repo_id, branch=branch, revision=held.sha, exist_ok=True)
     old = [file.rfilename for file in held.siblings if file.rfilename not in files]
-    gone = [name for name in old if name.startswith((RESULTS, "mlx/")) or ("/" not in name and _matches_any(name, LOADED))]
+    gone = [name for name in old if name.startswith((RESULTS, f"{MLX}/")) or ("/" not in name and _matches_any(name, LOADED))]
     operations = [CommitOperationDelete(name) for name in gone]
     operations += [CommitOperationAdd(name, folder / name) for name in files]
     try:

@@ -139,7 +139,8 @@ def _texts(run: Run, student: Path) -> Texts:
         section = run.section(stage)
         documents = load_text(section["text"], section.get("split", split), section.get("text_column", "text"))
         size = min(EXPORT_BLOCK, section.get("block_size", EXPORT_BLOCK))
-        rows = token_blocks(documents, tokenizer, size, EXPORT_TOKENS, run.seed, add_bos_token=section.get("add_bos_token"))
+        tokens = min(EXPORT_TOKENS, section.get("tokens", EXPORT_TOKENS))
+        rows = token_blocks(documents, tokenizer, size, tokens, run.seed, add_bos_token=section.get("add_bos_token"))
         return [list(map(int, ids)) for ids in rows.with_format(None)["input_ids"]]
 
     calibration = blocks("score", "train") if run.section("score").get("text") else []
