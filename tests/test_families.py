@@ -264,7 +264,7 @@ def test_pruned_equals_masked(model_type, axis):
     if (model_type, axis) in INEXACT:
         assert abs(error - INEXACT[model_type, axis]) < 0.02, error
     else:
-        bar = 1e-4 if teacher.dtype == torch.float32 else 1e-5 if model_type.startswith(("gemma3n", "gemma4")) else 1e-6
+        bar = 1e-4 if teacher.dtype == torch.float32 else 1e-5 if model_type.startswith(("gemma3n", "gemma4", "lara")) else 1e-6
         assert error < bar, error  # norms, routers and rotations compute in float32, and Gemma 4 does not scale its scores
 
 

@@ -125,6 +125,11 @@ CHANGES = {
               "expert_layer_offset": 2, "mamba_d_state": 5, "mamba_dt_rank": 3},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": True, "block_multiple_of": 12,
              "intermediate_size": 108},
+    "lara_mini": {
+        **DELTA, "moe_intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 28,
+        "sliding_window": 5,
+    },
+    "lfm3": {"layer_types": ["conv", "full_attention", "conv"], "sliding_window": 5, "head_dim": 8},
     "lfm2_moe": {**ROUTER, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4,
                  "moe_intermediate_size": 48, "num_dense_layers": 2},
     "mamba2": {"num_heads": 10, "head_dim": 8, "n_groups": 2, "state_size": 5, "chunk_size": 8},
@@ -196,7 +201,7 @@ MODEL_TYPES = (
 # The others, which only the tests of all that is accepted run on.
 MORE_TYPES = (
     *BERTS, "minimax_m3_vl_text", "bitnet", "codegen", "diffllama", "doge", "laguna", "glm_moe_dsa", "axk2",
-    "gpt_neox_japanese", "minimax", "modernbert-decoder", "zamba2",
+    "gpt_neox_japanese", "minimax", "lara_mini", "lfm3", "modernbert-decoder", "zamba2",
     "apertus1p5_text", "biogpt", "bloom", "ctrl", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "persimmon",
     "xglm",
     "axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu",

@@ -70,6 +70,10 @@ QWEN3_5_MOE_KEYS = QWEN_MOE_KEYS | DELTA_KEYS
 QWEN3_NEXT_ROWS = OUTER_ROWS | GATED_ATTENTION_ROWS | NEXT_DELTA_ROWS | QWEN_MOE_ROWS | DENSE_LAYER_ROWS
 QWEN3_NEXT_KEYS = QWEN_MOE_KEYS | DELTA_KEYS
 
+# lara_mini: queries without gates; checkpoints hold the projections into linear attention in one tensor
+LARA_ROWS = OUTER_ROWS | SOME_ATTENTION_ROWS | DELTA_ROWS | QWEN_MOE_ROWS
+LARA_FUSED = {f"{LINEAR}.in_proj.weight": tuple(f"{LINEAR}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))}
+
 # What a layer keeps of a text: the state of every head, and what its convolution has seen last.
 DELTA_STATE = (
     "(ssm_heads value_dim key_dim)+(ssm_groups key_dim kernel)+(ssm_groups key_dim kernel)+(ssm_heads value_dim kernel)"
@@ -86,6 +90,10 @@ TABLES = {
     },
     "qwen3_next": {
         "rows": QWEN3_NEXT_ROWS, "norms": NORMS, "config_keys": QWEN3_NEXT_KEYS, "only_ffn": "dense_ffn",
+        "states": {"linear_layers": DELTA_STATE},
+    },
+    "lara_mini": {
+        "rows": LARA_ROWS, "norms": NORMS, "config_keys": QWEN3_5_MOE_KEYS, "fused": LARA_FUSED,
         "states": {"linear_layers": DELTA_STATE},
     },
     "olmo_hybrid": {

@@ -164,6 +164,9 @@ LFM2_MOE_ROWS = LFM2_MIXER_ROWS | {
     f"{MOE}.experts.down_proj": "experts hidden ffn",
 }
 LFM2_MOE_KEYS = QWEN_MOE_KEYS
+# lfm3: norms after the mixer and the MLP, too, and a gate for every head
+LFM3_NORMS = (*LFM2_NORMS, f"{ALL}.post_operator_norm", f"{ALL}.post_ffn_norm")
+LFM3_ROWS = LFM2_ROWS | _norm_rows(LFM3_NORMS) | {f"{ATTENTION}.self_attn.g_proj.weight": "heads hidden"}
 LFM2_FOLLOWS = dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), "hidden")
 LFM2_ROLES = FEED_FORWARD_ROLES | {"w1": "gate", "w3": "up", "w2": "down", "conv.conv": "mixer"}
 
@@ -233,6 +236,7 @@ TABLES = {
         **LFM2_TABLE, "rows": LFM2_ROWS, "config_keys": CONFIG_KEYS, "from_parameters": ("ffn",), "pre_norm_residual": True,
         "settings": {"block_auto_adjust_ff_dim": False},  # else the class rounds intermediate_size
     },
+    "lfm3": {**LFM2_TABLE, "rows": LFM3_ROWS, "norms": LFM3_NORMS, "config_keys": CONFIG_KEYS},
     "lfm2_moe": {**LFM2_TABLE, "rows": LFM2_MOE_ROWS, "config_keys": LFM2_MOE_KEYS},
     "mamba2": {
         **GATED, "rows": PURE_MAMBA2_ROWS, "norms": BACKBONE_NORMS, "config_keys": PURE_MAMBA2_KEYS, "roles": BACKBONE_ROLES,
