@@ -11,9 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.architecture.refused import MISSING
 from hf_minitron.head import check_head
 from hf_minitron.shape import CUTTABLE
 
+# What a class needs whose default config it refuses itself.
+WITHOUT = dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0)
+NEEDED = {"gemma4_assistant": {"text_config": {"model_type": "gemma4_text", **WITHOUT}}}
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 
 
@@ -62,19 +66,25 @@ def refusals():
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if not works(model_type):
             try:
-                Architecture.of(tiny.config(model_type))
-            except Exception as error:  # refused, or no config of these sizes
+                config = tiny.config(model_type)
+            except Exception:  # its class refuses these sizes
+                config = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+            try:
+                Architecture.of(config)
+            except ValueError as error:
                 found[model_type] = str(error)
     return found
 
 
 def refused():
     """Return the list of the other types of the mapping, by what they are."""
-    kinds = {"encoder-decoders": [], "models of more than text": [], "without a table": []}
+    kinds, reasons = {"encoder-decoders": [], "models of more than text": []}, []
     for model_type, why in sorted(refusals().items()):
-        kind = "encoder-decoders" if "an encoder and a decoder" in why else "without a table"
-        kinds["models of more than text" if "of text alone" in why else kind].append(model_type)
-    return "\n".join(f"- {kind}: {', '.join(types)}" for kind, types in kinds.items())
+        if model_type in MISSING:
+            reasons.append(f"- {model_type}: {MISSING[model_type]}")
+        else:
+            kinds["encoder-decoders" if "an encoder and a decoder" in why else "models of more than text"].append(model_type)
+    return "\n".join([*(f"- {kind}: {', '.join(types)}" for kind, types in kinds.items()), *reasons])
 
 
 def part(page, name):

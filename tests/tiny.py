@@ -141,6 +141,10 @@ CHANGES = {
         "topk_group": 1, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 28,
     },
     "cohere2": {"logit_scale": 0.3, "sliding_window": 5},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5, "logit_scale": 0.3,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
     "helium": {"head_dim": 10},
     "hyperclovax": GRANITE,
     "mixtral": ROUTER,
@@ -209,6 +213,7 @@ MORE_TYPES = (
     "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe",
     "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "llama4_text", "mellum",
     "minimax_m2", "olmoe", "phimoe", "solar_open",
+    "cohere_compass_text",
     "apertus", "cohere", "cwm", "ernie4_5", "exaone", "exaone4", "glm", "granite_swa", "helium", "hunyuan_v1_dense",
     "hyperclovax", "internlm3", "iquestcoder", "jais2", "ministral3", "nanochat", "olmo3", "seed_oss",
 )  # fmt: skip

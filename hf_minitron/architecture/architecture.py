@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
-from hf_minitron.architecture.binding import Parameter, Read, advice, match_rows, misfits, shape_of, within
+from hf_minitron.architecture.binding import Parameter, Read, advice, check_missing, match_rows, misfits, shape_of, within
 from hf_minitron.architecture.config import model_type_of, not_a_language_model, text_config
 from hf_minitron.architecture.family import FAMILIES, LLAMA, Family
 from hf_minitron.architecture.names import parts_of, stored_rows
@@ -54,6 +54,7 @@ class Architecture:
             AxisError: for what is no causal language model of text, or has a parameter without a row or with another shape
                 than its row says.
         """
+        check_missing(config.model_type, FAMILIES)
         made = cls.bind(config)
         if problems := list(made.misfits.values()):
             raise axes.AxisError(advice(config.model_type, problems))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -13,6 +13,7 @@ from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.family import FAMILIES, Family
 from hf_minitron.architecture.nonuniform import sizes_by_layer
 from hf_minitron.architecture.outline import Outline
+from hf_minitron.architecture.refused import MISSING
 from hf_minitron.architecture.vision import Tower
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import AXES, largest
@@ -208,6 +209,19 @@ def misfits(family: Family, model: Outline, matches: Matches, shape: Shape) -> d
         elif size != (expected := axes.tensor_shape(family.rows[row], shape.at(axes.layer_index(matches[name][1])))):
             problems[like] = f"{like!r} has shape {size}, but its row {family.rows[row]!r} means {expected}"
     return problems
+
+
+def check_missing(model_type: str, families: Container[str]) -> None:
+    """Refuse a model type of which it is known why it has no table; once it has one, it is as any other.
+
+    Raises:
+        AxisError: with what is missing.
+    """
+    if model_type in MISSING and model_type not in families:
+        raise axes.AxisError(
+            f"Model type {model_type!r} cannot be pruned: {MISSING[model_type]}. Choose a model type that docs/families.md "
+            "lists, or write a family and register_family it (Architecture.bind(config).misfits lists the rows that it needs)"
+        )
 
 
 def advice(model_type: str, problems: Sequence[str]) -> str:

@@ -128,8 +128,8 @@ COHERE_ROWS = LLAMA_ROWS | {
 }
 
 LLAMA_MODEL_TYPES = (
-    "cohere2", "exaone4", "glm4", "granite", "granite_swa", "hyperclovax", "jais2", "nanochat", "nemotron", "olmo", "phi",
-    "starcoder2",
+    "cohere2", "cohere_compass_text", "exaone4", "glm4", "granite", "granite_swa", "hyperclovax", "jais2", "nanochat",
+    "nemotron", "olmo", "phi", "starcoder2",
 )  # fmt: skip
 
 # RMS norms that stand before attention and MLP, both of which are added to the stream as they are.
