@@ -29,7 +29,6 @@ import numpy as np
 import race
 import torch
 import yaml
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_minitron import load_text
@@ -213,7 +212,7 @@ def rows_of(documents: Sequence[str], tokenizer: Any, count: int) -> list[list[i
 def write_once(path: Path, documents: Sequence[str]) -> None:
     """Write a text, unless it is there."""
     if not path.is_file():
-        Dataset.from_dict({"text": list(documents)}).to_json(path)
+        write_whole(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
 
 
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -213,3 +214,36 @@ def test_the_curves_are_drawn(tmp_path):
     point = {"size": "100m", "text": "c4_2", "shape": "uniform", "perplexity": 95.0, "low": 90.0, "high": 99.0}
     race_page.plot_race({"curves": [{**point, "budget": budget} for budget in (300, 900)]}, tmp_path / "race.png")
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_text_is_in_two_parts(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "race"
+    for folder in (data / "text", data / "tasks"):
+        folder.mkdir(parents=True)
+    for name in ("c4_1", "c4_2", "stackexchange", "code"):
+        rows = [json.dumps({"text": f"{name} {number} " + "word " * 900}) for number in range(60)]
+        (data / f"text/{name}.jsonl").write_text("\n".join(rows) + "\n")
+    book = [json.dumps({"context": "a book " + "word " * 90, "continuation": "end"})] * 20
+    (data / "tasks/lambada_openai.jsonl").write_text("\n".join(book) + "\n")
+    tiny.tokenizer([*(f"{n}" for n in range(60)), "word", "c4_1", "c4_2", "stackexchange", "code"]).save_pretrained(
+        tmp_path / "t"
+    )
+    texts = models.prepare(data, out, str(tmp_path / "t"))
+    assert {name: len(rows) for name, rows in texts.items()} | {"documentation": 0} == {
+        "validation": 12, "c4_2": 32, "stackexchange": 12, "code": 12, "books": 16, "documentation": 0,
+    }  # fmt: skip
+    first = {name: [tuple(row[:2]) for row in rows] for name, rows in texts.items()}
+    for name in models.TRAINING:
+        trained = [tuple(tiny_tokens(tmp_path / "t", line)[:2]) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        held_out = {*first["validation"], *first.get(name, ())}
+        assert not held_out & {*trained}, name
+        assert not {*first.get(name, ())} & {*first["validation"]}, name
+    calibration = [json.loads(line)["text"] for line in (out / "calibration.jsonl").read_text().splitlines()]
+    assert len(calibration) == 3 * 40
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
+    assert models.prepare(data, out, str(tmp_path / "t")) == texts
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")} == before
+
+
+def tiny_tokens(folder, line):
+    return AutoTokenizer.from_pretrained(folder)(json.loads(line)["text"])["input_ids"]
