@@ -72,6 +72,8 @@ RENAMED = {
     "num_fewshot": ("few_shot",),
     "fewshot": ("few_shot",),
     "benchmarks": ("tasks",),
+    "prompts": ("generate",),
+    "generate_tokens": ("max_new_tokens",),
     "apply_chat_template": ("chat_template",),
     "peft_config": ("lora",),
     "lora_config": ("lora",),

@@ -60,6 +60,7 @@ def whole(project, tmp_path_factory):
     recipe["cache"] = {"method": "top_k", "k": 8}
     text = {"synthesized": 0.25, train: 0.75}
     recipe["distill"] = {**training, "text": text, "losses": {"forward_kl": 0.75, "cross_entropy": 0.25}}
+    recipe["evaluate"] = {**recipe["evaluate"], "generate": ["w5 w6 w7", "w8"], "max_new_tokens": 5}
     recipe["publish"] = {"base_model": "owner/teacher", "repo_id": "me/small", "language": "en"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["run", str(folder / "recipe.yaml")]) == 0

@@ -89,6 +89,7 @@ class Report:
         text (`Mapping`): The held-out text: hash, tokens, blocks, bytes.
         settings (`Mapping`): How it was measured: few-shot examples, limit, chat template, dtype.
         machine (`Mapping`): Versions and hardware, see `environment`.
+        answers (`Sequence[Mapping[str, str]]`): For each prompt the `prompt`, and what every model writes after it, by name.
 
     Example:
 
@@ -107,6 +108,7 @@ class Report:
     text: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)
+    answers: Sequence[Mapping[str, str]] = ()
 
     def __post_init__(self):
         for name in ("entries", "comparisons"):

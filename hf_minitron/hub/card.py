@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_minitron.distillation.training_card import TAGS
+from hf_minitron.evaluation.answers import verbatim
 from hf_minitron.evaluation.report import Comparison, Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
@@ -82,12 +83,21 @@ def write_card(
         comparisons=markdown_table(comparison_rows(report)) if found else "",
         sentences=[sentence(comparison) for comparison in found],
         others=[sentence(c) for c in compared if "distilled" in (c.model, c.baseline) and c.baseline != "teacher"],
+        answers=_answers(report) if report else [],
         millions=millions,
         machine=(log or {}).get("machine") or {},
         exports=markdown_table(export_rows(facts["export"])) if facts.get("export") else "",
         loaded=[file["file"] for file in facts["export"]["files"] if "runtime" in file] if facts.get("export") else [],
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
+
+
+def _answers(report: Report) -> list[tuple[str, dict[str, str]]]:
+    """Return each prompt, and what every model writes after it."""
+    return [
+        (verbatim(row["prompt"]), {name: verbatim(text) for name, text in row.items() if name != "prompt"})
+        for row in report.answers
+    ]
 
 
 def at_a_glance(report: Report, log: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_minitron.data.packing import adds_bos_token, check_first_block, token_bl
 from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.data.vocabulary import difference
 from hf_minitron.environment import environment
+from hf_minitron.evaluation.answers import answers
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
 from hf_minitron.evaluation.task_files import check_folder, task_files
@@ -23,6 +25,7 @@ from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
 
+NEW_TOKENS = 64  # of an answer, where nothing else is said
 OURS = ("teacher", "pruned", "distilled")
 
 
@@ -57,8 +60,20 @@ class Args:
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
     few_shot: int | None = field(default=None, metadata={"min": 0, "help": "Examples before a question; else the task's own."})
     chat_template: bool = field(default=False, metadata={"help": "Ask the tasks' questions in the tokenizer's chat template."})
+    generate: list | str = field(
+        default_factory=list,
+        metadata={"help": "Prompts that every model answers, side by side in the card; with chat_template as a user's words."},
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"min": 1, "help": "Tokens of an answer to a prompt of generate; 64 when left out."}
+    )
     speed: bool | dict = field(default=True, metadata={"help": "true, false, or batch_sizes, prompt, new_tokens, rounds."})
     tensor_parallel: bool = field(default=False, metadata={"help": "Split models over processes, rather than text and tasks."})
+
+    @property
+    def prompts(self) -> list:
+        """The prompts of `generate`, which may be one."""
+        return [self.generate] if isinstance(self.generate, str) else self.generate
 
 
 def check(args: Args, run: Run) -> None:
@@ -66,6 +81,10 @@ def check(args: Args, run: Run) -> None:
     check_text(args.text, args.block_size)
     if args.batch_size != "auto" and (not isinstance(args.batch_size, int) or args.batch_size < 1):
         raise ValueError(f"batch_size: {args.batch_size!r} is neither a whole number from 1 on nor auto")
+    if wrong := [prompt for prompt in args.prompts if not isinstance(prompt, str) or not prompt.strip()]:
+        raise ValueError(f"generate: {wrong[0]!r} is no prompt, a text that models go on with")
+    if args.max_new_tokens is not None and not args.prompts:
+        raise ValueError(f"max_new_tokens: {args.max_new_tokens} has no effect without generate; name prompts, or leave it out")
     check_folder(args.include_path)
     Tasks.find(args.tasks, args.include_path, **_task_settings(args)).check()
     processes = PartialState().num_processes
@@ -78,7 +97,7 @@ def check(args: Args, run: Run) -> None:
         if not isinstance(source, str):
             raise ValueError(f"models.{name}: {source!r} is not a folder or a Hub id")
     for name, source in {"teacher": run.model, **args.models}.items():
-        config = check_model(source, args.block_size, args.chat_template and bool(args.tasks))
+        config = check_model(source, args.block_size, args.chat_template and bool(args.tasks or args.prompts))
         if args.add_bos_token:
             adds_bos_token(AutoTokenizer.from_pretrained(source), True)
         if speed and name in _timed(args):
@@ -106,7 +125,13 @@ def work(args: Args, run: Run) -> dict[str, float]:
         turns = len(_timed(args)) * len(speed.batch_sizes) * len(speed.prompt)
         decode = turns * (speed.rounds + 1) * speed.new_tokens
         read += len(_timed(args)) * (2 * speed.rounds + 1) * sum(speed.batch_sizes) * sum(speed.prompt)
+    decode += (1 + others) * _new_tokens(args)
     return {"read": read, "compare": others * args.tokens, "decode": decode}
+
+
+def _new_tokens(args: Args) -> int:
+    """Return how many tokens an answer has at most; none where nothing is asked."""
+    return (args.max_new_tokens or NEW_TOKENS) if args.prompts else 0
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -129,9 +154,23 @@ def run(args: Args, run: Run, out: Path) -> None:
     if speed and (main or args.tensor_parallel):  # one process alone, or all of one model
         live = {name: open_model(resolve(models[name]), args.tensor_parallel) for name in _timed(args)}
         report = dataclasses.replace(report, speed=measure_speed(live, speed))
+    if args.prompts and (main or args.tensor_parallel):
+        report = dataclasses.replace(report, answers=_answers(args, models))
     if main:
         report = dataclasses.replace(report, machine=environment())
         report.save(out / "report.json")
+
+
+def _answers(args: Args, models: Mapping[str, str | Path]) -> list[dict[str, str]]:
+    """Return what every model writes after each prompt."""
+    found = [{"prompt": prompt} for prompt in args.prompts]
+    for name, source in models.items():
+        folder = resolve(source)
+        model, tokenizer = open_model(folder, args.tensor_parallel), AutoTokenizer.from_pretrained(folder)
+        texts = answers(model, tokenizer, args.prompts, _new_tokens(args), args.chat_template, args.add_bos_token)
+        for row, text in zip(found, texts, strict=True):
+            row[name] = text
+    return found
 
 
 def _speed(args: Args, run: Run) -> SpeedSettings | None:
