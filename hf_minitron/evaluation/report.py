@@ -111,7 +111,7 @@ class Report:
     answers: Sequence[Mapping[str, str]] = ()
 
     def __post_init__(self):
-        for name in ("entries", "comparisons"):
+        for name in ("entries", "comparisons", "answers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def entry(self, model: str, metric: str, task: str = TEXT) -> Entry | None:
