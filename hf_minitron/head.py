@@ -43,7 +43,9 @@ class Head:
         return logits.to(wide_dtype(logits))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Return the matrix product, before scale and softcap, in the dtype of the weight."""
+        """Return the matrix product, before scale and softcap, in the dtype of the weight, also where states have another."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)
         module = self.module or partial(torch.nn.functional.linear, weight=self.weight, bias=self.bias)
         return module(hidden)
 

@@ -39,7 +39,8 @@ class Shape(Costs):
         reused (`Mapping[str, str]`, *optional*): Kind of the layers that hold shared weights, to that of those that use them.
         by_kind (`Mapping[str, int]`, *optional*): Of a cut, how many layers of a kind shall stay.
         windows (`tuple[int | None, ...]`, *optional*): How many tokens the attention of each layer sees and keeps: a sliding
-            window; 0 in a layer without attention; `None` for all. Of more or fewer layers their average is taken.
+            window; 0 in a layer without attention; `None` for all. Of more or fewer layers, of a kind where kinds differ, their
+            average is taken.
         states (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps whatever the number of tokens.
         caches (`Mapping[str, str]`, *optional*): Kind of layers to the numbers that each keeps of a token, where kinds differ.
         head_sizes (`Mapping[str, str]`, *optional*): Then, kind of layers to the axis of a head's channels.

@@ -10,11 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_minitron.__main__ import main
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.outline import trace
+from hf_minitron.architecture.student import student_config
 from hf_minitron.distillation.states import check_states
+from hf_minitron.head import head_of
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.importance.removal import removal_costs
 from hf_minitron.importance.residuals import read_residuals
-from hf_minitron.plan import Plan, make_plan
+from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.pruning.prune import prune_model
 from hf_minitron.shape import ShapeError
@@ -244,3 +247,31 @@ def test_an_mlp_takes_over_what_a_dropped_layer_of_another_kind_added(model_type
             states.append(model(input_ids=blocks["input_ids"][:], use_cache=False, output_hidden_states=True).hidden_states[-1])
     sliced, corrected = ((state - states[0]).square().mean() for state in states[1:])
     assert corrected < 0.9 * sliced
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next"])
+def test_a_cut_by_kind_costs_what_the_student_does(model_type):
+    """Its layers of attention are known before any is chosen: what they keep of a text is not a share of all layers'."""
+    architecture = Architecture.of(tiny.config(model_type))
+    kinds = {kind: len(layers) for kind, layers in architecture.shape.layer_kinds.items()}
+    kind = next(kind for kind, count in kinds.items() if count > 1 and kind in ("mamba_layers", "linear_layers", "conv_layers"))
+    after = architecture.shape.cut_to({"layers": {kind.removesuffix("_layers"): 1}})
+    student = Architecture.of(student_config(architecture, stand_in(architecture.shape, after)))
+    assert after.kv_cache_bytes_per_token(2) == student.shape.kv_cache_bytes_per_token(2) > 0
+    assert after.cache_bytes(32768, 2) == student.shape.cache_bytes(32768, 2)
+    assert after.flops_per_token(student.rows, 32768) == student.shape.flops_per_token(student.rows, 32768)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_layers_in_bfloat16_whose_stream_is_in_float32(model_type):
+    """As checkpoints on the Hub are: what a norm gives is still what the next module reads, and the head casts it."""
+    model = tiny.model(model_type, dtype=torch.bfloat16)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        hidden = model.backbone(ids, use_cache=False).last_hidden_state
+        assert hidden.dtype == torch.float32, "the test cannot fail"
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(head_of(model).logits(hidden[0]), expected[0].float(), rtol=0.02, atol=0.02)
+    model.config.dtype = torch.bfloat16
+    assert "backbone.norm_f.output" in calibrate(model, tiny.blocks(), moments=True).moments.shapes
+    assert trace(model.config).reads == trace(tiny.config(model_type)).reads

@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from textwrap import shorten
 
 import torch
@@ -159,11 +159,12 @@ def trace(config: PreTrainedConfig) -> Trace:
     Raises:
         ValueError: for a model that cannot be run without weights.
     """
-    content = config.to_json_string(use_diff=False)
+    # one dtype for all: a tensor that a class casts to another (a norm in float32) would not be the one that was given
+    build = partial(_build, type(config), config.to_json_string(use_diff=False), dtype=torch.float32)
     try:
-        model = _build(type(config), content, attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
+        model = build(attn_implementation=SHAPES_ONLY, experts_implementation=SHAPES_ONLY).eval()
     except KeyError:  # its attention is one of a few classes, chosen by name
-        model = _build(type(config), content, attn_implementation="eager").eval()
+        model = build(attn_implementation="eager").eval()
     failure: Exception | None = None
     # some classes look at the values of a mask of tokens, some at those of positions where there is no mask
     for mask in (torch.ones(1, 2, dtype=torch.long, device="meta"), torch.ones(1, 1, 2, 2, device="meta"), None):
