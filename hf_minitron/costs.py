@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from hf_minitron import axes
 
@@ -48,8 +47,8 @@ class Costs:
         Multi-head latent attention keeps a narrow row in place of keys and values, from which both are made (2405.04434,
         section 2.1).
         """
-        growing = tuple(0 if window else window for window in self.windows) if None in self.windows else self.windows
-        return replace(self, windows=growing).cache_bytes(1, bytes_per_number) - self.state_bytes(bytes_per_number)
+        longest = max(filter(None, self.windows), default=0) if None in self.windows else 0
+        return self.cache_bytes(longest + 1, bytes_per_number) - self.cache_bytes(longest, bytes_per_number)
 
     def cache_bytes(self, context: int, bytes_per_number: int) -> int:
         """Count the bytes of everything that is kept of a text of so many tokens: keys and values, and states."""
@@ -59,7 +58,6 @@ class Costs:
         if self.caches:
             sizes = {kind: axes.dim_size(axes.parse(pattern)[0], self.sizes) for kind, pattern in self.caches.items()}
             kept = sum(self._seen_by(kind, context) * size for kind, size in sizes.items())
-            kept = self["layers"] * kept // len(self.windows)
         return kept * bytes_per_number + self.state_bytes(bytes_per_number)
 
     def state_bytes(self, bytes_per_number: int) -> int:
@@ -71,8 +69,9 @@ class Costs:
 
     def _seen_by(self, kind: str, context: int) -> int:
         """Return how many tokens of a context the attention of the layers of a kind sees together."""
-        windows = (self.windows[layer] for layer in self.layer_kinds.get(kind, ()))
-        return sum(context if window is None else min(window, context) for window in windows)
+        windows = [self.windows[layer] for layer in self.layer_kinds.get(kind, ())]
+        tokens = sum(context if window is None else min(window, context) for window in windows)
+        return self.sizes.get(kind, 0) * tokens // max(len(windows), 1)
 
     def _seen(self, context: int, axis: str | None = None) -> int:
         """Return how many tokens of a context the attention of all layers sees together, by each entry of an axis."""
@@ -83,7 +82,9 @@ class Costs:
         tokens = [context if window is None else min(window, context) for window in windows]
         if axis in self.by_layer:
             tokens, each = [n * size for n, size in zip(tokens, self.by_layer[axis], strict=True)], 1
-        return self["layers"] * sum(tokens) // len(windows) * each
+        elif "attention_layers" in self.sizes:
+            return self["attention_layers"] * sum(tokens) * each // sum(window != 0 for window in windows)
+        return self["layers"] * sum(tokens) * each // len(windows)
 
     def tensors(self, row: str) -> int:
         """Count the tensors of a row."""
