@@ -79,6 +79,16 @@ class Checkpoint:
         """Return one tensor, mapped from its file: its bytes are read when they are looked at; or dequantized."""
         return self._quantized[name].read(self._stored) if name in self._quantized else self._stored(name)
 
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put other values of the same dtype and shape in a tensor's place in its file."""
+        spec = self.specs[name]
+        assert (DTYPES[spec.dtype], spec.shape) == (tensor.dtype, tuple(tensor.shape)), f"{name} is {spec}"
+        with self._file_of[name].open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start, _ = json.loads(file.read(size))[name]["data_offsets"]
+            file.seek(8 + size + start)
+            file.write(check_finite(name, tensor).contiguous().flatten().view(torch.uint8).numpy())
+
     def _stored(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)

@@ -34,6 +34,9 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor:
         """Return a tensor; mapped from its file, or the model's own, which must not be changed."""
 
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put other values in a tensor's place, in the model or in its file."""
+
 
 class ModelTensors:
     """The parameters of a model in memory.
@@ -67,6 +70,10 @@ class ModelTensors:
     def read(self, name: str) -> Tensor:
         """Return the model's own tensor."""
         return self._tensors[name]
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put other values in a tensor's place."""
+        self._tensors[name].copy_(tensor)
 
 
 class CheckpointTensors:
@@ -130,6 +137,15 @@ class CheckpointTensors:
         if name in self._slices:
             return tensor[self._slices[name][1]]
         return tensor.transpose(1, 2) if self._turned(name) else tensor
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put other values in a tensor's place in its file; not of routed experts."""
+        stored = self._stored_as[name]
+        if name in self._slices:
+            whole = self.checkpoint.read(stored).clone()
+            whole[self._slices[name][1]] = tensor
+            tensor = whole
+        self.checkpoint.write(stored, tensor)
 
     def _fused(self) -> Iterator[tuple[str, tuple[str, slice]]]:
         """Yield the parameters that lie in one tensor with others: the tensor's name, and which of its rows they are."""

@@ -26,7 +26,7 @@ from hf_minitron.architecture.config import dequantizing
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.student import student_config
 from hf_minitron.checkpoint.checkpoint import check_finite, require_space
-from hf_minitron.checkpoint.tensors import CheckpointTensors, config_of
+from hf_minitron.checkpoint.tensors import CheckpointTensors, Tensors, config_of
 from hf_minitron.importance.metrics import Chosen
 from hf_minitron.importance.taps import Reading, check_activations, open_taps, run_batch, take_moments
 from hf_minitron.memory import give_back_freed_memory
@@ -56,7 +56,7 @@ def read_layers(
     config = config_of(folder, dequantize=quantized)
     architecture, dtype = Architecture.of(config), dtype or config.dtype or torch.float32
     check_streamable(architecture)
-    loader, scores = _Loader(CheckpointTensors(folder, architecture, quantized), dtype, device), []
+    loader, scores = LayerLoader(CheckpointTensors(folder, architecture, quantized), dtype, device), []
     layers, module = architecture.shape["layers"], architecture.taps("layers")[0][1]
     bar = tqdm(total=layers * len(batches), desc="Scoring layer by layer", unit="batch")
 
@@ -71,13 +71,13 @@ def read_layers(
                 check_activations(model, readings)
                 bar.update()
         outside = [reading for reading in readings if reading.layer is None]
-        own = [replace(r, layer=layer, module=_name(r.module, layer)) for r in readings if r.layer is not None]
+        own = [replace(r, layer=layer, module=whole_name(r.module, layer)) for r in readings if r.layer is not None]
         return own + outside if layer == layers - 1 else own
 
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(bar)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        states = stack.enter_context(_waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
+        states = stack.enter_context(waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
         coming = deque([pool.submit(loader.read, 0)])
         for layer in range(layers):
             if layer + 1 < layers:  # while this one is run
@@ -94,28 +94,28 @@ def check_streamable(architecture: Architecture) -> None:
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
     for layer in {layers[0] for layers in architecture.shape.layer_kinds.values()}:
         try:
-            student_config(architecture, _one_layer(architecture, layer))
+            student_config(architecture, one_layer(architecture, layer))
         except ShapeError as error:
             raise ValueError(f"This model cannot be scored layer by layer: {error}. Load the whole model") from error
 
 
-def _one_layer(architecture: Architecture, layer: int) -> Plan:
+def one_layer(architecture: Architecture, layer: int) -> Plan:
     """Return the plan that keeps one layer as it is."""
     return Plan(architecture.shape, architecture.shape.with_layers([layer]), {"layers": [layer]})
 
 
-def _name(name: str, layer: int) -> str:
+def whole_name(name: str, layer: int) -> str:
     """Return the name in the whole model of what a model of one layer names."""
     return re.sub(r"\.0(?=\.|$)", f".{layer}", name, count=1)
 
 
-class _Loader:
-    """Makes models of one layer from a checkpoint; what lies outside of the layers is read once and shared by them.
+class LayerLoader:
+    """Makes models of one layer from a model's tensors; what lies outside of the layers is read once and shared by them.
 
     A layer is read by another thread, which on CUDA copies it from pinned memory by a stream of its own.
     """
 
-    def __init__(self, tensors: CheckpointTensors, dtype: torch.dtype, device: torch.device):
+    def __init__(self, tensors: Tensors, dtype: torch.dtype, device: torch.device):
         self.tensors, self.dtype, self.device = tensors, dtype, device
         self.architecture = architecture = tensors.architecture
         self._streams = (torch.cuda.Stream(device), torch.cuda.current_stream(device)) if device.type == "cuda" else None
@@ -128,9 +128,9 @@ class _Loader:
 
     def read(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of a layer, on the device where that is CUDA."""
-        pruned = prune_tensors(self.tensors, _one_layer(self.architecture, layer), layer=layer)
+        pruned = prune_tensors(self.tensors, one_layer(self.architecture, layer), layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
-        own = {name: check_finite(_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
+        own = {name: check_finite(whole_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
         if self._streams is None:
             return own
         copying, running = self._streams
@@ -145,7 +145,7 @@ class _Loader:
         """Return the base model with one layer only, of its tensors from `read`."""
         prefix = f"{self.architecture.prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in {**own, **self.shared}.items()}
-        config = student_config(self.architecture, _one_layer(self.architecture, layer))
+        config = student_config(self.architecture, one_layer(self.architecture, layer))
         with by_every_process():
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
@@ -157,39 +157,64 @@ class _Loader:
 
 
 @contextmanager
-def _waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: int, budget: int):
+def waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: int, budget: int):
     """Yield the states of all batches between two layers; refuse what neither budget nor disk can hold."""
     spilled = sum(batch["input_ids"].numel() for batch in batches) * bytes_per_token - budget
     if spilled > 0:
         require_space(Path(tempfile.gettempdir()), spilled, "the states between layers beyond state_bytes")
     with tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
-        yield _States(Path(folder), budget)
+        yield _States(Spill(Path(folder), budget))
+
+
+class Spill:
+    """Tensors by name, in memory up to a budget, beyond it in files.
+
+    Args:
+        folder (`Path`): Where the files go.
+        budget (`int`): Bytes of memory.
+    """
+
+    def __init__(self, folder: Path, budget: int):
+        self._folder, self._left = folder, budget
+        self._held: dict[str, Tensor] = {}
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._forget(name)
+        if tensor.nbytes <= self._left:
+            self._left -= tensor.nbytes
+            self._held[name] = tensor.cpu()
+            return
+        part = self._path(name).with_suffix(".part")
+        save_file({"states": tensor.contiguous().cpu()}, part)
+        part.replace(self._path(name))  # the file before it may still be mapped
+
+    def __getitem__(self, name: str) -> Tensor:
+        held = self._held.get(name)
+        return load_file(self._path(name))["states"] if held is None else held
+
+    def __delitem__(self, name: str) -> None:
+        self._forget(name)
+        self._path(name).unlink(missing_ok=True)
+
+    def _forget(self, name: str) -> None:
+        held = self._held.pop(name, None)
+        self._left += 0 if held is None else held.nbytes
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
 
 class _States:
-    """What waits between two layers: one tensor per batch, in memory up to a budget, beyond it in files."""
+    """What waits between two layers: one tensor per batch."""
 
-    def __init__(self, folder: Path, budget: int):
+    def __init__(self, spill: Spill):
         self.batch = 0  # the one under way
-        self._folder, self._budget = folder, budget
-        self._held: dict[int, Tensor] = {}
+        self._spill = spill
 
     def enter(self, visit: Visit) -> Tensor:
         """Return what the layer before has left, `(batch, seq, hidden)`, to take the place of the embeddings."""
-        held = self._held.get(self.batch)
-        return (load_file(self._path)["states"] if held is None else held).to(visit.input.device)
+        return self._spill[f"{self.batch}"].to(visit.input.device)
 
     def leave(self, visit: Visit) -> None:
         """Keep what the layer gives in place of the batch's last states."""
-        states, waiting = visit.states, sum(tensor.nbytes for other, tensor in self._held.items() if other != self.batch)
-        if waiting + states.nbytes <= self._budget:
-            self._held[self.batch] = states.cpu()
-            return
-        self._held.pop(self.batch, None)
-        part = self._path.with_suffix(".part")
-        save_file({"states": states.contiguous().cpu()}, part)
-        part.replace(self._path)  # the file before it may still be mapped
-
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"{self.batch}.safetensors"
+        self._spill[f"{self.batch}"] = visit.states

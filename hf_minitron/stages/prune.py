@@ -29,8 +29,10 @@ from hf_minitron.checkpoint.checkpoint import (
 from hf_minitron.checkpoint.saving import check_generation, copy_side_files, save_config
 from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.checkpoint.tensors import CheckpointTensors
+from hf_minitron.data.mixture import read_sources, sources_of_blocks
 from hf_minitron.importance.footprint import fits
 from hf_minitron.importance.residuals import read_residuals
+from hf_minitron.importance.sequential import check_sequential, sequential_least_squares
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import check_names
@@ -39,11 +41,13 @@ from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
 from hf_minitron.ranking import best
+from hf_minitron.recipe_file import arguments
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target
-from hf_minitron.stages.target import Args, shapes, student_rows, teacher, uncut
+from hf_minitron.stages.score import Args as ScoreArgs
+from hf_minitron.stages.target import Args, shapes, student, student_rows, teacher, uncut, uses_rotation
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -106,6 +110,10 @@ def check(args: Args, run: Run) -> None:
         check_nonuniform(args, run)
     full, after, _ = shapes(args, run.model)
     check_effects(args, run.model, full, after)
+    if args.sequential:
+        if uses_rotation(args):
+            raise ValueError("sequential: not for a rotated student, whose stream has another basis: leave rotation out")
+        check_sequential(teacher(run.model, args.dequantize), student(args, run.model), stand_in(full, after))
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], args.target.get("layers", after["layers"]))
     folder = resolve(run.model)
@@ -148,7 +156,9 @@ def check_nonuniform(args: Args, run: Run) -> None:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
-    return {"prune": 1}
+    if not args.sequential:
+        return {"prune": 1}
+    return {"prune": 1, "read": 3 * arguments(run.section("score"), "score", ScoreArgs).tokens}  # both models
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -171,6 +181,18 @@ def run(args: Args, run: Run, out: Path) -> None:
     used = statistics if names else None
     how = {"text_only": args.text_only, "dequantize": args.dequantize}
     prune_checkpoint(source, plan, out / "student", args.max_shard_bytes, used, names, residuals, **how)
+    if args.sequential:
+        _fit_sequentially(args, run, plan, out / "student")
+
+
+def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
+    """Fit a student's projections again, on the text that was scored."""
+    scoring, device = arguments(run.section("score"), "score", ScoreArgs), best_device()
+    blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
+    sources = sources_of_blocks(read_sources(scoring.text), len(blocks))
+    source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
+    how = (scoring.batch_size, best_dtype(device), device, scoring.state_bytes)
+    sequential_least_squares(source, student, plan, blocks, sources, *how)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:

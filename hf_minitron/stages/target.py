@@ -43,6 +43,12 @@ class Args:
             "help": f"How kept weights are corrected for dropped ones, any of {', '.join(CORRECTIONS)}; [] for plain slicing."
         },
     )
+    sequential: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit projections again, layer by layer, on what the pruned layers before give; reads score's text again."
+        },
+    )
     text_only: bool = field(
         default=False,
         metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},

@@ -1,0 +1,96 @@
+"""What sequential least squares is worth right after pruning, by domain, and what it costs beside forward passes.
+
+    python benchmarks/sequential.py --calibration ../shared/data/text/{c4_1,stackexchange,code}.jsonl \
+        --held-out ../shared/data/text/{c4_2,stackexchange,code}.jsonl ~/.cache/hf_minitron/stdlib/held_out.jsonl
+
+Prunes one shape three times: plainly, with the default corrections, and with sequential least squares after these. Of a file
+that is in both lists, three of ten documents are held out. Times are processor times of one process.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import figure
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoTokenizer
+
+from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
+from hf_minitron.checkpoint.checkpoint import load_model
+from hf_minitron.evaluation.text import perplexity
+from hf_minitron.importance.sequential import sequential_least_squares
+from hf_minitron.importance.taps import run_batch
+from hf_minitron.memory import keep_freed_memory
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
+    parser.add_argument("--calibration", required=True, nargs="+", type=Path)
+    parser.add_argument("--held-out", required=True, nargs="+", type=Path)
+    parser.add_argument("--target", type=json.loads, default={"hidden": 504, "ffn": 1152})
+    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--held-out-tokens", type=int, default=3_072, help="of each text")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path, help="where to write the figures for the docs")
+    parser.add_argument("--save", type=Path, help="a folder for the students")
+    args = parser.parse_args()
+    keep_freed_memory()
+    model = load_model(args.model, getattr(torch, args.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
+    each = args.tokens // len(args.calibration)
+    parts = [token_blocks(documents(path, args.held_out, 0), tokenizer, 512, each, seed=0) for path in args.calibration]
+    texts = {
+        path.stem: token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
+        for path in args.held_out
+    }
+    blocks, sources = concatenate_datasets(parts), [number for number, part in enumerate(parts) for _ in part]
+    shape, results = Architecture.of(model.config).shape, {}
+
+    def measure(name: str, student) -> None:
+        results[name] = {text: perplexity(student, held_out).value for text, held_out in texts.items()}
+        print(f"{name:12}", *(f"{text} {value:8.1f}" for text, value in results[name].items()), flush=True)
+        if args.save:
+            student.save_pretrained(args.save / name)
+
+    statistics = calibrate(model, blocks, moments=True, metric={"ffn": "contribution", "heads": "contribution"})
+    plan = make_plan(statistics.scores, shape, shape.cut_to(args.target))
+    measure("plain", prune_model(model, plan))
+    student = prune_model(model, plan, statistics)
+    measure("corrected", student)
+    passed, fitted = forward_pass(model, blocks), time.process_time()
+    sequential_least_squares(model, student, plan, blocks, sources)
+    fitted = time.process_time() - fitted
+    measure("sequential", student)
+    print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher")
+    rows = [
+        f"{text}: plain {results['plain'][text]:.1f}, default corrections {results['corrected'][text]:.1f}, sequential too "
+        f"{results['sequential'][text]:.1f} ({results['sequential'][text] / results['corrected'][text]:.2f} of the default's)"
+        for text in texts
+    ]
+    what = f"perplexity after sequential least squares, {', '.join(f'{axis} {size}' for axis, size in args.target.items())}"
+    given = f"calibrated on {len(blocks) * 512:,} tokens of {', '.join(path.stem for path in args.calibration)}"
+    cost = f"{fitted / passed:.1f} times the processor time of a forward pass over the calibration text"
+    figure.save(args.json, what, "benchmarks/sequential.py", "; ".join([*rows, given, cost]))
+
+
+def documents(path: Path, others: list[Path], part: int) -> Dataset:
+    """Return the documents of a file, of one that another list has, too, its own part."""
+    found = load_text(str(path.expanduser()))
+    return found.train_test_split(test_size=0.3, seed=0)[("train", "test")[part]] if path in others else found
+
+
+def forward_pass(model, blocks: Dataset) -> float:
+    """Return the processor time of a pass over the text."""
+    start = time.process_time()
+    with torch.inference_mode():
+        for batch in blocks.with_format("torch").iter(4):
+            run_batch(model, batch, torch.device("cpu"))
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Sequential least squares: what a pruned model's projections are fitted to, and that memory, disk and spilling are alike."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from hf_minitron import Architecture, calibrate, make_plan, prune_model
+from hf_minitron.__main__ import main
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype
+from hf_minitron.importance.sequential import sequential_least_squares
+from hf_minitron.plan import Plan
+from hf_minitron.probe import last_hidden_states
+from hf_minitron.pruning.prune import prune_checkpoint
+from hf_minitron.pruning.reconstruction import RIDGES, Fit
+
+BLOCKS, HELD_OUT = tiny.blocks(60), tiny.blocks(40, seed=5)
+
+
+def made(model_type="llama", target=None, **changes):
+    """A teacher, a plan and its statistics."""
+    teacher = tiny.model(model_type, dtype=torch.float32, **changes)
+    shape, statistics = Architecture.of(teacher.config).shape, calibrate(teacher, BLOCKS, moments=True)
+    after = shape.cut_to(tiny.target(shape) if target is None else target)
+    return teacher, make_plan(statistics.scores, shape, after), statistics
+
+
+def distance(teacher, student):
+    """How far a student's logits are from its teacher's on other text, relative to these."""
+    ids = HELD_OUT.with_format("torch")[:]["input_ids"]
+    with torch.no_grad():
+        expected, found = (model(ids).logits.log_softmax(-1) for model in (teacher, student))
+    return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+
+
+def test_a_change_has_no_gradient_left_and_the_ridge_is_best_for_the_worst_fold():
+    torch.manual_seed(0)
+    fit, true, folds = Fit(), torch.randn(4, 6), []
+    for fold in range(3):
+        x = torch.randn(40, 6) @ torch.randn(6, 6)
+        lacking = x @ true.T + torch.randn(40, 4)
+        folds.append((x, lacking))
+        fit.add(fold, x, lacking)
+    change = fit.change()
+
+    def solved(parts, ridge):
+        moment, cross = (sum(pair[0].T @ pair[at] / 40 for pair in parts) / len(parts) for at in (0, 1))
+        damped = moment + ridge * moment.diagonal().mean() * torch.eye(6)
+        return torch.linalg.solve(damped, cross).T
+
+    def worst(ridge):
+        found = []
+        for out, (x, lacking) in enumerate(folds):
+            others = solved([part for at, part in enumerate(folds) if at != out], ridge)
+            found.append((lacking - x @ others.T).square().sum() / lacking.square().sum())
+        return max(found)
+
+    assert torch.allclose(change, solved(folds, min(RIDGES, key=worst)), rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_harm_to_a_source_that_is_left_out_is_not_done():
+    torch.manual_seed(0)
+    fit, x = Fit(), torch.randn(50, 5)
+    for fold, sign in enumerate((1, -1)):  # the two sources want opposite changes
+        fit.add(fold, x, sign * x @ torch.ones(5, 3))
+    assert fit.change() is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_5_text"])
+def test_with_nothing_cut_nothing_changes(model_type):
+    teacher, plan, _ = made(model_type, {})
+    student = prune_model(teacher, plan)
+    sequential_least_squares(teacher, student, plan, BLOCKS)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "lfm2", "qwen2_moe"])
+def test_memory_disk_and_spilled_states_give_the_same(model_type, tmp_path):
+    teacher, plan, statistics = made(model_type)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student", 40_000, statistics=statistics)
+    corrected = prune_model(teacher, plan, statistics)
+    student = prune_model(teacher, plan, statistics)
+    sequential_least_squares(teacher, student, plan, BLOCKS)
+    sequential_least_squares(tmp_path / "teacher", tmp_path / "student", plan, BLOCKS, state_bytes=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    for name, value in student.state_dict().items():
+        assert torch.allclose(loaded[name], value, rtol=1e-3, atol=1e-4), name
+    assert any(not torch.equal(value, corrected.state_dict()[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("target", [{"hidden": 24, "ffn": 48}, {"heads": 2, "kv_heads": 1}, {"layers": 2}])
+def test_a_student_is_nearer_to_its_teacher_on_other_text(target):
+    teacher, plan, statistics = made("llama", target)
+    student = prune_model(teacher, plan, statistics)
+    before = distance(teacher, student)
+    sequential_least_squares(teacher, student, plan, BLOCKS)
+    assert distance(teacher, student) < 0.95 * before
+
+
+def test_padding_counts_for_nothing():
+    teacher, plan, statistics = made()
+    rows = BLOCKS.with_format("torch")[:]["input_ids"]
+    students = []
+    for filler in (1, 7):
+        mask = torch.ones_like(rows)
+        mask[:, 10:] = 0
+        padded = torch.where(mask > 0, rows, filler)
+        blocks = BLOCKS.from_dict({"input_ids": padded.tolist(), "attention_mask": mask.tolist()})
+        students.append(prune_model(teacher, plan, statistics))
+        sequential_least_squares(teacher, students[-1], plan, blocks)
+    for name, value in students[0].state_dict().items():
+        assert torch.allclose(students[1].state_dict()[name], value, rtol=1e-4, atol=1e-5), name
+
+
+def test_the_last_layer_takes_over_what_dropped_layers_behind_it_add():
+    teacher, plan, statistics = made("llama", {"layers": 2})
+    plan = replace(plan, keep={"layers": [0, 1]})
+    student = prune_model(teacher, plan)
+    gaps = []
+    for _ in range(2):
+        with last_hidden_states(teacher) as dense, last_hidden_states(student) as pruned, torch.no_grad():
+            ids = HELD_OUT.with_format("torch")[:]["input_ids"]
+            teacher(ids), student(ids)
+        gaps.append(float((dense[-1] - pruned[-1]).square().mean()))
+        sequential_least_squares(teacher, student, plan, BLOCKS)
+    assert gaps[1] < 0.9 * gaps[0]
+
+
+def test_what_it_is_not_for_is_refused_by_name():
+    teacher, plan, statistics = made("llama", {"hidden": 24})
+    rotated = prune_model(teacher, plan, statistics, ["rotation"])
+    turned = replace(plan, rotated=True)
+    other = tiny.model("llama", dtype=torch.float32, hidden_size=48)
+    for student, chosen, blocks, sources, match in (
+        (rotated, turned, BLOCKS, None, "sequential: not for a rotated student"),
+        (prune_model(teacher, plan), plan, BLOCKS, [0, 1], "sources: 2 for"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sequential_least_squares(teacher, student, chosen, blocks, sources)
+    with pytest.raises(ValueError, match="The plan is for a model of shape"):
+        sequential_least_squares(other, prune_model(teacher, plan), plan, BLOCKS)
+
+
+def test_the_stage_fits_what_it_has_pruned(project, tmp_path, capsys):
+    train, other = (str(project["folder"] / f"{part}.jsonl") for part in ("train", "calibration"))
+    text = ("--score.text", f"{{{train}: 1, {other}: 1}}", "--score.tokens", "2048")
+
+    def run(folder, *more, verb="run"):
+        return main([verb, str(project["path"]), "--run", str(folder), *text, *more])
+
+    assert run(tmp_path / "run", verb="score") == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    assert run(tmp_path / "run", verb="prune") == 0
+    assert run(tmp_path / "again", "--prune.sequential", "true", verb="prune") == 0
+    students = [tmp_path / name / "prune/student" for name in ("run", "again")]
+    plain = AutoModelForCausalLM.from_pretrained(students[0]).state_dict()
+    plan, blocks = Plan.load(students[0] / "plan.json"), Dataset.from_parquet(str(tmp_path / "run/score/blocks.parquet"))
+    sources = [row % 2 for row in range(len(blocks))]  # equal shares take turns
+    dtype = best_dtype(best_device())
+    sequential_least_squares(project["folder"] / "teacher", students[0], plan, blocks, sources, dtype=dtype)
+    by_hand, fitted = (AutoModelForCausalLM.from_pretrained(student).state_dict() for student in students)
+    for name, value in fitted.items():
+        assert torch.equal(value, by_hand[name]), name
+    assert any(not torch.equal(value, plain[name]) for name, value in fitted.items())
+    capsys.readouterr()
+    for more, message in (
+        (("--prune.corrections", "[rotation]"), "prune: sequential: not for a rotated student"),
+        (("--prune.target", "{vocab: 80}"), "prune: sequential: not where vocab is cut"),
+    ):
+        assert run(tmp_path / "bad", "--prune.sequential", "true", *more) == 1
+        assert message in capsys.readouterr().err
