@@ -47,7 +47,7 @@ def main() -> None:
         path.stem: token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
         for path in args.held_out
     }
-    blocks, sources = concatenate_datasets(parts), [number for number, part in enumerate(parts) for _ in part]
+    blocks = concatenate_datasets(parts)
     shape, results = Architecture.of(model.config).shape, {}
 
     def measure(name: str, student) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     student = prune_model(model, plan, statistics)
     measure("corrected", student)
     passed, fitted = forward_pass(model, blocks), time.process_time()
-    sequential_least_squares(model, student, plan, blocks, sources)
+    sequential_least_squares(model, student, plan, blocks)
     fitted = time.process_time() - fitted
     measure("sequential", student)
     print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher")

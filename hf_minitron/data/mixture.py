@@ -170,11 +170,6 @@ def read_mixture(folder: Path) -> Dataset:
     return blocks.select(np.load(folder / ROWS)) if len(parts) > 1 else blocks
 
 
-def sources_of_blocks(sources: Sequence[Source], count: int) -> list[int]:
-    """Return which source each of the first blocks of `mixed_blocks(sources, ..., max_tokens)` is of, by its number."""
-    return [int(number) for number in islice(_turns(_shares(sources)), count)]
-
-
 def _shares(sources: Sequence[Source]) -> np.ndarray:
     weights = np.array([source.weight for source in sources], float)
     return weights / weights.sum()

@@ -2,7 +2,7 @@
 
 `least_squares` regresses what the teacher's projections give on the teacher's inputs. Here the inputs are the pruned model's
 and the outputs the teacher's, so that a projection also makes up for the cuts before it (asymmetric calibration: GPTAQ,
-2504.02692; AA-SVD, 2604.02119). What the fit has not seen decides its ridge: parts of the text that are left out in turn.
+2504.02692; AA-SVD, 2604.02119).
 """
 
 import tempfile
@@ -25,10 +25,13 @@ from hf_minitron.importance.taps import run_batch
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import RANKS, Plan
 from hf_minitron.probe import Visit, probe, submodule
-from hf_minitron.pruning.reconstruction import Fit
+from hf_minitron.pruning.reconstruction import RIDGE, change_of
 
-EVERY = 2  # of the tokens, that fits are made of
-FOLDS = 3  # of a text of one source
+# Of how much the stream differs, what a projection takes over: of 0.5 and 1, text of other domains prefers the former.
+BETA = 0.5
+# What a model is run on, and the places of the tokens that fits are made of.
+Batch = tuple[Mapping[str, Tensor], Tensor]
+ENOUGH = 16_384  # tokens that every one of is read; of more, every fourth at least
 
 
 def sequential_least_squares(
@@ -36,19 +39,19 @@ def sequential_least_squares(
     student: PreTrainedModel | str | Path,
     plan: Plan,
     blocks: Dataset,
-    sources: Sequence[int] | None = None,
     batch_size: int = 4,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     state_bytes: int = 4_000_000_000,
+    ridge: float = RIDGE,
+    beta: float = BETA,
 ) -> None:
     """Fit the projections of a student, in place, to give what its teacher's give, from the inputs that the student has.
 
     The layers of both pass through memory one at a time. Every projection is fitted on what it reads in the student, once those
     before it are: q, k, v, then the output projection, gate and up, then down. A projection that writes to the residual stream
     takes over, too, by how much the student's stream before it differs from the teacher's (RMS-norm models whose sublayers
-    are added as they are). The change of a projection is weighed by a ridge, the one of `RIDGES` that is best for the worst
-    source among those left out of the fit in turn; where each is worse than no change, the projection stays as it is.
+    are added as they are). Calibrate on text of several domains: what is fitted to one may cost others.
 
     Args:
         teacher (`PreTrainedModel`, `str`, `Path` or `Tensors`): In memory, a folder, or its tensors.
@@ -56,11 +59,13 @@ def sequential_least_squares(
             `prune_checkpoint` has; its weights are overwritten.
         plan (`Plan`): What was kept.
         blocks (`Dataset`): Calibration text, `input_ids` of shape `(seq,)` per row, and `attention_mask` where rows are padded.
-        sources (`Sequence[int]`, *optional*): The source of every block. With one, every third block is left out in turn.
         batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
         dtype (`torch.dtype`, *optional*): In which the layers run; as the teacher's weights when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where they run.
         state_bytes (`int`, *optional*, defaults to 4 GB): Memory for what waits between layers; the rest is spilled.
+        ridge (`float`, *optional*, defaults to `RIDGE`): Weight of a projection's change beside its error, relative to the mean
+            energy of an input.
+        beta (`float`, *optional*, defaults to `BETA`): Share of the stream's difference that a projection takes over.
 
     Raises:
         ValueError: for a plan or a model that it is not for, naming the reason.
@@ -75,13 +80,13 @@ def sequential_least_squares(
     dense = tensors_of(teacher) if isinstance(teacher, PreTrainedModel | str | Path) else teacher
     pruned = tensors_of(student)
     check_sequential(dense.architecture, pruned.architecture, plan)
-    batches = _batches(blocks, sources, batch_size)
+    batches = _batches(blocks, batch_size)
     dtype = dtype or getattr(dense.architecture.config, "dtype", None) or torch.float32
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
         held = Spill(Path(folder), state_bytes)
         loaders = [LayerLoader(tensors, dtype, torch.device(device)) for tensors in (dense, pruned)]
         streams = [_Stream(side, loader, held) for side, loader in zip(("teacher", "student"), loaders, strict=True)]
-        _Sweep(*streams, pruned, plan, batches, held).run()
+        _Sweep(*streams, pruned, plan, batches, held, ridge, beta).run()
 
 
 def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -> None:
@@ -102,18 +107,13 @@ def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -
                          "than the teacher's: leave sequential out")  # fmt: skip
 
 
-def _batches(blocks: Dataset, sources: Sequence[int] | None, batch_size: int) -> list[tuple[int, Mapping[str, Tensor]]]:
-    """Return batches, each of one fold, and its number."""
-    folds = list(sources or ())
-    if len(set(folds)) < 2:
-        folds = [row % min(FOLDS, len(blocks)) for row in range(len(blocks))]
-    if len(folds) != len(blocks):
-        raise ValueError(f"sources: {len(folds)} for {len(blocks)} blocks; give every block its own")
+def _batches(blocks: Dataset, batch_size: int) -> list[Batch]:
+    """Return batches with the places of the tokens that fits are made of, all or every fourth."""
     found = []
-    for fold in sorted(set(folds)):
-        rows = blocks.select([row for row, other in enumerate(folds) if other == fold]).with_format("torch")
-        found += [(fold, batch) for batch in rows.iter(batch_size)]
-    return found
+    for batch in blocks.with_format("torch").iter(batch_size):
+        found.append((batch, batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().nonzero()[:, 0]))
+    every = min(4, max(1, sum(len(places) for _, places in found) // ENOUGH))
+    return [(batch, places[::every]) for batch, places in found]
 
 
 class _Seen(Exception):
@@ -128,7 +128,7 @@ class _Stream:
     loader: LayerLoader
     held: Spill
 
-    def run(self, model: PreTrainedModel, layer: int, number: int, batch: Mapping[str, Tensor], seen: Sequence) -> None:
+    def run(self, model: PreTrainedModel, layer: int, number: int, batch: Batch, seen: Sequence = ()) -> None:
         """Run a batch through a model of one layer, from the states before it to those behind it."""
         module, waiting = Architecture.of(model.config).taps("layers")[0][1], f"{self.side}-{number}"
 
@@ -137,7 +137,7 @@ class _Stream:
 
         before = [(module, lambda visit: self.held[waiting].to(visit.input.device))] if layer else []
         with probe(model, [*seen, (module, leave)], before):
-            run_batch(model, batch, self.loader.device)
+            run_batch(model, batch[0], self.loader.device)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,10 @@ class _Sweep:
     student: _Stream
     tensors: Tensors  # the student's
     plan: Plan
-    batches: Sequence[tuple[int, Mapping[str, Tensor]]]
+    batches: Sequence[Batch]
     held: Spill
+    ridge: float
+    beta: float
 
     def run(self) -> None:
         """Go through the layers."""
@@ -170,7 +172,7 @@ class _Sweep:
     def _run_teacher(self, layer: int, place: LayerProjections) -> None:
         """Run a layer of the teacher; keep what its projections give, and what its norms are given."""
         model = self.teacher.loader.model_of(layer, self.teacher.loader.read(layer))
-        for number, (_, batch) in enumerate(self.batches):
+        for number, batch in enumerate(self.batches):
 
             def keep(visit: Visit, batch=batch, number=number) -> None:
                 if visit.name in place.norms:
@@ -185,28 +187,30 @@ class _Sweep:
     def _take_over_dropped(self, place: LayerProjections) -> None:
         """Let the last projection that writes give what the dropped layers behind it add, too."""
         last = max(place.anchored, key=place.order.index)
-        for number, (_, batch) in enumerate(self.batches):
-            after = self.held[f"{self.teacher.side}-{number}"].flatten(0, 1)[_counted(batch)][:, place.stream]
+        for number, batch in enumerate(self.batches):
+            after = self.held[f"{self.teacher.side}-{number}"].flatten(0, 1)[batch[1]][:, place.stream]
             self.held[f"{last}-{number}"] = after - self.held[f"{place.anchored[last]}-{number}"]
 
     def _fit_layer(self, new: int, place: LayerProjections) -> None:
         """Fit the projections of a layer of the student, in the order in which they run, and go on behind it."""
         model = self.student.loader.model_of(new, self.student.loader.read(new))
         for group in place.groups():
-            fit = Fit()
-            for number, (fold, batch) in enumerate(self.batches):
-                fit.add(fold, *self._read(model, new, place, group, number, batch))
-            if (change := fit.change()) is not None:
-                self._change(model, new, place, group, change)
-        for number, (_, batch) in enumerate(self.batches):
-            self.student.run(model, new, number, batch, ())
+            sums = [0.0, 0.0]
+            for number, batch in enumerate(self.batches):
+                given, lacking = self._read(model, new, place, group, number, batch)
+                sums = [sums[0] + given.T @ given, sums[1] + lacking.T @ given]
+            if sums[1].any():
+                tokens = sum(len(places) for _, places in self.batches)
+                self._change(model, new, place, group, change_of(sums[0] / tokens, sums[1] / tokens, self.ridge))
+        for number, batch in enumerate(self.batches):
+            self.student.run(model, new, number, batch)
             for name in (*place.rows, *place.norms):
                 del self.held[f"{name}-{number}"]
 
     def _read(
-        self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], number: int, batch: Mapping
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run the student's layer as far as a group of projections; return their input, what lacks of their output, weights."""
+        self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], number: int, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Run the student's layer as far as a group of projections; return their input and what lacks of their output."""
         seen: dict[str, Visit] = {}
 
         def see(visit: Visit) -> None:
@@ -216,19 +220,17 @@ class _Sweep:
 
         with suppress(_Seen):
             self.student.run(model, new, number, batch, [(name, see) for name in (*group, *place.norms)])
-        lacking, weights = [], None
+        lacking = []
         for name in group:
             visit = seen[name]
             wanted = self.held[f"{name}-{number}"].to(visit.states.device, torch.float32)
             if norm := place.anchored.get(name):
                 stream = self.held[f"{norm}-{number}"].to(wanted)
-                after = stream + wanted
-                weights = 1 / after.square().mean(1).clamp(min=1e-30)  # the norms behind it read shares of this
-                missing = stream - _tokens(seen[norm].input, batch, seen[norm]).float()
-                wanted = wanted + missing / sum(other == norm for other in place.anchored.values())
+                differs = stream - _tokens(seen[norm].input, batch, seen[norm]).float()
+                wanted = wanted + self.beta * differs / sum(other == norm for other in place.anchored.values())
             lacking.append(wanted - _tokens(visit.states, batch, visit).float())
         first = seen[group[0]]
-        return _tokens(first.input, batch, first).float(), torch.cat(lacking, 1), weights
+        return _tokens(first.input, batch, first).float(), torch.cat(lacking, 1)
 
     def _change(self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], change: Tensor) -> None:
         """Add a group's change to its weights, in the model at hand and in the student."""
@@ -242,12 +244,6 @@ class _Sweep:
             self.tensors.write(self.tensors.architecture.weights[whole].name, value)
 
 
-def _counted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return which of a batch's tokens fits are made of."""
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return mask.flatten().nonzero()[::EVERY, 0]
-
-
-def _tokens(states: Tensor, batch: Mapping[str, Tensor], visit: Visit) -> Tensor:
+def _tokens(states: Tensor, batch: Batch, visit: Visit) -> Tensor:
     """Return the states of the tokens that count, `(tokens, size)`."""
-    return states.reshape(visit.batch[0] * visit.batch[1], -1)[_counted(batch).to(states.device)]
+    return states.reshape(visit.batch[0] * visit.batch[1], -1)[batch[1].to(states.device)]

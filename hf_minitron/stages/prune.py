@@ -29,7 +29,6 @@ from hf_minitron.checkpoint.checkpoint import (
 from hf_minitron.checkpoint.saving import check_generation, copy_side_files, save_config
 from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.checkpoint.tensors import CheckpointTensors
-from hf_minitron.data.mixture import read_sources, sources_of_blocks
 from hf_minitron.importance.footprint import fits
 from hf_minitron.importance.residuals import read_residuals
 from hf_minitron.importance.sequential import check_sequential, sequential_least_squares
@@ -189,10 +188,9 @@ def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
     """Fit a student's projections again, on the text that was scored."""
     scoring, device = arguments(run.section("score"), "score", ScoreArgs), best_device()
     blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
-    sources = sources_of_blocks(read_sources(scoring.text), len(blocks))
     source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
     how = (scoring.batch_size, best_dtype(device), device, scoring.state_bytes)
-    sequential_least_squares(source, student, plan, blocks, sources, *how)
+    sequential_least_squares(source, student, plan, blocks, *how)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
