@@ -4,10 +4,11 @@
         --held-out ../shared/data/text/{c4_2,stackexchange,code}.jsonl ~/.cache/hf_minitron/stdlib/held_out.jsonl
 
 Prunes one shape three times: plainly, with the default corrections, and with sequential least squares after these. Of a file
-that is in both lists, three of ten documents are held out. Times are processor times of one process.
+that is in both lists, three of ten documents are held out. Forward passes are in bfloat16; times are processor times.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -34,12 +35,11 @@ def main() -> None:
     parser.add_argument("--target", type=json.loads, default={"hidden": 504, "ffn": 1152})
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--held-out-tokens", type=int, default=3_072, help="of each text")
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="where to write the figures for the docs")
     parser.add_argument("--save", type=Path, help="a folder for the students")
     args = parser.parse_args()
     keep_freed_memory()
-    model = load_model(args.model, getattr(torch, args.dtype))
+    model = load_model(args.model, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     each = args.tokens // len(args.calibration)
     parts = [token_blocks(documents(path, args.held_out, 0), tokenizer, 512, each, seed=0) for path in args.calibration]
@@ -51,7 +51,8 @@ def main() -> None:
     shape, results = Architecture.of(model.config).shape, {}
 
     def measure(name: str, student) -> None:
-        results[name] = {text: perplexity(student, held_out).value for text, held_out in texts.items()}
+        read = copy.deepcopy(student).to(torch.bfloat16)
+        results[name] = {text: perplexity(read, held_out).value for text, held_out in texts.items()}
         print(f"{name:12}", *(f"{text} {value:8.1f}" for text, value in results[name].items()), flush=True)
         if args.save:
             student.save_pretrained(args.save / name)
@@ -61,8 +62,9 @@ def main() -> None:
     measure("plain", prune_model(model, plan))
     student = prune_model(model, plan, statistics)
     measure("corrected", student)
-    passed, fitted = forward_pass(model, blocks), time.process_time()
-    sequential_least_squares(model, student, plan, blocks)
+    passed = forward_pass(copy.deepcopy(model).to(torch.bfloat16), blocks)
+    fitted = time.process_time()
+    sequential_least_squares(model, student, plan, blocks, dtype=torch.bfloat16)
     fitted = time.process_time() - fitted
     measure("sequential", student)
     print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher")
