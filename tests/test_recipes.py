@@ -95,12 +95,13 @@ def test_everything_is_there():
         "llama-3.3-70b-49b",
         "smollm2-135m-width",
         "smollm2-135m-chain",
+        "smollm2-135m-instruct",
         "smollm2-1.7b-nonuniform",
         "smollm3-3b-lora",
         "qwen3-4b-cached",
     }
     assert set(NAMES) == wanted | PUBLISHED.keys()
-    assert len(RECIPES) == 14
+    assert len(RECIPES) == 15
     assert set(ENGINES) == {"single", "ddp", "fsdp2", "fsdp2-nodes", "zero3"}
     assert {path.stem for path in FOLDER.glob("*.py")} == {*SCRIPTS, "prepare_offline"}
     readme = (ROOT / "README.md").read_text()
@@ -376,7 +377,19 @@ def test_models_sharded_as_fsdp2_says_learn_as_in_one_process(tmp_path, monkeypa
         assert losses[3] < losses[1]
 
 
-# The demonstration's texts
+# The demonstrations' texts
+
+
+def test_the_chats_of_the_instruct_recipe_are_about_other_things_than_its_prompts():
+    folder = FOLDER / "smollm2-135m-instruct"
+    prompts, chats = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
+                      for name in ("prompts.jsonl", "held_out.jsonl"))  # fmt: skip
+    asked = {chat["messages"][0]["content"] for chat in chats}
+    assert all([turn["role"] for turn in chat["messages"]] == ["user", "assistant"] for chat in chats)
+    assert len(asked) == len(chats) == 32
+    assert not asked & {prompt["text"] for prompt in prompts}
+    sizes = yaml.safe_load((folder / "recipe.yaml").read_text())["prune"]["target"]
+    assert [name for name, size in sizes.items() if size % 256] == []
 
 
 def test_offline_text_is_split_by_module(tmp_path, monkeypatch):

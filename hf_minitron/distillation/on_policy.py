@@ -108,19 +108,25 @@ def prompts_of(batch: Mapping[str, Tensor], rngs: list[np.random.Generator], max
     for row, rng in enumerate(rngs):
         if not learnt[row].any():
             continue
-        end = _end_of_prompt(learnt[row], mask[row].astype(bool), rng, max_new_tokens)
-        begin = max((positions[row, :end] == 0).nonzero()[0], default=0)  # of its document
+        starts = (positions[row] == 0).nonzero()[0]
+        second = starts[1] if len(starts) > 1 else 0  # the first document of a packed sequence may lack its beginning
+        end = _end_of_prompt(learnt[row], mask[row].astype(bool), second, rng, max_new_tokens)
+        begin = max(starts[starts < end], default=0)
         prompts[row] = ids[row, begin:end][mask[row, begin:end].astype(bool)].tolist()
     return prompts
 
 
-def _end_of_prompt(learnt: np.ndarray, real: np.ndarray, rng: np.random.Generator, max_new_tokens: int) -> int:
-    """Return where in a row, of shape `(seq,)`, a completion shall begin; with room for all of it, if any place has that."""
+def _end_of_prompt(learnt: np.ndarray, real: np.ndarray, second: int, rng: np.random.Generator, max_new_tokens: int) -> int:
+    """Return where in a row, of shape `(seq,)`, a completion shall begin.
+
+    It has room for all of it, and its document stands there as a whole, if any place has that.
+    """
     given, last = real & ~learnt, int(learnt.nonzero()[0][-1]) + 1
     answers = (learnt[2:] & given[1:-1] & given[:-2]).nonzero()[0] + 2
     if len(answers):
         roomy = answers[answers + max_new_tokens <= len(learnt)]
-        return int(rng.choice(roomy)) if len(roomy) else int(answers[0])
+        choice = next(some for some in (roomy[roomy > second], roomy, answers[:1]) if len(some))
+        return int(rng.choice(choice))
     places = learnt.nonzero()[0]
     early = places[places <= last - max_new_tokens]
     return int(early[-1] if len(early) else places[0])
