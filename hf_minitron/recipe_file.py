@@ -154,6 +154,23 @@ def arguments(section: Mapping[str, Any], stage: str, args_type: type) -> Any:
         raise RecipeError(f"{stage}: {error}") from error
 
 
+def check_listed(recipe: Mapping[str, Any]) -> None:
+    """Refuse values that `keys.json` excludes by their type, bound or choices, before any library is imported.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    kinds = {words: kind for kind, words in KINDS.items()}
+    for stage, known in KEYS["stages"].items():
+        for key, value in (recipe.get(stage) or {}).items():
+            entry = known["keys"].get(key, {})
+            if value is None or entry.get("type") not in kinds:  # what may be of several types is left to the stage
+                continue
+            _typed(f"{stage}.{key}", value, kinds[entry["type"]], entry.get("min"))
+            if value not in entry.get("choices", [value]):
+                raise RecipeError(f"{stage}.{key}: {value!r} is none of {', '.join(map(str, entry['choices']))}")
+
+
 def _check_keys(
     where: str, found: Mapping, known: Sequence[str], elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments
 
+from hf_minitron.distillation.checks import BOUNDS
 from hf_minitron.recipe_file import KINDS, TOP_LEVEL
 from hf_minitron.stages.every import STAGES
 
@@ -22,6 +23,8 @@ USUAL = """
 per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs warmup_steps weight_decay max_grad_norm optim
 gradient_checkpointing logging_steps save_steps save_total_limit eval_strategy eval_steps report_to fsdp
 """.split()
+
+AT_LEAST_ONE = {words: names for words, _, names in BOUNDS}["at least 1"]
 
 
 def kinds_of(declared):
@@ -43,7 +46,8 @@ def entry(field, declared):
     allowed = [member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum) for member in kind]
     if choices := list(field.metadata.get("choices", allowed)):
         found["choices"] = choices
-    return found
+    least = field.metadata.get("min", 1 if field.name in AT_LEAST_ONE else None)
+    return found if least is None else found | {"min": least}
 
 
 def keys(args):

@@ -304,3 +304,5 @@ def test_attention_that_cannot_be_had_is_refused(tmp_path, name, kwargs, message
     assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="attn_implementation: 'flex_attention' is not for"):
         check_attention(tiny.config("bloom"), "flex_attention")
+    with pytest.raises(ValueError, match="attn_implementation: flex_attention has no backward pass on a CPU"):
+        DistillationArguments("out", use_cpu=True, attn_implementation="flex_attention")

@@ -167,7 +167,14 @@ def test_sizes_of_memory(text, expected):
         (["--gpus", "0"], "--gpus: 0 is not a whole number from 1 on"),
         (["--utilization", "26"], "--utilization: 26 is not a share between 0 and 1"),
         (["--score.tokens", "many"], "score.tokens: 'many' is not a whole number"),
-        (["--distill.block_size", "0"], "distill.block_size: 0 is not a whole number from 1 on"),
+        (["--gpu-tflops", "nan"], "--gpu-tflops: nan is not a number above zero"),
+        (["--gpu-tflops", "inf"], "--gpu-tflops: inf is not a number above zero"),
+        (["--distill.optim", "nonsense"], "distill.optim: 'nonsense' is none of adamw_torch, "),
+        (["--distill.chunk_size", "0"], "distill.chunk_size: 0 must be at least 1"),
+        (["--distill.gradient_checkpointing", "maybe"], "distill.gradient_checkpointing: 'maybe' is not true or false"),
+        (["--score.batch_size", "0"], "score.batch_size: 0 must be at least 1"),
+        (["--evaluate.tokens", "-1"], "evaluate.tokens: -1 must be at least 1"),
+        (["--distill.block_size", "0"], "distill.block_size: 0 must be at least 2"),
     ],
 )
 def test_a_machine_that_cannot_be_is_refused(project, capsys, options, message):

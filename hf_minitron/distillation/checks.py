@@ -123,6 +123,8 @@ def check_refused(args: TrainingArguments) -> None:
         ("use_liger_kernel", args.use_liger_kernel and not is_liger_kernel_available(), "pip install liger-kernel first"),
         ("activation_checkpointing_kwargs", activations.get("offload") and args.device.type == "cpu",
          "offload keeps activations in host memory, where a CPU has them already; leave it out"),
+        ("attn_implementation", getattr(args, "attn_implementation", None) == "flex_attention" and args.device.type == "cpu",
+         "flex_attention has no backward pass on a CPU; use sdpa or eager there"),
         ("fp16", args.fp16 and args.device.type == "cpu", "a CPU has none; use bf16, or leave it out"),
         ("fsdp", args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED, "needs several processes: accelerate launch"),
         ("debug", "tpu_metrics_debug" in args.debug and not is_torch_xla_available(), "tpu_metrics_debug needs torch_xla"),

@@ -1,5 +1,6 @@
 """What every stage of a recipe takes: memory of a GPU and of its host, disk, tokens, FLOPs and hours, from configs alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,7 +49,7 @@ class Machine:
             raise RecipeError(f"--gpus: {self.gpus} is not a whole number from 1 on")
         if not 0 < self.utilization <= 1:
             raise RecipeError(f"--utilization: {self.utilization:g} is not a share between 0 and 1")
-        if self.peak <= 0:
+        if not 0 < self.peak < math.inf:
             raise RecipeError(f"--gpu-tflops: {self.peak / 1e12:g} is not a number above zero")
 
     def hours(self, flops: float) -> float:

@@ -10,7 +10,7 @@ from hf_minitron.errors import RecipeError, told
 from hf_minitron.planning.cost_text import cost_text
 from hf_minitron.planning.costs import Machine
 from hf_minitron.planning.drafting import draft
-from hf_minitron.recipe_file import KEYS, arguments, read_recipe, read_yaml
+from hf_minitron.recipe_file import KEYS, arguments, check_listed, read_recipe, read_yaml
 from hf_minitron.shape import Shape
 from hf_minitron.stages import target
 from hf_minitron.stages.share import share_of, with_sizes
@@ -26,6 +26,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
             if args.keep is not None:
                 raise RecipeError(f"--keep: {args.keep!r} is for a model; a recipe has prune.target, which may be such a share")
             recipe = with_sizes(read_recipe(args.recipe, overrides, known))
+            check_listed(recipe)
         else:
             recipe = as_drafted(str(args.recipe), args, overrides, machine)
         print(plan_text(recipe, args.context))
