@@ -51,6 +51,17 @@ def test_the_draft_is_near_what_the_paper_did():
     assert sizes == {"hidden": 3072, "ffn": 9216}
 
 
+@pytest.mark.parametrize("model", ["gpt2", "pythia-160m", "opt-125m", "gpt-neo-125m", "stablelm-2-1_6b", "bloom-560m"])
+def test_heads_follow_hidden_where_the_class_ties_them(model):
+    """As many as there are times their size is the hidden size of these classes, so that neither is cut alone."""
+    architecture = teacher(str(CONFIGS / model))
+    sizes = sizes_for(architecture, 0.5)
+    shape = architecture.shape.cut_to(sizes)
+    assert shape["heads"] * shape["head_dim"] == shape["hidden"]
+    share = shape.num_parameters(architecture.rows) / architecture.shape.num_parameters(architecture.rows)
+    assert share == pytest.approx(0.5, abs=0.03)
+
+
 def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
     (tmp_path / "small").mkdir()
     _, large = drafted(tmp_path, "Llama-3.2-1B", "--gpus", "8")

@@ -37,7 +37,7 @@ score: # one forward pass: which channels matter
   block_size: {block}
 
 prune:
-  target: # hidden and FFN, heads and layers stay: as Llama-3.1-Minitron-4B-Width (2408.11796, table 3)
+  target: # {axes}: as Llama-3.1-Minitron-4B-Width (2408.11796, table 3)
 {target}
   multiple_of: {multiple_of} # what GPUs and quantized formats like
   # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
@@ -109,7 +109,8 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
         "before": shape.num_parameters(rows), "after": shape.cut_to(sizes).num_parameters(rows),
         "slug": re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower(),
         "target": "\n".join(f"    {axis}: {size} # of {shape[axis]}, {size / shape[axis]:.0%}" for axis, size in sizes.items()),
-        "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes) + "}",
+        "axes": "width" + (", and heads, which this class ties to hidden" if "heads" in sizes else "; heads and layers stay"),
+        "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes if axis != "heads") + "}",
         "tasks": "[gsm8k, ifeval]" if chat else "[arc_easy, hellaswag, winogrande]", "chat": str(chat).lower(),
         "kind": "an instruct model's, in its chat template" if chat else "a base model's",
         "memory": machine.gpu_bytes / GB,

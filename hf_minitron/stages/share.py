@@ -14,6 +14,7 @@ from hf_minitron.stages.target import coarse, suited, teacher
 # FFN channels are cut by this power of what hidden channels are cut by: in Llama-3.1-Minitron-4B-Width 9216 of 14336 stay
 # beside 3072 of 4096 (2408.11796, table 3).
 FFN_POWER = 1.5
+CLOSE = 0.1  # a size with a single axis to cut is at most so far from the one that is wanted
 TRIED = 50  # shapes near the size, of which a class shall hold one
 
 
@@ -65,7 +66,8 @@ def _unit(architecture: Architecture, axis: str, multiple_of: Mapping[str, int])
 
 
 def sizes_for(architecture: Architecture, share: float, multiple_of: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Return the sizes of hidden and FFN channels with which a share of the parameters stays; heads and layers stay too.
+    """Return the sizes of hidden and FFN channels with which a share of the parameters stays; layers stay too, and so do heads
+    where the class holds other hidden sizes with as many heads.
 
     Args:
         architecture (`Architecture`): The model's.
@@ -78,33 +80,46 @@ def sizes_for(architecture: Architecture, share: float, multiple_of: Mapping[str
     shape = architecture.shape
     multiple_of = {axis: coarse(shape[axis]) for axis in ("hidden", "ffn") if axis in shape.sizes} | dict(multiple_of or {})
     wanted = share * shape.num_parameters(architecture.rows)
-    found = sorted(_near(architecture, wanted, multiple_of), key=lambda item: item[0])
-    for _, sizes in found[:TRIED]:
-        try:
-            check_target(architecture, shape.cut_to(sizes, multiple_of))
-        except ShapeError:
-            continue
-        return sizes
+    for with_heads in (False, True):
+        found = sorted(_near(architecture, wanted, multiple_of, with_heads), key=lambda item: item[0])
+        for _, sizes in found[:TRIED]:
+            try:
+                check_target(architecture, shape.cut_to(sizes, multiple_of))
+            except ShapeError:
+                continue
+            return sizes
     raise RecipeError(f"prune.target: {share:.0%} of the parameters cannot be kept by cutting hidden and FFN channels of this "
                       "model alone; give sizes, or a larger share")  # fmt: skip
 
 
-def _near(architecture: Architecture, wanted: float, multiple_of: Mapping[str, int]) -> Iterator[tuple[float, dict[str, int]]]:
-    """Yield pairs of sizes with about so many parameters, and how far their cuts are from what the paper did."""
+def _near(
+    architecture: Architecture, wanted: float, multiple_of: Mapping[str, int], with_heads: bool
+) -> Iterator[tuple[float, dict[str, int]]]:
+    """Yield sizes with about so many parameters, and how far their cuts are from what the paper did; with as many heads as fit
+    side by side into the hidden size (GPT-2, OPT, Pythia), or with all of them."""
     shape, rows = architecture.shape, architecture.rows
     axes = [axis for axis in ("hidden", "ffn") if axis in shape.sizes and axis not in {**shape.fixed, **shape.coupled}]
-    steps = {axis: _unit(architecture, axis, multiple_of) for axis in axes}
-    if not axes:
+    if not axes or with_heads and not ("hidden" in axes and {"heads", "head_dim"} <= shape.sizes.keys()):
         return
-    first, last = axes[0], axes[-1]
-    for size in range(shape[first], 0, -steps[first]) if len(axes) > 1 else [shape[first]]:
-        low, high = ({first: size, last: steps[last] * n} for n in (1, shape[last] // steps[last]))
-        few, many = (shape.cut_to(sizes).num_parameters(rows) for sizes in (low, high))
+    steps, first, last = {axis: _unit(architecture, axis, multiple_of) for axis in axes}, axes[0], axes[-1]
+    if with_heads:
+        steps["hidden"] = math.lcm(steps["hidden"], shape["head_dim"])
+
+    def sizes_with(size: int, **more: int) -> dict[str, int]:
+        sizes = {first: size} | ({"heads": size // shape["head_dim"]} if with_heads else {}) | more
+        return {axis: n for axis, n in sizes.items() if n < shape[axis]}
+
+    def parameters(sizes: Mapping[str, int]) -> int:
+        return shape.cut_to(sizes).num_parameters(rows)
+
+    for size in range(shape[first], 0, -steps[first]):
+        if len(axes) == 1:
+            away = abs(parameters(sizes_with(size)) / wanted - 1)
+            if away < CLOSE and size < shape[first]:
+                yield away, sizes_with(size)
+            continue
+        few, many = (parameters(sizes_with(size, **{last: steps[last] * n})) for n in (1, shape[last] // steps[last]))
         count = round(1 + (wanted - few) / (many - few) * (shape[last] // steps[last] - 1)) if many > few else 1
         other = steps[last] * count
-        if not 0 < other <= shape[last]:
-            continue
-        sizes = {axis: n for axis, n in {first: size, last: other}.items() if n < shape[axis]}
-        if sizes:
-            cuts = math.log(size / shape[first]) * FFN_POWER - math.log(other / shape[last])
-            yield abs(cuts) if len(axes) > 1 else 0.0, sizes
+        if 0 < other <= shape[last] and (sizes := sizes_with(size, **{last: other})):
+            yield abs(math.log(size / shape[first]) * FFN_POWER - math.log(other / shape[last])), sizes
