@@ -87,7 +87,7 @@ def answers(curves: Mapping[str, Curve], lengths: np.ndarray, budgets: Iterable[
     published = losses.get(PUBLISHED, {})
     for name, points in losses.items():
         order = sorted(points)
-        for budget in sorted(set(budgets) & published.keys()) if name != PUBLISHED else ():
+        for budget in sorted(set(budgets) & published.keys()) if points and name != PUBLISHED else ():
             wanted, tokens = published[budget], np.array(order)
             by_draw = np.stack([points[each] for each in order], axis=1)
             needed = [tokens_needed(tokens, row, value) for row, value in zip(by_draw, wanted, strict=True)]

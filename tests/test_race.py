@@ -78,7 +78,7 @@ def test_a_quality_that_is_not_reached_has_no_fraction():
 
 
 def test_curves_hold_every_point():
-    found = race.answers({"published": {300: losses(300, seeds=2)}, "ours": {}}, LENGTHS, (900,))
+    found = race.answers({"published": {300: losses(300, seeds=2)}, "ours": {}}, LENGTHS, (300,))
     assert found["rows"] == found["equal_tokens"] == []
     (point,) = found["curves"]
     assert (point["budget"], point["shape"], point["seeds"]) == (300, "published", 2)
