@@ -26,6 +26,8 @@ from hf_minitron.stages.score import check_layers_target
 TARGETS = {
     "qwen3_5_text": {"hidden": 24, "ffn": 48, "layers": {"linear": 1, "attention": 1}, "ssm_heads": 4},
     "nemotron_h": {"hidden": 24, "ffn": 32, "experts": 4, "layers": {"mamba": 1}, "ssm_heads": 4, "heads": 2},
+    "zamba2": {"hidden": 24, "ffn": 32, "layers": {"mamba": 1}},
+    "gemma3n_text": {"hidden": 24, "ffn": 32, "heads": 2, "layers": {"kv": 1, "shared": 1}},
 }
 
 
@@ -43,7 +45,9 @@ def test_a_whole_run(model_type, project, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/publish/model")
     shape = Architecture.of(model.config).shape
     assert type(model) is type(teacher)
-    assert (shape["hidden"], shape["ssm_heads"]) == (24, 4)
+    assert {axis: shape[axis] for axis in TARGETS[model_type] if axis != "layers"} == {
+        axis: size for axis, size in TARGETS[model_type].items() if axis != "layers"
+    }
     assert {f"{kind}_layers": count for kind, count in TARGETS[model_type]["layers"].items()}.items() <= shape.sizes.items()
 
 
