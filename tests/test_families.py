@@ -836,6 +836,30 @@ def test_layers_that_use_others_keys_are_cut_by_kind_and_an_mlp_of_outstanding_c
     assert student.config.activation_sparsity_pattern == [0.5, 0.0, 0.0, 0.0]
 
 
+def test_mlps_of_widths_that_a_config_lists_are_cut_to_what_each_has(tmp_path):
+    """As of the models that are sliced out of Gemma 3n (MatFormer)."""
+    teacher = tiny.model("gemma3n_text", dtype=torch.float32, intermediate_size=[72, 40, 56, 72, 40, 56])
+    shape = Architecture.of(teacher.config).shape
+    assert (shape["ffn"], shape.by_layer) == (72, {"ffn": (72, 40, 56, 72, 40, 56)})
+    assert shape.num_parameters(Architecture.of(teacher.config).rows) == sum(p.numel() for p in teacher.parameters())
+    plan = plan_for(teacher, ffn=48, layers=5)
+    student = prune_model(teacher, plan)
+    kept = plan.kept_layers
+    assert student.config.intermediate_size == [min(48, shape.by_layer["ffn"][layer]) for layer in kept]
+    teacher.save_pretrained(tmp_path / "teacher")
+    prune_checkpoint(tmp_path / "teacher", plan, tmp_path / "student")
+    loaded = tiny.load_complete(tmp_path / "student")
+    assert torch.equal(logits(loaded), logits(student))
+    assert Architecture.of(loaded.config).shape.by_layer == plan.after.by_layer
+    for layer in set(range(6)) - set(kept):
+        teacher.model.layers[layer].forward = without_layer(False)
+    with torch.no_grad():
+        for position, layer in enumerate(kept):
+            down = teacher.model.layers[layer].mlp.down_proj.weight
+            down *= vector(down.shape[1], plan.keep["ffn"][position]).to(down)
+    assert relative(logits(student), logits(teacher)) < 1e-4
+
+
 @pytest.mark.parametrize("model_type", ["llama4", "gemma3n", "dbrx", "rwkv", "t5"])
 def test_whatever_is_no_family_of_ours_is_refused_in_words(model_type):
     with pytest.raises(ValueError, match="cannot be pruned: |does not make a causal language model"):

@@ -38,11 +38,19 @@ def sizes_by_layer(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[st
         return selected(
             {axis: tuple(getattr(config, LIST_OF[axis])) for axis in LIST_OF if axis in keys}, range(config.num_hidden_layers)
         )
+    if listed := sizes_in_lists(config, keys):
+        return selected(listed, range(config.num_hidden_layers))
     if not config.is_heterogeneous:
         return {}
     layers = list(config.per_layer_config)
     known = [axis for axis in BY_LAYER if axis in keys and hasattr(layers[0], keys[axis])]
     return selected({axis: tuple(getattr(own, keys[axis]) for own in layers) for axis in known}, range(len(layers)))
+
+
+def sizes_in_lists(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the sizes that a config lists with an item for every layer (Gemma 3n's widths of MLPs)."""
+    found = {axis: getattr(config, keys[axis], None) for axis in BY_LAYER if isinstance(keys.get(axis), str)}
+    return {axis: tuple(sizes) for axis, sizes in found.items() if isinstance(sizes, list)}
 
 
 @lru_cache(maxsize=64)
@@ -87,9 +95,9 @@ def not_nonuniform(family: Family, model: Outline, shape: Shape, parameters: Map
     if family.tower:
         return "they stand in a larger model"
     if "experts" in shape.sizes:
-        return "they are mixtures, of whose experts nothing says what a width costs"
+        return "they are mixtures, and PrunedConfig lists no number or width of experts by layer"
     if shape.layer_kinds:
-        return "they are of several kinds"
+        return "they are of several kinds, and PrunedConfig lists sizes of attention and MLPs only"
     if missing := [axis for axis in ("heads", "ffn") if axis not in shape.sizes or axis in {**shape.coupled, **shape.fixed}]:
         return f"{missing[0]} is none of their own sizes"
     if missing := [part for part in SUBLAYERS.values() if part not in model.parts("layers.0")]:
@@ -129,7 +137,8 @@ def norms_elsewhere(model: Outline, reads: Mapping[str, Sequence[str]]) -> str:
 def per_layer_config(
     config: PreTrainedConfig, keys: Mapping[str, str], before: Shape, after: Shape, layers: Sequence[int]
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return transformers' `per_layer_config` of a student: what single layers have beside their sizes, and their new sizes.
+    """Return transformers' `per_layer_config` of a student: what single layers have beside their sizes, and their new sizes;
+    these in a list where the config has one.
 
     Args:
         config (`PreTrainedConfig`): The teacher's, of its text model.
@@ -138,13 +147,17 @@ def per_layer_config(
         after (`Shape`): The student's shape.
         layers (`Sequence[int]`): The teacher's layers that stay.
     """
+    listed = sizes_in_lists(config, keys)
     sized = [keys[axis] for axis in {**before.by_layer, **after.by_layer}]
     every = {int(layer): own for layer, own in config.to_dict().get(PER_LAYER, {}).items()}
     found = {}
     for new, old in enumerate(layers):
         own = {key: value for key, value in every.get(old, {}).items() if key not in sized}
-        found[new] = own | {keys[axis]: sizes[new] for axis, sizes in after.by_layer.items() if sizes[new] != after[axis]}
-    return {PER_LAYER: {layer: own for layer, own in found.items() if own}} if every or after.by_layer else {}
+        sizes = {axis: sizes[new] for axis, sizes in after.by_layer.items() if axis not in listed}
+        found[new] = own | {keys[axis]: size for axis, size in sizes.items() if size != after[axis]}
+    changes = {keys[axis]: list(after.by_layer[axis]) for axis in listed if axis in after.by_layer}
+    own = {layer: own for layer, own in found.items() if own}
+    return changes | ({PER_LAYER: own} if every or after.by_layer.keys() - listed.keys() else {})
 
 
 def pruned_config(config: PreTrainedConfig, changes: Mapping[str, Any], after: Shape) -> PrunedConfig:
