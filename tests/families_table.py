@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.family import FAMILIES
+from hf_minitron.architecture.nonuniform import sizes_in_lists
 from hf_minitron.architecture.refused import MISSING
 from hf_minitron.head import check_head
 from hf_minitron.shape import CUTTABLE
@@ -54,7 +55,8 @@ def working(inexact, corrected):
         errors = {axis: f"{inexact[model_type, leader]:.2f}{left.get(axis, '')}" for axis, leader in leaders.items()}
         said = [f"{axis}: {why} ({errors[axis]})" for axis, why in family.inexact.items()]
         said += [f"{axis} where {key}: {why}" for axis, (key, why) in family.inexact_if.items()]
-        ticks = [architecture.not_nonuniform or "yes", "yes" if architecture.supports("rotation") else ""]
+        differ = ", ".join(sizes_in_lists(architecture.config, family.config_keys)) or "yes"
+        ticks = [architecture.not_nonuniform or differ, "yes" if architecture.supports("rotation") else ""]
         taught = "yes" if has_one_matrix(architecture) else ""
         rows.append(f"| {' | '.join([model_type, ', '.join(axes), '; '.join(said), taught, *ticks])} |")
     return "\n".join(rows)

@@ -1,5 +1,7 @@
 """Students whose layers differ: against the masked teacher, on disk and in memory, and padded to a stock model."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,11 +9,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.checkpoint.tensors import tensors_of
 from hf_minitron.evaluation.compare import compare
 from hf_minitron.importance.calibrate import calibrate
 from hf_minitron.modeling import PrunedForCausalLM
 from hf_minitron.plan import Plan, make_nonuniform_plan, make_plan
 from hf_minitron.pruning.export import export
+from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 from hf_minitron.shape import ShapeError
 
@@ -187,3 +191,31 @@ def test_an_unknown_type_may_have_layers_of_different_sizes_where_its_norms_stan
             continue
         student = prune_model(teacher, plan)
         assert [len(list(layer.parameters())) for layer in student.model.layers] == [9, 5, 4]
+
+
+def test_a_class_that_lists_a_width_for_every_layer_holds_a_nonuniform_student(tmp_path):
+    """Gemma 3n's, in the widths of its MLPs; heads stay, and the student is cut again."""
+    teacher = tiny.model("gemma3n_text", dtype=torch.float32)
+    for share, again in ((0.8, False), (0.9, True)):
+        architecture, shape = Architecture.of(teacher.config), Architecture.of(teacher.config).shape
+        assert not architecture.not_nonuniform
+        statistics = calibrate(teacher, tiny.blocks(), moments=True)
+        statistics = replace(statistics, sublayer_costs={axis: torch.arange(1.0, 7) for axis in ("heads", "ffn")})
+        whole = sum(layer_parameters(architecture, shape.at(layer)) for layer in range(6))
+        plan = nonuniform_plan(tensors_of(teacher), statistics, int(share * whole))
+        student = prune_model(teacher, plan, statistics)
+        after = Architecture.of(student.config).shape
+        assert type(student) is type(teacher)
+        assert student.config.intermediate_size == plan.by_layer["ffn"]
+        assert len(set(plan.by_layer["ffn"])) > 1
+        assert (after["heads"], after["layers"]) == (shape["heads"], 6)
+        spent = sum(layer_parameters(architecture, {**shape.at(layer), **after.at(layer)}) for layer in range(6))
+        assert 0.9 * share * whole < spent <= share * whole
+        assert bool(shape.by_layer) == again
+        teacher.save_pretrained(tmp_path / f"teacher-{again}")
+        prune_checkpoint(tmp_path / f"teacher-{again}", plan, tmp_path / f"student-{again}", statistics=statistics)
+        loaded = tiny.load_complete(tmp_path / f"student-{again}")
+        ids = tiny.blocks()["input_ids"][:]
+        with torch.no_grad():
+            assert torch.allclose(loaded(ids).logits, student(ids).logits, atol=1e-5)
+        teacher = student

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_minitron import axes
+from hf_minitron.architecture.config import text_config
 from hf_minitron.architecture.family import Family
 from hf_minitron.architecture.outline import Outline, outline
 from hf_minitron.errors import one_line
@@ -49,7 +50,8 @@ def sizes_by_layer(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[st
 
 def sizes_in_lists(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Return the sizes that a config lists with an item for every layer (Gemma 3n's widths of MLPs)."""
-    found = {axis: getattr(config, keys[axis], None) for axis in BY_LAYER if isinstance(keys.get(axis), str)}
+    listed = () if config.is_heterogeneous else BY_LAYER  # one says it otherwise
+    found = {axis: getattr(config, keys[axis], None) for axis in listed if isinstance(keys.get(axis), str)}
     return {axis: tuple(sizes) for axis, sizes in found.items() if isinstance(sizes, list)}
 
 
@@ -94,6 +96,8 @@ def not_nonuniform(family: Family, model: Outline, shape: Shape, parameters: Map
         return ""
     if family.tower:
         return "they stand in a larger model"
+    if sizes_in_lists(text_config(model.config), family.config_keys):
+        return ""
     if "experts" in shape.sizes:
         return "they are mixtures, and PrunedConfig lists no number or width of experts by layer"
     if shape.layer_kinds:
@@ -157,7 +161,7 @@ def per_layer_config(
         found[new] = own | {keys[axis]: size for axis, size in sizes.items() if size != after[axis]}
     changes = {keys[axis]: list(after.by_layer[axis]) for axis in listed if axis in after.by_layer}
     own = {layer: own for layer, own in found.items() if own}
-    return changes | ({PER_LAYER: own} if every or after.by_layer.keys() - listed.keys() else {})
+    return changes | ({PER_LAYER: own} if every or own else {})
 
 
 def pruned_config(config: PreTrainedConfig, changes: Mapping[str, Any], after: Shape) -> PrunedConfig:

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.nonuniform import sizes_in_lists
 from hf_minitron.checkpoint.tensors import Tensors
 from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
@@ -57,7 +59,8 @@ def error_curves(
     architecture = tensors.architecture
     before, scores, moments = architecture.shape, statistics.scores, statistics.moments
     curves: dict[tuple[str, int], list[Choice]] = {}
-    places = [(axis, layer, name) for axis in ("heads", "ffn") for layer, name in architecture.taps(axis)]
+    listed = _listed(architecture)
+    places = [(axis, layer, name) for axis in listed or ("heads", "ffn") for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
         position, dim = architecture.weights[name].dim_of(axis)
         moment = moments[name][:-1].to(solver_device(), torch.float64)
@@ -65,7 +68,7 @@ def error_curves(
         whole = ((weight @ moment) * weight).sum()
         own = before.of_layer(layer)
         every = _sizes(own, axis, steps)
-        choices = [Choice(dict.fromkeys(every[0], 0), 1.0)]
+        choices = [] if listed else [Choice(dict.fromkeys(every[0], 0), 1.0)]
         for sizes in every:
             kept = best_in_layer(scores, before, layer, sizes)
             index = axes.dim_index(dim, {axis: torch.tensor(kept[axis])}, own.sizes)
@@ -124,10 +127,14 @@ def allocate_layers(
         place: [(sublayer_parameters(architecture, choice.sizes), choice.relative_error * worth[place]) for choice in choices]
         for place, choices in curves.items()
     }
+    shape, listed = architecture.shape, _listed(architecture)
+    if listed:  # the rest stays as it is
+        parameters -= sum(
+            sublayer_parameters(architecture, {axis: own[axis] for axis in ("heads", "kv_heads") if axis in own})
+            for own in map(shape.at, range(shape["layers"]))
+        )
     chosen = allocate(options, parameters)
-    sizes: dict[str, list[int]] = {
-        axis: [0] * architecture.shape["layers"] for axis in BY_LAYER if axis in architecture.shape.sizes
-    }
+    sizes: dict[str, list[int]] = {axis: [0] * shape["layers"] for axis in listed or BY_LAYER if axis in shape.sizes}
     for (axis, layer), place in chosen.items():
         for key, size in curves[axis, layer][place].sizes.items():
             sizes[key][layer] = size
@@ -143,6 +150,11 @@ def nonuniform_plan(
     curves, architecture = error_curves(tensors, statistics), tensors.architecture
     sizes = allocate_layers(curves, statistics.sublayer_costs, architecture, parameters)
     return make_nonuniform_plan(statistics.scores, architecture.shape, sizes)
+
+
+def _listed(architecture: Architecture) -> tuple[str, ...]:
+    """Return the axes whose sizes the stock class lists by layer, which are the only ones that may differ then."""
+    return tuple(sizes_in_lists(text_config(architecture.config), architecture.family.config_keys))
 
 
 def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:
