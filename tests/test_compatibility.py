@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vision
 import torch
 import transformers
 import yaml
@@ -389,3 +390,11 @@ def test_the_oldest_supported_transformers_does_a_whole_run(project, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_every_model_type_says_since_when_it_is_loaded():
+    """Also those whose heads differ from layer to layer, which a config does not say at once."""
+    configs = [*map(tiny.config, tiny.TYPES), *map(tiny_vision.config, tiny_vision.SETTINGS)]
+    found = {config.model_type: minimum_transformers(config) for config in configs}
+    assert set(found.values()) <= {None, *(f"{major}.{minor}" for major in (4, 5) for minor in range(99))}
+    assert "gemma4_text" in found

@@ -130,8 +130,10 @@ def legacy_rope(config: PreTrainedConfig) -> dict[str, Any] | None:
 def minimum_transformers(config: PreTrainedConfig) -> str | None:
     """Return the first version of transformers that computes what a config says; `None` for model types of long ago."""
     since, config = SINCE.get(config.model_type), text_config(config)
-    size = getattr(config, "head_dim", None)  # of a head; left out, heads are as wide as hidden
-    own_heads = config.model_type in HEADS_ARE_HIDDEN and size and size * config.num_attention_heads != config.hidden_size
+    own_heads = False
+    if config.model_type in HEADS_ARE_HIDDEN:
+        size = getattr(config, "head_dim", None)  # of a head; left out, heads are as wide as hidden
+        own_heads = size and size * config.num_attention_heads != config.hidden_size
     return "5.0" if (own_heads or legacy_rope(config) is None) and config.model_type != "minitron_pruned" else since
 
 
