@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_tokenizers
 import torch
 import yaml
 from datasets import Dataset
@@ -22,6 +23,7 @@ from hf_minitron.checkpoint.checkpoint import best_dtype
 from hf_minitron.evaluation import compare as compare_module
 from hf_minitron.evaluation.compare import check_tensor_parallel, compare
 from hf_minitron.evaluation.report import TEXT, Entry, Report, compare_models, load_samples, samples_of, save_samples
+from hf_minitron.evaluation.subject import Subject
 from hf_minitron.evaluation.task_results import task_entries
 from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_entries, text_records
@@ -382,3 +384,17 @@ def test_models_in_memory_are_compared_as_their_folders(folders, blocks, tmp_pat
     assert again.value("near", "perplexity") == pytest.approx(tiny.SIZES["vocab"]), "not what an earlier call has left"
     with pytest.raises(ValueError, match="processing_class: teacher is a model in memory, so give its tokenizer"):
         compare(models, blocks)
+
+
+def test_blocks_longer_than_a_models_positions_in_its_own_tokens_are_refused(blocks):
+    teacher = Subject("teacher", tiny.model(dtype=torch.float32), tiny.tokenizer())
+    teacher.take_text(blocks, teacher, None)
+    other = tiny_tokenizers.ALL["byte_level"]
+    for kind, fits in (("gpt2", False), ("llama", True)):  # a table of positions, and rotary ones
+        made = tiny.model(kind, dtype=torch.float32, vocab_size=len(other), max_position_embeddings=16)
+        subject = Subject("peer", made, other)
+        if fits:
+            subject.take_text(blocks, teacher, None)
+            continue
+        with pytest.raises(ValueError, match=r"block_size: a block of the text has \d+ tokens in those of peer, which has 16 "):
+            subject.take_text(blocks, teacher, None)

@@ -62,7 +62,20 @@ class Subject:
             self.blocks, self.labels = in_tokens_of(self.tokenizer, blocks, teacher.tokenizer, add_bos_token)
         else:
             self.blocks, self.labels = in_kept_tokens(self.tokenizer, blocks, teacher.tokenizer, self.vocabulary)
+        self._check_positions()
         self.num_bytes = text_bytes(self.blocks, self.tokenizer, self.labels)
+
+    def _check_positions(self) -> None:
+        """Refuse blocks that have more tokens in this model's than its table has positions.
+
+        Raises:
+            ValueError: naming both.
+        """
+        longest = max(map(len, self.blocks))
+        positions = getattr(text_config(self.config), "max_position_embeddings", longest)
+        if longest > positions and "positions" in Architecture.of(self.config).shape.sizes:
+            raise ValueError(f"block_size: a block of the text has {longest:,} tokens in those of {self.name}, which has "
+                             f"{positions:,} positions; make blocks shorter")  # fmt: skip
 
     def _vocabulary(self, teacher: "Subject") -> tuple[int, ...] | str:
         if pruned_vocab(self.config) is None:
