@@ -62,6 +62,12 @@ def test_heads_follow_hidden_where_the_class_ties_them(model):
     assert share == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_model_in_mxfp4_is_drafted_to_be_dequantized(tmp_path, capsys):
+    _, recipe = drafted(tmp_path, "gpt-oss-20b", "--gpus", "8")
+    assert recipe["prune"]["dequantize"] is True
+    assert "| distill " in capsys.readouterr().out
+
+
 def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
     (tmp_path / "small").mkdir()
     _, large = drafted(tmp_path, "Llama-3.2-1B", "--gpus", "8")

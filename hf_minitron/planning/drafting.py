@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import DEQUANTIZED, text_config
+from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.errors import RecipeError, told
+from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
 from hf_minitron.planning.costs import GB, Cost, Machine, Models, training_cost
 from hf_minitron.recipe_file import read_yaml
@@ -40,7 +42,7 @@ prune:
   target: # {axes}: as Llama-3.1-Minitron-4B-Width (2408.11796, table 3)
 {target}
   multiple_of: {multiple_of} # what GPUs and quantized formats like
-  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
+{dequantize}  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
 
 distill: # forward KL to the teacher's logits (2407.14679, table 15)
   text: {text}
@@ -80,7 +82,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text or TEXT, args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
-        recipe, shape = read_yaml(text, str(args.output)), teacher(args.model).shape
+        recipe = read_yaml(text, str(args.output))
+        shape = Models.of(recipe).teacher.shape
         notes = unquantizable(shape, shape.cut_to(recipe["prune"]["target"]))
         print("\n".join([text, cost_text(recipe, machine), *(f"{axis}: {note}" for axis, note in notes.items())]))
         print(f"\nRecipe: {args.output}")
@@ -97,7 +100,9 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
         text (`str`, *optional*): Training text.
         path (`Path`, *optional*): Where the recipe will lie, for its comments.
     """
-    architecture = teacher(model)
+    quantization = read_json(resolve(model, weights=False) / "config.json").get("quantization_config") or {}
+    stored = quantization.get("quant_method")
+    architecture = teacher(model, stored in DEQUANTIZED)
     sizes = sizes_for(architecture, share)
     shape, rows = architecture.shape, architecture.rows
     machine = replace(machine, gpu_bytes=machine.gpu_bytes or GPU_MEMORY)
@@ -113,6 +118,7 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
         "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes if axis != "heads") + "}",
         "tasks": "[gsm8k, ifeval]" if chat else "[arc_easy, hellaswag, winogrande]", "chat": str(chat).lower(),
         "kind": "an instruct model's, in its chat template" if chat else "a base model's",
+        "dequantize": f"  dequantize: true # stored in {stored}\n" if stored in DEQUANTIZED else "",
         "memory": machine.gpu_bytes / GB,
         "gpus": f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}",
     }  # fmt: skip
@@ -134,7 +140,7 @@ ADAPTERS = """\
 def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the batch that the memory holds, and the steps that take `HOURS`."""
     block, gpus = facts["block"], machine.gpus
-    models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes)}})
+    models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes), "dequantize": bool(facts["dequantize"])}})
 
     def distillation(batch: int, checkpointing: bool, adapters: bool, accumulation: int = 2) -> Cost:
         section = {"block_size": block, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing,
