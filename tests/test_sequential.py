@@ -1,6 +1,7 @@
 """Sequential least squares: what a pruned model's projections are fitted to, and that memory, disk and spilling are alike."""
 
 import shutil
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -150,3 +151,11 @@ def test_the_stage_fits_what_it_has_pruned(project, tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path / "bad", "--prune.sequential", "true", "--prune.corrections", "[rotation]") == 1
     assert "prune: sequential: not for a rotated student" in capsys.readouterr().err
+
+
+def test_a_disk_that_cannot_hold_what_waits_is_refused(monkeypatch):
+    teacher, plan, statistics = made()
+    free = namedtuple("free", "free")(1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match="what waits between layers beyond state_bytes"):
+        sequential_least_squares(teacher, prune_model(teacher, plan, statistics), plan, BLOCKS, state_bytes=0)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
+from hf_minitron.checkpoint.checkpoint import require_space
 from hf_minitron.checkpoint.tensors import Tensors, tensors_of
 from hf_minitron.importance.projections import LayerProjections, name_in_student
 from hf_minitron.importance.streamed import LayerLoader, Spill, check_streamable, whole_name
@@ -82,11 +83,18 @@ def sequential_least_squares(
     check_sequential(dense.architecture, pruned.architecture, plan)
     batches = _batches(blocks, batch_size)
     dtype = dtype or getattr(dense.architecture.config, "dtype", None) or torch.float32
+    layers = [
+        LayerProjections.of(dense.architecture, pruned.architecture, plan, old, new) for new, old in enumerate(plan.kept_layers)
+    ]
+    waiting = sum(batch["input_ids"].numel() for batch, _ in batches) * (plan.before["hidden"] + plan.after["hidden"])
+    waiting += sum(len(places) for _, places in batches) * max(layer.width for layer in layers)
+    if (spilled := waiting * dtype.itemsize - state_bytes) > 0:
+        require_space(Path(tempfile.gettempdir()), spilled, "what waits between layers beyond state_bytes")
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
         held = Spill(Path(folder), state_bytes)
         loaders = [LayerLoader(tensors, dtype, torch.device(device)) for tensors in (dense, pruned)]
         streams = [_Stream(side, loader, held) for side, loader in zip(("teacher", "student"), loaders, strict=True)]
-        _Sweep(*streams, pruned, plan, batches, held, ridge, beta).run()
+        _Sweep(*streams, layers, pruned, plan, batches, held, ridge, beta).run()
 
 
 def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -> None:
@@ -146,6 +154,7 @@ class _Sweep:
 
     teacher: _Stream
     student: _Stream
+    layers: Sequence[LayerProjections]  # of the student
     tensors: Tensors  # the student's
     plan: Plan
     batches: Sequence[Batch]
@@ -159,7 +168,7 @@ class _Sweep:
         for _ in range(self.plan.kept_layers[0]):
             self._run_teacher(next(layers), LayerProjections())
         for new, old in enumerate(self.plan.kept_layers):
-            place = LayerProjections.of(self.teacher.loader.architecture, self.tensors.architecture, self.plan, old, new)
+            place = self.layers[new]
             self._run_teacher(next(layers), place)
             for _ in self.plan.dropped_after.get(old, ()):
                 self._run_teacher(next(layers), LayerProjections())
