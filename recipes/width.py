@@ -34,7 +34,7 @@ class ScriptArguments:
 
     model: str = f"{CACHE}/SmolLM2-135M-Instruct"
     text: str = f"{CACHE}/stdlib/train.jsonl"
-    hidden: int = 504
+    hidden: int = 512
     ffn: int = 1152
     block_size: int = 512
     calibration_tokens: int = 32_768
