@@ -28,7 +28,7 @@ def race_block(found: dict) -> str:
             cells += [perplexity_of(points.get((size, shape, budget))), needed.get((size, shape, budget), "")]
         seeds = points[size, "published", budget]["seeds"]
         rows.append([size.upper(), f"{budget:,}", str(seeds), *cells, worst_text(found["equal_tokens"], size, budget)])
-    said = [f"At {row['size'].upper()} and {row['budget']:,} tokens, {row['shape']} of ours needs "
+    said = [f"At {row['size'].upper()} and {row['budget']:,} tokens, a {row['shape']} student of ours needs "
             f"{needed[row['size'], row['shape'], row['budget']]} of the published recipe's tokens for its perplexity."
             for row in found["rows"]]  # fmt: skip
     return "\n\n".join(
