@@ -202,7 +202,7 @@ def test_the_page_says_what_the_rows_say():
     found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"}}
     page = race_page.race_block(found)
     for words in (
-        "At 100M and 900 tokens, a uniform student of ours needs 0.60 (0.50 to more than was measured) of the published recipe's tokens",
+        "At 100M and 900 tokens, a uniform student of ours needs 0.60 (0.50 to more than was measured) of the published",
         "nonuniform student of ours needs at most 0.33 (up to 0.40) of the",
         "97.5 (90.0 to 99.0)",
         "uniform 1.12 (code)",
