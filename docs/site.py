@@ -19,7 +19,7 @@ PATTERNS = (
     "benchmarks/results/**/*.png",
     "benchmarks/*.py",
 )
-SHOWN = (".md", ".png", ".svg", ".yaml", ".py", ".json", ".cff")
+SHOWN = (".md", ".png", ".svg", ".jsonl", ".yaml", ".py", ".json", ".cff")
 API = """\
 # API
 

@@ -178,7 +178,7 @@ COMMANDS = [
     for part in command.split("&&")
     if (words := shlex.split(part, comments=True))
 ]
-OTHERS = {"git", "cd", "hf", "pip", "vllm", ".venv/bin/python"}  # not ours
+OTHERS = {"git", "cd", "hf", "pip", "vllm", "llama-cli", "ollama", ".venv/bin/python"}  # not ours
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -213,7 +213,7 @@ def check_verb(words, project):
         return
     args, rest = parser().parse_known_args(words)
     overrides = read_overrides(rest)
-    if args.verb == "init" or args.verb == "plan" and args.recipe.suffix != ".yaml":  # of a model
+    if args.verb in ("init", "export") or args.verb == "plan" and args.recipe.suffix != ".yaml":  # of a model
         assert not overrides
         return
     for recipe in args.recipe if isinstance(args.recipe, list) else [args.recipe]:
