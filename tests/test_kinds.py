@@ -247,7 +247,7 @@ def test_an_unknown_type_is_refused_in_at_most_five_lines(odd):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["blip-2", "clvp", "kimi_linear", "lara_mini", "musicgen", "phi4_multimodal", "qwen2_5_omni"]
+    "model_type", ["blip-2", "clvp", "kimi_linear", "longcat_flash", "musicgen", "phi4_multimodal", "qwen2_5_omni"]
 )
 def test_a_composite_or_unknown_type_of_transformers_is_refused_in_at_most_five_lines(model_type):
     with pytest.raises(ValueError) as refused:
