@@ -86,7 +86,8 @@ def test_without_prompts_nothing_is_said():
         ({"generate": [""]}, "generate: '' is no prompt"),
         ({"generate": ["w5", 7]}, "generate: 7 is no prompt"),
         ({"max_new_tokens": 5}, "max_new_tokens: 5 has no effect without generate"),
-        ({"generate": ["w5"], "chat_template": True}, "chat_template"),
+        ({"generate": ["w5"], "chat_template": True, "tasks": [], "limit": None}, "chat_template: the tokenizer of"),
+        ({"chat_template": True, "tasks": [], "limit": None}, "chat_template: True is of tasks, and there are none"),
         ({"prompts": ["w5"]}, "did you mean 'generate'?"),
     ],
 )

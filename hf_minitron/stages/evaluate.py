@@ -86,7 +86,9 @@ def check(args: Args, run: Run) -> None:
     if args.max_new_tokens is not None and not args.prompts:
         raise ValueError(f"max_new_tokens: {args.max_new_tokens} has no effect without generate; name prompts, or leave it out")
     check_folder(args.include_path)
-    Tasks.find(args.tasks, args.include_path, **_task_settings(args)).check()
+    settings = _task_settings(args)
+    settings["chat_template"] &= bool(args.tasks or not args.prompts)  # it is of prompts, too
+    Tasks.find(args.tasks, args.include_path, **settings).check()
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:
         splits_evenly(args.limit, processes)
