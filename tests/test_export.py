@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_minitron.__main__ import main
 from hf_minitron.export import export as exporting
-from hf_minitron.export.compare import compare_exports
+from hf_minitron.export.compare import compare_exports, export_rows
 from hf_minitron.export.export import Texts, check_export, export_model, file_name, importance_of
 from hf_minitron.export.gguf_model import write_gguf
 from hf_minitron.export.gguf_tokenizer import SPLITS, tokenizer_metadata
@@ -280,6 +280,17 @@ def test_mlx_computes_what_transformers_does(model, tmp_path):
 
 
 @mlx
+def test_a_slow_runtime_is_compared_on_fewer_tokens_and_the_table_says_so(tmp_path, monkeypatch):
+    model = saved(tmp_path)
+    monkeypatch.setattr("hf_minitron.export.mlx.CPU_TOKENS", 16)
+    measured = compare_exports(model, TOKENIZER, [IDS, IDS], {"MLX 4-bit": lambda: Mlx(tmp_path)})
+    slow = Mlx(tmp_path).most_tokens is not None
+    assert measured["files"]["MLX 4-bit"]["tokens"] == (15 if slow else measured["tokens"])
+    file = {"file": "mlx", "bytes": 1, **measured["files"]["MLX 4-bit"]}
+    assert export_rows({**measured, "files": [file]})[-1][-1].endswith(", 15 tokens") == slow
+
+
+@mlx
 def test_mlx_loads_a_stock_student_as_it_is(tmp_path):
     model = saved(tmp_path)
     measured = compare_exports(model, TOKENIZER, [IDS], {"F16": lambda: Mlx(tmp_path)})
@@ -409,7 +420,7 @@ def test_a_size_that_cannot_be_quantized_is_refused_before_the_run_begins(recipe
 
 @pytest.mark.parametrize(("load", "where"), [("me/small", "-hf me/small:Q8_0"), (".", "-m small-Q8_0.gguf")])
 def test_the_card_shows_how_to_load_what_was_loaded(load, where):
-    measured = {"runtime": "llama.cpp", "perplexity": 11.0, "teacher_kl": 1e-3, "top1_match": 0.99}
+    measured = {"runtime": "llama.cpp", "perplexity": 11.0, "teacher_kl": 1e-3, "top1_match": 0.99, "tokens": 4088}
     files = [{"file": f"small-{kind}.gguf", "type": kind, "bytes": 10**8, **measured} for kind in ("F16", "Q8_0")]
     export = {"text": "held-out text", "perplexity": 11.0, "tokens": 4088, "files": files}
     shown = str(card(export=export, load=load))

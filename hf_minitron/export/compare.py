@@ -21,6 +21,7 @@ class Runtime(Protocol):
     """What runs an exported model."""
 
     version: str
+    most_tokens: int | None  # to compare, where it is slow here; all when left out
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after every token, shape `(tokens, vocab)`."""
@@ -52,7 +53,7 @@ def compare_exports(
 
     Returns:
         `dict`: `perplexity` of the model, the `tokens` that were predicted, and `files`: by type, `runtime`, `perplexity`,
-            `teacher_kl` (nats per token from the model) and `top1_match` (share of tokens).
+            `teacher_kl` (nats per token from the model) `top1_match` (share of tokens) and `tokens`.
 
     Raises:
         ValueError: when a runtime makes other tokens of the text or of a chat, or predicts something else.
@@ -68,8 +69,10 @@ def compare_exports(
             reference = log_probabilities(logits)
             own.append(_values(logits, targets, reference))
             for kind, runtime in runtimes.items():
-                made = torch.from_numpy(runtime.logits(ids)[:-1, : logits.shape[-1]]).to(logits)
-                found[kind].append(_values(made, targets, reference))
+                if found[kind] and runtime.most_tokens:
+                    continue
+                made = torch.from_numpy(runtime.logits(ids[: runtime.most_tokens])[:-1, : logits.shape[-1]]).to(logits)
+                found[kind].append(_values(made, targets[: len(made)], reference[: len(made)]))
     finally:
         for runtime in runtimes.values():
             runtime.close()
@@ -87,10 +90,12 @@ def export_rows(facts: Mapping[str, Any]) -> list[list[str]]:
     rows = [["file", "MB", "perplexity", "KL (nats per token)", "same best token", "loaded in"]]
     rows.append(["the model itself", "", f"{facts['perplexity']:.3f}", "", "", "Transformers, float32"])
     for file in facts["files"]:
-        found = (
-            [f"{file['perplexity']:.3f}", f"{file['teacher_kl']:.2g}", f"{file['top1_match']:.1%}"] if "runtime" in file else []
-        )
-        rows.append([file["file"], f"{file['bytes'] / 1e6:,.1f}", *(found or [""] * 3), file.get("runtime", "not loaded yet")])
+        cells, loaded = ["", "", ""], file.get("runtime", "not loaded yet")
+        if "runtime" in file:
+            whole = file["tokens"] == facts["tokens"]  # of fewer, a perplexity has nothing to be compared with
+            loaded += "" if whole else f", {file['tokens']} tokens"
+            cells = [f"{file['perplexity']:.3f}" * whole, f"{file['teacher_kl']:.2g}", f"{file['top1_match']:.1%}"]
+        rows.append([file["file"], f"{file['bytes'] / 1e6:,.1f}", *cells, loaded])
     return rows
 
 
@@ -101,8 +106,10 @@ def _values(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor
 
 
 def _summary(rows: Sequence[np.ndarray]) -> dict[str, float]:
-    means = dict(zip(METRICS, np.concatenate(rows, 1).mean(1).tolist(), strict=True))
-    return means | {"perplexity": float(np.exp(-means["perplexity"]))}  # of which it is the log-likelihood
+    values = np.concatenate(rows, 1)
+    means = dict(zip(METRICS, values.mean(1).tolist(), strict=True))
+    perplexity = float(np.exp(-means["perplexity"]))  # of which it is the log-likelihood
+    return means | {"perplexity": perplexity, "tokens": values.shape[1]}
 
 
 def _check_tokens(kind: str, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:

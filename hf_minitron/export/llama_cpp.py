@@ -60,6 +60,7 @@ class LlamaCpp:
         import llama_cpp
 
         _be_quiet()
+        self.most_tokens = None
         self.version = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         sizes = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "n_threads": torch.get_num_threads()}
         self.model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes)

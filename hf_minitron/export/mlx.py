@@ -13,6 +13,7 @@ from hf_minitron.checkpoint.checkpoint import complete_or_absent
 from hf_minitron.errors import one_line
 
 BITS = 4
+CPU_TOKENS = 128  # that are compared where there is no Metal: MLX multiplies slowly on other processors
 GROUPS = (64, 32)  # numbers that share a scale, the first that the hidden size divides by
 
 
@@ -65,10 +66,12 @@ class Mlx:
     """
 
     def __init__(self, path: Path):
+        import mlx.core as mx
         import mlx_lm
 
         self.version = f"MLX (mlx-lm {mlx_lm.__version__})"
         self.model, self.tokenizer = mlx_lm.load(str(path))
+        self.most_tokens = CPU_TOKENS if mx.default_device().type == mx.DeviceType.cpu else None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after every token, shape `(tokens, vocab)`."""
