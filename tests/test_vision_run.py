@@ -57,6 +57,22 @@ def test_a_vision_language_model_goes_through_a_whole_run(project, tmp_path, cap
     assert {entry["model"] for entry in report["entries"]} == {"teacher", "pruned", "distilled"}
 
 
+@pytest.mark.slow
+def test_a_qwen_3_5_with_images_goes_through_a_whole_run(tmp_path, capsys):
+    """As its checkpoints are: a hybrid text model inside of a model that reads images, in bfloat16."""
+    teacher = tiny_vision.model("qwen3_5", torch.float32).to(torch.bfloat16)
+    teacher.config.dtype = torch.bfloat16
+    made = tiny.make_project(tmp_path, teacher)
+    target = {"layers": {"linear": 1, "attention": 1}, "hidden": 24, "ffn": 48, "ssm_heads": 4}
+    sections = {"prune": {"target": target}, "evaluate": {"tasks": []}}  # its class of tokenizer reads few of these words
+    assert main(["run", written(made, tmp_path, **sections)]) == 0, capsys.readouterr().err
+    student = tiny.load_complete(tmp_path / "run" / "publish" / "model", AutoModelForImageTextToText)
+    assert type(student) is type(teacher)
+    assert len(set(student.config.text_config.layer_types)) == student.config.text_config.num_hidden_layers == 2
+    with torch.no_grad():
+        assert student(**tiny_vision.images("qwen3_5", student.dtype)).logits.isfinite().all()
+
+
 def test_the_student_may_be_the_text_model_alone(project, tmp_path, capsys):
     recipe = written(project, tmp_path, prune={"target": {"ffn": 48}, "text_only": True}, distill={"max_steps": 1})
     for stage in ("score", "prune", "distill"):

@@ -150,6 +150,13 @@ def test_the_text_model_alone_may_have_fewer_tokens(project, tmp_path, capsys):
     assert student.config.eos_token_id == small.eos_token_id
 
 
+def test_plan_refuses_fewer_tokens_than_the_config_names(project, tmp_path, capsys):
+    assert main(["plan", recipe(project, tmp_path, target={"vocab": 3})]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "vocab: 3 is fewer than the 6 tokens that the config names, which stay; use more" in error
+    assert "\n" not in error
+
+
 def test_plan_takes_a_cut_below_the_ids_of_images(project, tmp_path, capsys):
     assert main(["plan", recipe(project, tmp_path, target={"vocab": VOCAB})]) == 0, capsys.readouterr().err
     (vocab,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vocab")]

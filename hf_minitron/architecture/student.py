@@ -83,6 +83,10 @@ def _new_tokens(architecture: Architecture, plan: Plan) -> tuple[dict[str, objec
         return {}, {}
     config, text = architecture.config, text_config(architecture.config)
     named = {index for index in named_ids(config.to_dict()) if index < before}
+    if after < len(named):
+        raise ShapeError(
+            f"vocab: {after:,} is fewer than the {len(named):,} tokens that the config names, which stay; use more"
+        )
     stays = plan.keep.get("vocab") or sorted([*named, *(index for index in range(before) if index not in named)][:after])
     new = NewIds(stays, before)
     if gone := [index for index in sorted(named) if new(index) is None]:
