@@ -13,11 +13,15 @@ from transformers import AutoModelForCausalLM
 from hf_minitron import Architecture, calibrate, make_plan, prune_model
 from hf_minitron.__main__ import main
 from hf_minitron.checkpoint.checkpoint import best_device, best_dtype
+from hf_minitron.hub.facts import gather
 from hf_minitron.importance.sequential import sequential_least_squares
 from hf_minitron.plan import Plan
 from hf_minitron.probe import last_hidden_states
+from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.reconstruction import change_of
+from hf_minitron.recipe import load_recipe
+from hf_minitron.stages.every import STAGES
 
 BLOCKS, HELD_OUT = tiny.blocks(60), tiny.blocks(40, seed=5)
 
@@ -148,6 +152,10 @@ def test_the_stage_fits_what_it_has_pruned(project, tmp_path, capsys):
     for name, value in fitted.items():
         assert torch.equal(value, by_hand[name]), name
     assert any(not torch.equal(value, plain[name]) for name, value in fitted.items())
+    recipe = load_recipe(
+        project["path"], {"run": str(tmp_path / "again"), "prune.sequential": True}, {n: s.args for n, s in STAGES.items()}
+    )
+    assert gather(recipe)["corrections"] == [*DEFAULT_CORRECTIONS, "sequential"], "what the card says"
     capsys.readouterr()
     assert run(tmp_path / "bad", "--prune.sequential", "true", "--prune.corrections", "[rotation]") == 1
     assert "prune: sequential: not for a rotated student" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def gather(run: Run) -> dict[str, Any]:
         "commits": _commits(run),
         "notes": public(section.get("notes")),
         "cut": plan and cut_of(plan),
-        "corrections": list(run.section("prune").get("corrections", DEFAULT_CORRECTIONS)),
+        "corrections": _corrections(run.section("prune")),
         "remote_code": bool(plan) and "auto_map" in _done_json(run, "prune", "student/config.json"),
         **(_of_config(AutoConfig.from_pretrained(run.path("prune") / "student")) if plan else {}),
         "correction": logs["correct"] and {"tokens": logs["correct"]["tokens"], "lora": run.section("correct").get("lora")},
@@ -190,6 +190,10 @@ def _base_model(run: Run) -> str:
 def _made_student(run: Run) -> Run | None:
     """Return the run whose student is a run's `model`, if any; a corrected teacher is none."""
     return made_by(run.model) if Path(run.model).parent.name in ("publish", "distill") else None
+
+
+def _corrections(pruning: Mapping[str, Any]) -> list[str]:
+    return [*pruning.get("corrections", DEFAULT_CORRECTIONS), *(["sequential"] if pruning.get("sequential") else [])]
 
 
 def _datasets(run: Run) -> list[str] | None:

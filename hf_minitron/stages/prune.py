@@ -50,6 +50,7 @@ from hf_minitron.stages.target import Args, shapes, student, student_rows, teach
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
+SWEEP = 7  # forward passes of the teacher that a sequential fit takes the time of (docs/measurements.md)
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
@@ -157,7 +158,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
     if not args.sequential:
         return {"prune": 1}
-    return {"prune": 1, "read": 3 * arguments(run.section("score"), "score", ScoreArgs).tokens}  # both models
+    return {"prune": 1, "read": SWEEP * arguments(run.section("score"), "score", ScoreArgs).tokens}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
