@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.encoding import has_labels
 from hf_minitron.data.formats import files_in
-from hf_minitron.data.packing import check_documents, token_blocks
+from hf_minitron.data.packing import check_documents, check_one_block, token_blocks
 from hf_minitron.data.shards import read_blocks
 from hf_minitron.data.texts import check_text, load_text
 
@@ -87,6 +87,7 @@ def check_sources(sources: Sequence[Source], block_size: int, max_tokens: int | 
     """Refuse a source that cannot be read, is too short for one block or would give none, without reading it."""
     for source in sources:
         check_text(source.name, block_size)
+        check_one_block(source.name, block_size, max_tokens)
     if max_tokens is not None:
         wanted, waiting = max_tokens // block_size, dict(enumerate(sources))
         for number in islice(_turns(_shares(sources)), wanted):

@@ -112,9 +112,14 @@ def token_blocks(
     return blocks.with_format("torch")
 
 
-def _blocks_wanted(tokenizer: PreTrainedTokenizerBase, block_size: int, max_tokens: int | None, name: str) -> int | None:
+def check_one_block(name: str, block_size: int, max_tokens: int | None) -> None:
+    """Refuse to want less of a text than one block."""
     if max_tokens is not None and max_tokens < block_size:
         raise ValueError(f"{name}: {max_tokens:,} tokens are not one block of {block_size:,}. Ask for more, or smaller blocks")
+
+
+def _blocks_wanted(tokenizer: PreTrainedTokenizerBase, block_size: int, max_tokens: int | None, name: str) -> int | None:
+    check_one_block(name, block_size, max_tokens)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path or 'The tokenizer'} has no end token to set between documents: give it one")
     return None if max_tokens is None else max_tokens // block_size
