@@ -103,7 +103,7 @@ def _near(
         return
     steps, first, last = {axis: _unit(architecture, axis, multiple_of) for axis in axes}, axes[0], axes[-1]
     if with_heads:
-        steps["hidden"] = math.lcm(steps["hidden"], shape["head_dim"])
+        steps["hidden"] = math.lcm(steps["hidden"], shape["head_dim"] * _unit(architecture, "heads", multiple_of))
 
     def sizes_with(size: int, **more: int) -> dict[str, int]:
         sizes = {first: size} | ({"heads": size // shape["head_dim"]} if with_heads else {}) | more
@@ -112,7 +112,8 @@ def _near(
     def parameters(sizes: Mapping[str, int]) -> int:
         return shape.cut_to(sizes).num_parameters(rows)
 
-    for size in range(shape[first], 0, -steps[first]):
+    most = shape[first] // steps[first] * steps[first] if with_heads else shape[first]
+    for size in range(most, 0, -steps[first]):
         if len(axes) == 1:
             away = abs(parameters(sizes_with(size)) / wanted - 1)
             if away < CLOSE and size < shape[first]:
