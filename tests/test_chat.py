@@ -20,7 +20,7 @@ from hf_minitron.data.texts import load_text
 from hf_minitron.distillation.batch import supervised
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
-from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, text_bytes
+from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, read_text, text_bytes
 from hf_minitron.importance.removal import removal_costs
 
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
@@ -246,6 +246,14 @@ def test_a_run_learns_from_chats(chats, capsys):
     assert [entry["loss"] for entry in log["history"] if "loss" in entry] == pytest.approx(cached, rel=1e-4)
     report = json.loads((chats["folder"] / "run/evaluate/report.json").read_text())
     assert report["text"]["add_bos_token"] is False
+
+
+def test_held_out_chats_without_an_answer_are_refused():
+    ids = [[5, 6, 7, 8]] * 2
+    with pytest.raises(ValueError, match="none of the 8 tokens of the held-out text is predicted: no answer"):
+        read_text(tiny.model(), ids, labels=[[9, -100, -100, -100]] * 2)
+    sums, _ = read_text(tiny.model(), ids, labels=[[-100] * 4, [-100, -100, 7, 8]])
+    assert (sums["perplexity"] != 0).tolist() == [False, True]
 
 
 def test_stages_refuse_chats_where_text_is_meant(chats, tmp_path, capsys):

@@ -162,8 +162,14 @@ def read_text(
 
     Returns:
         `tuple`: Per-block sums by metric, each of shape `(blocks,)`. And the reading, or `None`.
+
+    Raises:
+        ValueError: when `labels` leave nothing to predict.
     """
     metrics = [metric for metric in metrics if teacher is not None or not metric.teacher]
+    if labels is not None and not any(label != -100 for row in labels for label in row[1:]):
+        raise ValueError(f"none of the {sum(map(len, blocks)):,} tokens of the held-out text is predicted: no answer of the "
+                         "assistant begins in them; ask for more tokens")  # fmt: skip
 
     @torch.inference_mode()
     def read(size: int) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
