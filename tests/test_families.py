@@ -448,6 +448,13 @@ def test_how_many_types_of_the_mapping_work():
 
 
 @ON_PAGE
+def test_the_readme_counts_them():
+    types = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    said = f"{sum(map(families_table.works, types))} of Transformers' {len(types)} causal types"
+    assert said in (families_table.PAGE.parent.parent / "README.md").read_text(encoding="utf-8"), said
+
+
+@ON_PAGE
 def test_the_page_of_families_holds_every_table():
     page = families_table.PAGE.read_text()
     assert families_table.part(page, "working") == families_table.working(INEXACT, CORRECTED), (
