@@ -47,6 +47,7 @@ def parameters(folder):
     return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp_path, capsys, monkeypatch):
     paths, real = chain(), STAGES["score"].run
 
@@ -78,6 +79,7 @@ def test_killed_between_rounds_it_goes_on_and_each_round_has_its_card(chain, tmp
     assert out.count("publish: done") == 2
 
 
+@pytest.mark.slow
 def test_a_published_first_round_is_the_base_model_of_the_second(chain, tmp_path):
     paths = chain(first={"publish": {"repo_id": "me/first"}}, second={"distill": {"teacher": None}})
     assert main(["run", *paths]) == 0

@@ -289,7 +289,7 @@ def uninterrupted(project, tmp_path_factory):
     return load_file(path.parent / "run/distill/student/model.safetensors")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_in_distillation_it_goes_on_from_the_last_checkpoint(project, uninterrupted, tmp_path, how):
     folder, path = tmp_path / "run", long_recipe(project, tmp_path)
     command, checkpoints = [sys.executable, "-m", "hf_minitron", "run", str(path)], folder / "distill.tmp/checkpoints"

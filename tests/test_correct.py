@@ -167,7 +167,7 @@ def test_adapters_on_a_narrow_base(recipe, monkeypatch, base):
     assert 0 < worst < {"bfloat16": 0.1, "nf4": 0.5}[base]
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("lora", [None, pytest.param({"r": 4}, marks=pytest.mark.slow)])
 def test_the_student_learns_from_the_corrected_teacher(project, recipe, lora, capsys):
     path = recipe(lora=lora)
     run = path.with_suffix("")

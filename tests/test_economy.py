@@ -61,6 +61,7 @@ def test_losses_on_states_end_after_a_third(step, weight):
     assert args.losses == {"forward_kl": 1.0, "block": pytest.approx(weight)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", list(economy.WAYS))
 def test_every_way_trains(way, project, tmp_path, monkeypatch):
     given = dict(economy.WAYS[way])

@@ -275,6 +275,7 @@ def test_a_comparison_goes_on_with_the_models_that_are_missing(folders, blocks, 
     assert len(opened) == 4
 
 
+@pytest.mark.slow
 def test_a_group_is_compared_through_its_tasks(project, tmp_path):
     task = yaml.safe_load((project["folder"] / "tasks/tiny.yaml").read_text())
     for name in ("tiny_one", "tiny_two"):

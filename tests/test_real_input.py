@@ -160,7 +160,7 @@ SMALL = {
     "evaluate.speed": {"batch_sizes": [1], "prompt": [4], "new_tokens": 2, "rounds": 1},
 }  # fmt: skip
 RECIPES = sorted({path.parent for path in FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate"})
-CHEAP = ("llama-3.1-8b-depth-4.5b", "qwen3-4b-cached")
+CHEAP = ("qwen3-4b-cached",)
 
 
 def small(paths, folder):

@@ -28,6 +28,7 @@ def written(project, path, **sections):
     return str(path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_goes_through_a_whole_run(project, tmp_path, capsys):
     recipe = written(project, tmp_path, prune={"target": {"hidden": 24, "ffn": 48, "layers": 2, "heads": 2}})
     assert main(["run", recipe]) == 0, capsys.readouterr().err

@@ -113,6 +113,7 @@ def seen(folder):
     return model, processor.tokenizer, inputs
 
 
+@pytest.mark.slow
 def test_a_whole_run_gives_a_student_with_its_own_processor(project, tmp_path, capsys):
     assert main(["run", recipe(project, tmp_path, target={"vocab": VOCAB})]) == 0, capsys.readouterr().err
     teacher, whole, _ = seen(project["folder"] / "teacher")
