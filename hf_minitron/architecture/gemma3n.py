@@ -2,9 +2,9 @@
 has an embedding of its own, and the last layers reuse the keys and values of earlier ones. Tables only, no functions.
 """
 
+from hf_minitron.architecture.gemma4 import LAYER, PER_LAYER_NORM, PER_LAYER_ROLES, PER_LAYER_ROWS
 from hf_minitron.architecture.llama import ATTENTION_ROWS, CONFIG_KEYS, EMBEDDING_ROWS, HEAD_ROWS, MLP_ROWS, NORMS
 
-LAYER = "model.layers.{layers}"
 ALTUP, LAUREL = f"{LAYER}.altup", f"{LAYER}.laurel"
 # Layers whose names do not tell them apart: by whose keys and values they use, and which of these others use.
 KINDS = {
@@ -17,7 +17,7 @@ OF_KEYS = ("k_proj", "v_proj", "k_norm")
 KEY_ROWS = {row: pattern for row, pattern in ATTENTION_ROWS.items() if row.split(".")[-2] in OF_KEYS}
 QUERY_ROWS = {row: pattern for row, pattern in ATTENTION_ROWS.items() if row not in KEY_ROWS}
 GEMMA3N_NORMS = (
-    *NORMS, f"{LAYER}.post_per_layer_input_norm", f"{LAUREL}.post_laurel_norm", f"{ALTUP}.router_norm",
+    *NORMS, PER_LAYER_NORM, f"{LAUREL}.post_laurel_norm", f"{ALTUP}.router_norm",
 )  # fmt: skip
 ROWS = {
     **EMBEDDING_ROWS,
@@ -30,21 +30,16 @@ ROWS = {
     f"{ALTUP}.modality_router.weight": "altup hidden",
     f"{LAUREL}.linear_left.weight": "laurel_rank hidden",
     f"{LAUREL}.linear_right.weight": "hidden laurel_rank",
-    f"{LAYER}.per_layer_input_gate.weight": "per_layer_dim hidden",
-    f"{LAYER}.per_layer_projection.weight": "hidden per_layer_dim",
+    **PER_LAYER_ROWS,
     "model.embed_tokens_per_layer.weight": "vocab_per_layer (layers per_layer_dim)",
-    "model.per_layer_model_projection.weight": "(layers per_layer_dim) hidden",
-    "model.per_layer_projection_norm.weight": "per_layer_dim",
     "model.altup_projections.{altups}.weight": "hidden hidden",
     "model.altup_unembed_projections.{altups}.weight": "hidden hidden",
     **{f"{norm}.weight": "hidden" for norm in GEMMA3N_NORMS},
     **HEAD_ROWS,
 }
-ROLES = {
+ROLES = PER_LAYER_ROLES | {
     "correct_output_scale": "mixer", "correction_coefs": "mixer", "prediction_coefs": "mixer",
     "modality_router": "altup_router", "linear_left": "mixer", "linear_right": "mixer",
-    "per_layer_input_gate": "gate", "per_layer_projection": "mixer",
-    "embed_tokens_per_layer": "mixer", "per_layer_model_projection": "per_layer", "per_layer_projection_norm": "mixer",
     "altup_projections.{altups}": "mixer", "altup_unembed_projections.{altups}": "mixer",
 }  # fmt: skip
 KEPT = "(2 kv_heads head_dim)"

@@ -37,6 +37,17 @@ def _mlp(kind: str, width: str) -> dict[str, str]:
     }
 
 
+# How an embedding of its own goes into every layer, but for the table of these embeddings.
+PER_LAYER_ROWS = {
+    f"{LAYER}.per_layer_input_gate.weight": "per_layer_dim hidden",
+    f"{LAYER}.per_layer_projection.weight": "hidden per_layer_dim",
+    "model.per_layer_model_projection.weight": "(layers per_layer_dim) hidden",
+    "model.per_layer_projection_norm.weight": "per_layer_dim",
+}
+PER_LAYER_ROLES = {
+    "per_layer_input_gate": "gate", "per_layer_projection": "mixer", "embed_tokens_per_layer": "mixer",
+    "per_layer_model_projection": "per_layer", "per_layer_projection_norm": "mixer",
+}  # fmt: skip
 GEMMA4_NORMS = (*NORMS, PER_LAYER_NORM)
 ROWS = {
     **EMBEDDING_ROWS,
@@ -45,18 +56,12 @@ ROWS = {
     **_mlp("own", "ffn"),
     **_mlp("shared", "(wide ffn)"),
     f"{LAYER}.layer_scalar": "one",
-    f"{LAYER}.per_layer_input_gate.weight": "per_layer_dim hidden",
-    f"{LAYER}.per_layer_projection.weight": "hidden per_layer_dim",
+    **PER_LAYER_ROWS,
     "model.embed_tokens_per_layer.weight": "vocab (layers per_layer_dim)",
-    "model.per_layer_model_projection.weight": "(layers per_layer_dim) hidden",
-    "model.per_layer_projection_norm.weight": "per_layer_dim",
     **{f"{norm}.weight": "hidden" for norm in GEMMA4_NORMS},
     **HEAD_ROWS,
 }
-ROLES = {
-    "per_layer_input_gate": "gate", "per_layer_projection": "mixer", "embed_tokens_per_layer": "mixer",
-    "per_layer_model_projection": "per_layer", "per_layer_projection_norm": "mixer", "layer_scalar": "mixer",
-}  # fmt: skip
+ROLES = PER_LAYER_ROLES | {"layer_scalar": "mixer"}
 KEPT = {"full_kv_layers": "(2 global_kv_heads global_dim)", "sliding_kv_layers": "(2 kv_heads head_dim)"}
 FIXED = {
     "layers": "its last layers use the keys and values of earlier ones, and one table holds an embedding for every layer",
