@@ -35,8 +35,7 @@ def best_layers(scores: Tensor, before: Shape, after: Shape) -> list[int]:
         periods = best(scores.view(-1, period).sum(1), after["layers"] // period)
         return [first * period + place for first in periods for place in range(period)]
     if not after.by_kind:
-        staying = sorted(before.staying)
-        others = [layer for layer in range(before["layers"]) if layer not in before.staying]
+        staying, others = sorted(before.staying), before.droppable
         kept = staying + [others[i] for i in best(scores[others], after["layers"] - len(staying))]
         attention = before.layer_kinds.get("attention_layers", ())
         if attention and not set(kept) & set(attention):

@@ -89,6 +89,12 @@ class Shape(Costs):
         return set().union(*(layers for kind, layers in self.layer_kinds.items() if kind in self.fixed))
 
     @property
+    def droppable(self) -> list[int]:
+        """The layers that a cut may drop."""
+        staying = self.staying
+        return [layer for layer in range(self["layers"]) if layer not in staying]
+
+    @property
     def kv_groups(self) -> int:
         """The number of KV groups: `kv_heads`, or `heads` where every head has its own key and value; 0 without attention."""
         return self.sizes.get("kv_heads", self.sizes.get("heads", 0))
@@ -183,8 +189,8 @@ class Shape(Costs):
     def first_layers(self, count: int, by_kind: Mapping[str, int]) -> list[int]:
         """Return so many layers: the first ones, of each kind where their numbers are given, beside those of other kinds."""
         if not by_kind:
-            others = [layer for layer in range(self["layers"]) if layer not in self.staying]
-            kept = sorted([*self.staying, *others[: count - len(self.staying)]])
+            staying = self.staying
+            kept = sorted([*staying, *self.droppable[: count - len(staying)]])
             attention = self.layer_kinds.get("attention_layers", (0,))
             return kept if attention[0] < count else [*kept[:-1], attention[0]]  # one layer of attention at least
         kinds = {kind: self.layer_kinds[kind] for kind in by_kind}
