@@ -11,6 +11,8 @@ TOKEN = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 
+RETRYABLE = (408, 429, 500, 502, 503, 504)  # what a server answers that may be over in a while
+
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot be run."""

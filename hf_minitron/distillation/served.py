@@ -24,10 +24,9 @@ from urllib3.util import Retry
 from hf_minitron.architecture.config import pruned_vocab, text_config
 from hf_minitron.distillation.records import Arrays, TopK, record_of
 from hf_minitron.distillation.teacher import teacher_folder
-from hf_minitron.errors import one_line
+from hf_minitron.errors import RETRYABLE, one_line
 
 API_KEY = "OPENAI_API_KEY"  # as every client of such servers reads it
-RETRYABLE = (408, 429, 500, 502, 503, 504)
 RETRIES, BACKOFF = 5, 1.0  # attempts after the first; seconds before the second of them, doubled from one to the next
 TIMEOUT = (10, 600)  # seconds to connect, and to read an answer
 PROBED = 200  # tokens, from all over a vocabulary, in the text by which tokenizers are compared

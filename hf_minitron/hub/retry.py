@@ -13,10 +13,11 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from hf_minitron.errors import RETRYABLE
+
 T = TypeVar("T")
 WAITS = (2, 8, 30)  # seconds between attempts
 LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes (https://huggingface.co/docs/hub/rate-limits)
-RETRYABLE = (408, 429, 500, 502, 503, 504)  # what may be over in a while
 REFUSALS = {
     400: "The Hub refuses the request",
     401: "The Hub does not accept the token. Log in again with `hf auth login --force`, or renew HF_TOKEN, which comes first",
