@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from hf_minitron.architecture.config import text_config
 from hf_minitron.distillation.batch import COLUMNS, TARGETS, collate, with_targets
-from hf_minitron.distillation.synthesis import continued, sampling
+from hf_minitron.distillation.synthesis import continued, generating, sampling
 from hf_minitron.distillation.teacher import base_of
 
 
@@ -153,14 +153,9 @@ def complete(
     """
     seeds = [int(rng.integers(2**63)) for rng in rngs]
     noise = [_GumbelNoise(temperature, seeds, model.device)] if temperature else []
-    own, training = model.generation_config, model.training
-    model.eval()
-    try:  # the largest sum of a logit and Gumbel noise is a draw from their softmax
+    with generating(model):  # the largest sum of a logit and Gumbel noise is a draw from their softmax
         config = sampling(model, tokenizer, max_new_tokens, temperature=0)
         return continued(model, prompts, config, logits_processor=LogitsProcessorList(noise))
-    finally:
-        model.generation_config = own
-        model.train(training)
 
 
 class _GumbelNoise(LogitsProcessor):

@@ -6,7 +6,8 @@ A batch depends on its number and the seed alone, so any process can make any ba
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,18 @@ def continued(
         end = next((position + 1 for position, token in enumerate(row) if token in ends), len(row))
         new.append(row[:end])
     return new
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout off while a model writes, and give it back its mode and the settings that `sampling` replaces."""
+    own, training = model.generation_config, model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
 
 
 def sampling(

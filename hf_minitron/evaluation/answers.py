@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.distillation.synthesis import generate_batch, sampling, start_ids
+from hf_minitron.distillation.synthesis import generate_batch, generating, sampling, start_ids
 
 
 def answers(
@@ -26,15 +26,10 @@ def answers(
         chat (`bool`, *optional*, defaults to `False`): Put each prompt into the chat template, as what the user says.
         add_bos_token (`bool`, *optional*): Whether a prompt begins with the BOS token; as the tokenizer does when left out.
     """
-    own, training = model.generation_config, model.training
     longest = max(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
     starts = start_ids(tokenizer, prompts, longest + 1, chat, None if chat else add_bos_token)
-    model.eval()
-    try:
+    with generating(model):
         new = generate_batch(model, starts, sampling(model, tokenizer, max_new_tokens, temperature=0), seed=0)
-    finally:
-        model.generation_config = own
-        model.train(training)
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
 
 
