@@ -16,8 +16,9 @@ CUTTABLE = tuple(axis for axis in AXES if axis != "head_dim")
 # Heads that share something: every group keeps as many of its own.
 GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}
 
-# Axes whose size may differ from layer to layer.
-BY_LAYER = ("heads", "kv_heads", "ffn")
+# Axes whose size may differ from layer to layer: those of each sublayer, by the axis that is 0 where it is absent.
+SIZES_OF = {"heads": ("heads", "kv_heads"), "ffn": ("ffn",)}
+BY_LAYER = tuple(axis for sizes in SIZES_OF.values() for axis in sizes)
 
 LayerSizes = Mapping[str, Sequence[int]]
 

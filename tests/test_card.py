@@ -21,7 +21,7 @@ from hf_minitron.__main__ import main
 from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
-from hf_minitron.hub.card import benchmark_files, loss_parts
+from hf_minitron.hub.card import benchmark_files, loss_parts, write_card
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
 from hf_minitron.planning.estimate import with_values
@@ -65,6 +65,15 @@ def test_the_card_says_what_was_done(whole):
     assert f"| ffn | 72 | **{min(plan.by_layer['ffn'])} to {max(plan.by_layer['ffn'])}** |" in text
     stages = ["correct", "synthesize", "score", "prune", "cache", "distill", "evaluate"]
     assert list(json.loads((whole / "run/publish/card.json").read_text())["seconds"]) == stages
+
+
+def test_the_card_says_whether_vllm_takes_layers_that_differ(whole):
+    found = json.loads((whole / "run/publish/card.json").read_text())
+    assert found["same_attention"] is False
+    for same, words in ((False, "vLLM takes it only padded: `hf-minitron export . --to stock`."),
+                        (True, "vLLM's Transformers backend takes it")):  # fmt: skip
+        assert words in write_card(None, {}, None, {**found, "missing": [], "same_attention": same}).text
+    assert "vLLM" not in write_card(None, {}, None, {k: v for k, v in found.items() if k != "same_attention"}).text
 
 
 def test_the_licence_is_the_base_models_with_its_file(whole):

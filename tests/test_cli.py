@@ -508,9 +508,11 @@ def test_moments_that_do_not_fit_are_measured_layer_by_layer_and_layers_are_stil
         assert torch.allclose(streamed.moments[name], moment, rtol=1e-3, atol=1e-5), name
 
 
+NONUNIFORM = ["--score.sublayers", "true", "--prune.target", "{}", "--prune.nonuniform", "0.5"]
+
+
 def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys):
-    more = ["--score.sublayers", "true", "--prune.target", "{}", "--prune.nonuniform", "0.5"]
-    assert run(project, tmp_path / "run", *more) == 0
+    assert run(project, tmp_path / "run", *NONUNIFORM) == 0
     assert "50% of the layers' parameters stay" in capsys.readouterr().out
     folder = tmp_path / "run/publish/model"
     config = json.loads((folder / "config.json").read_text())
@@ -520,12 +522,35 @@ def test_a_nonuniform_student_goes_through_all_stages(project, tmp_path, capsys)
     assert report["distilled"]["shape"]["layer_intermediate_size"] == config["layer_intermediate_size"]
     assert 0.3 < report["distilled"]["parameters"] / report["teacher"]["parameters"] < 0.8
     assert (folder / "shapes.png").is_file()
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in text
+    assert "vLLM takes it only padded: `hf-minitron export . --to stock`." in text
+
+
+def test_a_nonuniform_student_may_keep_its_attention(project, tmp_path, capsys):
+    for more, words in (
+        ([], ", not heads: set nonuniform_axes: [ffn], or it takes"),
+        (["--prune.nonuniform_axes", "[ffn]"], "\n"),
+    ):
+        assert run(project, tmp_path / "run", *NONUNIFORM, *more, verb="plan") == 0
+        assert f"vllm: its Transformers backend takes layers that differ in ffn{words}" in capsys.readouterr().out
+    for stage in ("score", "prune"):
+        assert run(project, tmp_path / "run", *NONUNIFORM, *more, verb=stage) == 0
+    config = json.loads((tmp_path / "run/prune/student/config.json").read_text())
+    assert set(config["layer_num_attention_heads"]) == {config["num_attention_heads"]}
+    assert len(set(config["layer_intermediate_size"])) > 1
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--prune.nonuniform_axes", "[ffn]"], "nonuniform_axes: ['ffn'] says what nonuniform chooses by layer: set that"),
+        ([*NONUNIFORM, "--prune.nonuniform_axes", "[hidden]"], "that may differ by layer are those of heads, ffn; name one"),
+        ([*NONUNIFORM, "--prune.nonuniform_axes", "[]"], "nonuniform_axes: []: sizes of a llama that may differ by layer"),
+        (
+            [*NONUNIFORM, "--prune.nonuniform_axes", "[ffn]", "--prune.nonuniform", "0.2"],
+            "is less than what stays of them in any case, 0.",
+        ),
         (["--prune.nonuniform", "1.5"], "nonuniform: 1.5 is not a share between 0 and 1"),
         (["--prune.nonuniform", "0.5"], r"set target: {}, or leave nonuniform out"),
         (["--prune.nonuniform", "0.5", "--prune.target", "{}"], "sublayers: true and moments: true; set both in score:"),

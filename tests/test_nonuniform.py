@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_minitron.architecture.architecture import Architecture
@@ -86,6 +88,51 @@ def test_disk_equals_memory_with_corrections_and_the_padded_model_says_the_same(
     assert not torch.allclose(plain, found, rtol=1e-2)
     report = compare({"student": tmp_path / "student"}, tiny.blocks())
     assert report.models["student"]["shape"]["layer_intermediate_size"] == student.config.layer_intermediate_size
+
+
+def served(model, heads, kv_heads, head_dim):
+    """The logits where attention is given rows that one geometry splits, as vLLM's Transformers backend computes it."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        assert "layer_idx" in vars(module)
+        rows = [states.transpose(1, 2).reshape(IDS.shape[0], IDS.shape[1], -1) for states in (query, key, value)]
+        split = [states.view(*IDS.shape, count, head_dim).transpose(1, 2)
+                 for states, count in zip(rows, (heads, kv_heads, kv_heads), strict=True)]  # fmt: skip
+        seen.append(module.layer_idx)
+        return sdpa_attention_forward(module, *split, None, is_causal=True, **kwargs)
+
+    seen = []
+    ALL_ATTENTION_FUNCTIONS.register("one_geometry", attention)
+    own = AutoModelForCausalLM.from_config(model.config, attn_implementation="one_geometry").eval()
+    own.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits = own(input_ids=IDS, use_cache=False).logits
+    assert seen == list(range(model.config.num_hidden_layers)), "every layer dispatches once"
+    return logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "ministral"])
+def test_layers_that_differ_in_ffn_alone_have_one_geometry_of_attention(model_type):
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    architecture = Architecture.of(teacher.config)
+    shape, statistics = architecture.shape, calibrate(teacher, tiny.blocks(40), moments=True)
+    statistics = replace(statistics, sublayer_costs={axis: torch.tensor([1.0, 1e-9, 0.3]) for axis in ("heads", "ffn")})
+    whole = sum(layer_parameters(architecture, shape.at(layer)) for layer in range(3))
+    sizes = (shape["heads"], shape.kv_groups, shape["head_dim"])
+    plan = nonuniform_plan(tensors_of(teacher), statistics, int(0.6 * whole), ["ffn"])
+    student = prune_model(teacher, plan, statistics)
+    assert student.config.layer_intermediate_size[1] == 0, "an MLP may go; attention stays"
+    assert student.config.layer_num_attention_heads == [shape["heads"]] * 3
+    assert student.config.layer_num_key_value_heads == [shape.kv_groups] * 3
+    assert student.is_backend_compatible()
+    spent = sum(layer_parameters(architecture, {**shape.at(layer), **plan.after.at(layer)}) for layer in range(3))
+    assert 0.5 * whole < spent <= 0.6 * whole
+    with torch.no_grad():
+        expected = student(input_ids=IDS, use_cache=False).logits
+    assert torch.allclose(served(student, *sizes), expected, rtol=1e-4, atol=1e-5)
+    other = prune_model(teacher, make_nonuniform_plan(statistics.scores, shape, SIZES["differing"]))
+    with pytest.raises(RuntimeError, match="shape"):
+        served(other, *sizes)
 
 
 def test_sizes_that_are_none_are_refused():
@@ -202,6 +249,8 @@ def test_a_class_that_lists_a_width_for_every_layer_holds_a_nonuniform_student(t
         statistics = calibrate(teacher, tiny.blocks(), moments=True)
         statistics = replace(statistics, sublayer_costs={axis: torch.arange(1.0, 7) for axis in ("heads", "ffn")})
         whole = sum(layer_parameters(architecture, shape.at(layer)) for layer in range(6))
+        with pytest.raises(ValueError, match="sizes of a gemma3n_text that may differ by layer are those of ffn; name one"):
+            nonuniform_plan(tensors_of(teacher), statistics, int(share * whole), ["heads"])
         plan = nonuniform_plan(tensors_of(teacher), statistics, int(share * whole))
         student = prune_model(teacher, plan, statistics)
         after = Architecture.of(student.config).shape

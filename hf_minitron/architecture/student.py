@@ -15,7 +15,7 @@ from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture, Parameter
 from hf_minitron.architecture.config import PRUNED_VOCAB, NewIds, model_type_of, named_ids, pruned_vocab, text_config, with_text
 from hf_minitron.architecture.layer_settings import layer_settings
-from hf_minitron.architecture.nonuniform import PER_LAYER, per_layer_config, pruned_config
+from hf_minitron.architecture.nonuniform import PER_LAYER, per_layer_config, pruned_config, sizes_in_lists
 from hf_minitron.architecture.outline import outline
 from hf_minitron.architecture.rotary import FullRotary
 from hf_minitron.architecture.vision import Tower
@@ -23,6 +23,7 @@ from hf_minitron.errors import one_line
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, stand_in
 from hf_minitron.shape import Shape, ShapeError
+from hf_minitron.sizes import SIZES_OF
 
 
 def check_target(architecture: Architecture, after: Shape) -> None:
@@ -253,3 +254,27 @@ def _advice(architecture: Architecture, after: Shape, reason: str) -> str:
             legal.append(f"hidden={n} with heads={h}{kv}")
     advice = f"Nearest that it holds: {', '.join(legal)}" if legal else "No hidden size fits; change heads"
     return f"{name} refuses hidden={hidden} with heads={heads}: {reason}. {advice}"
+
+
+def axes_by_layer(architecture: Architecture, wanted: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the axes whose sizes are chosen for every layer: `heads`, with its KV heads, and `ffn`, or what of them is wanted.
+
+    Args:
+        architecture (`Architecture`): The teacher's.
+        wanted (`Sequence[str]`, *optional*): Some of them; all that the student's class holds when left out.
+
+    Raises:
+        ValueError: for an axis that the class has one size of.
+    """
+    held = listed_by_layer(architecture) or tuple(SIZES_OF)
+    if wanted is None:
+        return held
+    if not wanted or any(axis not in held for axis in wanted):
+        raise ValueError(f"{list(wanted)}: sizes of a {architecture.config.model_type} that may differ by layer are those of "
+                         f"{', '.join(held)}; name one or more, or none to choose all")  # fmt: skip
+    return tuple(axis for axis in held if axis in wanted)
+
+
+def listed_by_layer(architecture: Architecture) -> tuple[str, ...]:
+    """Return the axes whose sizes the stock class lists by layer, which are the only ones that may differ then."""
+    return tuple(sizes_in_lists(text_config(architecture.config), architecture.family.config_keys))

@@ -22,6 +22,7 @@ from hf_minitron.data.formats import hub_name, text_files
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.hub.command import command
 from hf_minitron.hub.public import public, shorten
+from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan
 from hf_minitron.pruning.compensate import DEFAULT_CORRECTIONS
 from hf_minitron.run import Run, done_digest, made_by
@@ -38,7 +39,8 @@ def gather(run: Run) -> dict[str, Any]:
         run (`Run`): The run; of stages that are not done it says so in `missing`.
 
     Returns:
-        `dict`: `name`, and what `from_pretrained` takes to `load` it; `base_model`, the student of it that was pruned in its
+        `dict`: `name`, and what `from_pretrained` takes to `load` it; of a nonuniform one, whether all layers have the
+            `same_attention`; `base_model`, the student of it that was pruned in its
         place (`between`) and another `teacher`; the base's commit, `base_revision`; the oldest `transformers` that loads the
         student; the licence and `license_source`, where that stands; the `commits` at which datasets of the Hub were read;
         `cut`, see `cut_of`, and the `corrections` made; `seconds` of every stage; what `correct`, `synthesize` and `cache` did;
@@ -173,8 +175,12 @@ def _pin(run: Run) -> str:
     return f"@{revision}" if revision else ""
 
 
-def _of_config(config: PreTrainedConfig) -> dict[str, str | None]:
-    return {"transformers": minimum_transformers(config), "pipeline_tag": pipeline_tag(config)}
+def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
+    found = {"transformers": minimum_transformers(config), "pipeline_tag": pipeline_tag(config)}
+    if isinstance(config, PrunedConfig):
+        attention = {*zip(config.layer_num_attention_heads, config.layer_num_key_value_heads, strict=True)}
+        found["same_attention"] = len(attention) == 1
+    return found
 
 
 def _base_model(run: Run) -> str:

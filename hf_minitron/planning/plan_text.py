@@ -16,6 +16,8 @@ from hf_minitron.stages import target
 from hf_minitron.stages.share import share_of, with_sizes
 from hf_minitron.tables import markdown_table
 
+VLLM = "its Transformers backend takes layers that differ in ffn"
+
 
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     """Print the plan of a recipe; return the command's exit code."""
@@ -74,7 +76,11 @@ def plan_text(recipe: Mapping[str, Any], context: int | None = None) -> str:
     inexact = target.inexact(args, model, before, after)
     if args.nonuniform is not None:
         share = f"{args.nonuniform:.0%} of the layers' parameters stay"
-        inexact = {"nonuniform": f"{share}; score says where, so the table above shows the teacher twice"} | inexact
+        alike = "heads" not in target.differing(args, model)
+        inexact = {
+            "nonuniform": f"{share}; score says where, so the table above shows the teacher twice",
+            "vllm": VLLM if alike else f"{VLLM}, not heads: set nonuniform_axes: [ffn], or it takes the student padded",
+        } | inexact
     if target.uses_rotation(args):
         inexact = {"rotation": "unties the output head, so the student has a matrix of vocab x hidden more"} | inexact
     notes = [*inexact.items(), *target.unquantizable(before, after).items()]

@@ -14,16 +14,17 @@ from tqdm.auto import tqdm
 
 from hf_minitron import axes
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.config import text_config
-from hf_minitron.architecture.nonuniform import sizes_in_lists
+from hf_minitron.architecture.student import axes_by_layer, listed_by_layer
 from hf_minitron.checkpoint.tensors import Tensors
 from hf_minitron.plan import Plan, make_nonuniform_plan
 from hf_minitron.pruning.allocate import allocate
 from hf_minitron.pruning.reconstruction import RIDGE, least_squares, solver_device
 from hf_minitron.ranking import best_in_layer
 from hf_minitron.shape import Shape
-from hf_minitron.sizes import BY_LAYER
+from hf_minitron.sizes import SIZES_OF
 from hf_minitron.statistics import Statistics
+
+STEPS = 8  # widths of an MLP that are tried, beside none
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Choice:
 def error_curves(
     tensors: Tensors,
     statistics: Statistics,
-    steps: int = 8,
+    steps: int = STEPS,
     ridge: float = RIDGE,
+    by_layer: Sequence[str] | None = None,
 ) -> dict[tuple[str, int], list[Choice]]:
     """Return, for the MLP and the attention of every layer, the sizes that it may have and what each loses.
 
@@ -52,6 +54,7 @@ def error_curves(
         statistics (`Statistics`): Importance of every index, and moments.
         steps (`int`, *optional*, defaults to 8): Widths of an MLP, evenly spaced, beside none.
         ridge (`float`, *optional*, defaults to `RIDGE`): That of the corrections.
+        by_layer (`Sequence[str]`, *optional*): As for `axes_by_layer`.
 
     Returns:
         `dict`: `("ffn", layer)` and `("heads", layer)` to choices, the smallest first.
@@ -59,8 +62,8 @@ def error_curves(
     architecture = tensors.architecture
     before, scores, moments = architecture.shape, statistics.scores, statistics.moments
     curves: dict[tuple[str, int], list[Choice]] = {}
-    listed = _listed(architecture)
-    places = [(axis, layer, name) for axis in listed or ("heads", "ffn") for layer, name in architecture.taps(axis)]
+    chosen = axes_by_layer(architecture, by_layer)
+    places = [(axis, layer, name) for axis in chosen for layer, name in architecture.taps(axis)]
     for axis, layer, name in tqdm(places, desc="Error curves", unit="sublayer"):
         position, dim = architecture.weights[name].dim_of(axis)
         moment = moments[name][:-1].to(solver_device(), torch.float64)
@@ -68,7 +71,7 @@ def error_curves(
         whole = ((weight @ moment) * weight).sum()
         own = before.of_layer(layer)
         every = _sizes(own, axis, steps)
-        choices = [] if listed else [Choice(dict.fromkeys(every[0], 0), 1.0)]
+        choices = [] if listed_by_layer(architecture) else [Choice(dict.fromkeys(every[0], 0), 1.0)]
         for sizes in every:
             kept = best_in_layer(scores, before, layer, sizes)
             index = axes.dim_index(dim, {axis: torch.tensor(kept[axis])}, own.sizes)
@@ -97,9 +100,21 @@ def sublayer_parameters(architecture: Architecture, sizes: Mapping[str, int]) ->
 def layer_parameters(architecture: Architecture, sizes: Mapping[str, int]) -> int:
     """Count the parameters of a layer, both of its sublayers, with the sizes that `sizes` has."""
     return sum(
-        sublayer_parameters(architecture, {axis: sizes[axis] for axis in part if axis in sizes})
-        for part in (("heads", "kv_heads"), ("ffn",))
+        sublayer_parameters(architecture, {axis: sizes[axis] for axis in part if axis in sizes}) for part in SIZES_OF.values()
     )
+
+
+def least_parameters(architecture: Architecture, by_layer: Sequence[str]) -> int:
+    """Count the parameters of all layers that no choice of sizes by layer takes away."""
+    shape, absent = architecture.shape, not listed_by_layer(architecture)
+
+    def least(own: Mapping[str, int], axis: str) -> Mapping[str, int]:
+        if axis not in by_layer:
+            return {key: own[key] for key in SIZES_OF[axis] if key in own}
+        return {axis: 0 if absent else own[axis] // STEPS}
+
+    layers = map(shape.at, range(shape["layers"]))
+    return sum(sublayer_parameters(architecture, least(own, axis)) for own in layers for axis in SIZES_OF)
 
 
 def allocate_layers(
@@ -119,7 +134,7 @@ def allocate_layers(
         parameters (`int`): Budget for all sublayers together: the body without the last norm.
 
     Returns:
-        `dict[str, list[int]]`: `heads`, `kv_heads` and `ffn`, for `make_nonuniform_plan`.
+        `dict[str, list[int]]`: `heads`, `kv_heads` and `ffn`, those of `curves`, for `make_nonuniform_plan`.
     """
     # what a removal seems to gain is noise, but it always costs a little
     worth = {(axis, layer): max(float(sublayer_costs[axis][layer]), 1e-6) for axis, layer in curves}
@@ -127,14 +142,15 @@ def allocate_layers(
         place: [(sublayer_parameters(architecture, choice.sizes), choice.relative_error * worth[place]) for choice in choices]
         for place, choices in curves.items()
     }
-    shape, listed = architecture.shape, _listed(architecture)
-    if listed:  # the rest stays as it is
+    shape, by_layer = architecture.shape, {axis for axis, _ in curves}
+    fixed = [part for axis, part in SIZES_OF.items() if axis not in by_layer]
+    for own in map(shape.at, range(shape["layers"])):  # what stays as it is
         parameters -= sum(
-            sublayer_parameters(architecture, {axis: own[axis] for axis in ("heads", "kv_heads") if axis in own})
-            for own in map(shape.at, range(shape["layers"]))
+            sublayer_parameters(architecture, {axis: own[axis] for axis in part if axis in own}) for part in fixed
         )
     chosen = allocate(options, parameters)
-    sizes: dict[str, list[int]] = {axis: [0] * shape["layers"] for axis in listed or BY_LAYER if axis in shape.sizes}
+    differing = [key for axis in by_layer for key in SIZES_OF[axis] if key in shape.sizes]
+    sizes: dict[str, list[int]] = {axis: [0] * shape["layers"] for axis in differing}
     for (axis, layer), place in chosen.items():
         for key, size in curves[axis, layer][place].sizes.items():
             sizes[key][layer] = size
@@ -145,16 +161,19 @@ def nonuniform_plan(
     tensors: Tensors,
     statistics: Statistics,
     parameters: int,
+    by_layer: Sequence[str] | None = None,
 ) -> Plan:
-    """Return the plan with the least expected loss among those whose sublayers have at most so many parameters."""
-    curves, architecture = error_curves(tensors, statistics), tensors.architecture
+    """Return the plan with the least expected loss among those whose sublayers have at most so many parameters.
+
+    Args:
+        tensors (`Tensors`): The teacher's; of a model without experts.
+        statistics (`Statistics`): Importance, moments and sublayer costs.
+        parameters (`int`): Of all sublayers together.
+        by_layer (`Sequence[str]`, *optional*): As for `axes_by_layer`.
+    """
+    curves, architecture = error_curves(tensors, statistics, by_layer=by_layer), tensors.architecture
     sizes = allocate_layers(curves, statistics.sublayer_costs, architecture, parameters)
     return make_nonuniform_plan(statistics.scores, architecture.shape, sizes)
-
-
-def _listed(architecture: Architecture) -> tuple[str, ...]:
-    """Return the axes whose sizes the stock class lists by layer, which are the only ones that may differ then."""
-    return tuple(sizes_in_lists(text_config(architecture.config), architecture.family.config_keys))
 
 
 def _sizes(before: Shape, axis: str, steps: int) -> list[dict[str, int]]:

@@ -36,7 +36,7 @@ from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import check_names
 from hf_minitron.pruning.effects import check_corrections
-from hf_minitron.pruning.nonuniform import layer_parameters, nonuniform_plan
+from hf_minitron.pruning.nonuniform import layer_parameters, least_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
 from hf_minitron.ranking import best
@@ -46,7 +46,7 @@ from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
 from hf_minitron.stages.score import BLOCKS, check_layers_target
 from hf_minitron.stages.score import Args as ScoreArgs
-from hf_minitron.stages.target import Args, shapes, student, student_rows, teacher, uncut, uses_rotation
+from hf_minitron.stages.target import Args, differing, shapes, student, student_rows, teacher, uncut, uses_rotation
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ def check(args: Args, run: Run) -> None:
         raise ValueError("corrections need what score measures with moments: true; set that, or corrections: []")
     if args.nonuniform is not None:
         check_nonuniform(args, run)
+    elif args.nonuniform_axes is not None:
+        raise ValueError(
+            f"nonuniform_axes: {args.nonuniform_axes} says what nonuniform chooses by layer: set that, such as 0.75"
+        )
     full, after, _ = shapes(args, run.model)
     check_effects(args, run.model, full, after)
     if args.sequential:
@@ -135,7 +139,7 @@ def check_effects(args: Args, model: str, before: Shape, after: Shape) -> None:
     """Refuse corrections that have no effect on the target."""
     cut = [axis for axis in after.axes if after[axis] != before[axis]]
     if args.nonuniform is not None:  # how many heads of a KV group stay, and which layers, is known after scoring
-        cut = ["heads", "kv_heads", "ffn"]
+        cut = differing(args, model)
     check_corrections(teacher(model, args.dequantize), Plan(before, after, dict.fromkeys(cut, [])), args.corrections)
 
 
@@ -152,6 +156,17 @@ def check_nonuniform(args: Args, run: Run) -> None:
         raise ValueError(f"nonuniform: layers of {kind} cannot differ in size: {reason}. Set a target")
     if score.get("sublayers") is not True or score.get("moments", True) is False:
         raise ValueError("nonuniform needs what score measures with sublayers: true and moments: true; set both in score:")
+    by_layer = differing(args, run.model)
+    whole, least = all_layers(architecture), least_parameters(architecture, by_layer)
+    if least > args.nonuniform * whole:
+        raise ValueError(f"nonuniform: {args.nonuniform} of the layers' parameters is less than what stays of them "
+                         f"in any case, {least / whole:.3f}: {' and '.join(by_layer)} alone can be cut; take more")  # fmt: skip
+
+
+def all_layers(architecture: Architecture) -> int:
+    """Count the parameters of all layers, with the sizes that they have."""
+    shape = architecture.shape
+    return sum(layer_parameters(architecture, shape.at(layer)) for layer in range(shape["layers"]))
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -198,9 +213,7 @@ def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
     """Return the plan that spends `nonuniform` of the parameters of all layers."""
     tensors = CheckpointTensors(run.model, dequantize=args.dequantize)
     architecture, before = tensors.architecture, tensors.architecture.shape
-    whole = sum(layer_parameters(architecture, before.at(layer)) for layer in range(before["layers"]))
-    budget = int(args.nonuniform * whole)
-    plan = nonuniform_plan(tensors, statistics, budget)
+    plan = nonuniform_plan(tensors, statistics, int(args.nonuniform * all_layers(architecture)), args.nonuniform_axes)
     if "vocab" not in args.target:
         return plan
     count, after = args.target["vocab"], before.cut_to(args.target)

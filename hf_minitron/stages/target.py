@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.architecture.student import check_target, student_config, text_alone
+from hf_minitron.architecture.student import axes_by_layer, check_target, student_config, text_alone
 from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.checkpoint.tensors import config_of
 from hf_minitron.plan import stand_in
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
-from hf_minitron.sizes import BY_LAYER, CUTTABLE
+from hf_minitron.sizes import CUTTABLE, SIZES_OF
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 # What the rows of a matrix divide by in quantized formats, and what a format does with others.
@@ -31,6 +31,13 @@ class Args:
         default=None,
         metadata={
             "help": "Share of the layers' parameters that stays, each layer's heads and ffn as they matter; target: {} then."
+        },
+    )
+    nonuniform_axes: list | None = field(
+        default=None,
+        metadata={
+            "help": "What nonuniform chooses by layer, of heads (with their KV heads) and ffn; [ffn] keeps attention as it is in "
+            "all layers, as vLLM needs it. All that the model's class holds when left out."
         },
     )
     multiple_of: dict = field(
@@ -126,7 +133,22 @@ def uses_rotation(args: Args) -> bool:
     return "rotation" in args.corrections and "hidden" in args.target
 
 
+def differing(args: Args, model: str) -> list[str]:
+    """Return the axes whose sizes `nonuniform` chooses by layer; none of a uniform cut.
+
+    Raises:
+        ValueError: for a choice that the student's class does not leave.
+    """
+    if args.nonuniform is None:
+        return []
+    try:
+        chosen = axes_by_layer(teacher(model, args.dequantize), args.nonuniform_axes)
+    except ValueError as error:
+        raise ValueError(f"nonuniform_axes: {error}") from error
+    return [axis for sublayer in chosen for axis in SIZES_OF[sublayer]]
+
+
 def inexact(args: Args, model: str, before: Shape, after: Shape) -> dict[str, str]:
     """Return the axes of a cut that changes more than masking would, with the reason."""
-    cut = {axis for axis in before.axes if before[axis] != after[axis]} | set(() if args.nonuniform is None else BY_LAYER)
+    cut = {axis for axis in before.axes if before[axis] != after[axis]} | set(differing(args, model))
     return {axis: reason for axis, reason in teacher(model, args.dequantize).inexact.items() if axis in cut}
