@@ -36,8 +36,8 @@ class Args:
     nonuniform_axes: list | None = field(
         default=None,
         metadata={
-            "help": "What nonuniform chooses by layer, of heads (with their KV heads) and ffn; [ffn] keeps attention as it is in "
-            "all layers, as vLLM needs it. All that the model's class holds when left out."
+            "help": "What nonuniform chooses by layer, of heads (with their KV heads) and ffn; [ffn] keeps attention as it is "
+            "in all layers, as vLLM needs it. All that the model's class holds when left out."
         },
     )
     multiple_of: dict = field(
