@@ -12,14 +12,14 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from models import BLOCK, SETTINGS, TRAINING, VALIDATION, Entry, begin, prepare
+from models import BLOCK, TRAINING, VALIDATION, begin, chosen, prepare, trials
 from sublayers import Tuning, tune
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -131,7 +131,8 @@ def main() -> None:
             facts = {"size": args.size, "shape": shape, "tokens": args.tokens, "seed": args.seed, "way": way}
             if any(facts.items() <= row.items() for row in found):
                 continue
-            entry = Entry(args.size, shape, args.tokens, args.seed, next(iter(SETTINGS)))
+            first = next(entry for entry in trials(args.runs) if (entry.size, entry.shape) == (args.size, shape))
+            entry = replace(chosen(args.runs, args.size, shape) or first, seed=args.seed)
             student = begin(args.runs, args.model, entry).path("prune") / "student"
             found.append({**facts, **trained(student, given, WAYS[way])})
             args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@
 SmolLM2-135M to two sizes in three shapes: as the papers do it, ours uniform, and ours nonuniform, each with several budgets of
 tokens and seeds. Every model is a recipe that the `hf-minitron` command runs in a folder of its own; those that differ in
 their tokens alone share scores and pruned weights. Trained and calibrated on web, questions and answers, and code; tested on
-documents held out of each, and on books and documentation that neither training nor calibration has read. Settings of training
-are tried with few tokens, and chosen for every shape by its loss on a validation split that is apart from all test text.
+documents held out of each, and on books and documentation that neither training nor calibration has read. How wide a student
+is, and how fast it learns, is tried with few tokens and chosen for every recipe, the published one too, by its loss on a
+validation split that is apart from all test text.
 
 The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one. A folder of runs
 belongs to one version of the code: what a student was made with is not looked at again once it is measured.
@@ -16,12 +17,12 @@ belongs to one version of the code: what a student was made with is not looked a
 
 import argparse
 import fnmatch
+import itertools
 import json
 import pydoc_data.topics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,28 @@ from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.search import start
 
 BLOCK = 256
-# What is cut by width as the papers cut it, and the share of the layers' parameters that a nonuniform student of that size has.
-SIZES = {
-    "100m": ({"hidden": 504, "ffn": 1152}, 0.675),
-    "70m": ({"hidden": 432, "ffn": 768}, 0.393),
+# Widths of a size, hidden x ffn, the first as the papers cut both; and the share of the layers' parameters that a nonuniform
+# student of that size has.
+SIZES: dict[str, tuple[dict[str, dict[str, int]], float]] = {
+    "100m": (
+        {"504x1152": {"hidden": 504, "ffn": 1152}, "544x992": {"hidden": 544, "ffn": 992}, "576x864": {"ffn": 864}},
+        0.675,
+    ),
+    "70m": (
+        {"432x768": {"hidden": 432, "ffn": 768}, "512x480": {"hidden": 512, "ffn": 480}, "576x320": {"ffn": 320}},
+        0.393,
+    ),
 }
-SHAPES = (race.PUBLISHED, "uniform", "nonuniform")
+SHAPES = (race.PUBLISHED, "uniform", NONUNIFORM := "nonuniform")
 ASKED = (12_288, 36_864, 122_880, 368_640)  # budgets of the published recipe
 BUDGETS = (1_024, 4_096, *ASKED)  # of every recipe: a curve begins at less than a tenth of the least that is asked about
 SEEDS = {budget: (0, 1, 2) if budget <= 36_864 else (0,) for budget in BUDGETS}
-# How a student is trained, beyond what all have; the best on the validation split is each shape's own. `economy.py` compares
-# more of them with fewer tokens.
+# How a student is trained, beyond what all have. `economy.py` compares more ways with fewer tokens.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "batch1": {"per_device_train_batch_size": 1, "learning_rate": 3e-4, "lr_scheduler_type": "linear"},
-    "batch1-6e-4": {"per_device_train_batch_size": 1, "learning_rate": 6e-4, "lr_scheduler_type": "linear"},
+    rate: {"per_device_train_batch_size": 1, "learning_rate": float(rate), "lr_scheduler_type": "linear"}
+    for rate in ("3e-4", "1.5e-4", "6e-4")
 }
-TRIED_WITH = ("100m", 12_288)  # the size and the tokens that settings are tried with
+TRIED_WITH = 12_288  # tokens with which widths are tried, and, at the first size, settings with the best width
 CALIBRATION = {"tokens": 16_384, "layers_limit": 4}
 TRAINING = ("c4_1", "stackexchange", "code")
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
@@ -76,6 +83,7 @@ class Entry:
     Args:
         size (`str`): A key of `SIZES`.
         shape (`str`): One of `SHAPES`.
+        width (`str`): Of `SIZES`; the shape itself where layers differ.
         budget (`int`): Tokens that it is trained with.
         seed (`int`): Of calibration, training text and order.
         setting (`str`): A key of `SETTINGS`.
@@ -83,6 +91,7 @@ class Entry:
 
     size: str
     shape: str
+    width: str
     budget: int
     seed: int
     setting: str
@@ -90,17 +99,22 @@ class Entry:
     @property
     def name(self) -> str:
         """Its folder below that of all runs."""
-        return f"{self.size}/{self.shape}-{self.budget}-{self.setting}-{self.seed}"
+        return f"{self.size}/{self.kind}-{self.budget}-{self.setting}-{self.seed}"
 
     @property
     def pruned(self) -> str:
         """The folder of the run whose pruned weights it shares with other budgets."""
-        return f"{self.size}/{self.shape}-pruned-{self.seed}"
+        return f"{self.size}/{self.kind}-pruned-{self.seed}"
 
     @property
     def scores(self) -> str:
-        """The folder of the run whose scores it shares with other sizes."""
-        return f"scores/{self.shape}-{self.seed}"
+        """The folder of the run whose scores it shares with other sizes and shapes."""
+        return f"scores/{race.PUBLISHED if self.shape == race.PUBLISHED else 'ours'}-{self.seed}"
+
+    @property
+    def kind(self) -> str:
+        """The recipe, and the width where all layers have one."""
+        return self.shape if self.width == self.shape else f"{self.shape}-{self.width}"
 
 
 def main() -> None:
@@ -131,7 +145,7 @@ def following(out: Path, only: str, budgets: Sequence[int]) -> tuple[Entry, Sequ
 
     Settings are tried before what depends on them, and look at no test text.
     """
-    wanted = [(entry, (VALIDATION,)) for entry in trials()] + [(entry, (VALIDATION, *TESTS)) for entry in entries(out)]
+    wanted = [(entry, (VALIDATION,)) for entry in trials(out)] + [(entry, (VALIDATION, *TESTS)) for entry in entries(out)]
     for entry, names in wanted:
         asked = fnmatch.fnmatch(entry.name, only) and entry.budget in budgets
         if asked and not set(names) <= measured(out, entry.name).keys():
@@ -145,31 +159,43 @@ def measured(out: Path, name: str) -> dict[str, list[list[float]]]:
     return read_json(path)["losses"] if path.is_file() else {}
 
 
-def trials() -> Iterator[Entry]:
-    """Yield the runs that settings are tried with."""
-    size, budget = TRIED_WITH
-    for setting in SETTINGS:
-        for shape in SHAPES:
-            yield Entry(size, shape, budget, 0, setting)
+def trials(out: Path) -> Iterator[Entry]:
+    """Yield the runs that are tried: every width with the first setting and, at the first size, the best with the others."""
+    first, *others = SETTINGS
+    for (size, (widths, _)), shape in itertools.product(SIZES.items(), SHAPES):
+        tried = [Entry(size, shape, width, TRIED_WITH, 0, first) for width in ([shape] if shape == NONUNIFORM else widths)]
+        yield from tried
+        if size == next(iter(SIZES)) and (best := best_of(out, tried)):
+            yield from (replace(best, setting=setting) for setting in others)
 
 
 def entries(out: Path) -> list[Entry]:
     """Return the runs of the race, the cheapest first; more seeds of one come after the first of what costs three times."""
     found = [
-        Entry(size, shape, budget, seed, setting)
+        replace(best, budget=budget, seed=seed)
         for size in SIZES
         for shape in SHAPES
-        if (setting := chosen(out, shape)) is not None
+        if (best := chosen(out, size, shape)) is not None
         for budget in BUDGETS
         for seed in SEEDS[budget]
     ]
     return sorted(found, key=lambda entry: entry.budget * (1 + 3 * entry.seed))
 
 
-def chosen(out: Path, shape: str) -> str | None:
-    """Return the setting with which a shape has the least loss on the validation split; `None` while none was tried."""
-    losses = {entry.setting: validation_loss(out, entry) for entry in trials() if entry.shape == shape}
-    known = {setting: loss for setting, loss in losses.items() if loss is not None}
+def chosen(out: Path, size: str, shape: str) -> Entry | None:
+    """Return the trial whose width and setting a shape has the least validation loss with; `None` while none was made.
+
+    The setting is that of the first size.
+    """
+    tried = [entry for entry in trials(out) if entry.shape == shape]
+    best = best_of(out, [entry for entry in tried if entry.size == size])
+    first = best_of(out, [entry for entry in tried if entry.size == next(iter(SIZES))])
+    return replace(best, setting=first.setting) if best and first else best
+
+
+def best_of(out: Path, tried: Iterable[Entry]) -> Entry | None:
+    """Return the one with the least loss on the validation split of those that were made."""
+    known = {entry: loss for entry in tried if (loss := validation_loss(out, entry)) is not None}
     return min(known, key=known.__getitem__, default=None)
 
 
@@ -194,7 +220,7 @@ def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
         few = len(rest) // 10
         held_out[VALIDATION] += rest[:few][:8]
         pieces = (document[place : place + 2_000] for document in rest[few:] for place in range(0, len(document), 2_000))
-        calibration += islice(pieces, 40)
+        calibration += itertools.islice(pieces, 40)
         write_once(out / f"{name}.jsonl", rest[few:])
     write_once(out / "calibration.jsonl", calibration)
     lines = (data / "tasks/lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
@@ -218,17 +244,17 @@ def write_once(path: Path, documents: Sequence[str]) -> None:
 
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
-    width, share = SIZES[entry.size]
-    score = {"text": str(out / "calibration.jsonl"), **CALIBRATION}
-    ours = {**score, "metric": {"ffn": "contribution", "heads": "contribution"}}
-    sections = {
-        race.PUBLISHED: ({**score, "metric": "l2_mean", "moments": False}, {"target": width, "corrections": []}),
-        "uniform": (ours, {"target": width}),
-        "nonuniform": ({**ours, "sublayers": True}, {"target": {}, "nonuniform": share}),
-    }
+    widths, share = SIZES[entry.size]
+    score, ours = {"text": str(out / "calibration.jsonl"), **CALIBRATION}, {"sequential": True}
+    if entry.shape == race.PUBLISHED:
+        score |= {"metric": "l2_mean", "moments": False}
+        ours = {"corrections": []}
+    else:
+        score |= {"metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
+    nonuniform = {"target": {}, "nonuniform": share}
+    prune = ours | (nonuniform if entry.shape == NONUNIFORM else {"target": widths[entry.width]})
     setting = SETTINGS[entry.setting]
     steps = entry.budget // (BLOCK * setting["per_device_train_batch_size"])
-    score, prune = sections[entry.shape]
     return {
         "model": model,
         "seed": entry.seed,
@@ -315,9 +341,10 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
                 found[kept] += [{"size": size, "text": text, **row} for row in rows]
     seconds = {path.stat().st_ino: read_json(path)["seconds"] for path in out.glob("*/*/*/done.json")}
     hours = sum(seconds.values()) / 3600  # a stage that runs share is one file
-    tried = [{"shape": entry.shape, "setting": entry.setting, "chosen": entry.setting == chosen(out, entry.shape),
-              "validation_perplexity": float(np.exp(loss))}
-             for entry in trials() if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
+    best = {(size, shape): chosen(out, size, shape) for size in SIZES for shape in SHAPES}
+    tried = [{"size": entry.size, "shape": entry.shape, "width": entry.width, "setting": entry.setting,
+              "chosen": entry == best[entry.size, entry.shape], "validation_perplexity": float(np.exp(loss))}
+             for entry in trials(out) if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
     whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": hours, "settings": SETTINGS,
              "tried_with": TRIED_WITH, "tried": tried, **found}  # fmt: skip
     write_whole(path, json.dumps(whole, indent=1) + "\n")

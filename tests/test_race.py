@@ -92,22 +92,49 @@ def finish(out, entry, names, loss=1.0):
     (folder / models.MEASURED).write_text(json.dumps(content))
 
 
-def test_settings_are_tried_on_the_validation_split_alone_and_the_best_of_each_shape_runs(tmp_path):
-    tried = list(models.trials())
-    for number, entry in enumerate(tried):
-        assert models.following(tmp_path, "*", models.BUDGETS) == (entry, (models.VALIDATION,))
-        finish(tmp_path, entry, [models.VALIDATION], loss=number)
+def try_all(out):
+    """Make all that is tried; later trials are worse."""
+    found = []
+    while (following := models.following(out, "*", models.BUDGETS))[1] == (models.VALIDATION,):
+        found.append(following[0])
+        finish(out, following[0], [models.VALIDATION], loss=len(found))
+    return found
+
+
+def test_widths_and_then_settings_are_tried_on_the_validation_split_alone_for_every_recipe(tmp_path):
+    tried = try_all(tmp_path)
+    first, *others = models.SETTINGS
+    for size, (widths, _) in models.SIZES.items():
+        for shape in models.SHAPES:
+            of = [entry for entry in tried if (entry.size, entry.shape) == (size, shape)]
+            of_first = [entry.width for entry in of if entry.setting == first]
+            assert of_first == (["nonuniform"] if shape == "nonuniform" else list(widths)), (size, shape)
+            assert [entry.setting for entry in of if entry.setting != first] == (others if size == "100m" else []), shape
+    assert {(entry.budget, entry.seed) for entry in tried} == {(models.TRIED_WITH, 0)}
+
+
+def test_the_best_of_each_recipe_runs(tmp_path):
+    tried = try_all(tmp_path)
     first, second, *_ = models.SETTINGS
-    finish(tmp_path, next(e for e in tried if (e.shape, e.setting) == ("uniform", second)), [models.VALIDATION], loss=-1)
-    assert [models.chosen(tmp_path, shape) for shape in models.SHAPES] == [first, second, first]
+    widths = list(models.SIZES["100m"][0])
+    finish(tmp_path, next(e for e in tried if (e.size, e.shape, e.width) == ("100m", "uniform", widths[1])),
+           [models.VALIDATION], loss=-1)  # fmt: skip
+    best = models.following(tmp_path, "*", models.BUDGETS)[0]
+    assert (best.shape, best.width, best.setting) == ("uniform", widths[1], second), "settings are tried with the best width"
+    finish(tmp_path, best, [models.VALIDATION], loss=-2)
+    chosen = {(size, shape): models.chosen(tmp_path, size, shape) for size in models.SIZES for shape in models.SHAPES}
+    assert [chosen["100m", shape].width for shape in models.SHAPES] == [widths[0], widths[1], "nonuniform"]
+    assert [chosen["100m", shape].setting for shape in models.SHAPES] == [first, second, first]
+    assert chosen["70m", "uniform"].width == next(iter(models.SIZES["70m"][0]))
+    assert chosen["70m", "uniform"].setting == second, "the setting is that of the first size"
+    try_all(tmp_path)
     entry, names = models.following(tmp_path, "*", models.BUDGETS)
-    assert (entry.budget, entry.seed, entry.setting) == (min(models.BUDGETS), 0, first)
+    assert (entry.budget, entry.seed) == (min(models.BUDGETS), 0)
     assert set(names) == {models.VALIDATION, *models.TESTS}
 
 
 def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
-    for entry in models.trials():
-        finish(tmp_path, entry, [models.VALIDATION])
+    try_all(tmp_path)
     every = models.entries(tmp_path)
     assert len(every) == len(models.SIZES) * len(models.SHAPES) * sum(len(seeds) for seeds in models.SEEDS.values())
     order = [(entry.budget, entry.seed) for entry in every]
@@ -120,8 +147,7 @@ def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
 
 
 def test_only_what_is_asked_for_runs(tmp_path):
-    for entry in models.trials():
-        finish(tmp_path, entry, [models.VALIDATION])
+    try_all(tmp_path)
     found = models.following(tmp_path, "70m/nonuniform-*", [4_096])
     assert (found[0].size, found[0].shape, found[0].budget) == ("70m", "nonuniform", 4_096)
 
@@ -129,7 +155,7 @@ def test_only_what_is_asked_for_runs(tmp_path):
 @pytest.fixture
 def small(project, monkeypatch):
     """A race of tiny models."""
-    monkeypatch.setattr(models, "SIZES", {"100m": ({"ffn": 48}, 0.7)})
+    monkeypatch.setattr(models, "SIZES", {"100m": ({"48": {"ffn": 48}}, 0.7)})
     monkeypatch.setattr(models, "BLOCK", 16)
     monkeypatch.setattr(models, "CALIBRATION", {"tokens": 256, "block_size": 16})
     return project["folder"]
@@ -142,7 +168,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(small, tmp_path, monkeypatch
     for name in (*models.TRAINING, "calibration"):
         (out / f"{name}.jsonl").write_text(text)
     texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
-    entry, model, real = models.Entry("100m", "uniform", 256, 1, "batch1"), str(small / "teacher"), models.command
+    entry, model, real = models.Entry("100m", "uniform", "48", 256, 1, "3e-4"), str(small / "teacher"), models.command
 
     def command(arguments):
         stages.append(arguments[0])
@@ -167,7 +193,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(small, tmp_path, monkeypatch
 def test_the_result_holds_every_row_and_says_which_setting_was_chosen(tmp_path):
     texts = {name: [[0] * 11] * 4 for name in (models.VALIDATION, *models.TESTS)}
     first, second, *_ = models.SETTINGS
-    for entry in models.trials():
+    for entry in try_all(tmp_path):
         finish(tmp_path, entry, [models.VALIDATION], loss=1 + (entry.setting == first))
     for entry in models.entries(tmp_path):
         if entry.budget <= 12_288:
@@ -188,7 +214,7 @@ def test_the_result_holds_every_row_and_says_which_setting_was_chosen(tmp_path):
         assert {"size", "budget", "shape", "fraction", "low", "high", "seeds"} <= row.keys()
         assert (row["fraction"], row["seeds"]) == (pytest.approx(0.1), 3)
     assert {row["text"] for row in found["other_texts"]} == set(models.TESTS[1:])
-    assert [row["setting"] for row in found["tried"] if row["chosen"]] == [second] * 3
+    assert [row["setting"] for row in found["tried"] if row["chosen"] and row["size"] == "100m"] == [second] * 3
 
 
 def test_the_page_says_what_the_rows_say():
