@@ -22,7 +22,7 @@ from transformers import (
 from hf_minitron.__main__ import main, memory_size
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.planning.cost_text import cost_text
-from hf_minitron.planning.costs import Machine, costs
+from hf_minitron.planning.costs import CHECKPOINTING, Machine, costs
 from hf_minitron.planning.resources import Training, activation_bytes, saved_bytes, training_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,8 +134,10 @@ def test_what_does_not_fit_is_said_with_what_to_change():
     content = recipe("llama-3.1-8b-width-4.5b", per_device_train_batch_size=4, gradient_checkpointing=False)
     said = cost_text(content, Machine(8, 80e9))
     (advice,) = re.findall(r"distill needs [\d.]+ GB of 80: set (.*): ([\d.]+) GB", said)
-    assert "distill.gradient_checkpointing: true" in advice[0]
+    assert f"distill.{CHECKPOINTING}: true" in advice[0]
     assert float(advice[1]) <= 80
+    content["distill"] |= {"gradient_checkpointing": True, "per_device_train_batch_size": 64}
+    assert "checkpointing" not in re.search(r"distill needs .*", cost_text(content, Machine(8, 80e9)))[0], "it has that already"
     alone = cost_text(content, Machine(1, 24e9))
     assert re.search(r"take \d+ GPUs", alone)
 

@@ -1,5 +1,6 @@
 """First steps: a recipe for a model, a plan without one, shares as targets, and names that people know from elsewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import yaml
 from hf_minitron import Architecture
 from hf_minitron.__main__ import main
 from hf_minitron.errors import RecipeError
+from hf_minitron.planning.costs import CHECKPOINTING
+from hf_minitron.planning.drafting import is_instruct
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import share_of, sizes_for, with_sizes
@@ -25,7 +28,10 @@ def drafted(tmp_path, model, *options):
     return path, yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize(("model", "keep"), [("Llama-3.1-8B", 0.5), ("Qwen3-4B-Base", 0.6), ("SmolLM2-135M-Instruct", 0.75)])
+@pytest.mark.parametrize(
+    ("model", "keep"),
+    [("Llama-3.1-8B", 0.5), ("Qwen3-4B-Base", 0.6), ("SmolLM2-135M-Instruct", 0.75), ("Ministral-8B-Instruct-2410", 0.6)],
+)
 def test_init_writes_a_recipe_that_binds_and_plans(tmp_path, capsys, model, keep):
     path, recipe = drafted(tmp_path, model, "--keep", f"{keep:.0%}", "--gpus", "8", "--gpu-memory", "80GB")
     out = capsys.readouterr().out
@@ -41,8 +47,39 @@ def test_init_writes_a_recipe_that_binds_and_plans(tmp_path, capsys, model, keep
     assert all(size % 32 == 0 for size in recipe["prune"]["target"].values())
     instruct = "Instruct" in model
     assert recipe["evaluate"]["tasks"] == (["gsm8k", "ifeval"] if instruct else ["arc_easy", "hellaswag", "winogrande"])
-    assert recipe["evaluate"]["chat_template"] is instruct
+    assert recipe["evaluate"].get("chat_template", False) is instruct
+    assert bool(recipe["evaluate"].get("generate")) is instruct
+    texts = {"HuggingFaceTB/smoltalk:all"} if instruct else {"HuggingFaceFW/fineweb-edu:sample-10BT"}
+    assert {recipe["score"]["text"], recipe["distill"]["text"]} == texts
+    assert CHECKPOINTING in recipe["distill"], "the name that the installed transformers does not call deprecated"
     assert "2408.11796" in path.read_text()
+    assert main(["plan", str(path), "--gpus", "8", "--gpu-memory", "80GB"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "expected"),
+    [
+        ("Own-1B-Instruct", {}, True),
+        ("gemma-3-1b-it", {}, True),
+        ("Own-1B", {}, False),
+        ("Italy-1B", {}, False),
+        ("Own-1B", {"tokenizer_config.json": {"chat_template": "{{ messages }}"}}, True),
+        ("Own-1B", {"tokenizer_config.json": {}, "chat_template.jinja": "{{ messages }}"}, True),
+        ("Own-1B-Base", {"tokenizer_config.json": {"chat_template": "{{ messages }}"}}, False),
+        ("Own-1B-Instruct", {"tokenizer_config.json": {}}, False),
+    ],
+)
+def test_who_answers_in_chats_is_told_by_the_chat_template(tmp_path, name, files, expected):
+    """Some base models bring a template, too; without a tokenizer the name tells."""
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    assert is_instruct(name, tmp_path) is expected
+
+
+def test_a_text_of_ones_own_is_trained_on_by_an_instruct_model(tmp_path):
+    path, recipe = drafted(tmp_path, "SmolLM2-135M-Instruct", "--text", "me/corpus")
+    assert recipe["distill"]["text"] == recipe["score"]["text"] == "me/corpus"
+    assert "a million chats" not in path.read_text()
 
 
 def test_the_draft_is_near_what_the_paper_did():
@@ -72,10 +109,10 @@ def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
     (tmp_path / "small").mkdir()
     _, large = drafted(tmp_path, "Llama-3.2-1B", "--gpus", "8")
     _, small = drafted(tmp_path / "small", "Llama-3.2-1B", "--gpu-memory", "24GB", "--text", "me/corpus")
-    assert small["distill"]["gradient_checkpointing"] is True
+    assert small["distill"][CHECKPOINTING] is True
     assert small["distill"]["text"] == "me/corpus"
     batch = "per_device_train_batch_size"
-    assert small["distill"][batch] < large["distill"][batch] or large["distill"]["gradient_checkpointing"] is False
+    assert small["distill"][batch] < large["distill"][batch] or large["distill"][CHECKPOINTING] is False
     assert "Every stage fits into 24 GB." in capsys.readouterr().out
 
 

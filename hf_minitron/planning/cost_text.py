@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_minitron.planning.costs import CONTEXT, GB, Cost, Machine, Models, costs, training_cost, training_of
+from hf_minitron.planning.costs import CHECKPOINTING, CONTEXT, GB, Cost, Machine, Models, costs, training_cost, training_of
 from hf_minitron.tables import markdown_table
 
 # Adapters, where there is no memory to train all weights.
-ADAPTERS = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "lora": {}, "base_dtype": "bfloat16"}
+ADAPTERS = {CHECKPOINTING: True, "per_device_train_batch_size": 1, "lora": {}, "base_dtype": "bfloat16"}
 # What to do about a stage that does not train and does not fit.
 OTHERWISE = {
     "score": "set score.batch_size: 1",
@@ -22,7 +22,7 @@ def fitting(recipe: Mapping[str, Any], stage: str, models: Models, machine: Mach
     """Say what to change for a training stage to fit, and what it takes then."""
     training = training_of(recipe, stage, machine)
     tried = [
-        {"gradient_checkpointing": True},
+        {} if training.checkpointing else {CHECKPOINTING: True},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": training.accumulation * training.batch_size},
         {"optim": "adamw_bnb_8bit"},
     ]

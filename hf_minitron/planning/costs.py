@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.errors import RecipeError
@@ -22,6 +24,9 @@ UTILIZATION = 0.26
 GPUS_PER_HOST = 8
 CACHED = {"random": 0.7, "top_k": 3.5}  # bytes of each draw, or of each token kept; docs/distillation.md
 BF16 = torch.bfloat16.itemsize
+# Activation checkpointing: its name, and the one before transformers 5.23, which later ones call deprecated.
+CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = CHECKPOINTING_NAMES[Version(transformers.__version__) < Version("5.23")]
 BASES = {"bfloat16": BF16, "nf4": 0.5}  # bytes of a frozen weight, where it is not in float32
 
 
@@ -192,7 +197,7 @@ def training_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Trai
     for name, number in zip(names[:3], (batch, block, accumulation), strict=True):
         if type(number) is not int or number < 1:
             raise RecipeError(f"{stage}.{name}: {number!r} is not a whole number from 1 on")
-    checkpointing = bool(section.get("gradient_checkpointing") or section.get("activation_checkpointing"))
+    checkpointing = any(section.get(name) for name in CHECKPOINTING_NAMES)
     mixed = section.get("bf16") is not False
     frozen = BASES.get(section.get("base_dtype"), FLOAT) if section.get("lora") is not None else FLOAT
     settings = (batch, block, accumulation, mixed, checkpointing, str(optimizer), chunk or 1024)

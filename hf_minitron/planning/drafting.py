@@ -12,12 +12,14 @@ from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.errors import RecipeError, told
 from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
-from hf_minitron.planning.costs import GB, Cost, Machine, Models, training_cost
+from hf_minitron.planning.costs import CHECKPOINTING, GB, Cost, Machine, Models, training_cost
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.stages.share import share_of, sizes_for
 from hf_minitron.stages.target import coarse, teacher, unquantizable
 
 TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
+CHATS = "HuggingFaceTB/smoltalk:all"  # with splits train and test
+LEARNT = " # a million chats, read again where steps want more; only answers are learnt"
 GPU_MEMORY = 80e9  # of a GPU where none is named
 HOURS = 24  # of distillation that a draft is made for
 MOST_TOKENS = 94_000_000_000  # 2408.11796, table 4
@@ -45,13 +47,13 @@ prune:
 {dequantize}  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
 
 distill: # forward KL to the teacher's logits (2407.14679, table 15)
-  text: {text}
+  text: {text}{learnt}
   streaming: true
   block_size: {block}
   max_steps: {steps} # {tokens:.2g} B tokens: about {hours:.0f} hours on {gpus}; more is better, up to 94 (2408.11796, table 4)
   per_device_train_batch_size: {batch} # {fits}
   gradient_accumulation_steps: {accumulation} # {step_tokens:,} tokens a step on {gpus}
-  gradient_checkpointing: {checkpointing}
+  {checkpointing_key}: {checkpointing}
 {adapters}  learning_rate: {rate}
   warmup_steps: {warmup}
   save_steps: {save}
@@ -60,15 +62,25 @@ distill: # forward KL to the teacher's logits (2407.14679, table 15)
   report_to: none # trackio, wandb, tensorboard
 
 evaluate:
-  text: Salesforce/wikitext:wikitext-2-raw-v1 # held out
-  tasks: {tasks} # {kind}
-  chat_template: {chat}
+{evaluate}
 
 publish: # hf-minitron publish {path} --push
   # repo_id: me/{slug}
   # license: # the teacher's, where its card does not say so
+  # export: [gguf, mlx] # files for llama.cpp and MLX, loaded there and compared
   language: en
 """
+# What is measured of a base model, and of one that answers in chats.
+BASE = """\
+  text: Salesforce/wikitext:wikitext-2-raw-v1 # held out
+  tasks: [arc_easy, hellaswag, winogrande] # a base model's"""
+INSTRUCT = f"""\
+  text: {CHATS} # its split test: held out; answers alone are measured
+  tasks: [gsm8k, ifeval] # the second needs pip install "lm-eval[ifeval]"
+  chat_template: true # of the tokenizer, around every question
+  generate: # answers of teacher, pruned and distilled model, side by side in the card
+    - Explain in two sentences why leaves are green.
+    - Write a polite email that asks for a day off."""
 
 
 def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
@@ -79,7 +91,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         if args.output.exists():
             raise RecipeError(f"{args.output} is there already; name another --output, or delete it")
         machine = Machine(args.gpus, args.memory or GPU_MEMORY)  # which the plan is judged by, too
-        text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text or TEXT, args.output)
+        text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text, args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
         recipe = read_yaml(text, str(args.output))
@@ -90,17 +102,18 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     return 0
 
 
-def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Path = Path("recipe.yaml")) -> str:
+def draft(model: str, share: float, machine: Machine, text: str | None = None, path: Path = Path("recipe.yaml")) -> str:
     """Return the text of a recipe that keeps a share of a model's parameters.
 
     Args:
         model (`str`): A folder or a Hub id.
         share (`float`): Of the parameters.
         machine (`Machine`): What it shall run on.
-        text (`str`, *optional*): Training text.
+        text (`str`, *optional*): Training text; when left out chats for a model that answers in chats, else text of the web.
         path (`Path`, *optional*): Where the recipe will lie, for its comments.
     """
-    quantization = read_json(resolve(model, weights=False) / "config.json").get("quantization_config") or {}
+    folder = resolve(model, weights=False)
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
     stored = quantization.get("quant_method")
     architecture = teacher(model, stored in DEQUANTIZED)
     sizes = sizes_for(architecture, share)
@@ -108,16 +121,17 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
     machine = replace(machine, gpu_bytes=machine.gpu_bytes or GPU_MEMORY)
     positions = getattr(text_config(architecture.config), "max_position_embeddings", None) or BLOCK
     name = Path(model.partition("@")[0]).name
-    chat = is_instruct(model)
+    chat = is_instruct(name, folder)
     facts = {
-        "model": model, "name": name, "share": share, "path": path, "text": text, "block": min(BLOCK, positions),
+        "model": model, "name": name, "share": share, "path": path, "block": min(BLOCK, positions),
         "before": shape.num_parameters(rows), "after": shape.cut_to(sizes).num_parameters(rows),
         "slug": re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower(),
         "target": "\n".join(f"    {axis}: {size} # of {shape[axis]}, {size / shape[axis]:.0%}" for axis, size in sizes.items()),
         "axes": "width" + (", and heads, which this class ties to hidden" if "heads" in sizes else "; heads and layers stay"),
         "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes if axis != "heads") + "}",
-        "tasks": "[gsm8k, ifeval]" if chat else "[arc_easy, hellaswag, winogrande]", "chat": str(chat).lower(),
-        "kind": "an instruct model's, in its chat template" if chat else "a base model's",
+        "checkpointing_key": CHECKPOINTING,
+        "text": text or (CHATS if chat else TEXT), "evaluate": INSTRUCT if chat else BASE,
+        "learnt": LEARNT if chat and text is None else "",
         "dequantize": f"  dequantize: true # stored in {stored}\n" if stored in DEQUANTIZED else "",
         "memory": machine.gpu_bytes / GB,
         "gpus": f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}",
@@ -126,9 +140,16 @@ def draft(model: str, share: float, machine: Machine, text: str = TEXT, path: Pa
     return TEMPLATE.format(**facts, **_training(facts, machine, sizes))
 
 
-def is_instruct(model: str) -> bool:
-    """Return whether a model is one for chat, as its name says."""
-    return bool(re.search(r"instruct|chat|(^|[-_])it($|[-_@])", model.rpartition("/")[2], re.IGNORECASE))
+def is_instruct(name: str, folder: Path) -> bool:
+    """Return whether a model answers in chats: its tokenizer has a chat template, and its name does not say base.
+
+    Where there is no tokenizer beside a config.json, the name alone tells.
+    """
+    words = re.split(r"[-_. ]", name.lower())
+    if not (folder / "tokenizer_config.json").is_file():
+        return not {"instruct", "chat", "it"}.isdisjoint(words)
+    template = any(folder.glob("chat_template*")) or read_json(folder / "tokenizer_config.json").get("chat_template")
+    return bool(template) and "base" not in words
 
 
 ADAPTERS = """\
@@ -143,7 +164,7 @@ def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, in
     models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes), "dequantize": bool(facts["dequantize"])}})
 
     def distillation(batch: int, checkpointing: bool, adapters: bool, accumulation: int = 2) -> Cost:
-        section = {"block_size": block, "per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing,
+        section = {"block_size": block, "per_device_train_batch_size": batch, CHECKPOINTING: checkpointing,
                    "gradient_accumulation_steps": accumulation, "max_steps": 1, "streaming": True}  # fmt: skip
         section |= {"lora": {}, "base_dtype": "bfloat16"} if adapters else {}
         return training_cost("distill", {"distill": section}, models, machine)
