@@ -128,11 +128,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = prepared(args, Path(folder))
         for way, shape in itertools.product(args.ways, args.shapes):
-            facts = {"size": args.size, "shape": shape, "tokens": args.tokens, "seed": args.seed, "way": way}
-            if any(facts.items() <= row.items() for row in found):
-                continue
             first = next(entry for entry in trials(args.runs) if (entry.size, entry.shape) == (args.size, shape))
             entry = replace(chosen(args.runs, args.size, shape) or first, seed=args.seed)
+            facts = {
+                "size": args.size,
+                "shape": shape,
+                "width": entry.width,
+                "tokens": args.tokens,
+                "seed": args.seed,
+                "way": way,
+            }
+            if any(facts.items() <= row.items() for row in found):
+                continue
             student = begin(args.runs, args.model, entry).path("prune") / "student"
             found.append({**facts, **trained(student, given, WAYS[way])})
             args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

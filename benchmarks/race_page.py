@@ -38,10 +38,18 @@ def race_block(found: dict) -> str:
             "![Perplexity against tokens](benchmarks/results/race.png)",
             f"Perplexity on {FIRST_TEXT}, with 95 % intervals over documents and seeds; *of its tokens*: the share of the "
             "published recipe's tokens with which ours is as good; *worst text*: the highest ratio of ours to the published "
-            "recipe's perplexity at equal tokens, on any of the texts. Settings of training were chosen for every shape on a "
-            f"validation split. {found['hours']:.1f} hours so far, {found['environment']['hardware']}.",
+            "recipe's perplexity at equal tokens, on any of the texts. Every recipe's width and learning rate were chosen on a "
+            f"validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
+            f"{found['environment']['hardware']}.",
         ]
     )
+
+
+def chosen_of(tried: list[dict]) -> str:
+    """Return the widths and rates that were chosen."""
+    chosen = [row for row in tried if row["chosen"]]
+    names = [" ".join(dict.fromkeys([row["size"].upper(), row["shape"], row["width"]])) for row in chosen]
+    return "; ".join(f"{name} at {row['setting']}" for name, row in zip(names, chosen, strict=True))
 
 
 def millions(size: str) -> int:

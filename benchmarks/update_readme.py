@@ -25,6 +25,7 @@ from hf_minitron.tables import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "benchmarks/results/claims.json"
 RACE, ECONOMY = ROOT / "benchmarks/results/race.json", ROOT / "benchmarks/results/economy.json"
+TRAINING_CLAIMS = ROOT / "benchmarks/results/training_claims.json"
 MODELS, SEARCH = ROOT / "benchmarks/results/models", ROOT / "benchmarks/results/search"
 
 
@@ -164,6 +165,33 @@ def economy_block(found: list[dict]) -> str:
     return markdown_table(rows)
 
 
+def training_claims_block(found: dict) -> str:
+    """Return what the papers say about training, and the ratio of the perplexities that we measured for it."""
+    texts = list(found["claims"][0]["ratios"])
+    first, *others = texts
+    rows = [["paper says", "ratio", "we measured", *others]]
+    for claim in found["claims"]:
+        ratios = claim["ratios"]
+        cells = [f"{ratios[text]['ratio']:.2f}" for text in others]
+        rows.append([f"{claim['says']} ({claim['paper']})", interval_of(ratios[first]), verdict(ratios[first]), *cells])
+    return (
+        f"Perplexity on {first} of what the paper finds better over that of the other, after {found['tokens']:,} tokens, one "
+        f"seed, with a 95 % interval over documents; the last columns are the ratios on other texts.\n\n{markdown_table(rows)}"
+    )
+
+
+def interval_of(row: dict) -> str:
+    """Return a ratio with its interval."""
+    return f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def verdict(row: dict) -> str:
+    """Say in words what an interval of a ratio says."""
+    if row["high"] < 1:
+        return "the same"
+    return "the other way" if row["low"] > 1 else "no difference"
+
+
 def tokens_beside(row: dict) -> str:
     """Say which tokens of a row are not what its column says: fewer different ones, or such that sublayers were tuned with."""
     tuned = row.get("tuning_tokens", 0)
@@ -183,6 +211,8 @@ def main() -> None:
         plot_race(race, RACE.with_suffix(".png"))
     if ECONOMY.is_file():
         blocks["economy"] = economy_block(json.loads(ECONOMY.read_text()))
+    if TRAINING_CLAIMS.is_file():
+        blocks["training_claims"] = training_claims_block(json.loads(TRAINING_CLAIMS.read_text()))
     cards = {path.stem: ROOT / f"model_cards/smollm2-135m-{path.stem}/report.json" for path in sorted(MODELS.glob("*.json"))}
     tokens = {size: json.loads((MODELS / f"{size}.json").read_text())["tokens"] for size in cards}
     models = {size: (Report.load(path), tokens[size]) for size, path in cards.items()}

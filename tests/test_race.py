@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import models  # noqa: E402
 import race  # noqa: E402
 import race_page  # noqa: E402
+import training_claims  # noqa: E402
+import update_readme  # noqa: E402
 
 LENGTHS = np.array([10.0, 20.0, 30.0, 40.0, 25.0, 15.0])
 
@@ -225,14 +227,18 @@ def test_the_page_says_what_the_rows_say():
     rows = [{**facts, "shape": "uniform", "fraction": 0.6, "low": 0.5, "high": None},
             {**facts, "shape": "nonuniform", "fraction": 300 / 900, "low": 300 / 900, "high": 0.4}]  # fmt: skip
     ratios = [{**facts, "shape": "uniform", "text": text, "ratio": ratio} for text, ratio in (("c4_2", 0.98), ("code", 1.12))]
-    found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"}}
+    tried = [{"size": "100m", "shape": shape, "width": width, "setting": "3e-4", "chosen": chosen}
+             for shape, width, chosen in (("uniform", "504x1152", False), ("uniform", "576x864", True),
+                                          ("nonuniform", "nonuniform", True))]  # fmt: skip
+    found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"},
+             "tried": tried}  # fmt: skip
     page = race_page.race_block(found)
     for words in (
         "At 100M and 900 tokens, a uniform student of ours needs 0.60 (0.50 to more than was measured) of the published",
         "nonuniform student of ours needs at most 0.33 (up to 0.40) of the",
         "97.5 (90.0 to 99.0)",
         "uniform 1.12 (code)",
-        "2.0 hours so far",
+        "100M uniform 576x864 at 3e-4; 100M nonuniform at 3e-4. 2.0 hours so far",
     ):
         assert words in page, page
 
@@ -274,3 +280,33 @@ def test_no_text_is_in_two_parts(tmp_path):
 
 def tiny_tokens(folder, line):
     return AutoTokenizer.from_pretrained(folder)(json.loads(line)["text"])["input_ids"]
+
+
+def test_training_claims_follow_one_another_and_are_compared_by_document(small, tmp_path, monkeypatch):
+    out = tmp_path / "race"
+    out.mkdir()
+    for name in (*models.TRAINING, "calibration"):
+        (out / f"{name}.jsonl").write_text((small / "train.jsonl").read_text())
+    texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
+    ways = ("once", [{}]), ("chain", [{"distill": {"max_steps": 4}}, {"prune": {"target": {"ffn": 32}}}])
+    monkeypatch.setattr(training_claims, "CLAIMS", [training_claims.Claim("says", "a paper", *ways)])
+    monkeypatch.setattr(models, "TRIED_WITH", 128)
+    model = str(small / "teacher")
+    training_claims.save(out, texts, tmp_path / "claims.json")
+    assert json.loads((tmp_path / "claims.json").read_text())["claims"] == [], "nothing is measured yet"
+    for name, recipes in ways:
+        training_claims.make(out, model, name, recipes, texts)
+    second = json.loads((out / "claims/chain/prune/student/plan.json").read_text())
+    assert second["before"]["ffn"] == 48, "the second recipe begins with the first one's student"
+    training_claims.save(out, texts, tmp_path / "claims.json")
+    (row,) = json.loads((tmp_path / "claims.json").read_text())["claims"]
+    once, chain = (models.measured(out, f"claims/{name}")["c4_2"] for name in ("once", "chain"))
+    difference = sum(a - b for (a, _), (b, _) in zip(once, chain, strict=True)) / sum(tokens for _, tokens in once)
+    assert row["ratios"]["c4_2"]["ratio"] == pytest.approx(math.exp(difference))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.8, 0.9, "the same"), (0.9, 1.1, "no difference"), (1.1, 1.2, "the other way")]
+)
+def test_the_verdict_is_the_intervals(low, high, word):
+    assert update_readme.verdict({"ratio": (low + high) / 2, "low": low, "high": high}) == word
