@@ -52,6 +52,18 @@ def chosen_of(tried: list[dict]) -> str:
     return "; ".join(f"{name} at {row['setting']}" for name, row in zip(names, chosen, strict=True))
 
 
+def widths_block(found: dict) -> str:
+    """Return what every recipe makes of every width of a size, hidden x ffn."""
+    first = next(iter(found["settings"]))
+    values = {(row["size"], row["width"], row["shape"]): row["validation_perplexity"]
+              for row in found["tried"] if row["setting"] == first}  # fmt: skip
+    rows = [["size", "hidden x ffn", "published", "ours"]]
+    for size, width in dict.fromkeys((size, width) for size, width, shape in values if width != shape):
+        of = [values.get((size, width, shape)) for shape in ("published", "uniform")]
+        rows.append([size.upper(), width, *("" if value is None else f"{value:.1f}" for value in of)])
+    return markdown_table(rows)
+
+
 def millions(size: str) -> int:
     """Return the number in a size such as `100m`."""
     return int(size.removesuffix("m"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from claims import PAPER
 from keep_cards import keep
-from race_page import plot_race, race_block
+from race_page import plot_race, race_block, widths_block
 
 from hf_minitron import Report
 from hf_minitron.evaluation.report import TEXT, Comparison
@@ -207,7 +207,7 @@ def main() -> None:
     blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
     blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
     if RACE.is_file() and (race := json.loads(RACE.read_text()))["rows"]:
-        blocks["race"] = race_block(race)
+        blocks |= {"race": race_block(race), "widths": widths_block(race)}
         plot_race(race, RACE.with_suffix(".png"))
     if ECONOMY.is_file():
         blocks["economy"] = economy_block(json.loads(ECONOMY.read_text()))

@@ -243,6 +243,17 @@ def test_the_page_says_what_the_rows_say():
         assert words in page, page
 
 
+def test_widths_stand_beside_each_other():
+    tried = [{"size": "100m", "shape": shape, "width": width, "setting": setting, "validation_perplexity": value}
+             for shape, width, setting, value in (("published", "5x9", "3e-4", 44.0), ("published", "6x8", "3e-4", 41.0),
+                                                  ("published", "6x8", "6e-4", 47.0), ("uniform", "6x8", "3e-4", 38.0),
+                                                  ("nonuniform", "nonuniform", "3e-4", 36.0))]  # fmt: skip
+    rows = race_page.widths_block({"settings": {"3e-4": {}, "6e-4": {}}, "tried": tried}).splitlines()[2:]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+        ["100M", "5x9", "44.0", ""], ["100M", "6x8", "41.0", "38.0"],
+    ]  # fmt: skip
+
+
 def test_the_curves_are_drawn(tmp_path):
     point = {"size": "100m", "text": "c4_2", "shape": "uniform", "perplexity": 95.0, "low": 90.0, "high": 99.0}
     race_page.plot_race({"curves": [{**point, "budget": budget} for budget in (300, 900)]}, tmp_path / "race.png")
