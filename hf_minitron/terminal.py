@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 
 def quiet_libraries() -> None:
-    """Show no bars of loading weights, saving shards and reading data sets from now on; downloads keep theirs."""
+    """Show no bars of loading weights, saving shards and reading data sets from now on; that of downloading weights stays."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
 

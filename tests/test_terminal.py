@@ -2,8 +2,11 @@
 
 import io
 import json
+import re
 import sqlite3
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +15,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from hf_minitron.__main__ import main
+from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.command import own_stages
 from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
@@ -65,6 +70,34 @@ def test_a_tracker_is_told_every_loss_the_rate_and_the_tokens(trained):
     for logs in steps:
         assert {"loss", "forward_kl", "cross_entropy", "learning_rate", "grad_norm", "tokens_per_second"} <= logs.keys()
         assert logs["tokens_per_second"] > 0
+
+
+class Terminal(io.StringIO):
+    """What would be seen on a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_small_files_of_a_hub_model_show_no_bar_and_weights_one(hub, tmp_path, monkeypatch):
+    tiny.model().save_pretrained(tmp_path)
+    hub.add_folder("owner/tiny", tmp_path)
+    hub.add_folder("owner/model", Path(__file__).parent / "configs/SmolLM2-135M-Instruct")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", None), ("progress_bar_states", {})):
+        monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], name, value)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert main(["plan", "owner/model"]) == 0
+    assert main(["init", "owner/model", "--output", str(tmp_path / "recipe.yaml")]) == 0
+    assert "%|" not in sys.stderr.getvalue()
+    monkeypatch.setattr("sys.stderr", Terminal())
+    resolve("owner/tiny")
+    shown = sys.stderr.getvalue()
+    assert "Weights: 100%" in shown
+    assert not {"Fetching", "Downloading", "Reconstruct"} & set(re.findall(r"[A-Z][a-z]+", shown))
+    monkeypatch.setattr("sys.stderr", Terminal())
+    resolve("owner/tiny")
+    assert "%|" not in sys.stderr.getvalue(), "nothing is fetched again"
 
 
 def test_what_is_done_is_said_and_not_counted(project):

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_minitron.checkpoint.download_bars import NoBar, WeightsBar
 from hf_minitron.checkpoint.model_kinds import GGUF, check_config, read_config
 from hf_minitron.checkpoint.side_files import SIDE_FILES
 
@@ -143,14 +145,14 @@ def _snapshot(model: str, subfolder: str, weights: bool, variant: str | None, wh
     which |= {"revision": revision or which.get("revision")}
     prefix = f"{subfolder}/" if subfolder else ""
 
-    def fetch(*patterns: str) -> Path:
-        patterns = [prefix + pattern for pattern in patterns]
-        snapshot = snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=[f"{prefix}*/*"], **which)
+    def fetch(*patterns: str, bar: type[tqdm] = WeightsBar) -> Path:
+        wanted = {"allow_patterns": [prefix + pattern for pattern in patterns], "ignore_patterns": [f"{prefix}*/*"]}
+        snapshot = snapshot_download(repo_id, **wanted, **which, tqdm_class=bar)
         which["revision"] = revision_of(Path(snapshot)) or which["revision"]  # a branch may move between two calls
         return Path(snapshot) / subfolder
 
     try:
-        folder = fetch("*.json", *SIDE_FILES)
+        folder = fetch("*.json", *SIDE_FILES, bar=NoBar)
         single, index = weight_names(variant)
         if weights and not (fetch(single) / single).is_file() and (folder / index).is_file():
             fetch(*sorted(set(_read_index(folder / index).values())))
