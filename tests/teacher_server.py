@@ -21,6 +21,7 @@ class TeacherServer(ThreadingHTTPServer):
         self.owner, self.names, self.most = OWNERS[kind], ["teacher"], 20
         self.address = f"http://127.0.0.1:{self.server_port}/v1"
         self.statuses, self.asked, self.lock = [], [], threading.Lock()
+        self.slots, self.context, self.busy, self.busiest = 2, 64, 0, 0  # of llama.cpp
         self.spoil = lambda answer: answer  # changes an answer about a prompt
 
     def log_probs(self, ids):
@@ -55,10 +56,21 @@ class TeacherServer(ThreadingHTTPServer):
         return {"text": "x", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": [None, *tables]}}
 
     def llamacpp(self, asked):
-        """`/completion` with `n_probs`: the likeliest tokens at the one place that is generated."""
+        """`/completion` with `n_probs`: the likeliest tokens at the place that is generated, if that is no part of a letter."""
+        with self.lock:
+            self.busy += 1
+            self.busiest = max(self.busy, self.busiest)
         top = self.log_probs(asked["prompt"])[-1].topk(asked["n_probs"])
         rows = [{"id": i, "logprob": p} for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
-        return {"content": "x", "completion_probabilities": [{**rows[0], "top_logprobs": rows}]}
+        with self.lock:
+            self.busy -= 1
+        answer = {"content": "x", "tokens_evaluated": len(asked["prompt"])}
+        if rows[0]["id"] % 2 and not asked.get("logit_bias"):
+            return answer
+        return {**answer, "completion_probabilities": [{**rows[0], "top_logprobs": rows}]}
+
+    def props(self):
+        return {"total_slots": self.slots, "default_generation_settings": {"n_ctx": self.context}}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._reply({"/v1/models": lambda asked: self.server.models()}, None)
+        props = {"/props": lambda asked: self.server.props()} if self.server.kind == "llama.cpp" else {}
+        self._reply({"/v1/models": lambda asked: self.server.models(), **props}, None)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

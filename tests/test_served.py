@@ -18,7 +18,7 @@ from hf_minitron.distillation.batch import collate
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.distillation.records import TopK
-from hf_minitron.distillation.served import ServedTeacher
+from hf_minitron.distillation.served import Served, ServedTeacher
 
 KEY = "sesame-4711"
 K = 9
@@ -75,6 +75,23 @@ def test_the_cache_is_that_of_the_live_teacher(kind, blocks, teacher, tmp_path):
     (ids, logp), (live_ids, live_logp) = (cache.columns(batch).values() for cache in (ours, theirs))
     assert torch.equal(ids, live_ids)
     assert logp.view(torch.float32).exp() == pytest.approx(live_logp.view(torch.float32).exp(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("context", "most"), [(64, 2), (23, 2), (21, 1), (11, 1)])
+def test_llama_cpp_is_asked_about_as_many_sequences_as_it_keeps(context, most, teacher):
+    """More would share its context, and push each other's prompts out."""
+    inputs, asked = {"input_ids": tiny.blocks(6, 11)["input_ids"][:]}, torch.ones(6, 11, dtype=torch.bool)
+    asked[:, -1] = False
+    with serving(teacher[1], tiny.tokenizer(), "llama.cpp") as server:
+        server.context = context
+        assert len(list(Served(ServedTeacher(server.address), TopK(K, 99, "float32"))(inputs, asked, 0))) == 6
+        assert server.busiest <= most
+        server.context = 10
+        said = told(list, Served(ServedTeacher(server.address), TopK(K, 99, "float32"))(inputs, asked, 0))
+        assert said.endswith("has a context of 10 tokens, and a sequence has 11; start it with -c 11 or more")
+        server.context, server.spoil = 64, lambda answer: {**answer, "tokens_evaluated": 3}
+        said = told(ServedTeacher(server.address).likeliest, [5, 6, 7, 8], [3], TopK(K, 99, "float32"))
+        assert "it has read 3 tokens instead of the 4 it was sent" in said
 
 
 def test_an_interrupted_write_goes_on_at_another_address(teacher, tmp_path, monkeypatch):

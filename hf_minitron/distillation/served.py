@@ -23,6 +23,7 @@ from urllib3.util import Retry
 
 from hf_minitron.architecture.config import pruned_vocab, text_config
 from hf_minitron.distillation.records import Arrays, TopK, record_of
+from hf_minitron.distillation.server_kinds import KINDS, Post, Table
 from hf_minitron.distillation.teacher import teacher_folder
 from hf_minitron.errors import RETRYABLE, one_line
 
@@ -30,65 +31,6 @@ API_KEY = "OPENAI_API_KEY"  # as every client of such servers reads it
 RETRIES, BACKOFF = 5, 1.0  # attempts after the first; seconds before the second of them, doubled from one to the next
 TIMEOUT = (10, 600)  # seconds to connect, and to read an answer
 PROBED = 200  # tokens, from all over a vocabulary, in the text by which tokenizers are compared
-
-Post = Callable[[str, dict], Any]
-Table = Mapping[int, float]  # tokens and their log-probabilities
-
-
-def _vllm(post: Post, model: str, ids: list[int], places: Sequence[int], k: int) -> list[Table]:
-    asked = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
-    tables = post("v1/completions", asked)["choices"][0]["prompt_logprobs"]
-    found = [{int(token): entry["logprob"] for token, entry in (table or {}).items()} for table in tables]
-    return _after(places, ids, found, [[*table] for table in found])
-
-
-def _sglang(post: Post, model: str, ids: list[int], places: Sequence[int], k: int) -> list[Table]:
-    asked = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-    meta = post("generate", asked | {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": k})["meta_info"]
-    found = [{token: logprob for logprob, token, *_ in table or ()} for table in meta["input_top_logprobs"]]
-    return _after(places, ids, found, [[token] for _, token, *_ in meta["input_token_logprobs"]])
-
-
-def _after(places: Sequence[int], ids: list[int], found: list[Table], read: list[list[int]]) -> list[Table]:
-    """Return what is said of the token after each place, of tables that stand beside the tokens that they are of."""
-    if len(found) != len(ids) or any(ids[place + 1] not in read[place + 1] for place in places):
-        raise ValueError(f"it has read other tokens than the {len(ids)} it was sent")
-    return [found[place + 1] for place in places]
-
-
-def _llama_cpp(post: Post, model: str, ids: list[int], places: Sequence[int], k: int) -> list[Table]:
-    """Ask about one place after another: it says nothing of a prompt, but keeps what it has computed of its beginning."""
-    tables = []
-    for place in places:
-        asked = {"prompt": ids[: place + 1], "n_predict": 1, "n_probs": k, "temperature": -1, "cache_prompt": True}
-        (said,) = post("completion", asked)["completion_probabilities"]
-        tables.append({entry["id"]: entry["logprob"] for entry in said["top_logprobs"]})
-    return tables
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a kind of server is asked.
-
-    Args:
-        name (`str`): The server.
-        ask (`Callable`): Returns for each place in a prompt the likeliest tokens after it.
-        text (`str`): What its `/tokenize` calls the text.
-        special (`str`): And the choice of special tokens at its beginning.
-    """
-
-    name: str
-    ask: Callable[[Post, str, list[int], Sequence[int], int], list[Table]]
-    text: str = "prompt"
-    special: str = "add_special_tokens"
-
-
-# By whom `/v1/models` says that it is owned by.
-KINDS = {
-    "vllm": Kind("vLLM", _vllm),
-    "sglang": Kind("SGLang", _sglang),
-    "llamacpp": Kind("llama.cpp", _llama_cpp, "content", "add_special"),
-}
 
 
 class ServedTeacher:
@@ -147,6 +89,25 @@ class ServedTeacher:
         if other := next(((number, *pair) for number, pair in enumerate(pairs) if pair[0] != pair[1]), None):
             raise ValueError("server: {} serves {} with another tokenizer than the teacher's: token {} of a text is {} here "
                              "and {} there".format(self.root, self.model, *other))  # fmt: skip
+
+    def at_once(self, rows: int, length: int) -> int:
+        """Return how many of some sequences to ask about at the same time: no more than the server keeps, where it says so.
+
+        Args:
+            rows (`int`): The sequences.
+            length (`int`): Tokens of the longest.
+
+        Raises:
+            ValueError: when it does not keep one.
+        """
+        if self.kind.slots is None:
+            return rows
+        slots, context = self._answer("GET", self.kind.slots, None, lambda found: (
+            int(found["total_slots"]), int(found["default_generation_settings"]["n_ctx"])))  # fmt: skip
+        if length > context:
+            raise ValueError(f"server: {self.root} has a context of {context:,} tokens, and a sequence has {length:,}; start "
+                             f"it with -c {length} or more")  # fmt: skip
+        return max(1, min(rows, slots, context // length))
 
     def likeliest(self, ids: list[int], places: Sequence[int], record: TopK) -> Arrays:
         """Return what a cache keeps of the tokens after some places of a sequence.
@@ -243,10 +204,10 @@ class Served:
     record: TopK
 
     def __call__(self, inputs: Mapping[str, Tensor], asked: Tensor, first: int) -> Iterator[Arrays]:
-        """Yield what is kept of every row; all rows are asked about at the same time."""
+        """Yield what is kept of every row; as many rows as the server keeps are asked about at the same time."""
         rows = [row.tolist() for row in inputs["input_ids"]]
         places = [row.nonzero().flatten().tolist() for row in asked]
-        with ThreadPoolExecutor(len(rows)) as threads:
+        with ThreadPoolExecutor(self.teacher.at_once(len(rows), len(rows[0]))) as threads:
             yield from threads.map(self.teacher.likeliest, rows, places, [self.record] * len(rows))
 
 
