@@ -19,18 +19,12 @@ class LayerProjections:
         self.last: dict[str, bool] = {}  # whether its weight has the input last
         self.anchored: dict[str, str] = {}  # one that writes to the stream: the norm that its sublayer reads
         self.stream: Tensor | slice = slice(None)  # the channels of the stream that stay
-        self.hidden = 0  # how many these are
         self.order: list[str] = []  # of the projections, as they run
 
     @property
     def norms(self) -> list[str]:
         """The norms whose input is the stream before a sublayer."""
         return list(dict.fromkeys(self.anchored.values()))
-
-    @property
-    def width(self) -> int:
-        """How many numbers of a token wait until all projections are fitted."""
-        return sum(map(len, self.rows.values())) + len(self.norms) * self.hidden
 
     def groups(self) -> list[list[str]]:
         """Return the projections that read the same, in the order in which they run."""
@@ -43,7 +37,6 @@ class LayerProjections:
     def of(cls, teacher: Architecture, student: Architecture, plan: Plan, old: int, new: int) -> "LayerProjections":
         """Return what is fitted of a layer of the teacher that stays."""
         made, sizes, keep = cls(), plan.before.at(old), plan.keep_at(old)
-        made.hidden = plan.after["hidden"]
         if "hidden" in keep:
             made.stream = keep["hidden"]
         own = [[norm for norm in norms if f".{old}." in norm] for norms in teacher.norms[:2]]

@@ -5,10 +5,9 @@ and the outputs the teacher's, so that a projection also makes up for the cuts b
 2504.02692; AA-SVD, 2604.02119).
 """
 
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,21 +17,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.checkpoint.checkpoint import require_space
 from hf_minitron.checkpoint.tensors import Tensors, tensors_of
 from hf_minitron.importance.projections import LayerProjections, name_in_student
-from hf_minitron.importance.streamed import LayerLoader, Spill, check_streamable, whole_name
+from hf_minitron.importance.streamed import LayerLoader, check_streamable, whole_name
 from hf_minitron.importance.taps import run_batch
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import RANKS, Plan
-from hf_minitron.probe import Visit, probe, submodule
+from hf_minitron.probe import Observer, Visit, probe, submodule
 from hf_minitron.pruning.reconstruction import RIDGE, change_of
 
 # Of how much the stream differs, what a projection takes over: of 0.5 and 1, text of other domains prefers the former.
 BETA = 0.5
-# What a model is run on, and the places of the tokens that fits are made of.
-Batch = tuple[Mapping[str, Tensor], Tensor]
-ENOUGH = 16_384  # tokens that every one of is read; of more, every fourth at least
+TOKENS = 16_384  # that fits are made of
 
 
 def sequential_least_squares(
@@ -40,19 +36,19 @@ def sequential_least_squares(
     student: PreTrainedModel | str | Path,
     plan: Plan,
     blocks: Dataset,
-    batch_size: int = 4,
+    tokens: int = TOKENS,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    state_bytes: int = 4_000_000_000,
     ridge: float = RIDGE,
     beta: float = BETA,
 ) -> None:
     """Fit the projections of a student, in place, to give what its teacher's give, from the inputs that the student has.
 
-    The layers of both pass through memory one at a time. Every projection is fitted on what it reads in the student, once those
-    before it are: q, k, v, then the output projection, gate and up, then down. A projection that writes to the residual stream
-    takes over, too, by how much the student's stream before it differs from the teacher's (RMS-norm models whose sublayers
-    are added as they are). Calibrate on text of several domains: what is fitted to one may cost others.
+    The layers of both pass through memory one at a time, each once, with all tokens. Every projection is fitted on what it
+    reads in the student, just before it runs there: q, k, v, then the output projection, gate and up, then down. One that
+    writes to the residual stream takes over, too, by how much the student's stream before it differs from the teacher's
+    (RMS-norm models whose sublayers are added as they are). Calibrate on text of several domains: what is fitted to one may
+    cost others.
 
     Args:
         teacher (`PreTrainedModel`, `str`, `Path` or `Tensors`): In memory, a folder, or its tensors.
@@ -60,10 +56,10 @@ def sequential_least_squares(
             `prune_checkpoint` has; its weights are overwritten.
         plan (`Plan`): What was kept.
         blocks (`Dataset`): Calibration text, `input_ids` of shape `(seq,)` per row, and `attention_mask` where rows are padded.
-        batch_size (`int`, *optional*, defaults to 4): Blocks per forward pass.
+        tokens (`int`, *optional*, defaults to 16,384): Of the text, in blocks evenly spaced. What a layer holds of all of them
+            is in memory at the same time: for Llama-3.1-8B in bfloat16 about 200 kB a token.
         dtype (`torch.dtype`, *optional*): In which the layers run; as the teacher's weights when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where they run.
-        state_bytes (`int`, *optional*, defaults to 4 GB): Memory for what waits between layers; the rest is spilled.
         ridge (`float`, *optional*, defaults to `RIDGE`): Weight of a projection's change beside its error, relative to the mean
             energy of an input.
         beta (`float`, *optional*, defaults to `BETA`): Share of the stream's difference that a projection takes over.
@@ -81,20 +77,14 @@ def sequential_least_squares(
     dense = tensors_of(teacher) if isinstance(teacher, PreTrainedModel | str | Path) else teacher
     pruned = tensors_of(student)
     check_sequential(dense.architecture, pruned.architecture, plan)
-    batches = _batches(blocks, batch_size)
     dtype = dtype or getattr(dense.architecture.config, "dtype", None) or torch.float32
     layers = [
         LayerProjections.of(dense.architecture, pruned.architecture, plan, old, new) for new, old in enumerate(plan.kept_layers)
     ]
-    waiting = sum(batch["input_ids"].numel() for batch, _ in batches) * (plan.before["hidden"] + plan.after["hidden"])
-    waiting += sum(len(places) for _, places in batches) * max(layer.width for layer in layers)
-    if (spilled := waiting * dtype.itemsize - state_bytes) > 0:
-        require_space(Path(tempfile.gettempdir()), spilled, "what waits between layers beyond state_bytes")
-    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
-        held = Spill(Path(folder), state_bytes)
-        loaders = [LayerLoader(tensors, dtype, torch.device(device)) for tensors in (dense, pruned)]
-        streams = [_Stream(side, loader, held) for side, loader in zip(("teacher", "student"), loaders, strict=True)]
-        _Sweep(*streams, layers, pruned, plan, batches, held, ridge, beta).run()
+    batch = _batch(blocks, tokens)
+    with torch.inference_mode():
+        streams = [_Stream(LayerLoader(tensors, dtype, torch.device(device)), batch) for tensors in (dense, pruned)]
+        _Sweep(*streams, layers, pruned, plan, ridge, beta).run()
 
 
 def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -> None:
@@ -115,37 +105,46 @@ def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -
                          "than the teacher's: leave sequential out")  # fmt: skip
 
 
-def _batches(blocks: Dataset, batch_size: int) -> list[Batch]:
-    """Return batches with the places of the tokens that fits are made of, all or every fourth."""
-    found = []
-    for batch in blocks.with_format("torch").iter(batch_size):
-        found.append((batch, batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().nonzero()[:, 0]))
-    every = min(4, max(1, sum(len(places) for _, places in found) // ENOUGH))
-    return [(batch, places[::every]) for batch, places in found]
+def _batch(blocks: Dataset, tokens: int) -> Mapping[str, Tensor]:
+    """Return blocks, evenly spaced, of as many tokens, at least one."""
+    count = min(len(blocks), max(1, tokens // len(blocks[0]["input_ids"])))
+    return blocks.select(torch.linspace(0, len(blocks) - 1, count).long().tolist()).with_format("torch")[:]
 
 
-class _Seen(Exception):
-    """All that a pass was for has been seen."""
-
-
-@dataclass(frozen=True)
 class _Stream:
-    """One of the two models, run layer by layer; between layers its states wait, a batch each."""
+    """One of the two models, run layer by layer on all tokens; between layers their states wait."""
 
-    side: str
-    loader: LayerLoader
-    held: Spill
+    def __init__(self, loader: LayerLoader, batch: Mapping[str, Tensor]):
+        self.loader, self.batch = loader, batch
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        self._places = mask.flatten().nonzero()[:, 0].to(loader.device)
+        self._states: Tensor | None = None  # before the next layer
 
-    def run(self, model: PreTrainedModel, layer: int, number: int, batch: Batch, seen: Sequence = ()) -> None:
-        """Run a batch through a model of one layer, from the states before it to those behind it."""
-        module, waiting = Architecture.of(model.config).taps("layers")[0][1], f"{self.side}-{number}"
+    def model_of(self, layer: int) -> PreTrainedModel:
+        """Return the model of one layer."""
+        return self.loader.model_of(layer, self.loader.read(layer))
+
+    def run(
+        self, model: PreTrainedModel, after: Iterable[tuple[str, Observer]] = (), before: Iterable[tuple[str, Observer]] = ()
+    ) -> None:
+        """Run a model of one layer from the states before it to those behind it."""
+        module = Architecture.of(model.config).taps("layers")[0][1]
 
         def leave(visit: Visit) -> None:
-            self.held[waiting] = visit.states
+            self._states = visit.states
 
-        before = [(module, lambda visit: self.held[waiting].to(visit.input.device))] if layer else []
-        with probe(model, [*seen, (module, leave)], before):
-            run_batch(model, batch[0], self.loader.device)
+        enter = [] if self._states is None else [(module, lambda visit: self._states)]
+        with probe(model, [*after, (module, leave)], [*enter, *before]):
+            run_batch(model, self.batch, self.loader.device)
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that count, `(tokens, size)`."""
+        return states.reshape(self.batch["input_ids"].numel(), -1)[self._places]
+
+    @property
+    def waiting(self) -> Tensor:
+        """The states of the tokens that count, before the next layer."""
+        return self.tokens(self._states)
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,6 @@ class _Sweep:
     layers: Sequence[LayerProjections]  # of the student
     tensors: Tensors  # the student's
     plan: Plan
-    batches: Sequence[Batch]
-    held: Spill
     ridge: float
     beta: float
 
@@ -169,77 +166,53 @@ class _Sweep:
             self._run_teacher(next(layers), LayerProjections())
         for new, old in enumerate(self.plan.kept_layers):
             place = self.layers[new]
-            self._run_teacher(next(layers), place)
+            wanted = self._run_teacher(next(layers), place)
             for _ in self.plan.dropped_after.get(old, ()):
                 self._run_teacher(next(layers), LayerProjections())
-            if place.anchored and old in self.plan.dropped_after:
-                self._take_over_dropped(place)
-            self._fit_layer(new, place)
+            if place.anchored and old in self.plan.dropped_after:  # the last that writes gives what they add, too
+                last = max(place.anchored, key=place.order.index)
+                wanted[last] = self.teacher.waiting[:, place.stream] - wanted[place.anchored[last]]
+            self._fit_layer(new, place, wanted)
             give_back_freed_memory()
         next(layers, None)
 
-    def _run_teacher(self, layer: int, place: LayerProjections) -> None:
-        """Run a layer of the teacher; keep what its projections give, and what its norms are given."""
-        model = self.teacher.loader.model_of(layer, self.teacher.loader.read(layer))
-        for number, batch in enumerate(self.batches):
+    def _run_teacher(self, layer: int, place: LayerProjections) -> dict[str, Tensor]:
+        """Run a layer of the teacher; return what its projections give, and what its norms are given, of what stays."""
+        wanted: dict[str, Tensor] = {}
 
-            def keep(visit: Visit, batch=batch, number=number) -> None:
-                if visit.name in place.norms:
-                    self.held[f"{visit.name}-{number}"] = _tokens(visit.input, batch, visit)[:, place.stream]
-                else:
-                    self.held[f"{visit.name}-{number}"] = _tokens(visit.states, batch, visit)[:, place.rows[visit.name]]
-                    if not number:
-                        place.order.append(visit.name)
+        def keep(visit: Visit) -> None:
+            if visit.name in place.norms:
+                wanted[visit.name] = self.teacher.tokens(visit.input)[:, place.stream]
+            else:
+                wanted[visit.name] = self.teacher.tokens(visit.states)[:, place.rows[visit.name]]
+                place.order.append(visit.name)
 
-            self.teacher.run(model, layer, number, batch, [(name, keep) for name in (*place.rows, *place.norms)])
+        self.teacher.run(self.teacher.model_of(layer), [(name, keep) for name in (*place.rows, *place.norms)])
+        return wanted
 
-    def _take_over_dropped(self, place: LayerProjections) -> None:
-        """Let the last projection that writes give what the dropped layers behind it add, too."""
-        last = max(place.anchored, key=place.order.index)
-        for number, batch in enumerate(self.batches):
-            after = self.held[f"{self.teacher.side}-{number}"].flatten(0, 1)[batch[1]][:, place.stream]
-            self.held[f"{last}-{number}"] = after - self.held[f"{place.anchored[last]}-{number}"]
+    def _fit_layer(self, new: int, place: LayerProjections, wanted: Mapping[str, Tensor]) -> None:
+        """Run a layer of the student; fit each group of projections just before the first of them runs."""
+        model = self.student.model_of(new)
+        streams: dict[str, Tensor] = {}
 
-    def _fit_layer(self, new: int, place: LayerProjections) -> None:
-        """Fit the projections of a layer of the student, in the order in which they run, and go on behind it."""
-        model = self.student.loader.model_of(new, self.student.loader.read(new))
-        for group in place.groups():
-            sums = [0.0, 0.0]
-            for number, batch in enumerate(self.batches):
-                given, lacking = self._read(model, new, place, group, number, batch)
-                sums = [sums[0] + given.T @ given, sums[1] + lacking.T @ given]
-            if sums[1].any():
-                tokens = sum(len(places) for _, places in self.batches)
-                self._change(model, new, place, group, change_of(sums[0] / tokens, sums[1] / tokens, self.ridge))
-        for number, batch in enumerate(self.batches):
-            self.student.run(model, new, number, batch)
-            for name in (*place.rows, *place.norms):
-                del self.held[f"{name}-{number}"]
-
-    def _read(
-        self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], number: int, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Run the student's layer as far as a group of projections; return their input and what lacks of their output."""
-        seen: dict[str, Visit] = {}
+        def fit(group: Sequence[str], visit: Visit) -> None:
+            given = self.student.tokens(visit.input).float()
+            crosses = []
+            for name in group:
+                # by `forward`, which calls no hooks: this is one
+                lacking = wanted[name].float() - self.student.tokens(submodule(model, name).forward(visit.input)).float()
+                if norm := place.anchored.get(name):
+                    differs = wanted[norm].float() - streams[norm].float()
+                    lacking += self.beta * differs / sum(other == norm for other in place.anchored.values())
+                crosses.append(lacking.T @ given / len(given))
+            if (cross := torch.cat(crosses)).any():
+                self._change(model, new, place, group, change_of(given.T @ given / len(given), cross, self.ridge))
 
         def see(visit: Visit) -> None:
-            seen[visit.name] = visit
-            if all(name in seen for name in group):
-                raise _Seen
+            streams[visit.name] = self.student.tokens(visit.input)
 
-        with suppress(_Seen):
-            self.student.run(model, new, number, batch, [(name, see) for name in (*group, *place.norms)])
-        lacking = []
-        for name in group:
-            visit = seen[name]
-            wanted = self.held[f"{name}-{number}"].to(visit.states.device, torch.float32)
-            if norm := place.anchored.get(name):
-                stream = self.held[f"{norm}-{number}"].to(wanted)
-                differs = stream - _tokens(seen[norm].input, batch, seen[norm]).float()
-                wanted = wanted + self.beta * differs / sum(other == norm for other in place.anchored.values())
-            lacking.append(wanted - _tokens(visit.states, batch, visit).float())
-        first = seen[group[0]]
-        return _tokens(first.input, batch, first).float(), torch.cat(lacking, 1)
+        before = [(group[0], partial(fit, group)) for group in place.groups()]
+        self.student.run(model, [(name, see) for name in place.norms], before)
 
     def _change(self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], change: Tensor) -> None:
         """Add a group's change to its weights, in the model at hand and in the student."""
@@ -251,8 +224,3 @@ class _Sweep:
             value = (stored.to(part) + part).to(stored.dtype)
             weight.copy_(value)
             self.tensors.write(self.tensors.architecture.weights[whole].name, value)
-
-
-def _tokens(states: Tensor, batch: Batch, visit: Visit) -> Tensor:
-    """Return the states of the tokens that count, `(tokens, size)`."""
-    return states.reshape(visit.batch[0] * visit.batch[1], -1)[batch[1].to(states.device)]

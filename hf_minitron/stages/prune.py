@@ -31,7 +31,7 @@ from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.checkpoint.tensors import CheckpointTensors
 from hf_minitron.importance.footprint import fits
 from hf_minitron.importance.residuals import read_residuals
-from hf_minitron.importance.sequential import check_sequential, sequential_least_squares
+from hf_minitron.importance.sequential import TOKENS, check_sequential, sequential_least_squares
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import check_names
@@ -173,7 +173,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
     if not args.sequential:
         return {"prune": 1}
-    return {"prune": 1, "read": SWEEP * arguments(run.section("score"), "score", ScoreArgs).tokens}
+    return {"prune": 1, "read": SWEEP * min(arguments(run.section("score"), "score", ScoreArgs).tokens, TOKENS)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -202,11 +202,10 @@ def run(args: Args, run: Run, out: Path) -> None:
 
 def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
     """Fit a student's projections again, on the text that was scored."""
-    scoring, device = arguments(run.section("score"), "score", ScoreArgs), best_device()
+    device = best_device()
     blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
     source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
-    how = (scoring.batch_size, best_dtype(device), device, scoring.state_bytes)
-    sequential_least_squares(source, student, plan, blocks, *how)
+    sequential_least_squares(source, student, plan, blocks, dtype=best_dtype(device), device=device)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:
