@@ -13,33 +13,26 @@ COLORS = {"published": plots.BEFORE, "uniform": plots.AFTER, "nonuniform": plots
 
 
 def race_block(found: dict) -> str:
-    """Return the race's answer: a sentence for every size and budget, the table, the curves."""
+    """Return the race's answer: the table, the curves, what both were chosen from, and where ours is worst."""
     points = {(row["size"], row["shape"], row["budget"]): row for row in found["curves"] if row["text"] == FIRST_TEXT}
     least: dict[tuple[str, str], int] = {}
     for size, shape, budget in sorted(points):
         least.setdefault((size, shape), budget)
-    needed = {(row["size"], row["shape"], row["budget"]): tokens_needed(row, least[row["size"], row["shape"]])
-              for row in found["rows"]}  # fmt: skip
-    rows = [["size", "tokens", "seeds", "published", "uniform", "of its tokens", "nonuniform", "of its tokens", "worst text"]]
-    asked = {(row["size"], row["budget"]) for row in found["rows"]}
-    for size, budget in sorted(asked, key=lambda pair: (-millions(pair[0]), pair[1])):
-        cells = [perplexity_of(points.get((size, "published", budget)))]
-        for shape in ("uniform", "nonuniform"):
-            cells += [perplexity_of(points.get((size, shape, budget))), needed.get((size, shape, budget), "")]
-        seeds = points[size, "published", budget]["seeds"]
-        rows.append([size.upper(), f"{budget:,}", str(seeds), *cells, worst_text(found["equal_tokens"], size, budget)])
-    said = [f"At {row['size'].upper()} and {row['budget']:,} tokens, a {row['shape']} student of ours needs "
-            f"{needed[row['size'], row['shape'], row['budget']]} of the published recipe's tokens for its perplexity."
-            for row in found["rows"]]  # fmt: skip
+    rows = [["published recipe", "its perplexity", "ours", "perplexity", "tokens ours needs for that"]]
+    for row in sorted(found["rows"], key=lambda row: (-millions(row["size"]), row["budget"], row["shape"] != "uniform")):
+        size, shape, budget = (row[key] for key in ("size", "shape", "budget"))
+        seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
+        published, ours = (perplexity_of(points.get((size, of, budget))) for of in ("published", shape))
+        rows.append(
+            [f"{size.upper()}, {budget:,} tokens{seeds}", published, shape, ours, tokens_needed(row, least[size, shape])]
+        )
     return "\n\n".join(
         [
-            "\n".join(f"- {sentence}" for sentence in said),
             markdown_table(rows),
             "![Perplexity against tokens](benchmarks/results/race.png)",
-            f"Perplexity on {FIRST_TEXT}, with 95 % intervals over documents and seeds; *of its tokens*: the share of the "
-            "published recipe's tokens with which ours is as good; *worst text*: the highest ratio of ours to the published "
-            "recipe's perplexity at equal tokens, on any of the texts. Every recipe's width and learning rate were chosen on a "
-            f"validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
+            f"Perplexity on {FIRST_TEXT}; the last column is a share of the published recipe's tokens, with 95 % intervals "
+            f"over documents and seeds. {worst_text(found['equal_tokens'])} Every recipe's width (hidden x ffn) and learning rate "
+            f"were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
             f"{found['environment']['hardware']}.",
         ]
     )
@@ -70,8 +63,8 @@ def millions(size: str) -> int:
 
 
 def perplexity_of(point: dict | None) -> str:
-    """Return a point's perplexity with its interval; nothing where it was not measured."""
-    return "" if point is None else f"{point['perplexity']:.1f} ({point['low']:.1f} to {point['high']:.1f})"
+    """Return a point's perplexity; nothing where it was not measured."""
+    return "" if point is None else f"{point['perplexity']:.1f}"
 
 
 def tokens_needed(row: dict, least: int) -> str:
@@ -82,15 +75,14 @@ def tokens_needed(row: dict, least: int) -> str:
     return f"{ends[0]} ({ends[1]} to {ends[2]})" if row["fraction"] is not None else ends[0]
 
 
-def worst_text(ratios: list[dict], size: str, budget: int) -> str:
-    """Return where each shape of ours is worst beside the published recipe at equal tokens."""
-    found = []
-    for shape in ("uniform", "nonuniform"):
-        of = [row for row in ratios if (row["size"], row["budget"], row["shape"]) == (size, budget, shape)]
-        if of:
-            worst = max(of, key=lambda row: row["ratio"])
-            found.append(f"{shape} {worst['ratio']:.2f} ({worst['text']})")
-    return ", ".join(found)
+def worst_text(ratios: list[dict]) -> str:
+    """Say where ours is worst beside the published recipe at equal tokens."""
+    if not ratios:
+        return ""
+    worst = max(ratios, key=lambda row: row["ratio"])
+    texts = len({row["text"] for row in ratios})
+    where = f"{worst['text']}, {worst['size'].upper()}, {worst['budget']:,} tokens, {worst['shape']}"
+    return f"With equal tokens ours has at most {worst['ratio']:.2f} of its perplexity on any of {texts} texts ({where})."
 
 
 def plot_race(found: dict, path: Path) -> None:

@@ -226,7 +226,8 @@ def test_the_page_says_what_the_rows_say():
                                            ("nonuniform", 300, 91.5))]  # fmt: skip
     rows = [{**facts, "shape": "uniform", "fraction": 0.6, "low": 0.5, "high": None},
             {**facts, "shape": "nonuniform", "fraction": 300 / 900, "low": 300 / 900, "high": 0.4}]  # fmt: skip
-    ratios = [{**facts, "shape": "uniform", "text": text, "ratio": ratio} for text, ratio in (("c4_2", 0.98), ("code", 1.12))]
+    ratios = [{**facts, "shape": "uniform", "text": text, "ratio": ratio, "low": 0.9, "high": 1.2}
+              for text, ratio in (("c4_2", 0.98), ("code", 1.12))]  # fmt: skip
     tried = [{"size": "100m", "shape": shape, "width": width, "setting": "3e-4", "chosen": chosen}
              for shape, width, chosen in (("uniform", "504x1152", False), ("uniform", "576x864", True),
                                           ("nonuniform", "nonuniform", True))]  # fmt: skip
@@ -234,13 +235,15 @@ def test_the_page_says_what_the_rows_say():
              "tried": tried}  # fmt: skip
     page = race_page.race_block(found)
     for words in (
-        "At 100M and 900 tokens, a uniform student of ours needs 0.60 (0.50 to more than was measured) of the published",
-        "nonuniform student of ours needs at most 0.33 (up to 0.40) of the",
-        "97.5 (90.0 to 99.0)",
-        "uniform 1.12 (code)",
+        "0.60 (0.50 to more than was measured)",
+        "at most 0.33 (up to 0.40)",
+        "ours has at most 1.12 of its perplexity on any of 2 texts (code, 100M, 900 tokens, uniform)",
         "100M uniform 576x864 at 3e-4; 100M nonuniform at 3e-4. 2.0 hours so far",
     ):
         assert words in page, page
+    first, second = ([cell.strip() for cell in row.split("|")] for row in page.splitlines()[2:4])
+    assert first[1:5] == ["100M, 900 tokens", "97.5", "uniform", "95.5"]
+    assert second[3:5] == ["nonuniform", ""], "not measured with as many tokens"
 
 
 def test_widths_stand_beside_each_other():
