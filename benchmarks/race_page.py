@@ -31,8 +31,8 @@ def race_block(found: dict) -> str:
             markdown_table(rows),
             "![Perplexity against tokens](benchmarks/results/race.png)",
             f"Perplexity on {FIRST_TEXT}; the last column is a share of the published recipe's tokens, with 95 % intervals "
-            f"over documents and seeds. {worst_text(found['equal_tokens'])} Every recipe's width (hidden x ffn) and learning rate "
-            f"were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
+            f"over documents and seeds. {worst_text(found['equal_tokens'])} Every recipe's width (hidden x ffn) and learning "
+            f"rate were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
             f"{found['environment']['hardware']}.",
         ]
     )

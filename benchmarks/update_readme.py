@@ -134,17 +134,6 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
     return "\n\n".join(parts)
 
 
-def short_block(sizes: dict[str, tuple[Report, int]]) -> str:
-    """Return what the README says of the models: a sentence for every size, and the curves of the first."""
-    said = []
-    for size, (report, tokens) in sizes.items():
-        value = {name: report.value(name, "perplexity") for name in ("teacher", "published", "distilled", "nonuniform-third")}
-        said.append(f"- **{size.upper()}, {tokens:,} tokens**: perplexity {value['published']:.1f} by the published recipe, "
-                    f"{value['distilled']:.1f} by ours; layers of different sizes reach {value['nonuniform-third']:.1f} with a "
-                    f"third of the tokens (teacher {value['teacher']:.1f}).")  # fmt: skip
-    return "\n".join(said) + f"\n\n![Distillation losses](benchmarks/results/models/{next(iter(sizes))}.png)"
-
-
 def asked(report: Report) -> list[Comparison]:
     """Return the comparisons by perplexity that answer the README's questions."""
     pairs = [("published", "distilled"), ("ours-third", "published"), ("nonuniform-third", "published")]
@@ -216,7 +205,7 @@ def main() -> None:
     cards = {path.stem: ROOT / f"model_cards/smollm2-135m-{path.stem}/report.json" for path in sorted(MODELS.glob("*.json"))}
     tokens = {size: json.loads((MODELS / f"{size}.json").read_text())["tokens"] for size in cards}
     models = {size: (Report.load(path), tokens[size]) for size, path in cards.items()}
-    blocks |= {"models": models_block(models), "short": short_block(models)}
+    blocks["models"] = models_block(models)
     recipe, kept = ROOT / "recipes" / run.name, ROOT / "model_cards" / run.name
     if run.is_dir():
         for name in ("loss.png", "shapes.png"):
