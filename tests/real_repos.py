@@ -187,10 +187,32 @@ def piqa(folder):
         write_parquet(folder / f"piqa_{split}.parquet", rows, features)  # and no card
 
 
+KWARGS = ("num_highlights", "relation", "num_words", "num_placeholders", "num_bullets", "keywords", "language", "end_phrase")
+
+
+def ifeval(folder):
+    """Rows of prompts with their instructions; every instruction has all arguments, most of them null."""
+    asked = [
+        ("Write about a river without commas.", {"punctuation:no_comma": {}}),
+        ("Write at least three words about a bridge, without commas.",
+         {"length_constraints:number_words": {"num_words": 3, "relation": "at least"}, "punctuation:no_comma": {}}),
+        ("Write about an engine with the word planet, in no capital letters, and without commas.",
+         {"keywords:existence": {"keywords": ["planet"]}, "change_case:english_lowercase": {}, "punctuation:no_comma": {}}),
+    ]  # fmt: skip
+    rows = [
+        {"key": 1000 + number, "prompt": prompt, "instruction_id_list": list(instructions),
+         "kwargs": [dict.fromkeys(KWARGS) | kwargs for kwargs in instructions.values()]}
+        for number, (prompt, instructions) in enumerate(asked)
+    ]  # fmt: skip
+    (folder / "ifeval_input_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_card(folder, license="apache-2.0", task_categories=["text-generation"], language=["en"], pretty_name="IFEval")
+
+
 DATASETS = {
     "HuggingFaceFW/fineweb-edu": fineweb_edu, "allenai/c4": c4, "NeelNanda/c4-10k": c4_10k, "Salesforce/wikitext": wikitext,
     "OptimalScale/ClimbMix": climbmix, "HuggingFaceH4/ultrachat_200k": ultrachat, "allenai/winogrande": winogrande,
     "openai/gsm8k": gsm8k, "allenai/ai2_arc": arc, "baber/piqa": piqa,
+    "google/IFEval": ifeval,
 }  # fmt: skip
 
 # Models

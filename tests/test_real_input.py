@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import datasets
 import huggingface_hub
@@ -10,14 +12,19 @@ import lm_eval
 import pytest
 import real_repos
 import tiny
+import torch
 import yaml
 from hub_server import hub_server, use
+from test_export import with_chat
+from tiny_tokenizers import ALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
 from hf_minitron.data.packing import check_first_block
 from hf_minitron.data.texts import load_text
 from hf_minitron.evaluation import task_data, tasks
+from hf_minitron.evaluation.report import Report
+from hf_minitron.hub import card
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 TARGETS = ("hidden", "ffn", "layers", "heads", "experts")
@@ -33,7 +40,8 @@ def real_hub(tmp_path_factory):
             write(repos / name)
             server.add_folder(f"datasets/{name}", repos / name)
         use(server, patch, tmp_path_factory.mktemp("cache"))
-        folders = tuple(str(Path(lm_eval.__file__).parent / "tasks" / name) for name in ("winogrande", "gsm8k", "arc", "piqa"))
+        known = ("winogrande", "gsm8k", "arc", "piqa", "ifeval")
+        folders = tuple(str(Path(lm_eval.__file__).parent / "tasks" / name) for name in known)
         real = tasks._task_manager  # lm-eval's own files, but not all 14,000 of them
         patch.setattr(tasks, "_task_manager", lambda own, include_defaults: real(folders + own, include_defaults=False))
         server.folder = repos
@@ -148,6 +156,62 @@ def test_offline_the_data_of_tasks_must_be_in_the_cache(real_hub, tmp_path, monk
     tasks.Tasks.find(["cached"], tmp_path / "tasks").check()
     with pytest.raises(ValueError, match="absent cannot be run: data set baber/piqa: .*HF_HUB_OFFLINE is set, .* load it once"):
         tasks.Tasks.find(["absent"], tmp_path / "tasks").check()
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has not imported IFEval's code yet, and whose nltk has a folder of its own."""
+    for name in [name for name in sys.modules if "ifeval" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_ifeval_in_the_chat_template_is_measured_as_the_data_set_that_it_is(real_hub, fresh):
+    for package in ("langdetect", "immutabledict"):
+        pytest.importorskip(package, reason='pip install "lm-eval[ifeval]"')
+    (fresh / "tokenizers/punkt_tab").mkdir(parents=True)  # no instruction of ours counts sentences
+    chosen = tasks.Tasks.find(["ifeval"], chat_template=True)
+    chosen.check()
+    tokenizer = with_chat(ALL["byte_level"])
+    model = tiny.model(dtype=torch.float32, vocab_size=len(tokenizer), max_position_embeddings=1536)
+    entries, records = tasks.run_tasks(model, tokenizer, chosen, name="distilled")
+    metrics = {entry.metric: entry for entry in entries}
+    assert set(metrics) == {f"{of}_level_{how}_acc" for of in ("prompt", "inst") for how in ("strict", "loose")}
+    for metric, entry in metrics.items():
+        assert entry.dataset == ("google/IFEval", None, "train"), metric
+        assert entry.aggregation == "mean", metric
+        assert entry.stderr is not None, metric
+        assert entry.n == 3, metric
+    weights = {row["doc"]: row["weight"] for row in records if row["metric"] == "inst_level_strict_acc"}
+    assert weights == {0: 1, 1: 2, 2: 3}, "instructions of a prompt"
+    results = card._eval_results(Report({"distilled": {}}, entries))
+    assert {(result.dataset_type, result.dataset_split) for result in results} == {("google/IFEval", "train")}
+    assert all("stderr" in result.metric_args for result in results)
+
+
+def test_answers_longer_than_a_models_positions_are_told_before_anything_slow(real_hub):
+    chosen = tasks.Tasks.find(["ifeval"])
+    with pytest.raises(ValueError, match="ifeval lets models write 1280 tokens, and teacher has 512 positions: leave it"):
+        chosen.check_positions("teacher", 512)
+    chosen.check_positions("teacher", 2048)
+    chosen.check_positions("teacher", None)
+
+
+def test_a_missing_package_of_a_task_is_told_with_the_command_that_installs_it(real_hub, fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(ValueError) as raised:
+        tasks.Tasks.find(["ifeval"]).check()
+    assert str(raised.value) == 'tasks: ifeval needs the package langdetect: pip install "lm-eval[ifeval]"'
+
+
+def test_what_nltk_cannot_fetch_is_told(real_hub, fresh, monkeypatch):
+    for package in ("langdetect", "immutabledict"):
+        monkeypatch.setitem(sys.modules, package, MagicMock())
+    monkeypatch.setattr("nltk.download", lambda *args, **kwargs: False)
+    with pytest.raises(ValueError, match="^tasks: ifeval cannot be run: .*nltk's punkt_tab cannot be fetched: python -m nltk"):
+        tasks.Tasks.find(["ifeval"]).check()
 
 
 # Recipes

@@ -1,10 +1,12 @@
 """Whether the data of lm-eval's tasks can be had and fits them: its first rows are looked at before anything slow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import metadata, requires
 from unittest.mock import patch
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from packaging.requirements import Requirement
 
 from hf_minitron.errors import one_line
 
@@ -48,6 +50,37 @@ def _first(rows: IterableDataset) -> Dataset:
     return Dataset.from_list(list(rows.take(FIRST_ROWS)), features=rows.features)
 
 
+def _download(fetch: Callable[..., bool]) -> Callable[..., bool]:
+    """Return `nltk.download` that raises where it would only say that it has failed."""
+
+    def download(resource: str, *args, **kwargs) -> bool:
+        if not fetch(resource, *args, **kwargs | {"quiet": True}):
+            raise _NoData(f"nltk's {resource} cannot be fetched: python -m nltk.downloader {resource} on a machine with a "
+                          "network, and copy ~/nltk_data here")  # fmt: skip
+        return True
+
+    return download
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _install(task: str, module: str) -> str:
+    """Say how to install a missing package: with lm-eval's extra that has it, that of the task before others."""
+    needs = [requirement for requirement in map(Requirement, requires("lm_eval")) if requirement.marker]
+    extras = [
+        extra
+        for extra in metadata("lm_eval").get_all("Provides-Extra") or ()
+        if any(need.name.lower() == module.lower() and need.marker.evaluate({"extra": extra}) for need in needs)
+    ]
+    extras.sort(key=lambda extra: not task.startswith(extra))
+    return f'pip install "lm-eval[{extras[0]}]"' if extras else f"pip install {module}"
+
+
 def check_data(name: str, load: Callable[[], Mapping], key: str = "tasks") -> None:
     """Make the first question of every task that a name stands for, as lm-eval will. Offline, the data must be in the cache.
 
@@ -57,16 +90,23 @@ def check_data(name: str, load: Callable[[], Mapping], key: str = "tasks") -> No
         key (`str`, *optional*, defaults to `"tasks"`): What errors call it.
 
     Raises:
-        ValueError: naming the task, its data set and what to do.
+        ValueError: naming the task, its data set or its missing package, and what to do.
     """
+    import nltk  # as slow as lm-eval, which needs it
+
     for whole in (False, True):  # a task that picks its rows, by a subject or a number, may want none of the first
         loader = _Loader(whole)
         try:
-            with patch.object(datasets, "load_dataset", loader):
+            with patch.object(datasets, "load_dataset", loader), patch.object(nltk, "download", _download(nltk.download)):
                 return _first_questions(load())
         except Exception as error:  # of lm-eval, of the data, or of the task's own functions
-            if whole or isinstance(error, _NoData):
-                said = one_line(error if isinstance(error, _NoData) else error.__cause__ or error)
+            causes = list(_chain(error))
+            if missing := next((cause.name for cause in causes if isinstance(cause, ModuleNotFoundError) and cause.name), None):
+                package = missing.partition(".")[0]
+                raise ValueError(f"{key}: {name} needs the package {package}: {_install(name, package)}") from error
+            none = next((cause for cause in causes if isinstance(cause, _NoData)), None)
+            if whole or none:
+                said = one_line(none or error.__cause__ or error)
                 raise ValueError(f"{key}: {name} cannot be run: data set {loader.asked}: {said}") from error
 
 

@@ -59,7 +59,7 @@ def _metrics(metrics: Mapping) -> Iterator[tuple[str, float, float | None]]:
 
 
 def _with_samples(entry: Entry, samples: Mapping[tuple[str, int], tuple[float, float]]) -> Entry:
-    """Add aggregation and interval where the value is some aggregation of its samples."""
+    """Add aggregation and interval where the value is some aggregation of its samples, and the error that lm-eval lacks."""
     rows = np.array(list(samples.values()), dtype=float)
     if len(rows) == 0 or not rows[:, 1].sum() > 0:
         return entry
@@ -68,17 +68,23 @@ def _with_samples(entry: Entry, samples: Mapping[tuple[str, int], tuple[float, f
     fits = [name for name, value in ways.items() if np.isclose(value, entry.value, rtol=1e-6, atol=1e-12)]
     if not fits:
         return entry
-    return replace(entry, aggregation=fits[0], interval=estimate(rows, fits[0])[2])
+    _, stderr, interval = estimate(rows, fits[0])
+    return replace(entry, aggregation=fits[0], interval=interval, stderr=stderr if entry.stderr is None else entry.stderr)
 
 
 def records_of(results: Mapping) -> list[dict]:
-    """Return the samples' numbers: scores weigh one, pairs are a sum of log-likelihoods and what it is to be divided by."""
+    """Return the samples' numbers, as a sum and what it is to be divided by.
+
+    A score weighs one, a pair says both, and of a list of truths (IFEval's instructions of a prompt) it is their number.
+    """
     records: dict[tuple, dict] = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             for metric in sample["metrics"]:
                 value, key = sample[metric], (task, sample["doc_id"], metric)
                 pair = value if isinstance(value, tuple | list) else (value, 1)
+                if isinstance(value, list) and value and all(isinstance(truth, bool | np.bool_) for truth in value):
+                    pair = (sum(value), len(value))
                 numbers = len(pair) == 2 and all(isinstance(n, int | float | np.number | np.bool_) for n in pair)
                 if numbers and key not in records:  # of several filters the first counts
                     records[key] = dict(zip(("task", "doc", "metric"), key, strict=True))

@@ -99,6 +99,23 @@ class Tasks:
                                      "leave one of them out")  # fmt: skip
             check_data(task, lambda task=task: task_manager(self.include_paths, [task]).load([task])["tasks"], key)
 
+    def check_positions(self, model: str, longest: int | None) -> None:
+        """Refuse tasks whose answers are longer than a model's positions, which lm-eval would find out after all other stages.
+
+        Args:
+            model (`str`): What errors call the model.
+            longest (`int`, *optional*): Its positions; any number when left out.
+
+        Raises:
+            ValueError: naming the task and both numbers.
+        """
+        for task in self.names:
+            for content in leaves(task, self.include_paths):
+                tokens = (content.get("generation_kwargs") or {}).get("max_gen_toks") or 0
+                if longest is not None and tokens >= longest:
+                    raise ValueError(f"tasks: {content.get('task') or task} lets models write {tokens} tokens, and {model} has "
+                                     f"{longest} positions: leave it out")  # fmt: skip
+
 
 def entries_of(task: str, folders: Sequence[str | Path]) -> Iterator[Any]:
     """Yield the entry of lm-eval's index of a task, or of a group or a tag and all that it stands for."""

@@ -88,7 +88,8 @@ def check(args: Args, run: Run) -> None:
     check_folder(args.include_path)
     settings = _task_settings(args)
     settings["chat_template"] &= bool(args.tasks or not args.prompts)  # it is of prompts, too
-    Tasks.find(args.tasks, args.include_path, **settings).check()
+    chosen = Tasks.find(args.tasks, args.include_path, **settings)
+    chosen.check()
     processes = PartialState().num_processes
     if not args.tensor_parallel and args.tasks:
         splits_evenly(args.limit, processes)
@@ -102,8 +103,10 @@ def check(args: Args, run: Run) -> None:
         config = check_model(source, args.block_size, args.chat_template and bool(args.tasks or args.prompts))
         if args.add_bos_token:
             adds_bos_token(AutoTokenizer.from_pretrained(source), True)
+        positions = getattr(text_config(config), "max_position_embeddings", None)
+        chosen.check_positions(name, positions)
         if speed and name in _timed(args):
-            speed.check(getattr(text_config(config), "max_position_embeddings", None), name)
+            speed.check(positions, name)
         if args.tensor_parallel:
             check_tensor_parallel(config, processes)
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
