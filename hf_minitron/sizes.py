@@ -1,6 +1,7 @@
 """Sizes of axes: which axes there are, what groups of heads and routers need, and sizes that differ from layer to layer."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 # The axes of the vocabulary, in the order in which they are shown. `ffn` is the inner width of the MLP, of every routed expert
@@ -19,6 +20,12 @@ GROUPS = {"heads": ("kv_heads", "KV"), "ssm_heads": ("ssm_groups", "SSM")}
 # Axes whose size may differ from layer to layer: those of each sublayer, by the axis that is 0 where it is absent.
 SIZES_OF = {"heads": ("heads", "kv_heads"), "ffn": ("ffn",)}
 BY_LAYER = tuple(axis for sizes in SIZES_OF.values() for axis in sizes)
+
+# What the rows of a matrix divide by in quantized formats, and what a format does with others.
+QUANTIZED = {
+    32: "cannot be quantized to GGUF's Q8_0 and K-quants or by MLX",
+    256: "cannot be a K-quant of GGUF (Q4_K_M takes Q5_0 in its place)",
+}
 
 LayerSizes = Mapping[str, Sequence[int]]
 
@@ -86,6 +93,20 @@ def divisor_problems(axis: str, size: int, most: int, divisor: int) -> list[str]
         return []
     near = sorted({n for n in (size // divisor * divisor, -(-size // divisor) * divisor) if 0 < n <= most})
     return [f"{axis}: {size} is not a multiple of {divisor}; nearest: {', '.join(map(str, near))} (or change multiple_of)"]
+
+
+def not_quantized(size: int, unit: int, most: float = math.inf) -> str:
+    """Say what quantized formats do with a size that one of `QUANTIZED` does not divide, and which sizes near it do.
+
+    Example:
+
+    ```python
+    >>> not_quantized(504, 256)[-16:]
+    ' take 256 or 512'
+    ```
+    """
+    near = " or ".join(str(n) for n in (size // unit * unit, size // unit * unit + unit) if 0 < n <= most)
+    return f"{size} does not divide by {unit}, so weights with rows of it {QUANTIZED[unit]}: take {near}"
 
 
 def expert_problems(sizes: Mapping[str, int]) -> list[str]:

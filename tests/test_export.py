@@ -301,7 +301,7 @@ def test_mlx_loads_a_stock_student_as_it_is(tmp_path):
     ("config", "formats", "types", "message"),
     [
         ({"model_type": "bloom", "head_dim": None}, ["gguf"], ["F16"], "of type 'bloom'; of arcee"),
-        ({"hidden_size": 40}, ["gguf"], ["F16", "Q8_0"], "Q8_0: hidden is 40, which does not divide by 32"),
+        ({"hidden_size": 40}, ["gguf"], ["F16", "Q8_0"], "Q8_0: hidden: 40 does not divide by 32"),
         ({"hidden_act": "gelu"}, ["gguf"], ["F16"], "hidden_act is 'gelu', and llama.cpp's 'llama' has 'silu' only"),
         ({"rope_parameters": {**ROPE["linear"], "rope_type": "dynamic"}}, ["gguf"], ["F16"], "rope_type 'dynamic'"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 9}, ["gguf"], ["F16"], "query_pre_attn_scalar is 9"),
@@ -381,7 +381,7 @@ def test_the_command_exports_a_folder(tmp_path, capsys, monkeypatch):
 def test_the_command_refuses_in_one_line_before_it_begins(tmp_path, capsys):
     saved(tmp_path / "small", made(hidden_size=40))
     assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--output", str(tmp_path / "out")]) == 1
-    assert "hidden is 40, which does not divide by 32" in capsys.readouterr().err
+    assert "hidden: 40 does not divide by 32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -414,7 +414,7 @@ def test_publish_exports_beside_the_model(recipe, tmp_path):
 
 def test_a_size_that_cannot_be_quantized_is_refused_before_the_run_begins(recipe, tmp_path, capsys):
     assert main(["run", str(recipe), "--prune.target.hidden", "40"]) == 1
-    assert "export: Q8_0: hidden is 40, which does not divide by 32" in capsys.readouterr().err
+    assert "export: Q8_0: hidden: 40 does not divide by 32" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "small one" / "score").exists()
 
 

@@ -19,6 +19,7 @@ from hf_minitron.checkpoint.checkpoint import Checkpoint, check_finite, require_
 from hf_minitron.export.gguf_tokenizer import tokenizer_metadata
 from hf_minitron.export.layouts import KEYS, LAYER_KEYS, LAYOUTS, NONUNIFORM, NONUNIFORM_TYPES, Layout
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
+from hf_minitron.sizes import not_quantized
 
 BLOCK = 32  # numbers that share a scale in Q8_0, and at least in every other quantized type
 OTHERWISE = "llama.cpp's own convert_hf_to_gguf.py may take it"
@@ -77,8 +78,7 @@ def quantizable(config: PreTrainedConfig) -> str | None:
     """Say why a model cannot be quantized to GGUF types: its hidden size fits no block; `None` when it can be."""
     if config.hidden_size % BLOCK == 0:
         return None
-    return (f"hidden is {config.hidden_size}, which does not divide by {BLOCK}, so weights that read it cannot be quantized: "
-            f"cut to a multiple of {BLOCK}, better of 256")  # fmt: skip
+    return f"hidden: {not_quantized(config.hidden_size, BLOCK)}"
 
 
 def write_gguf(folder: Path, path: Path, name: str, kind: str = "F16") -> None:

@@ -115,9 +115,8 @@ def check(args: Args, run: Run) -> None:
     full, after, _ = shapes(args, run.model)
     check_effects(args, run.model, full, after)
     if args.sequential:
-        if uses_rotation(args):
-            raise ValueError("sequential: not for a rotated student, whose stream has another basis: leave rotation out")
-        check_sequential(teacher(run.model, args.dequantize), student(args, run.model), stand_in(full, after))
+        plan = replace(stand_in(full, after), rotated=uses_rotation(args))
+        check_sequential(teacher(run.model, args.dequantize), student(args, run.model), plan)
     rows, device = student_rows(args, run.model), best_device()
     check_layers_target(run.section("score"), full["layers"], args.target.get("layers", after["layers"]))
     folder = resolve(run.model)

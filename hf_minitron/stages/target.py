@@ -10,14 +10,9 @@ from hf_minitron.plan import stand_in
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
-from hf_minitron.sizes import CUTTABLE, SIZES_OF
+from hf_minitron.sizes import CUTTABLE, QUANTIZED, SIZES_OF, not_quantized
 
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
-# What the rows of a matrix divide by in quantized formats, and what a format does with others.
-QUANTIZED = {
-    32: "cannot be quantized to GGUF's Q8_0 and K-quants or by MLX",
-    256: "cannot be a K-quant of GGUF (Q4_K_M takes Q5_0 in its place)",
-}
 
 
 @dataclass(frozen=True)
@@ -121,10 +116,7 @@ def unquantizable(before: Shape, after: Shape) -> dict[str, str]:
     for axis in [axis for axis in MULTIPLE_OF if axis in before.axes]:
         unit = next((unit for unit in QUANTIZED if before[axis] % unit == 0 and after[axis] % unit), None)
         if unit:
-            near = " or ".join(
-                str(n) for n in (after[axis] // unit * unit, after[axis] // unit * unit + unit) if 0 < n <= before[axis]
-            )
-            found[axis] = f"{after[axis]} does not divide by {unit}, so weights with rows of it {QUANTIZED[unit]}: take {near}"
+            found[axis] = not_quantized(after[axis], unit, before[axis])
     return found
 
 
