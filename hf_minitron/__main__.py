@@ -23,7 +23,7 @@ INTRO = """\
 Make a large language model small the Minitron way: score what matters in it, prune the rest, distill the big one into the
 small one, evaluate both, publish the result. A recipe (a YAML file with one section per stage) says how.
 
-  hf-minitron init owner/model --keep 50%      write a short recipe for a model, from its config.json alone
+  hf-minitron init owner/model --keep 50%      write a short recipe for a base or instruct model, without its weights
   hf-minitron plan recipe.yaml      what it costs: sizes, memory of every stage, tokens, hours (no weights read)
   hf-minitron plan recipe.yaml --gpus 8 --gpu-memory 80GB      and whether it fits, and what to change
   hf-minitron run recipe.yaml       all stages; finished ones are skipped, an interrupted one goes on
@@ -174,13 +174,15 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gpus", type=int, default=1, help="how many GPUs it shall run on (default 1)")
-    verb.add_argument("--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether stages fit")
+    verb.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether stages fit (init: 80GB when left out)"
+    )
 
 
 def _add_draft(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", help="a folder or a Hub id")
     verb.add_argument("--keep", default="50%", metavar="SHARE", help="of the parameters (default 50%%)")
-    verb.add_argument("--text", metavar="DATASET", help="training text: files, or a dataset's Hub id")
+    verb.add_argument("--text", metavar="DATASET", help="training text or chats: files, or a dataset's Hub id")
     verb.add_argument("--output", type=Path, default=Path("recipe.yaml"), help="where to write it (default recipe.yaml)")
 
 

@@ -19,7 +19,8 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machi
 PICTURES = ("differences.png", "shapes.png", "kept.png", "loss.png")  # as they come
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth,
   [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor,
-  (window.scrollTo(0, 700), window.scrollY), document.querySelector("aside").getBoundingClientRect().top].join("|")
+  (window.scrollTo(0, 700), window.scrollY), document.querySelector("aside").getBoundingClientRect().top,
+  Math.max(...[...document.querySelectorAll(".wide tr > :first-child")].map(cell => cell.clientHeight))].join("|")
 </script></body>"""
 
 
@@ -129,9 +130,10 @@ def test_nothing_sticks_out_and_all_pictures_are_there(page, tmp_path, width):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user", "--dump-dom",
                f"--window-size={width},900", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found, pictures, background, scrolled, top = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
+    found, pictures, background, scrolled, top, tallest = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
     assert int(found) <= width
     assert (float(scrolled), float(top)) == (700, 0), "the summary stays in view"
+    assert float(tallest) < 120, "no column is so narrow that its words stand letter by letter"
     assert background == "rgb(255, 255, 255)"
     widths = [image.imread(page.parent / "publish/model" / name).shape[1] for name in PICTURES]
     assert pictures == ",".join(map(str, widths))
