@@ -140,6 +140,7 @@ def plot_differences(comparisons: Mapping[str, Comparison], path: Path) -> None:
         axes.set_yticks(range(len(comparisons)), reversed(comparisons))
         axes.set_ylim(-0.6, len(comparisons) - 0.3)
         axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))  # more would touch each other
         axes.xaxis.set_major_formatter("{x:+.0f} %")
         axes.set_xlabel("difference from the teacher")
         axes.spines["left"].set_visible(False)
