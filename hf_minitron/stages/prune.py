@@ -50,7 +50,7 @@ from hf_minitron.stages.target import Args, differing, shapes, student, student_
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
-SWEEP = 7  # forward passes of the teacher that a sequential fit takes the time of (docs/measurements.md)
+SWEEP = 5  # forward passes of the teacher that a sequential fit takes the time of (docs/measurements.md)
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
