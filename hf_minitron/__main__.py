@@ -40,7 +40,7 @@ run, `select` ranks them and writes the recipe of the best:
   hf-minitron select recipe.yaml
 """
 RUNS = {
-    "init": "write a short commented recipe for a model, from its config.json alone, and say what it takes.",
+    "init": "write a short commented recipe for a model, without its weights, and say what it takes.",
     "run": "all stages in order; finished ones are skipped, an interrupted one goes on.",
     "plan": "sizes before and after, memory, disk and hours of every stage, of a recipe or a model's half, from config.json.",
     "export": "write a model folder for llama.cpp (gguf), MLX (mlx) or stock classes (stock), and compare it with the model.",

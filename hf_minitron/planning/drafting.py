@@ -1,4 +1,4 @@
-"""`hf-minitron init`: a short recipe for a model, from its config.json alone, with the reason for every number."""
+"""`hf-minitron init`: a short recipe for a model, without its weights, with the reason for every number."""
 
 import argparse
 import re
@@ -28,7 +28,7 @@ LEAST_BATCH, MOST_BATCH = 2**16, 2**22
 BLOCK = 4096  # tokens of a packed sequence, at most
 TEMPLATE = """\
 # {name} to {after:,} parameters, {share:.0%} of {before:,}.
-# Written by hf-minitron init from config.json alone; change what you like.
+# Written by hf-minitron init; change what you like.
 #   hf-minitron plan {path}      what it takes
 #   hf-minitron run {path}       all of it
 model: {model}
