@@ -84,7 +84,7 @@ def benchmark_block(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
-        if path in (CLAIMS, RACE, ECONOMY):
+        if path in (CLAIMS, RACE, ECONOMY, TRAINING_CLAIMS):
             continue
         answers = "\n".join(f"- {answer}" for answer in found["result"].split("; "))
         parts.append(f"**{found['what'][0].upper()}{found['what'][1:]}** (`{found['command']}`)\n\n{answers}")
