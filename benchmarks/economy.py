@@ -181,7 +181,8 @@ def trained(student: Path, given: Given, way: dict[str, Any]) -> dict[str, float
 def tune_sublayers(model: PreTrainedModel, student: Path, given: Given, how: Tuning) -> int:
     """Tune a student's sublayers in place; return the tokens that each of them saw, some of them again."""
     ids = torch.tensor(given.calibration.with_format(None)["input_ids"][:], device=model.device)
-    kept = torch.tensor(Plan.load(student / "plan.json").keep["hidden"], device=model.device)
+    plan = Plan.load(student / "plan.json")
+    kept = torch.tensor(plan.keep.get("hidden", [*range(plan.before["hidden"])]), device=model.device)
     whole = load_model(given.teacher, torch.bfloat16, model.device)
     for layer, kind, before, after in tune(model, whole, kept, ids, how):
         print(f"layer {layer} {kind}: {before:.4f} -> {after:.4f}", flush=True)
