@@ -24,6 +24,7 @@ from hf_minitron.stages.search import start
 
 RESULT = Path(__file__).with_name("results") / "training_claims.json"
 FIRST, HALF = models.TRIED_WITH // models.BLOCK, models.TRIED_WITH // models.BLOCK // 2  # steps
+STATES = {"distill": {"losses": {"forward_kl": 1.0, "block": 1.0, "embedding": 1.0}}}
 HALF_OF_LAYERS = {"prune": {"target": {"layers": 15}}}
 SMALL = {"prune": {"target": models.SIZES["70m"][0]["432x768"]}}
 WRITTEN = {"tokens": models.TRIED_WITH, "prompts": "calibration.jsonl", "prompt_tokens": 16, "max_new_tokens": 160}
@@ -59,14 +60,14 @@ CLAIMS = (
     Claim(
         "half of the layers: states and embeddings help logits",
         "2407.14679, practice 6",
-        ("half-states", [{**HALF_OF_LAYERS, "distill": {"losses": {"forward_kl": 1.0, "block": 1.0, "embedding": 1.0}}}]),
+        ("half-states", [HALF_OF_LAYERS | STATES]),
         ("half-logits", [HALF_OF_LAYERS]),
     ),
     Claim(
         "width: logits alone are enough",
         "2407.14679, practice 7",
         PUBLISHED,
-        ("width-states", [{"distill": {"losses": {"forward_kl": 1.0, "block": 1.0, "embedding": 1.0}}}]),
+        ("width-states", [STATES]),
     ),
     Claim(
         "distillation, not labels",
@@ -111,11 +112,10 @@ def main() -> None:
         save(args.out, texts, args.json)
 
 
-def published(size: str = "100m") -> models.Entry:
-    """Return the entry of the race that recipes are changed from."""
-    return models.Entry(
-        size, race.PUBLISHED, next(iter(models.SIZES[size][0])), models.TRIED_WITH, 0, next(iter(models.SETTINGS))
-    )
+def published() -> models.Entry:
+    """Return the entry of the race whose recipe is changed."""
+    size, (widths, _) = next(iter(models.SIZES.items()))
+    return models.Entry(size, race.PUBLISHED, next(iter(widths)), models.TRIED_WITH, 0, next(iter(models.SETTINGS)))
 
 
 def folder_of(name: str, step: int, steps: int) -> str:
