@@ -77,7 +77,7 @@ def read_layers(
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(bar)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        states = stack.enter_context(waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
+        states = stack.enter_context(_waiting_states(batches, architecture.shape["hidden"] * dtype.itemsize, state_bytes))
         coming = deque([pool.submit(loader.read, 0)])
         for layer in range(layers):
             if layer + 1 < layers:  # while this one is run
@@ -94,12 +94,12 @@ def check_streamable(architecture: Architecture) -> None:
         raise ValueError(f"This model cannot be scored layer by layer: {reason}. Load the whole model")
     for layer in {layers[0] for layers in architecture.shape.layer_kinds.values()}:
         try:
-            student_config(architecture, one_layer(architecture, layer))
+            student_config(architecture, _one_layer(architecture, layer))
         except ShapeError as error:
             raise ValueError(f"This model cannot be scored layer by layer: {error}. Load the whole model") from error
 
 
-def one_layer(architecture: Architecture, layer: int) -> Plan:
+def _one_layer(architecture: Architecture, layer: int) -> Plan:
     """Return the plan that keeps one layer as it is."""
     return Plan(architecture.shape, architecture.shape.with_layers([layer]), {"layers": [layer]})
 
@@ -128,7 +128,7 @@ class LayerLoader:
 
     def read(self, layer: int) -> dict[str, Tensor]:
         """Return the tensors of a layer, on the device where that is CUDA."""
-        pruned = prune_tensors(self.tensors, one_layer(self.architecture, layer), layer=layer)
+        pruned = prune_tensors(self.tensors, _one_layer(self.architecture, layer), layer=layer)
         # what of a layer stays in float32 whatever its dtype, the class knows
         own = {name: check_finite(whole_name(name, layer), axes.join(spec.shape, pieces)) for name, spec, pieces in pruned}
         if self._streams is None:
@@ -145,7 +145,7 @@ class LayerLoader:
         """Return the base model with one layer only, of its tensors from `read`."""
         prefix = f"{self.architecture.prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in {**own, **self.shared}.items()}
-        config = student_config(self.architecture, one_layer(self.architecture, layer))
+        config = student_config(self.architecture, _one_layer(self.architecture, layer))
         with by_every_process():
             model, info = MODEL_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, output_loading_info=True
@@ -157,64 +157,39 @@ class LayerLoader:
 
 
 @contextmanager
-def waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: int, budget: int):
+def _waiting_states(batches: Sequence[Mapping[str, Tensor]], bytes_per_token: int, budget: int):
     """Yield the states of all batches between two layers; refuse what neither budget nor disk can hold."""
     spilled = sum(batch["input_ids"].numel() for batch in batches) * bytes_per_token - budget
     if spilled > 0:
         require_space(Path(tempfile.gettempdir()), spilled, "the states between layers beyond state_bytes")
     with tempfile.TemporaryDirectory(prefix="hf_minitron-states-") as folder:
-        yield _States(Spill(Path(folder), budget))
-
-
-class Spill:
-    """Tensors by name, in memory up to a budget, beyond it in files.
-
-    Args:
-        folder (`Path`): Where the files go.
-        budget (`int`): Bytes of memory.
-    """
-
-    def __init__(self, folder: Path, budget: int):
-        self._folder, self._left = folder, budget
-        self._held: dict[str, Tensor] = {}
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._forget(name)
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
-            self._held[name] = tensor.cpu()
-            return
-        part = self._path(name).with_suffix(".part")
-        save_file({"states": tensor.contiguous().cpu()}, part)
-        part.replace(self._path(name))  # the file before it may still be mapped
-
-    def __getitem__(self, name: str) -> Tensor:
-        held = self._held.get(name)
-        return load_file(self._path(name))["states"] if held is None else held
-
-    def __delitem__(self, name: str) -> None:
-        self._forget(name)
-        self._path(name).unlink(missing_ok=True)
-
-    def _forget(self, name: str) -> None:
-        held = self._held.pop(name, None)
-        self._left += 0 if held is None else held.nbytes
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+        yield _States(Path(folder), budget)
 
 
 class _States:
-    """What waits between two layers: one tensor per batch."""
+    """What waits between two layers: one tensor per batch, in memory up to a budget, beyond it in files."""
 
-    def __init__(self, spill: Spill):
+    def __init__(self, folder: Path, budget: int):
         self.batch = 0  # the one under way
-        self._spill = spill
+        self._folder, self._budget = folder, budget
+        self._held: dict[int, Tensor] = {}
 
     def enter(self, visit: Visit) -> Tensor:
         """Return what the layer before has left, `(batch, seq, hidden)`, to take the place of the embeddings."""
-        return self._spill[f"{self.batch}"].to(visit.input.device)
+        held = self._held.get(self.batch)
+        return (load_file(self._path)["states"] if held is None else held).to(visit.input.device)
 
     def leave(self, visit: Visit) -> None:
         """Keep what the layer gives in place of the batch's last states."""
-        self._spill[f"{self.batch}"] = visit.states
+        states, waiting = visit.states, sum(tensor.nbytes for other, tensor in self._held.items() if other != self.batch)
+        if waiting + states.nbytes <= self._budget:
+            self._held[self.batch] = states.cpu()
+            return
+        self._held.pop(self.batch, None)
+        part = self._path.with_suffix(".part")
+        save_file({"states": states.contiguous().cpu()}, part)
+        part.replace(self._path)  # the file before it may still be mapped
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self.batch}.safetensors"
