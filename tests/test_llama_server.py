@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +9,7 @@ import requests
 import torch
 import yaml
 from datasets import Dataset
+from runtime_server import running
 from test_export import SIZES, TOKENIZER, made, pruned, saved, with_chat
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -45,33 +43,11 @@ CHATS = [
 def llama_server(folder, model, tokenizer, context=256):
     """A model folder and the address of a server of its GGUF file."""
     saved(folder / "model", model, tokenizer)
-    path, log_path = folder / "model.gguf", folder / "server.log"
+    path = folder / "model.gguf"
     write_gguf(folder / "model", path, "tiny")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    how = ["--host", "127.0.0.1", "--port", str(port), "-c", str(context), "-np", "4", "-t", "1", "--no-warmup"]
-    with log_path.open("w") as log:
-        process = subprocess.Popen([PROGRAM, "-m", str(path), *how], stdout=log, stderr=log)
-    try:
-        _wait_for(address, process, log_path)
+    how = ["--host", "127.0.0.1", "--port", "{port}", "-c", str(context), "-np", "4", "-t", "1", "--no-warmup"]
+    with running([PROGRAM, "-m", str(path), *how], folder, seconds=60) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _wait_for(address, process, log):
-    for _ in range(300):
-        assert process.poll() is None, log.read_text()
-        try:
-            if requests.get(f"{address}/health", timeout=5).ok:
-                return
-        except requests.ConnectionError:
-            pass
-        time.sleep(0.1)
-    raise TimeoutError(log.read_text())
 
 
 def blocks_of(rows, length):

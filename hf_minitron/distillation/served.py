@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,12 +103,17 @@ class ServedTeacher:
         """
         if self.kind.slots is None:
             return rows
-        slots, context = self._answer("GET", self.kind.slots, None, lambda found: (
-            int(found["total_slots"]), int(found["default_generation_settings"]["n_ctx"])))  # fmt: skip
+        slots, context = self._room
         if length > context:
             raise ValueError(f"server: {self.root} has a context of {context:,} tokens, and a sequence has {length:,}; start "
                              f"it with -c {length} or more")  # fmt: skip
         return max(1, min(rows, slots, context // length))
+
+    @cached_property
+    def _room(self) -> tuple[int, int]:
+        """The sequences that the server keeps, and the tokens of them together."""
+        return self._answer("GET", self.kind.slots, None, lambda found: (
+            int(found["total_slots"]), int(found["default_generation_settings"]["n_ctx"])))  # fmt: skip
 
     def likeliest(self, ids: list[int], places: Sequence[int], record: TopK) -> Arrays:
         """Return what a cache keeps of the tokens after some places of a sequence.
