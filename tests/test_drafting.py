@@ -82,6 +82,29 @@ def test_a_text_of_ones_own_is_trained_on_by_an_instruct_model(tmp_path):
     assert "a million chats" not in path.read_text()
 
 
+@pytest.mark.parametrize("megabytes", [0.05, 1, 40])
+def test_tokens_batch_and_blocks_follow_a_short_text(tmp_path, megabytes):
+    """It is read a few times, in enough steps; nobody means a file of some kilobytes to be read for a day."""
+    text = tmp_path / "own.jsonl"
+    text.write_text((json.dumps({"text": "words " * 160}) + "\n") * int(megabytes * 1e6 / 972))
+    path, recipe = drafted(tmp_path, "SmolLM2-135M-Instruct", "--text", str(text))
+    about = text.stat().st_size / 4
+    distill = recipe["distill"]
+    step = distill["per_device_train_batch_size"] * distill["gradient_accumulation_steps"] * distill["block_size"]
+    assert step * distill["max_steps"] == pytest.approx(4 * about, rel=0.1)
+    assert distill["max_steps"] >= 150
+    assert recipe["score"]["tokens"] <= about
+    assert recipe["score"]["tokens"] % recipe["score"]["block_size"] == 0
+    assert "passes over about" in path.read_text()
+
+
+def test_a_text_that_is_not_there_is_told(tmp_path, capsys):
+    words = ["--text", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "recipe.yaml")]
+    assert main(["init", str(CONFIGS / "Llama-3.2-1B"), *words]) == 1
+    assert "none.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
 def test_the_draft_is_near_what_the_paper_did():
     """Llama-3.1-Minitron-4B-Width: hidden 3072, ffn 9216 of 4096 and 14336 (2408.11796, table 3)."""
     sizes = sizes_for(teacher(str(CONFIGS / "Llama-3.1-8B")), 4_512_746_496 / 8_030_261_248)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_minitron.architecture.config import DEQUANTIZED, text_config
 from hf_minitron.checkpoint.model_files import resolve
+from hf_minitron.data.formats import plain_bytes, text_files
 from hf_minitron.errors import RecipeError, told
 from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
@@ -25,7 +26,11 @@ HOURS = 24  # of distillation that a draft is made for
 MOST_TOKENS = 94_000_000_000  # 2408.11796, table 4
 STEPS = 2000  # of a draft, with a batch between these numbers of tokens
 LEAST_BATCH, MOST_BATCH = 2**16, 2**22
+FEWEST_STEPS = 200  # where a short text gives fewer tokens, with smaller batches
+PASSES = 4  # over a text of one's own: a fifth teaches less than new text would (2305.16264)
+TOKEN_BYTES = 4  # of text, about
 BLOCK = 4096  # tokens of a packed sequence, at most
+FEWEST_BLOCKS, LEAST_BLOCK = 64, 256  # of a short text
 TEMPLATE = """\
 # {name} to {after:,} parameters, {share:.0%} of {before:,}.
 # Written by hf-minitron init; change what you like.
@@ -37,7 +42,7 @@ seed: 0
 
 score: # one forward pass: which channels matter
   text: {text}
-  tokens: {score_tokens} # 1024 sequences, as in 2408.11796
+  tokens: {score_tokens} # {sequences}
   block_size: {block}
 
 prune:
@@ -50,7 +55,7 @@ distill: # forward KL to the teacher's logits (2407.14679, table 15)
   text: {text}{learnt}
   streaming: true
   block_size: {block}
-  max_steps: {steps} # {tokens:.2g} B tokens: about {hours:.0f} hours on {gpus}; more is better, up to 94 (2408.11796, table 4)
+  max_steps: {steps} # {budget}
   per_device_train_batch_size: {batch} # {fits}
   gradient_accumulation_steps: {accumulation} # {step_tokens:,} tokens a step on {gpus}
   {checkpointing_key}: {checkpointing}
@@ -121,9 +126,12 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
     machine = replace(machine, gpu_bytes=machine.gpu_bytes or GPU_MEMORY)
     positions = getattr(text_config(architecture.config), "max_position_embeddings", None) or BLOCK
     name = Path(model.partition("@")[0]).name
-    chat = is_instruct(name, folder)
+    chat, own = is_instruct(name, folder), tokens_of(text) if text else None
+    block = min(BLOCK, positions)
+    while own and block > LEAST_BLOCK and own < FEWEST_BLOCKS * block:
+        block //= 2
     facts = {
-        "model": model, "name": name, "share": share, "path": path, "block": min(BLOCK, positions),
+        "model": model, "name": name, "share": share, "path": path, "block": block,
         "before": shape.num_parameters(rows), "after": shape.cut_to(sizes).num_parameters(rows),
         "slug": re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower(),
         "target": "\n".join(f"    {axis}: {size} # of {shape[axis]}, {size / shape[axis]:.0%}" for axis, size in sizes.items()),
@@ -136,8 +144,26 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
         "memory": machine.gpu_bytes / GB,
         "gpus": f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}",
     }  # fmt: skip
-    facts |= {"score_tokens": 1024 * facts["block"]}
-    return TEMPLATE.format(**facts, **_training(facts, machine, sizes))
+    short = own is not None and own < 1024 * block
+    facts["score_tokens"] = max(own // block, 1) * block if short else 1024 * block
+    facts["sequences"] = (
+        f"about all of the text; 2408.11796 reads {1024 * block}" if short else "1024 sequences, as in 2408.11796"
+    )
+    return TEMPLATE.format(**facts, **_training(facts, machine, sizes, own))
+
+
+def tokens_of(text: str) -> int | None:
+    """Return about how many tokens the files of a text have; `None` for one on the Hub, and where no size tells.
+
+    Args:
+        text (`str`): As for `load_text`.
+
+    Raises:
+        ValueError: when there is no such text.
+    """
+    files = text_files(text)
+    size = plain_bytes(files) if files else None
+    return None if size is None else max(size // TOKEN_BYTES, 1)
 
 
 def is_instruct(name: str, folder: Path) -> bool:
@@ -158,8 +184,8 @@ ADAPTERS = """\
 """
 
 
-def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the batch that the memory holds, and the steps that take `HOURS`."""
+def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int], own: int | None) -> dict[str, Any]:
+    """Return the batch that the memory holds, and the steps that take `HOURS`, or `PASSES` over a short text of one's own."""
     block, gpus = facts["block"], machine.gpus
     models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes), "dequantize": bool(facts["dequantize"])}})
 
@@ -175,17 +201,25 @@ def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, in
     fit = next((settings for settings in tried if distillation(*settings).gpu_bytes <= limit), None)
     batch, checkpointing, adapters = fit or (1, True, False)
     one = distillation(batch, checkpointing, adapters, 1)
-    tokens = min(MOST_TOKENS, HOURS / machine.hours(one.flops / one.tokens))
+    carried = min(MOST_TOKENS, HOURS / machine.hours(one.flops / one.tokens))
+    tokens = min(carried, PASSES * own) if own else carried
+    wanted = min(max(tokens / STEPS, min(LEAST_BATCH, tokens / FEWEST_STEPS)), MOST_BATCH)
+    held = batch
+    while batch > 1 and batch * block * gpus > wanted:
+        batch //= 2
     micro = batch * block * gpus
-    wanted = min(max(tokens / STEPS, LEAST_BATCH), MOST_BATCH)
     accumulation = max(1, round(wanted / micro))
     steps = max(10, round(tokens / (micro * accumulation)))
     done = steps * micro * accumulation
+    hours = f"about {machine.hours(one.flops / one.tokens * done):.2g} hours on {facts['gpus']}"
+    fits = f"what {facts['memory']:.0f} GB hold" if fit else f"more than {facts['memory']:.0f} GB: plan says what helps"
     return {
-        "fits": f"what {facts['memory']:.0f} GB hold" if fit else f"more than {facts['memory']:.0f} GB: plan says what helps",
+        "budget": f"{done / 1e9:.2g} B tokens: {hours}; more is better, up to 94 (2408.11796, table 4)" if tokens == carried
+        else f"{done:,} tokens: {done / own:.2g} passes over about {own:,}; more text is better",
+        "fits": fits if batch == held else f"{held} would fit; small batches make enough steps of a short text",
         "adapters": ADAPTERS if adapters else "",
         "rate": "2.0e-4 # of adapters" if adapters else "1.0e-4 # 2408.11796, table 4",
         "batch": batch, "checkpointing": str(checkpointing).lower(), "accumulation": accumulation, "steps": steps,
-        "step_tokens": micro * accumulation, "tokens": done / 1e9, "hours": machine.hours(one.flops / one.tokens * done),
+        "step_tokens": micro * accumulation,
         "warmup": max(1, steps // 50), "save": max(10, steps // 20),
     }  # fmt: skip
