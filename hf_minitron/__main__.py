@@ -162,8 +162,6 @@ def parser() -> argparse.ArgumentParser:
         if name == "plan":
             verb.add_argument("--context", type=int, metavar="TOKENS", help="also count cache and FLOPs at so many tokens")
             verb.add_argument("--keep", metavar="SHARE", help="of a model's parameters, without a recipe (default 50%%)")
-            verb.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (default 989, an H100)")
-            verb.add_argument("--utilization", type=float, default=0.26, help="share of the peak that is used (default 0.26)")
         if name == "report":
             verb.add_argument("--open", action="store_true", help="open it in a browser")
         if name in ("run", "publish"):
@@ -177,6 +175,8 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--gpu-memory", metavar="SIZE", help="memory of each, such as 80GB: says whether stages fit (init: 80GB when left out)"
     )
+    verb.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (default 989, an H100)")
+    verb.add_argument("--utilization", type=float, default=0.26, help="share of the peak that is used (default 0.26)")
 
 
 def _add_draft(verb: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """First steps: a recipe for a model, a plan without one, shares as targets, and names that people know from elsewhere."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_batch_and_steps_follow_the_machine(tmp_path, capsys):
     batch = "per_device_train_batch_size"
     assert small["distill"][batch] < large["distill"][batch] or large["distill"][CHECKPOINTING] is False
     assert "Every stage fits into 24 GB." in capsys.readouterr().out
+
+
+def test_a_slower_gpu_is_drafted_fewer_tokens(tmp_path, capsys):
+    (tmp_path / "slow").mkdir()
+    tokens = []
+    for folder, options in ((tmp_path, ()), (tmp_path / "slow", ("--gpu-tflops", "99", "--utilization", "0.13"))):
+        path, recipe = drafted(folder, "Llama-3.2-1B", *options)
+        distill = recipe["distill"]
+        names = ("max_steps", "block_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        tokens.append(math.prod(distill[name] for name in names))
+        assert "about 24 hours on 1 GPU" in path.read_text()
+    assert tokens[0] / tokens[1] == pytest.approx(989 / 99 * 2, rel=0.05)
+    assert "13% of 99 TFLOP/s" in capsys.readouterr().out
 
 
 def test_a_draft_fits_its_machine_by_adapters_or_says_that_it_does_not(tmp_path, capsys):

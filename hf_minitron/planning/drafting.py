@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
             raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe; edit {args.output}, or give it to run")
         if args.output.exists():
             raise RecipeError(f"{args.output} is there already; name another --output, or delete it")
-        machine = Machine(args.gpus, args.memory or GPU_MEMORY)  # which the plan is judged by, too
+        machine = Machine(args.gpus, args.memory or GPU_MEMORY, args.gpu_tflops * 1e12, args.utilization)  # the plan's, too
         text = draft(args.model, share_of(args.keep, "--keep"), machine, args.text, args.output)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
