@@ -9,7 +9,6 @@ from typing import Any
 
 from hf_minitron.architecture.config import DEQUANTIZED, text_config
 from hf_minitron.checkpoint.model_files import resolve
-from hf_minitron.data.formats import plain_bytes, text_files
 from hf_minitron.errors import RecipeError, told
 from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
@@ -161,6 +160,8 @@ def tokens_of(text: str) -> int | None:
     Raises:
         ValueError: when there is no such text.
     """
+    from hf_minitron.data.formats import plain_bytes, text_files  # imports datasets, which plan does without
+
     files = text_files(text)
     size = plain_bytes(files) if files else None
     return None if size is None else max(size // TOKEN_BYTES, 1)
