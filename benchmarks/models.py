@@ -8,11 +8,12 @@ SmolLM2-135M to two sizes in three shapes: as the papers do it, ours uniform, an
 tokens and seeds. Every model is a recipe that the `hf-minitron` command runs in a folder of its own; those that differ in
 their tokens alone share scores and pruned weights. Trained and calibrated on web, questions and answers, and code; tested on
 documents held out of each, and on books and documentation that neither training nor calibration has read. How wide a student
-is, and how fast it learns, is tried with few tokens and chosen for every recipe, the published one too, by its loss on a
-validation split that is apart from all test text.
+is, is tried with few tokens, and how fast it learns with every budget; both are chosen for every recipe and size, the
+published one too, by the loss on a validation split that is apart from all test text.
 
-The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one. A folder of runs
-belongs to one version of the code: what a student was made with is not looked at again once it is measured.
+The cheapest runs come first, and what is known is written to `benchmarks/results/race.json` after every one, with the losses
+of every run: on another machine the same command goes on from that file. The file belongs to one version of the code, for what
+a student was made with is not looked at again once it is measured: remove it when the code makes other students.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import fnmatch
 import itertools
 import json
 import pydoc_data.topics
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     rate: {"per_device_train_batch_size": 1, "learning_rate": float(rate), "lr_scheduler_type": "linear"}
     for rate in ("3e-4", "1.5e-4", "6e-4")
 }
-TRIED_WITH = 12_288  # tokens with which widths are tried, and, at the first size, settings with the best width
+TRIED_WITH = 12_288  # tokens with which widths are tried; of more tokens, a budget tries the two best settings of the one below
 CALIBRATION = {"tokens": 16_384, "layers_limit": 4}
 TRAINING = ("c4_1", "stackexchange", "code")
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
@@ -130,6 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     args.data, args.out, begun = args.data.resolve(), args.out.resolve(), time.monotonic()
     texts = prepare(args.data, args.out, args.model)
+    restore(args.out, texts, args.json)
     while (found := following(args.out, args.only, args.budget)) is not None:
         entry, names = found
         if time.monotonic() - begun > args.hours * 3600:
@@ -146,7 +149,7 @@ def following(out: Path, only: str, budgets: Sequence[int]) -> tuple[Entry, Sequ
     Settings are tried before what depends on them, and look at no test text.
     """
     wanted = [(entry, (VALIDATION,)) for entry in trials(out)] + [(entry, (VALIDATION, *TESTS)) for entry in entries(out)]
-    for entry, names in wanted:
+    for entry, names in sorted(wanted, key=lambda one: one[0].budget * (1 + 3 * one[0].seed)):
         asked = fnmatch.fnmatch(entry.name, only) and entry.budget in budgets
         if asked and not set(names) <= measured(out, entry.name).keys():
             return entry, names
@@ -160,37 +163,45 @@ def measured(out: Path, name: str) -> dict[str, list[list[float]]]:
 
 
 def trials(out: Path) -> Iterator[Entry]:
-    """Yield the runs that are tried: every width with the first setting and, at the first size, the best with the others."""
-    first, *others = SETTINGS
-    for (size, (widths, _)), shape in itertools.product(SIZES.items(), SHAPES):
-        tried = [Entry(size, shape, width, TRIED_WITH, 0, first) for width in ([shape] if shape == NONUNIFORM else widths)]
-        yield from tried
-        if size == next(iter(SIZES)) and (best := best_of(out, tried)):
-            yield from (replace(best, setting=setting) for setting in others)
+    """Yield the runs that are tried: every width with the first setting, and settings with the best width and every budget."""
+    for size, shape in itertools.product(SIZES, SHAPES):
+        yield from widths_of(size, shape)
+        for budget in BUDGETS:
+            yield from settings_of(out, size, shape, budget)
+
+
+def widths_of(size: str, shape: str) -> list[Entry]:
+    """Return the runs that choose the width of a recipe."""
+    widths = [shape] if shape == NONUNIFORM else SIZES[size][0]
+    return [Entry(size, shape, width, TRIED_WITH, 0, next(iter(SETTINGS))) for width in widths]
+
+
+def settings_of(out: Path, size: str, shape: str, budget: int) -> list[Entry]:
+    """Return the runs that choose the setting of a budget; none while what they depend on is not known."""
+    widths = widths_of(size, shape)
+    if any(validation_loss(out, entry) is None for entry in widths):
+        return []
+    every = [replace(best_of(out, widths), budget=budget, setting=setting) for setting in SETTINGS]
+    if budget <= TRIED_WITH:
+        return every
+    below = settings_of(out, size, shape, BUDGETS[BUDGETS.index(budget) - 1])
+    losses = {entry.setting: validation_loss(out, entry) for entry in below}
+    if not losses or None in losses.values():
+        return []
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    return [entry for entry in every if entry.setting in best]
 
 
 def entries(out: Path) -> list[Entry]:
-    """Return the runs of the race, the cheapest first; more seeds of one come after the first of what costs three times."""
-    found = [
-        replace(best, budget=budget, seed=seed)
-        for size in SIZES
-        for shape in SHAPES
-        if (best := chosen(out, size, shape)) is not None
-        for budget in BUDGETS
-        for seed in SEEDS[budget]
-    ]
-    return sorted(found, key=lambda entry: entry.budget * (1 + 3 * entry.seed))
+    """Return the runs of the race as far as their settings are chosen; the first seed of each is one that was tried."""
+    found = ((chosen(out, *one), one[-1]) for one in itertools.product(SIZES, SHAPES, BUDGETS))
+    return [replace(best, seed=seed) for best, budget in found if best for seed in SEEDS[budget]]
 
 
-def chosen(out: Path, size: str, shape: str) -> Entry | None:
-    """Return the trial whose width and setting a shape has the least validation loss with; `None` while none was made.
-
-    The setting is that of the first size.
-    """
-    tried = [entry for entry in trials(out) if entry.shape == shape]
-    best = best_of(out, [entry for entry in tried if entry.size == size])
-    first = best_of(out, [entry for entry in tried if entry.size == next(iter(SIZES))])
-    return replace(best, setting=first.setting) if best and first else best
+def chosen(out: Path, size: str, shape: str, budget: int) -> Entry | None:
+    """Return the trial whose setting has the least validation loss with a budget; `None` until all were made."""
+    tried = settings_of(out, size, shape, budget)
+    return best_of(out, tried) if all(validation_loss(out, entry) is not None for entry in tried) else None
 
 
 def best_of(out: Path, tried: Iterable[Entry]) -> Entry | None:
@@ -339,15 +350,40 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
             for key, rows in race.answers(curves, lengths, ASKED).items():
                 kept = "other_texts" if key == "rows" and text != TESTS[0] else key
                 found[kept] += [{"size": size, "text": text, **row} for row in rows]
-    seconds = {path.stat().st_ino: read_json(path)["seconds"] for path in out.glob("*/*/*/done.json")}
-    hours = sum(seconds.values()) / 3600  # a stage that runs share is one file
-    best = {(size, shape): chosen(out, size, shape) for size in SIZES for shape in SHAPES}
-    tried = [{"size": entry.size, "shape": entry.shape, "width": entry.width, "setting": entry.setting,
-              "chosen": entry == best[entry.size, entry.shape], "validation_perplexity": float(np.exp(loss))}
-             for entry in trials(out) if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
-    whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": hours, "settings": SETTINGS,
-             "tried_with": TRIED_WITH, "tried": tried, **found}  # fmt: skip
-    write_whole(path, json.dumps(whole, indent=1) + "\n")
+    best = {entry for one in itertools.product(SIZES, SHAPES, BUDGETS) if (entry := chosen(out, *one))}
+    tried = [{"size": entry.size, "shape": entry.shape, "width": entry.width, "budget": entry.budget, "setting": entry.setting,
+              "chosen": entry in best, "validation_perplexity": float(np.exp(loss))}
+             for entry in dict.fromkeys(trials(out)) if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
+    seconds = (read_json(path)["seconds"] if path.is_file() else {}) | seconds_of(out)
+    whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": sum(seconds.values()) / 3600,
+             "settings": SETTINGS, "tried_with": TRIED_WITH, "tried": tried, **found, "seconds": seconds,
+             "runs": runs_of(out)}  # fmt: skip
+    write_whole(path, re.sub(r"\n {3,}", "", json.dumps(whole, indent=1)) + "\n")
+
+
+def seconds_of(out: Path) -> dict[str, float]:
+    """Return how long every stage took, by its folder; a stage that runs share is one file, and counts once."""
+    done = {path.stat().st_ino: path for path in sorted(out.glob("*/*/*/done.json"), reverse=True)}
+    return {str(path.parent.relative_to(out)): read_json(path)["seconds"] for path in done.values()}
+
+
+def runs_of(out: Path) -> dict[str, dict[str, list[float]]]:
+    """Return the loss of every document that a run was measured on, by run and text."""
+    names = sorted(str(path.parent.relative_to(out)) for path in out.glob(f"*/*/{MEASURED}"))
+    return {name: {text: [round(loss, 3) for loss, _ in rows] for text, rows in measured(out, name).items()} for name in names}
+
+
+def restore(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
+    """Take the runs that a result knows and `out` does not have, for the machine that made them may be gone."""
+    known = read_json(path).get("runs", {}) if path.is_file() else {}
+    for name, losses in known.items():
+        if not (file := out / name / MEASURED).is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = {
+                text: [[loss, len(row) - 1] for loss, row in zip(sums, texts[text], strict=True)]
+                for text, sums in losses.items()
+            }
+            write_whole(file, json.dumps({"losses": rows}) + "\n")
 
 
 def curve(out: Path, every: Sequence[Entry], size: str, shape: str, text: str) -> dict[int, np.ndarray]:

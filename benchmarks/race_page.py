@@ -39,17 +39,24 @@ def race_block(found: dict) -> str:
 
 
 def chosen_of(tried: list[dict]) -> str:
-    """Return the widths and rates that were chosen."""
-    chosen = [row for row in tried if row["chosen"]]
-    names = [" ".join(dict.fromkeys([row["size"].upper(), row["shape"], row["width"]])) for row in chosen]
-    return "; ".join(f"{name} at {row['setting']}" for name, row in zip(names, chosen, strict=True))
+    """Return the widths that were chosen, and the rates with the budgets that each was the best of."""
+    chosen: dict[str, dict[str, list[int]]] = {}
+    for row in sorted((row for row in tried if row["chosen"]), key=lambda row: (-millions(row["size"]), row["budget"])):
+        name = " ".join(dict.fromkeys([row["size"].upper(), row["shape"], row["width"]]))
+        chosen.setdefault(name, {}).setdefault(row["setting"], []).append(row["budget"])
+    return "; ".join(f"{name} at {', '.join(map(rate_of, rates.items()))}" for name, rates in chosen.items())
+
+
+def rate_of(rate: tuple[str, list[int]]) -> str:
+    """Return a rate and the budgets that it was chosen for."""
+    return f"{rate[0]} ({' and '.join(f'{budget:,}' for budget in rate[1])} tokens)"
 
 
 def widths_block(found: dict) -> str:
     """Return what every recipe makes of every width of a size, hidden x ffn."""
-    first = next(iter(found["settings"]))
+    first, budget = next(iter(found["settings"])), found["tried_with"]
     values = {(row["size"], row["width"], row["shape"]): row["validation_perplexity"]
-              for row in found["tried"] if row["setting"] == first}  # fmt: skip
+              for row in found["tried"] if (row["setting"], row["budget"]) == (first, budget)}  # fmt: skip
     rows = [["size", "hidden x ffn", "published", "ours"]]
     for size, width in dict.fromkeys((size, width) for size, width, shape in values if width != shape):
         of = [values.get((size, width, shape)) for shape in ("published", "uniform")]

@@ -97,47 +97,71 @@ def finish(out, entry, names, loss=1.0):
 def try_all(out):
     """Make all that is tried; later trials are worse."""
     found = []
-    while (following := models.following(out, "*", models.BUDGETS))[1] == (models.VALIDATION,):
-        found.append(following[0])
-        finish(out, following[0], [models.VALIDATION], loss=len(found))
+    while missing := [entry for entry in models.trials(out) if models.validation_loss(out, entry) is None]:
+        found.append(missing[0])
+        finish(out, missing[0], [models.VALIDATION], loss=len(found))
     return found
 
 
-def test_widths_and_then_settings_are_tried_on_the_validation_split_alone_for_every_recipe(tmp_path):
+def test_widths_and_then_the_settings_of_every_budget_are_tried_on_the_validation_split_alone(tmp_path):
     tried = try_all(tmp_path)
-    first, *others = models.SETTINGS
+    first, *_ = models.SETTINGS
     for size, (widths, _) in models.SIZES.items():
         for shape in models.SHAPES:
             of = [entry for entry in tried if (entry.size, entry.shape) == (size, shape)]
-            of_first = [entry.width for entry in of if entry.setting == first]
-            assert of_first == (["nonuniform"] if shape == "nonuniform" else list(widths)), (size, shape)
-            assert [entry.setting for entry in of if entry.setting != first] == (others if size == "100m" else []), shape
-    assert {(entry.budget, entry.seed) for entry in tried} == {(models.TRIED_WITH, 0)}
+            before = [entry.width for entry in of[: 1 if shape == "nonuniform" else len(widths)]]
+            assert before == (["nonuniform"] if shape == "nonuniform" else list(widths)), (size, shape)
+            for budget in models.BUDGETS:
+                settings = {entry.setting for entry in of if entry.budget == budget and entry.width == before[0]}
+                assert len(settings) == (len(models.SETTINGS) if budget <= models.TRIED_WITH else 2), (size, shape, budget)
+                assert first in settings
+    assert {entry.seed for entry in tried} == {0}
 
 
-def test_the_best_of_each_recipe_runs(tmp_path):
-    tried = try_all(tmp_path)
-    first, second, *_ = models.SETTINGS
-    widths = list(models.SIZES["100m"][0])
-    finish(tmp_path, next(e for e in tried if (e.size, e.shape, e.width) == ("100m", "uniform", widths[1])),
-           [models.VALIDATION], loss=-1)  # fmt: skip
-    best = models.following(tmp_path, "*", models.BUDGETS)[0]
-    assert (best.shape, best.width, best.setting) == ("uniform", widths[1], second), "settings are tried with the best width"
-    finish(tmp_path, best, [models.VALIDATION], loss=-2)
-    chosen = {(size, shape): models.chosen(tmp_path, size, shape) for size in models.SIZES for shape in models.SHAPES}
-    assert [chosen["100m", shape].width for shape in models.SHAPES] == [widths[0], widths[1], "nonuniform"]
-    assert [chosen["100m", shape].setting for shape in models.SHAPES] == [first, second, first]
-    assert chosen["70m", "uniform"].width == next(iter(models.SIZES["70m"][0]))
-    assert chosen["70m", "uniform"].setting == second, "the setting is that of the first size"
-    try_all(tmp_path)
-    entry, names = models.following(tmp_path, "*", models.BUDGETS)
-    assert (entry.budget, entry.seed) == (min(models.BUDGETS), 0)
-    assert set(names) == {models.VALIDATION, *models.TESTS}
+def test_settings_are_those_of_the_best_width_and_more_tokens_try_the_two_best_of_fewer(tmp_path):
+    first, second, third = models.SETTINGS
+    for entry in (widths := models.widths_of("100m", "uniform")):
+        assert models.settings_of(tmp_path, "100m", "uniform", 36_864) == []
+        finish(tmp_path, entry, [models.VALIDATION], loss=9 - (entry == widths[1]))
+    losses = {first: 5, second: 3, third: 4}
+    for entry in models.settings_of(tmp_path, "100m", "uniform", models.TRIED_WITH):
+        assert models.settings_of(tmp_path, "100m", "uniform", 36_864) == [], "the budget below is not known"
+        assert entry.width == widths[1].width
+        finish(tmp_path, entry, [models.VALIDATION], loss=losses[entry.setting])
+    tried = models.settings_of(tmp_path, "100m", "uniform", 36_864)
+    assert {entry.setting for entry in tried} == {second, third}
+    finish(tmp_path, tried[0], [models.VALIDATION], loss=2)
+    assert models.chosen(tmp_path, "100m", "uniform", 36_864) is None, "one of the two is missing"
+    finish(tmp_path, tried[1], [models.VALIDATION], loss=1)
+    assert models.chosen(tmp_path, "100m", "uniform", 36_864) == tried[1]
+    assert models.chosen(tmp_path, "100m", "uniform", models.TRIED_WITH).setting == second
+    assert models.chosen(tmp_path, "70m", "uniform", 36_864) is None, "a size has trials of its own"
+
+
+def test_a_result_brings_its_runs_to_another_machine(tmp_path):
+    texts = {name: [[0] * 11] * 4 for name in (models.VALIDATION, *models.TESTS)}
+    try_all(tmp_path / "one")
+    for entry in models.entries(tmp_path / "one")[:40]:
+        finish(tmp_path / "one", entry, [models.VALIDATION, *models.TESTS], loss=1.5)
+    for file in (tmp_path / "one").rglob(models.MEASURED):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "losses": {name: rows * 4 for name, rows in content["losses"].items()}}))
+    (stage := tmp_path / "one" / "100m/x/distill").mkdir(parents=True)
+    (stage / "done.json").write_text(json.dumps({"seconds": 7200}))
+    models.save(tmp_path / "one", texts, tmp_path / "race.json")
+    first = json.loads((tmp_path / "race.json").read_text())
+    (two := tmp_path / "two").mkdir()
+    models.restore(two, texts, tmp_path / "race.json")
+    assert models.following(two, "*", models.BUDGETS) == models.following(tmp_path / "one", "*", models.BUDGETS)
+    models.save(two, texts, tmp_path / "race.json")
+    again = json.loads((tmp_path / "race.json").read_text())
+    assert again["hours"] == 2
+    assert again == first
 
 
 def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
     try_all(tmp_path)
-    every = models.entries(tmp_path)
+    every = sorted(models.entries(tmp_path), key=lambda entry: entry.budget * (1 + 3 * entry.seed))
     assert len(every) == len(models.SIZES) * len(models.SHAPES) * sum(len(seeds) for seeds in models.SEEDS.values())
     order = [(entry.budget, entry.seed) for entry in every]
     assert order.index((36_864, 0)) < order.index((12_288, 1)) < order.index((122_880, 0)) < order.index((36_864, 1))
@@ -216,7 +240,9 @@ def test_the_result_holds_every_row_and_says_which_setting_was_chosen(tmp_path):
         assert {"size", "budget", "shape", "fraction", "low", "high", "seeds"} <= row.keys()
         assert (row["fraction"], row["seeds"]) == (pytest.approx(0.1), 3)
     assert {row["text"] for row in found["other_texts"]} == set(models.TESTS[1:])
-    assert [row["setting"] for row in found["tried"] if row["chosen"] and row["size"] == "100m"] == [second] * 3
+    chosen = {(row["size"], row["shape"], row["budget"]): row["setting"] for row in found["tried"] if row["chosen"]}
+    assert len(chosen) == 3 * len(models.SIZES) * len(models.SHAPES), "of more tokens the third setting is to be tried now"
+    assert set(chosen.values()) == {second}
 
 
 def test_the_page_says_what_the_rows_say():
@@ -228,9 +254,11 @@ def test_the_page_says_what_the_rows_say():
             {**facts, "shape": "nonuniform", "fraction": 300 / 900, "low": 300 / 900, "high": 0.4}]  # fmt: skip
     ratios = [{**facts, "shape": "uniform", "text": text, "ratio": ratio, "low": 0.9, "high": 1.2}
               for text, ratio in (("c4_2", 0.98), ("code", 1.12))]  # fmt: skip
-    tried = [{"size": "100m", "shape": shape, "width": width, "setting": "3e-4", "chosen": chosen}
-             for shape, width, chosen in (("uniform", "504x1152", False), ("uniform", "576x864", True),
-                                          ("nonuniform", "nonuniform", True))]  # fmt: skip
+    tried = [{"size": "100m", "shape": shape, "width": width, "budget": budget, "setting": setting, "chosen": chosen}
+             for shape, width, budget, setting, chosen in (
+                 ("uniform", "504x1152", 300, "3e-4", False), ("uniform", "576x864", 900, "6e-4", True),
+                 ("uniform", "576x864", 300, "3e-4", True), ("nonuniform", "nonuniform", 300, "3e-4", True),
+                 ("nonuniform", "nonuniform", 900, "3e-4", True))]  # fmt: skip
     found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"},
              "tried": tried}  # fmt: skip
     page = race_page.race_block(found)
@@ -238,7 +266,7 @@ def test_the_page_says_what_the_rows_say():
         "0.60 (0.50 to more than was measured)",
         "at most 0.33 (up to 0.40)",
         "ours has at most 1.12 of its perplexity on any of 2 texts (code, 100M, 900 tokens, uniform)",
-        "100M uniform 576x864 at 3e-4; 100M nonuniform at 3e-4. 2.0 hours so far",
+        "100M uniform 576x864 at 3e-4 (300 tokens), 6e-4 (900 tokens); 100M nonuniform at 3e-4 (300 and 900 tokens). 2.0 hours",
     ):
         assert words in page, page
     first, second = ([cell.strip() for cell in row.split("|")] for row in page.splitlines()[2:4])
@@ -247,11 +275,11 @@ def test_the_page_says_what_the_rows_say():
 
 
 def test_widths_stand_beside_each_other():
-    tried = [{"size": "100m", "shape": shape, "width": width, "setting": setting, "validation_perplexity": value}
+    tried = [{"size": "100m", "shape": shape, "width": width, "budget": 12, "setting": setting, "validation_perplexity": value}
              for shape, width, setting, value in (("published", "5x9", "3e-4", 44.0), ("published", "6x8", "3e-4", 41.0),
                                                   ("published", "6x8", "6e-4", 47.0), ("uniform", "6x8", "3e-4", 38.0),
                                                   ("nonuniform", "nonuniform", "3e-4", 36.0))]  # fmt: skip
-    rows = race_page.widths_block({"settings": {"3e-4": {}, "6e-4": {}}, "tried": tried}).splitlines()[2:]
+    rows = race_page.widths_block({"settings": {"3e-4": {}, "6e-4": {}}, "tried_with": 12, "tried": tried}).splitlines()[2:]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         ["100M", "5x9", "44.0", ""], ["100M", "6x8", "41.0", "38.0"],
     ]  # fmt: skip
