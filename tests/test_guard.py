@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 
 from hf_minitron.__main__ import main
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.data.packing import check_first_block
@@ -22,7 +23,7 @@ from hf_minitron.hub.retry import retry
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.stages import distill, training
-from hf_minitron.stages.resuming import last_checkpoint
+from hf_minitron.stages.resuming import checkpoints_at_once, last_checkpoint
 
 TASK = {
     "dataset_path": "json",
@@ -207,15 +208,39 @@ def test_the_space_for_text_is_what_will_be_written(project, tmp_path, monkeypat
     section = {**project["recipe"]["distill"], "text": str(text), "max_steps": 500, "cross_documents": cross_documents,
                "streaming": streaming, "eval_strategy": "steps", "eval_text": str(text), "eval_tokens": 800}  # fmt: skip
     args = distill.Args(**section, lora={})
-    training.check_space(run, args, "distill", tokenizer)
+    student = Architecture.of(tiny.model().config)
+    training.check_space(run, args, "distill", tokenizer, student)
     made = [training.make_eval_blocks(args, tokenizer, tmp_path / "eval")]
     made += [training.make_blocks(args, tokenizer, tmp_path / "blocks", 0, 16_000)]
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow"))
     assert [len(made[0]), *map(len, made[1:])] == [50, 1000]
     assert 0 <= written - needed[0] < 5000, "but for the files' own headers"
-    training.check_space(run, distill.Args(**section), "distill", tokenizer)
+    training.check_space(run, distill.Args(**section), "distill", tokenizer, student)
     parameters = sum(parameter.numel() for parameter in tiny.model().parameters())
     assert needed[1] - needed[0] == 3 * 4 * parameters * 3, "two checkpoints kept and one being written"
+
+
+@pytest.mark.parametrize("settings, most", [
+    ({"max_steps": 90, "save_steps": 0.34, "save_total_limit": 1}, 2),
+    ({"max_steps": 90, "save_steps": 0.34, "save_total_limit": 5}, 3),
+    ({"max_steps": 90, "save_steps": 90, "save_total_limit": 1}, 1),
+    ({"max_steps": 90, "save_steps": 500, "save_total_limit": 1}, 1),
+    ({"max_steps": 90, "save_strategy": "no"}, 0),
+    ({"num_train_epochs": 3, "save_steps": 500, "save_total_limit": 2}, 3),
+])  # fmt: skip
+def test_the_space_for_checkpoints_is_that_of_those_which_a_training_writes(settings, most):
+    assert checkpoints_at_once(distill.Args(text="words.txt", **settings)) == most
+
+
+def test_the_space_is_that_of_the_student(project, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr("hf_minitron.stages.training.require_space", lambda path, number, what: needed.append(number))
+    recipe, args = project["recipe"], distill.Args(**project["recipe"]["distill"])
+    for target in (recipe["prune"]["target"], {"layers": 1}):
+        run = Run(tmp_path / "run", str(project["folder"] / "teacher"), 0,
+                  {**recipe, "prune": {**recipe["prune"], "target": target}}, tmp_path / "recipe.yaml")  # fmt: skip
+        distill.check(args, run)
+    assert needed[0] != needed[1]
 
 
 def test_tasks_are_not_looked_for_on_the_whole_disk(tmp_path, monkeypatch):

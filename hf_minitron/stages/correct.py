@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.checkpoint.saving import check_generation
 from hf_minitron.checkpoint.side_files import side_files
@@ -70,7 +71,7 @@ def check(args: Args, run: Run) -> None:
     check_text_for(args, lambda name: False, [config], tokenizer)
     if args.lora is not None:
         check_lora(args.lora, config)
-    check_space(run, args, "correct", tokenizer)
+    check_space(run, args, "correct", tokenizer, Architecture.of(config))
 
 
 def work(args: Args, run: Run) -> dict[str, float]:

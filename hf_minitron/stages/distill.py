@@ -59,7 +59,8 @@ def check(args: Args, run: Run) -> None:
         check_states(teacher, student, after["layers"], names, args.layer_pairs)
     if args.lora is not None:
         check_lora(args.lora, AutoConfig.from_pretrained(resolve(run.model)))
-    check_space(run, args, "distill", AutoTokenizer.from_pretrained(resolve(run.model)))
+    student = prune.student(bind(run, "prune", prune.Args), run.model)
+    check_space(run, args, "distill", AutoTokenizer.from_pretrained(resolve(run.model)), student)
 
 
 def check_blocks(args: Args, run: Run) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from hf_minitron.distillation.config import DistillationArguments
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,19 @@ PARTS = {
     "the schedule": ("scheduler.pt", "global_step*"),
     "the random state": ("rng_state*.pth",),
 }
+
+
+def checkpoints_at_once(args: DistillationArguments) -> int:
+    """Return how many checkpoints lie on the disk at once: those that are kept, and the one being written.
+
+    >>> checkpoints_at_once(DistillationArguments(max_steps=90, save_steps=0.6, save_total_limit=2))  # at steps 54 and 90
+    2
+    """
+    most = (args.save_total_limit or 1) + 1
+    if args.save_strategy == "steps" and args.max_steps > 0:
+        interval = args.save_steps if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
+        return min(most, math.ceil(args.max_steps / interval))  # transformers writes one after the last step, too
+    return 0 if args.save_strategy == "no" else most
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -10,15 +10,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.config import text_config
-from hf_minitron.checkpoint.checkpoint import (
-    complete_or_absent,
-    require_space,
-    resolve,
-)
+from hf_minitron.checkpoint.checkpoint import complete_or_absent, require_space
 from hf_minitron.data.mixture import Source, check_sources, mixed_blocks, read_mixture, read_sources
 from hf_minitron.data.packing import bytes_per_token, check_first_block
 from hf_minitron.distillation.adapters import BASES, check_base
@@ -29,7 +25,7 @@ from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
-from hf_minitron.stages.resuming import NO_BITS, last_checkpoint
+from hf_minitron.stages.resuming import NO_BITS, checkpoints_at_once, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of
 from hf_minitron.waiting import wait_for
 
@@ -191,8 +187,10 @@ def check_positions(config: PreTrainedConfig, block_size: int) -> None:
         raise ValueError(f"block_size: {block_size} is more than the {longest} positions of the model; set it to that or less")
 
 
-def check_space(run: Run, args: DistillationArguments, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a disk that cannot hold a section's packed text, and the checkpoints of a model as large as the run's.
+def check_space(
+    run: Run, args: DistillationArguments, stage: str, tokenizer: PreTrainedTokenizerBase, model: Architecture
+) -> None:
+    """Refuse a disk that cannot hold a section's packed text, and the checkpoints of the model that it trains.
 
     What an interrupted attempt has left is part of both, or goes first. Adapters and epochs of a text of unknown size count as
     nothing.
@@ -200,12 +198,8 @@ def check_space(run: Run, args: DistillationArguments, stage: str, tokenizer: Pr
     tokens = (tokens_wanted(args) or 0) + (args.eval_tokens if eval_sources_of(args) else 0)
     tokens = 0 if stage == "distill" and tokens_made(run) else tokens
     needed = tokens * bytes_per_token(tokenizer, args.block_size, args.cross_documents, args.add_bos_token)
-    if args.lora is None:
-        config = AutoConfig.from_pretrained(resolve(run.model))
-        model = Architecture.of(config)  # from the config alone: with a cache the teacher's weights may be gone
-        weights = 4 * model.shape.num_parameters(model.rows)
-        # float32 weights and two moments of Adam, for the checkpoints kept and the one being written
-        needed += 3 * weights * ((args.save_total_limit or 1) + 1)
+    if args.lora is None:  # float32 weights and two moments of Adam
+        needed += 3 * 4 * model.shape.num_parameters(model.rows) * checkpoints_at_once(args)
     require_space(run.folder, needed - run.left_bytes(stage), f"the text and the checkpoints of {stage}")
 
 
