@@ -220,16 +220,12 @@ def test_the_space_for_text_is_what_will_be_written(project, tmp_path, monkeypat
     assert needed[1] - needed[0] == 3 * 4 * parameters * 3, "two checkpoints kept and one being written"
 
 
-@pytest.mark.parametrize("settings, most", [
-    ({"max_steps": 90, "save_steps": 0.34, "save_total_limit": 1}, 2),
-    ({"max_steps": 90, "save_steps": 0.34, "save_total_limit": 5}, 3),
-    ({"max_steps": 90, "save_steps": 90, "save_total_limit": 1}, 1),
-    ({"max_steps": 90, "save_steps": 500, "save_total_limit": 1}, 1),
-    ({"max_steps": 90, "save_strategy": "no"}, 0),
-    ({"num_train_epochs": 3, "save_steps": 500, "save_total_limit": 2}, 3),
+@pytest.mark.parametrize("strategy, interval, limit, steps, most", [
+    ("steps", 0.34, 1, 90, 2), ("steps", 0.34, 5, 90, 3), ("steps", 90, 1, 90, 1), ("steps", 500, 1, 90, 1),
+    ("steps", 500, None, 9_000, 2), ("steps", 500, 2, -1, 3), ("epoch", 500, 1, -1, 2), ("no", 500, 1, 90, 0),
 ])  # fmt: skip
-def test_the_space_for_checkpoints_is_that_of_those_which_a_training_writes(settings, most):
-    assert checkpoints_at_once(distill.Args(text="words.txt", **settings)) == most
+def test_the_space_for_checkpoints_is_that_of_those_which_a_training_writes(strategy, interval, limit, steps, most):
+    assert checkpoints_at_once(strategy, interval, limit, steps) == most
 
 
 def test_the_space_is_that_of_the_student(project, tmp_path, monkeypatch):

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from hf_minitron.distillation.config import DistillationArguments
-
 logger = logging.getLogger(__name__)
 
 # What is logged, saved, shown and loaded ahead: settings of TrainingArguments that leave every weight as it is.
@@ -33,17 +31,17 @@ PARTS = {
 }
 
 
-def checkpoints_at_once(args: DistillationArguments) -> int:
+def checkpoints_at_once(save_strategy: str, save_steps: float, save_total_limit: int | None, max_steps: int) -> int:
     """Return how many checkpoints lie on the disk at once: those that are kept, and the one being written.
 
-    >>> checkpoints_at_once(DistillationArguments(max_steps=90, save_steps=0.6, save_total_limit=2))  # at steps 54 and 90
+    >>> checkpoints_at_once("steps", save_steps=0.6, save_total_limit=2, max_steps=90)  # at steps 54 and 90
     2
     """
-    most = (args.save_total_limit or 1) + 1
-    if args.save_strategy == "steps" and args.max_steps > 0:
-        interval = args.save_steps if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
-        return min(most, math.ceil(args.max_steps / interval))  # transformers writes one after the last step, too
-    return 0 if args.save_strategy == "no" else most
+    most = (save_total_limit or 1) + 1
+    if save_strategy == "steps" and max_steps > 0:
+        interval = save_steps if save_steps >= 1 else math.ceil(max_steps * save_steps)
+        return min(most, math.ceil(max_steps / interval))  # transformers writes one after the last step, too
+    return 0 if save_strategy == "no" else most
 
 
 def last_checkpoint(folder: Path) -> str | None:

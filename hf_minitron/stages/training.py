@@ -199,7 +199,8 @@ def check_space(
     tokens = 0 if stage == "distill" and tokens_made(run) else tokens
     needed = tokens * bytes_per_token(tokenizer, args.block_size, args.cross_documents, args.add_bos_token)
     if args.lora is None:  # float32 weights and two moments of Adam
-        needed += 3 * 4 * model.shape.num_parameters(model.rows) * checkpoints_at_once(args)
+        at_once = checkpoints_at_once(args.save_strategy, args.save_steps, args.save_total_limit, args.max_steps)
+        needed += 3 * 4 * model.shape.num_parameters(model.rows) * at_once
     require_space(run.folder, needed - run.left_bytes(stage), f"the text and the checkpoints of {stage}")
 
 
