@@ -217,7 +217,7 @@ def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, in
     return {
         "budget": f"{done / 1e9:.2g} B tokens: {hours}; more is better, up to 94 (2408.11796, table 4)" if tokens == carried
         else f"{done:,} tokens: {done / own:.2g} passes over about {own:,}; more text is better",
-        "fits": fits if batch == held else f"{held} would fit; small batches make enough steps of a short text",
+        "fits": fits if batch == held else f"{held} would fit; small batches make enough steps of so few tokens",
         "adapters": ADAPTERS if adapters else "",
         "rate": "2.0e-4 # of adapters" if adapters else "1.0e-4 # 2408.11796, table 4",
         "batch": batch, "checkpointing": str(checkpointing).lower(), "accumulation": accumulation, "steps": steps,
