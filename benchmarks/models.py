@@ -340,7 +340,11 @@ def measure(out: Path, run: Run, texts: dict[str, list[list[int]]]) -> None:
 
 
 def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
-    """Write the answers on every text, the settings tried and the hours that all of it took."""
+    """Write the answers on every text, the settings tried and the hours that all of it took.
+
+    A size of which nothing was measured here keeps what the file says of it.
+    """
+    known = read_json(path) if path.is_file() else {}
     found: dict[str, list[dict]] = {"rows": [], "other_texts": [], "equal_tokens": [], "curves": []}
     every = entries(out)
     for size in SIZES:
@@ -354,7 +358,10 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
     tried = [{"size": entry.size, "shape": entry.shape, "width": entry.width, "budget": entry.budget, "setting": entry.setting,
               "chosen": entry in best, "validation_perplexity": float(np.exp(loss))}
              for entry in dict.fromkeys(trials(out)) if (loss := validation_loss(out, entry)) is not None]  # fmt: skip
-    seconds = (read_json(path)["seconds"] if path.is_file() else {}) | seconds_of(out)
+    here = {row["size"] for row in tried}
+    for key, rows in (found | {"tried": tried}).items():
+        rows += [row for row in known.get(key, ()) if row["size"] not in here]
+    seconds = known.get("seconds", {}) | seconds_of(out)
     whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": sum(seconds.values()) / 3600,
              "settings": SETTINGS, "tried_with": TRIED_WITH, "tried": tried, **found, "seconds": seconds,
              "runs": runs_of(out)}  # fmt: skip

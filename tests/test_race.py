@@ -245,6 +245,20 @@ def test_the_result_holds_every_row_and_says_which_setting_was_chosen(tmp_path):
     assert set(chosen.values()) == {second}
 
 
+def test_a_size_that_was_not_measured_here_keeps_its_rows(tmp_path):
+    texts = {name: [[0] * 11] for name in (models.VALIDATION, *models.TESTS)}
+    row = {"size": "70m", "text": "c4_2", "shape": "uniform", "budget": 900}
+    old = {key: [row] for key in ("rows", "other_texts", "equal_tokens", "curves", "tried")} | {"seconds": {"a": 1800}}
+    (tmp_path / "race.json").write_text(json.dumps(old))
+    for entry in models.widths_of("100m", "nonuniform"):
+        finish(tmp_path, entry, [models.VALIDATION])
+    models.save(tmp_path, texts, tmp_path / "race.json")
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert found["rows"] == found["curves"] == [row]
+    assert [one["size"] for one in found["tried"]] == ["100m", "70m"]
+    assert found["hours"] == 0.5
+
+
 def test_the_page_says_what_the_rows_say():
     facts = {"size": "100m", "budget": 900, "seeds": 1}
     points = [{**facts, "text": "c4_2", "shape": shape, "budget": budget, "perplexity": value, "low": 90.0, "high": 99.0}
