@@ -13,7 +13,7 @@ from test_publish import card, report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_minitron.__main__ import main
-from hf_minitron.evaluation.answers import answers, verbatim
+from hf_minitron.evaluation.answers import Prompts, answers, verbatim
 from hf_minitron.evaluation.report import Report
 
 TEMPLATE = "{% for m in messages %}{{ 'w3 ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
@@ -32,8 +32,9 @@ def test_an_answer_is_the_most_probable_one(chat):
     tokenizer.chat_template = TEMPLATE
     model.generation_config.update(do_sample=True, temperature=3.0)
     own, prompts = model.generation_config, ["w9", "w5 w6 w7"]
-    found = answers(model, tokenizer, prompts, 4, chat)
-    for prompt, text in zip(prompts, found, strict=True):
+    found = answers(model, tokenizer, Prompts(prompts, 4, chat))
+    assert [prompt for prompt, _ in found] == prompts
+    for prompt, text in found:
         start = tokenizer(f"w3 {prompt} w4" if chat else prompt)["input_ids"]
         new = greedy(tiny.model(), start, 4)[len(start) :]
         ends = [*new, tokenizer.eos_token_id].index(tokenizer.eos_token_id)
@@ -65,8 +66,8 @@ def test_the_report_the_card_and_the_page_hold_the_answers(whole):
     assert [row["prompt"] for row in rows] == ["w5 w6 w7", "w8"]
     assert all([*row] == ["prompt", "teacher", "corrected", "pruned", "distilled"] for row in rows)
     model = AutoModelForCausalLM.from_pretrained(whole / "teacher", dtype=torch.bfloat16)
-    assert [row["teacher"] for row in rows] == answers(
-        model, AutoTokenizer.from_pretrained(whole / "teacher"), ["w5 w6 w7", "w8"], 5
+    assert [(row["prompt"], row["teacher"]) for row in rows] == answers(
+        model, AutoTokenizer.from_pretrained(whole / "teacher"), Prompts(["w5 w6 w7", "w8"], 5)
     )
     text, page = (folder / "README.md").read_text(), (whole / "run/report.html").read_text()
     assert "<details><summary>What the models write</summary>" in text

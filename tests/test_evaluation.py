@@ -29,6 +29,9 @@ from hf_minitron.evaluation.tasks import Tasks, run_tasks, task_manager
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes, text_entries, text_records
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, TextMetric
 from hf_minitron.evaluation.wording import metric_rows, quality_rows
+from hf_minitron.recipe import bind
+from hf_minitron.run import made_by
+from hf_minitron.stages import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = Path(hf_minitron.__file__).parent / "evaluation/metrics"
@@ -273,6 +276,24 @@ def test_a_comparison_goes_on_with_the_models_that_are_missing(folders, blocks, 
     assert opened[2:] == ["teacher", "near"]
     assert compare(models, blocks, folder=tmp_path / "killed") == whole
     assert len(opened) == 4
+
+
+def test_an_evaluation_opens_a_model_once_and_for_speed_all_together(whole, tmp_path, monkeypatch):
+    """Text, tasks and prompts are measured with the model that is open; speed is measured in turns, with all in memory."""
+    run, opened, real = made_by(str(whole / "run/publish/model")), [], compare_module.load_model
+    monkeypatch.setattr(compare_module, "load_model", lambda *given, **how: opened.append(given[0]) or real(*given, **how))
+    args = bind(run, "evaluate", evaluate.Args)
+    evaluate.run(args, run, tmp_path)
+    names = [folder.relative_to(whole).as_posix() for folder in opened]
+    assert names[:4] == ["teacher", "run/correct/teacher", "run/prune/student", "run/distill/student"]
+    assert names[4:] == ["teacher", "run/distill/student"]
+    there, found = (Report.load(folder / "report.json") for folder in (whole / "run/evaluate", tmp_path))
+    assert replace(found, speed={}, machine={}) == replace(there, speed={}, machine={})
+    assert len(found.answers) == 2
+    opened.clear()
+    evaluate.run(replace(args, speed=False), run, tmp_path)  # as after an interruption
+    assert opened == []
+    assert replace(Report.load(tmp_path / "report.json"), machine={}) == replace(there, speed={}, machine={})
 
 
 @pytest.mark.slow

@@ -2,35 +2,40 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.distillation.synthesis import generate_batch, generating, sampling, start_ids
 
+NEW_TOKENS = 64  # of an answer, where nothing else is said
 
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    chat: bool = False,
-    add_bos_token: bool | None = None,
-) -> list[str]:
-    """Return what a model writes after some prompts, always its most probable token.
+
+@dataclass(frozen=True)
+class Prompts:
+    """What models are asked to go on with, and how.
 
     Args:
-        model (`PreTrainedModel`): The model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompts (`Sequence[str]`): Beginnings of texts, or what a user says.
-        max_new_tokens (`int`): Tokens of an answer, at most.
-        chat (`bool`, *optional*, defaults to `False`): Put each prompt into the chat template, as what the user says.
-        add_bos_token (`bool`, *optional*): Whether a prompt begins with the BOS token; as the tokenizer does when left out.
+        texts (`Sequence[str]`): Beginnings of texts, or what a user says.
+        max_new_tokens (`int`, *optional*, defaults to 64): Tokens of an answer, at most.
+        chat_template (`bool`, *optional*, defaults to `False`): Put each text into the chat template, as what the user says.
+        add_bos_token (`bool`, *optional*): Whether a text begins with the BOS token; as the tokenizer does when left out.
     """
-    longest = max(len(ids) for ids in tokenizer(list(prompts))["input_ids"])
-    starts = start_ids(tokenizer, prompts, longest + 1, chat, None if chat else add_bos_token)
+
+    texts: Sequence[str]
+    max_new_tokens: int = NEW_TOKENS
+    chat_template: bool = False
+    add_bos_token: bool | None = None
+
+
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[tuple[str, str]]:
+    """Return each prompt and what a model writes after it, always its most probable token."""
+    chat, longest = prompts.chat_template, max(len(ids) for ids in tokenizer(list(prompts.texts))["input_ids"])
+    starts = start_ids(tokenizer, prompts.texts, longest + 1, chat, None if chat else prompts.add_bos_token)
     with generating(model):
-        new = generate_batch(model, starts, sampling(model, tokenizer, max_new_tokens, temperature=0), seed=0)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
+        new = generate_batch(model, starts, sampling(model, tokenizer, prompts.max_new_tokens, temperature=0), seed=0)
+    return [(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip())
+            for prompt, ids in zip(prompts.texts, new, strict=True)]  # fmt: skip
 
 
 def verbatim(text: str) -> str:

@@ -1,6 +1,7 @@
-"""Quality of several models on the same text and tasks, gathered in a `Report`.
+"""Quality of several models on the same text, tasks and prompts, gathered in a `Report`.
 
-One model is in memory at a time. Under `accelerate launch` the text and the tasks' documents are split over the processes.
+One model is in memory at a time, and opened once. Under `accelerate launch` text and the tasks' documents are split over the
+processes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint.checkpoint import Checkpoint, best_device, best_dtype, load_model
 from hf_minitron.checkpoint.model_files import is_hub_id, resolve
 from hf_minitron.data.packing import text_hash
+from hf_minitron.evaluation.answers import Prompts, answers
 from hf_minitron.evaluation.report import Report, compare_models
 from hf_minitron.evaluation.subject import Subject
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
@@ -38,8 +40,9 @@ def compare(
     add_bos_token: bool | None = None,
     metrics: Sequence[TextMetric] = TEXT_METRICS,
     processing_class: PreTrainedTokenizerBase | None = None,
+    prompts: Prompts | None = None,
 ) -> Report:
-    """Measure models on held-out text and by lm-eval tasks, and compare them sample by sample.
+    """Measure models on held-out text and by lm-eval tasks, compare them sample by sample, and let them answer prompts.
 
     Args:
         models (`Mapping[str, str | Path | PreTrainedModel]`): Name to folder, Hub id (`owner/name@revision` for a pin) or a
@@ -47,10 +50,8 @@ def compare(
         blocks (`Dataset`): Held-out text from `token_blocks`, in the teacher's tokens. A model with another tokenizer reads the
             same text in its own; it is compared per byte, and with the teacher where its vocabulary was cut out of its.
         tasks (`Sequence[str]`, *optional*): Names of lm-eval tasks, or paths of their YAML files.
-        include_path (`str` or `Path`, *optional*): A folder with task files of your own.
-        limit (`int`, *optional*): Documents per task; all when left out.
+        include_path (`str` or `Path`), limit (`int`), few_shot (`int`), chat_template (`bool`): All optional, see `Tasks`.
         batch_size (`int` or `str`, *optional*, defaults to 8): Sequences per forward pass; `"auto"` for what fits.
-        few_shot (`int`, *optional*), chat_template (`bool`, *optional*): How questions are asked, see `Tasks`.
         tensor_parallel (`bool`, *optional*, defaults to `False`): Split every model over the processes, not the text.
         folder (`Path`, *optional*): Where the records of each model are kept, as `samples/<name>.parquet`. A model that an
             interrupted comparison with this folder has finished is not measured again.
@@ -59,6 +60,7 @@ def compare(
             tokenizer does by itself when left out. For the blocks it was decided by `token_blocks`.
         metrics (`Sequence[TextMetric]`, *optional*): What is measured on the text, `TEXT_METRICS` and your own.
         processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer of models in memory.
+        prompts (`Prompts`, *optional*): What every model answers, and how.
 
     Returns:
         `Report`: Without speed; the same on every process.
@@ -80,8 +82,8 @@ def compare(
         subject.take_text(blocks, subjects[0], add_bos_token)
     settings["dtype"] = ", ".join(dict.fromkeys(subject.dtype for subject in subjects))
     text = _text_facts(blocks, subjects[0])
-    how = {**settings, **text, "tasks": list(tasks), "metrics": [m.name for m in metrics], "task_bos": add_bos_token}
-    _measure(subjects, chosen, metrics, batch_size, not tensor_parallel, folder, how)
+    how = {**settings, **text, "metrics": [m.name for m in metrics], "asked": repr((chosen, prompts))}
+    _measure(subjects, chosen, metrics, prompts, batch_size, not tensor_parallel, folder, how)
     return _report(subjects, text, settings, seed)
 
 
@@ -89,7 +91,9 @@ def _report(subjects: Sequence[Subject], text: Mapping, settings: Mapping, seed:
     entries = tuple(entry for subject in subjects for entry in subject.report.entries)
     comparisons = compare_models(entries, {subject.name: subject.records for subject in subjects}, seed)
     facts = {subject.name: subject.report.models[subject.name] for subject in subjects}
-    return Report(facts, entries, comparisons, text=text, settings=settings)
+    rows = zip(*(subject.report.answers for subject in subjects), strict=True)  # of each prompt, by every model
+    answered = [dict(item for row in of_models for item in row.items()) for of_models in rows]
+    return Report(facts, entries, comparisons, text=text, settings=settings, answers=answered)
 
 
 def _text_facts(blocks: Dataset, teacher: Subject) -> dict[str, object]:
@@ -108,6 +112,7 @@ def _measure(
     subjects: Sequence[Subject],
     tasks: Tasks,
     metrics: Sequence[TextMetric],
+    prompts: Prompts | None,
     batch_size: int | str,
     split: bool,
     folder: Path | None,
@@ -140,11 +145,13 @@ def _measure(
             records += masses
             tokens_of = subject.vocabulary and firsts[subject.vocabulary]
             entries, more = text_entries(subject.name, records, [*metrics, dropped_mass(())], tokens_of), []
+            written = answers(model, subject.tokenizer, prompts) if prompts else ()  # first: lm-eval changes tokenizers
+            answered = [{"prompt": prompt, subject.name: text} for prompt, text in written]
             if tasks.names:
                 task_entries, more = run_tasks(model, subject.tokenizer, tasks, batch_size, split, subject.name)
                 entries += task_entries
             settings = {**how, "path": subject.path}
-            subject.report = Report({subject.name: subject.facts(model)}, tuple(entries), settings=settings)
+            subject.report = Report({subject.name: subject.facts(model)}, tuple(entries), settings=settings, answers=answered)
             subject.records = records + more
             subject.save(folder)
         model.train(training)

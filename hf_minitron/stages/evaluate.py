@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hf_minitron.data.packing import adds_bos_token, check_first_block, token_bl
 from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.data.vocabulary import difference
 from hf_minitron.environment import environment
-from hf_minitron.evaluation.answers import answers
+from hf_minitron.evaluation.answers import NEW_TOKENS, Prompts
 from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, compare, open_model
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
 from hf_minitron.evaluation.task_files import check_folder, task_files
@@ -25,7 +24,6 @@ from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
 
-NEW_TOKENS = 64  # of an answer, where nothing else is said
 OURS = ("teacher", "pruned", "distilled")
 
 
@@ -151,31 +149,18 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
+    prompts = Prompts(args.prompts, _new_tokens(args), args.chat_template, args.add_bos_token) if args.prompts else None
     report = compare(
         models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, args.chat_template,
-        args.tensor_parallel, out, run.seed, args.add_bos_token,
+        args.tensor_parallel, out, run.seed, args.add_bos_token, prompts=prompts,
     )  # fmt: skip
     speed, main = _speed(args, run), PartialState().is_main_process
-    if speed and (main or args.tensor_parallel):  # one process alone, or all of one model
+    if speed and (main or args.tensor_parallel):  # one process alone, or all of one model; models take turns, all in memory
         live = {name: open_model(resolve(models[name]), args.tensor_parallel) for name in _timed(args)}
         report = dataclasses.replace(report, speed=measure_speed(live, speed))
-    if args.prompts and (main or args.tensor_parallel):
-        report = dataclasses.replace(report, answers=_answers(args, models))
     if main:
         report = dataclasses.replace(report, machine=environment())
         report.save(out / "report.json")
-
-
-def _answers(args: Args, models: Mapping[str, str | Path]) -> list[dict[str, str]]:
-    """Return what every model writes after each prompt."""
-    found = [{"prompt": prompt} for prompt in args.prompts]
-    for name, source in models.items():
-        folder = resolve(source)
-        model, tokenizer = open_model(folder, args.tensor_parallel), AutoTokenizer.from_pretrained(folder)
-        texts = answers(model, tokenizer, args.prompts, _new_tokens(args), args.chat_template, args.add_bos_token)
-        for row, text in zip(found, texts, strict=True):
-            row[name] = text
-    return found
 
 
 def _speed(args: Args, run: Run) -> SpeedSettings | None:
