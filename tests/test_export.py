@@ -5,6 +5,7 @@ llama.cpp and mlx-lm are optional: pip install 'hf_minitron[gguf,mlx]'.
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_minitron.__main__ import main
+from hf_minitron.data.mixture import Source
 from hf_minitron.export import export as exporting
 from hf_minitron.export.compare import compare_exports, export_rows
-from hf_minitron.export.export import Texts, check_export, export_model, file_name, importance_of
+from hf_minitron.export.export import check_export, export_model, file_name, importance_of
 from hf_minitron.export.gguf_model import write_gguf
 from hf_minitron.export.gguf_tokenizer import SPLITS, tokenizer_metadata
 from hf_minitron.export.layouts import GGUF_TYPES, LAYOUTS
 from hf_minitron.export.llama_cpp import LlamaCpp
 from hf_minitron.export.mlx import Mlx
+from hf_minitron.export.texts import BLOCK, Texts, read_blocks
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
+from hf_minitron.run import made_by
+from hf_minitron.stages import publish
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
@@ -410,6 +415,30 @@ def test_publish_exports_beside_the_model(recipe, tmp_path):
     text = (folder / "README.md").read_text()
     assert "| small-one-F16.gguf" in text
     assert ("llama-cli -m small-one-Q8_0.gguf" in text) == ("runtime" in facts["files"][0])
+
+
+def test_publish_exports_on_the_first_blocks_of_the_recipes_texts(whole, monkeypatch):
+    """Those of a calibration text of several sources by their shares."""
+    monkeypatch.setattr(publish, "EXPORT_TOKENS", 64)
+    run, student = made_by(str(whole / "run/publish/model")), whole / "run/distill/student"
+    calibration, held_out = run.section("score")["text"], run.section("evaluate")["text"]
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    rows = {name: read_blocks([Source(name)], tokenizer, 16, 256, run.seed) for name in (calibration, held_out)}
+    texts = publish._texts(run, student)
+    assert (texts.calibration, texts.held_out) == (rows[calibration][:4], rows[held_out][:4])
+    score = {**run.section("score"), "text": {calibration: 0.75, held_out: 0.25}}
+    texts = publish._texts(replace(run, recipe={**run.recipe, "score": score}), student)
+    assert [ids for ids in texts.calibration if ids in rows[held_out]] == rows[held_out][:1]
+    assert [ids for ids in texts.calibration if ids in rows[calibration]] == rows[calibration][:3]
+
+
+def test_a_text_is_read_in_blocks_of_what_a_model_takes(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS * 40))
+    sources = [Source(str(tmp_path / "a.txt"))]
+    for given in (sources, []):
+        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 128, 1024)} == {128}
+        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 4096, 1024)} == {BLOCK}
+    assert read_blocks(sources, TOKENIZER, 128, 1024) == read_blocks(sources, TOKENIZER, 128, 2048)[:8]
 
 
 def test_a_size_that_cannot_be_quantized_is_refused_before_the_run_begins(recipe, tmp_path, capsys):

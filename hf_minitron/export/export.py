@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from hf_minitron.export.gguf_model import gguf_names, layout_of, quantizable, wr
 from hf_minitron.export.layouts import FORMATS, GGUF_TYPES, MLX, NONUNIFORM_TYPES
 from hf_minitron.export.llama_cpp import LlamaCpp, quantize
 from hf_minitron.export.mlx import Mlx, check_mlx, write_mlx
+from hf_minitron.export.texts import Texts
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.probe import Visit, probe
 from hf_minitron.pruning.export import export as export_stock
@@ -29,22 +29,6 @@ from hf_minitron.pruning.export import export as export_stock
 PACKAGES = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "gguf"), "mlx_lm": ("mlx-lm", "mlx")}
 FACTS = "export.json"
 MLX_TYPE = "MLX 4-bit"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What exports are measured on.
-
-    Args:
-        name (`str`): What the held-out text is called.
-        held_out (`Sequence[Sequence[int]]`): Its token ids, in blocks.
-        calibration (`Sequence[Sequence[int]]`): Those of the text that the importance matrix of Q4_K_M is made of; without it
-            when empty.
-    """
-
-    name: str
-    held_out: Sequence[Sequence[int]]
-    calibration: Sequence[Sequence[int]] = ()
 
 
 def check_export(config: PreTrainedConfig, formats: Sequence[str], types: Sequence[str] = GGUF_TYPES) -> None:

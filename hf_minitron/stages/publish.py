@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.checkpoint.side_files import side_files
-from hf_minitron.data.packing import token_blocks
-from hf_minitron.data.texts import load_text
+from hf_minitron.data.mixture import read_sources
 from hf_minitron.evaluation.report import Report
-from hf_minitron.export.export import Texts, check_export, export_model, file_name
+from hf_minitron.export.export import check_export, export_model, file_name
 from hf_minitron.export.layouts import FORMATS, GGUF_TYPES
+from hf_minitron.export.texts import Texts, read_blocks
 from hf_minitron.hub import facts, plots, publish
 from hf_minitron.hub.card import benchmark_files, forest, scatter, write_card
 from hf_minitron.hub.page import write_page
@@ -27,12 +27,12 @@ from hf_minitron.recipe import bind
 from hf_minitron.run import Run, done_digest
 from hf_minitron.shape import Shape
 from hf_minitron.stage import Stage
-from hf_minitron.stages import target
+from hf_minitron.stages import evaluate, score, target
 from hf_minitron.yaml_text import dump_yaml, load_yaml
 
 PAGE = "report.html"
 CANDIDATES = "candidates.png"  # of select
-EXPORT_TOKENS, EXPORT_BLOCK = 4096, 512  # on which exports are calibrated, and as many on which they are measured
+EXPORT_TOKENS = 4096  # on which exports are calibrated, and as many on which they are measured
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,13 @@ def _texts(run: Run, student: Path) -> Texts:
     """Return the texts that exports are measured on and calibrated on: the recipe's held-out and calibration text."""
     tokenizer = AutoTokenizer.from_pretrained(student)
 
-    def blocks(stage: str, split: str) -> list[list[int]]:
-        section = run.section(stage)
-        documents = load_text(section["text"], section.get("split", split), section.get("text_column", "text"))
-        size = min(EXPORT_BLOCK, section.get("block_size", EXPORT_BLOCK))
-        tokens = min(EXPORT_TOKENS, section.get("tokens", EXPORT_TOKENS))
-        rows = token_blocks(documents, tokenizer, size, tokens, run.seed, add_bos_token=section.get("add_bos_token"))
-        return [list(map(int, ids)) for ids in rows.with_format(None)["input_ids"]]
+    def blocks(args: evaluate.Args | score.Args) -> list[list[int]]:
+        sources = read_sources(args.text, args.split, args.text_column)  # of several, each has its share of all tokens
+        found = read_blocks(sources, tokenizer, args.block_size, args.tokens, run.seed, args.add_bos_token)
+        return found[: EXPORT_TOKENS // len(found[0])]
 
-    calibration = blocks("score", "train") if run.section("score").get("text") else []
-    return Texts(facts.public(run.section("evaluate")["text"]), blocks("evaluate", "test"), calibration)
+    measured = bind(run, "evaluate", evaluate.Args)
+    return Texts(facts.public(measured.text), blocks(measured), blocks(bind(run, "score", score.Args)))
 
 
 def read(run: Run) -> tuple[Report | None, dict, dict | None]:
