@@ -5,7 +5,6 @@ import pytest
 from matplotlib import image
 from matplotlib import pyplot as plt
 
-from hf_minitron.evaluation.report import Comparison
 from hf_minitron.hub import plots
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
@@ -103,12 +102,8 @@ def test_bars_and_their_labels(tmp_path, drawn):
 def test_a_forest_of_differences(tmp_path, drawn, count):
     """Of any number of metrics, in percent of the baseline's value; the colour is the verdict's."""
     verdicts = ["worse", "not distinguishable", "better"]
-    rest = ("distilled", "teacher", "task", "acc")
-    found = {}
-    for n in range(count):
-        interval, verdict = (-0.3, -0.2 + n / 100), verdicts[n % 3]
-        difference = (0.25, 0.5, interval, 0.1, "paired bootstrap", None, None, 9, None, verdict)
-        found[f"a_task_with_a_long_name_{n} acc ↑"] = Comparison(*difference, *rest)
+    names = [f"a_task_with_a_long_name_{n} acc ↑" for n in range(count)]
+    found = {name: (verdicts[n % 3], -50.0, -60.0, -40.0 + 2 * n) for n, name in enumerate(names)}
     plots.plot_differences(found, tmp_path / "differences.png")
     (figure,) = drawn
     assert not overlapping(figure)

@@ -47,6 +47,40 @@ def test_as_many_samples_as_needed_find_the_difference_four_times_in_five():
     assert 0.72 <= found / trials <= 0.88
 
 
+@pytest.mark.parametrize("right", [(8, 1), (1, 0)])
+def test_an_accuracy_loses_no_more_than_all(right):
+    """Where a resample of the baseline is without a right answer and where none is."""
+    theirs, ours = ([1] * count + [0] * (40 - count) for count in right)
+    found = compare_paired(rows(ours[::-1]), rows(theirs))
+    assert (found.retention_interval is None) == (right == (1, 0))
+    assert 100 * found.interval[0] / found.baseline_value < -100
+    middle, low, high = found.relative("mean")
+    assert middle == pytest.approx(100 * (right[1] - right[0]) / right[0])
+    assert -100 <= low <= middle <= high
+    assert low == -100
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_metric_that_can_be_negative_may_lose_more_than_all(higher):
+    """Of a baseline that is positive in every resample, in some and in none."""
+    spread = np.random.default_rng(5).normal(0, 0.1, 60)
+    for baseline, ours in ((1.0, -1.0), (0.02, -0.5), (-1.0, -3.0)):
+        found = compare_paired(rows(spread[::-1] + ours), rows(spread + baseline), higher_is_better=higher)
+        middle, low, high = found.relative("mean")
+        assert low < middle < high < -100
+        assert middle == pytest.approx(100 * found.difference / abs(found.baseline_value))
+
+
+@pytest.mark.parametrize("aggregation", ["perplexity", "bits"])
+def test_what_is_made_of_log_likelihoods_loses_no_more_than_all(aggregation):
+    theirs = np.zeros(30)
+    theirs[0] = -90  # a resample has it several times
+    found = compare_paired(rows(np.full(30, -1e-3)), rows(theirs), aggregation, higher_is_better=False)
+    assert 100 * found.interval[0] / found.baseline_value < -100
+    assert found.relative(aggregation)[1] == -100
+    assert found.relative("mean")[1] < -100
+
+
 def test_pairing_finds_what_two_separate_intervals_hide():
     hardness = np.random.default_rng(2).normal(0, 10, 100)
     found = compare_paired(rows(hardness - 0.5), rows(hardness + np.random.default_rng(3).normal(0, 0.3, 100)))

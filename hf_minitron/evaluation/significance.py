@@ -27,6 +27,8 @@ _SLOPES: dict[str, Callable] = {
     "perplexity": lambda mean: math.exp(-mean),
     "bits": lambda mean: 1 / math.log(2),
 }
+# Of what cannot be negative: the aggregations of log-likelihoods, and the test of samples that are right or wrong.
+NOT_NEGATIVE, RIGHT_OR_WRONG = ("perplexity", "bits"), "exact McNemar"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ class Difference:
         """The model's metric less the baseline's."""
         return self.value - self.baseline_value
 
+    def relative(self, aggregation: str | None) -> tuple[float, float, float]:
+        """Return the difference in percent of the baseline's value, and the ends of its 95 % interval.
+
+        The interval is the ratio's, where that was resampled. Else it is the difference's in percent of the baseline's value,
+        which a resample's may exceed; so it ends at -100 for what cannot be negative: the share of samples that are right, and
+        what is made of log-likelihoods.
+
+        Args:
+            aggregation (`str`, *optional*): The metric's, a key of `AGGREGATIONS`.
+        """
+        percent = 100 / abs(self.baseline_value)
+        if self.retention_interval:
+            low, high = (bound - 100 for bound in self.retention_interval)
+        else:
+            low, high = (percent * bound for bound in self.interval)
+            if self.test == RIGHT_OR_WRONG or aggregation in NOT_NEGATIVE:
+                low = max(low, -100.0)
+        return percent * self.difference, low, high
+
 
 def compare_paired(
     ours: np.ndarray, theirs: np.ndarray, aggregation: str = "mean", higher_is_better: bool = True, seed: int = 0
@@ -91,7 +112,7 @@ def compare_paired(
     differences = resampled[0] - resampled[1]
     both = np.concatenate([ours, theirs])
     if np.isin(both[:, 0], (0, 1)).all() and (both[:, 1] == 1).all():
-        p, test = mcnemar(ours[:, 0], theirs[:, 0]), "exact McNemar"
+        p, test = mcnemar(ours[:, 0], theirs[:, 0]), RIGHT_OR_WRONG
     else:
         crossed = min((differences <= 0).mean(), (differences >= 0).mean())
         p, test = max(min(1.0, 2 * crossed), 1 / (RESAMPLES + 1), 2.0 ** (1 - count)), "paired bootstrap"

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.answers import verbatim
-from hf_minitron.evaluation.report import Comparison, Report
+from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import (
     comparison_rows,
     faster,
@@ -141,15 +141,20 @@ def _verdicts(report: Report) -> dict[str, list[str]]:
     return {verdict: found[verdict] for verdict in ("better", "not distinguishable", "worse") if verdict in found}
 
 
-def forest(report: Report) -> dict[str, Comparison]:
-    """Return the comparisons with the teacher that one picture can show, by title: of held-out text, and of one metric a task.
+def forest(report: Report) -> dict[str, tuple[str, float, float, float]]:
+    """Return what one picture can show of the comparisons with the teacher, by title: verdict, difference in percent of the
+    teacher's value and the ends of its interval; of held-out text, and of one metric a task.
 
     Perplexities have no scale in common with them; bits per byte say the same on one that has.
     """
-    columns = headline(report, None)
-    found = {(c.task, c.metric): c for c in report.against("teacher", "distilled")}
-    return {name: found[column] for name, column in zip(titles(report, columns), columns, strict=True)
-            if column in found and "perplexity" not in column[1] and found[column].baseline_value}  # fmt: skip
+    columns, found = headline(report, None), {(c.task, c.metric): c for c in report.against("teacher", "distilled")}
+    rows = {}
+    for name, (task, metric) in zip(titles(report, columns), columns, strict=True):
+        comparison = found.get((task, metric))
+        if comparison and comparison.baseline_value and "perplexity" not in metric:
+            entry = report.entry("distilled", metric, task)
+            rows[name] = (comparison.verdict, *comparison.relative(entry.aggregation))
+    return rows
 
 
 def scatter(report: Report) -> dict[str, tuple[float, float, float, float]]:

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot as plt
 
-from hf_minitron.evaluation.report import Comparison
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
 
@@ -116,25 +115,24 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         save(figure, path)
 
 
-def plot_differences(comparisons: Mapping[str, Comparison], path: Path) -> None:
+def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]], path: Path) -> None:
     """Draw how far a model is from its baseline by several metrics: a forest plot of paired differences with 95 % intervals.
 
     Args:
-        comparisons (`Mapping[str, Comparison]`): What each is called to the comparison, from top to bottom; all are drawn in
-            percent of the baseline's value.
+        comparisons (`Mapping[str, tuple]`): What each is called, from top to bottom, to its verdict, the difference in percent
+            of the baseline's value, and the ends of its interval.
         path (`Path`): The PNG file to write.
     """
     colors = {"better": LINES[1], "not distinguishable": INK, "worse": LINES[0]}
     with style():
         figure, axes = plt.subplots(figsize=(6, 0.42 * len(comparisons) + 0.8))
         axes.axvline(0, color=BEFORE, linewidth=1)
-        for row, found in enumerate(reversed(comparisons.values())):
-            low, high = (100 * bound / abs(found.baseline_value) for bound in found.interval)
-            middle, color = 100 * found.difference / abs(found.baseline_value), colors[found.verdict]
+        for row, (verdict, middle, low, high) in enumerate(reversed(comparisons.values())):
+            color = colors[verdict]
             axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
             axes.plot(middle, row, "o", color=color, markersize=7)
             axes.annotate(f"{middle:+.0f} %", (middle, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
-        for verdict in dict.fromkeys(found.verdict for found in comparisons.values()):
+        for verdict in dict.fromkeys(verdict for verdict, *_ in comparisons.values()):
             axes.plot([], [], "o", color=colors[verdict], label=verdict)
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handletextpad=0.2)
         axes.set_yticks(range(len(comparisons)), reversed(comparisons))
