@@ -116,7 +116,7 @@ def test_paths_are_shortened_and_nothing_else(monkeypatch, tmp_path):
     for text, short in {
         f"{tmp_path}/runs/a": "runs/a", "/home/me/x/y.jsonl": "~/x/y.jsonl", "/data/web/c4.jsonl": ".../web/c4.jsonl",
         "~/x": "~/x", "owner/name": "owner/name", "/no thinking": "/no thinking", "see /home/me/x": "see ~/x",
-        "/srv": ".../srv",
+        "/srv": ".../srv", "/data/runs/small/distill/student": ".../small/distill/student",
     }.items():  # fmt: skip
         assert facts.shorten(text) == short
     assert facts.public([f"a {TOKEN} b"]) == ["a <token> b"]
@@ -359,6 +359,35 @@ def test_other_models_are_compared_too():
     assert "- Better than the teacher on task acc." in text
     assert "peer is better than pruned" not in text
     assert "pruned is better than teacher" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("~/models/100m/published/distill/student", "the distilled student of the run `published`"),
+        (".../small/prune/student", "the pruned student of the run `small`"),
+        ("runs/a/publish/model", "the published student of the run `a`"),
+        ("../a/correct/teacher", "the fine-tuned teacher of the run `a`"),
+        ("../distill/student", "the distilled student of a run"),
+        ("distill/student", "the distilled student of a run"),
+        (".../home/peer", "`peer`"),
+        ("owner/peer", "`peer`"),
+        ("in memory", "`in memory`"),
+        ("owner/peer@main", "[owner/peer](https://huggingface.co/owner/peer/tree/0f)"),
+    ],
+)
+def test_every_model_that_is_compared_is_explained(path, said):
+    """By its Hub id, its run or its folder's name; a folder may be named as an id is, but it has no revision."""
+    peer = {"path": path, "parameters": 1_400_000, "bytes": 1, "dtype": "float32"} | ({"revision": "0f"} if "@" in path else {})
+    text = card(replace(report(), models={**report().models, "peer": peer})).text
+    assert f'"pruned" is the student before distillation, "peer" {said} (1.4 M parameters), for comparison.' in text
+    listed = text.partition("What the models are:\n\n")[2].partition("\n\n")[0]
+    assert listed.splitlines() == [
+        "- **teacher**: `teacher` (2.0 M parameters), which was pruned.",
+        "- **pruned**: the student before distillation (1.5 M parameters).",
+        "- **distilled**: this model (1.5 M parameters).",
+        f"- **peer**: {said} (1.4 M parameters), for comparison.",
+    ]
 
 
 def test_parts_of_the_loss_are_named_where_there_are_several():

@@ -174,7 +174,7 @@ def test_quality_is_that_of_full_logits(odd, tables, text, measured):
     records = load_samples(odd / "run/evaluate/samples/teacher.parquet")
     assert number(size) == sum(row["weight"] for row in records if row["metric"] == "bits_per_byte")
     for fact in (
-        f'"teacher" the model that was pruned, not .../{odd.name}/master.',
+        f'"teacher" the model that was pruned, not .../{odd.name}/master, "peer" `peer` (',
         "Of peer, which has other tokens, what is counted per token does not compare.",
         f"Models ran in {str(best_dtype()).removeprefix('torch.')}.",
         "Tasks are lm-eval's, at most their first 20 documents, 1-shot.",

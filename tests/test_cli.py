@@ -158,6 +158,8 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--evaluate.tasks", "[./nowhere.yaml]"), "tasks: no file at nowhere.yaml"),
         (("--evaluate.tasks", "[7]"), "tasks: 7 is not a name or a path"),
         (("--evaluate.models", "{teacher: a/b}"), "models: 'teacher' is no name for another model"),
+        (("--evaluate.models", "{corrected: a/b}"), "none of teacher, corrected, pruned, distilled, prompt"),
+        (("--evaluate.models", "{prompt: a/b}"), "models: 'prompt' is no name for another model"),
         (("--evaluate.models", "{a/b: a/b}"), "models: 'a/b' is no name for another model"),
         (("--evaluate.models", "{other: ./nowhere}"), "No model at './nowhere'"),
         (("--evaluate.models", "{other: 3}"), "models.other: 3 is not a folder or a Hub id"),

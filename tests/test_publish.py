@@ -36,7 +36,8 @@ def report():
                for name, value in (("teacher", 11.0), ("pruned", 57.0), ("distilled", 16.0))]  # fmt: skip
     entries += [Entry(name, "task", "acc", 0.25, 0.05, n=80) for name in ("teacher", "pruned", "distilled")]
     sizes = {"teacher": 2_000_000, "pruned": 1_500_000, "distilled": 1_500_000}
-    models = {name: {"parameters": size, "bytes": 2 * size, "dtype": "bfloat16"} for name, size in sizes.items()}
+    models = {name: {"path": f"models/{name}", "parameters": size, "bytes": 2 * size, "dtype": "bfloat16"}
+              for name, size in sizes.items()}  # fmt: skip
     case = {"batch_size": 1, "prompt": 128, "prefill": {"value": 900.0}, "decode": {"value": 20.0}}
     speed = {name: [case] for name in ("teacher", "distilled")}
     return Report(models, entries, speed=speed, text={"sha256": "ab" * 32, "tokens": 4096, "blocks": 8})

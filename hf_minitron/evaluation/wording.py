@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
+from hf_minitron.checkpoint.model_files import HUB_ID
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
 from hf_minitron.shape import Shape
 
@@ -16,6 +18,16 @@ HEADLINES = 5  # metrics that a reader takes in at a glance
 # Of several metrics of a task, the first of these says most: lm-eval's own order is the alphabet's.
 PREFERRED = ("acc_norm", "exact_match", "acc")
 ARROWS = {"higher": " ↑", "lower": " ↓"}
+# What models are to their run; all others are there for comparison.
+ROLES = {
+    "teacher": "which was pruned", "corrected": "the teacher, fine-tuned first", "pruned": "the student before distillation",
+    "distilled": "this model",
+}  # fmt: skip
+# What a run calls the models that it makes: the ends of their paths, behind the run's name.
+MADE = {
+    "correct/teacher": "fine-tuned teacher", "prune/student": "pruned student", "distill/student": "distilled student",
+    "publish/model": "published student",
+}  # fmt: skip
 
 
 def title(task: str, metric: str) -> str:
@@ -71,6 +83,27 @@ def sentence(found: Comparison) -> str:
 def millions(parameters: int) -> str:
     """Write a number of parameters, in millions where there are some."""
     return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters:,}"
+
+
+def described(report: Report) -> dict[str, str]:
+    """Say of every model of a report what it is: where it comes from, its parameters, and its part in the run."""
+    found = {}
+    for name, model in report.models.items():
+        size, role = f"({millions(model['parameters'])} parameters)", ROLES.get(name, "for comparison")
+        made_here = name in ROLES and name != "teacher"
+        found[name] = f"{role} {size}" if made_here else f"{_origin(model)} {size}, {role}"
+    return found
+
+
+def _origin(model: Mapping[str, Any]) -> str:
+    """Say where a model comes from: the Hub, a run, or a folder, of which the name is enough."""
+    hub, path = model["path"].partition("@")[0], PurePath(model["path"])
+    if "revision" in model and HUB_ID.fullmatch(hub):
+        return f"[{hub}](https://huggingface.co/{hub}/tree/{model['revision']})"
+    made, run = MADE.get("/".join(path.parts[-2:])), path.parent.parent.name
+    if not made:
+        return f"`{path.name}`"
+    return f"the {made} of the run `{run}`" if run.strip(".") else f"the {made} of a run"
 
 
 def quality_rows(report: Report) -> list[list[str]]:
@@ -133,7 +166,7 @@ def faster(report: Report) -> tuple[float, float] | None:
 def of_the_run(report: Report) -> list[str]:
     """Return the teacher, its student before and after distillation, and of the other models the one nearest in size to it."""
     own = [name for name in ("teacher", "pruned", "distilled") if name in report.models]
-    sizes = {name: model["parameters"] for name, model in report.models.items() if name not in (*own, "corrected")}
+    sizes = {name: model["parameters"] for name, model in report.models.items() if name not in ROLES}
     target = report.models[own[-1]]["parameters"]
     return own + sorted(sizes, key=lambda name: abs(sizes[name] - target))[:1]
 

@@ -13,7 +13,9 @@ from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.answers import verbatim
 from hf_minitron.evaluation.report import Report
 from hf_minitron.evaluation.wording import (
+    ROLES,
     comparison_rows,
+    described,
     faster,
     headline,
     kept,
@@ -64,7 +66,7 @@ def write_card(
         eval_results=(_eval_results(report) or None) if report else None,
         **{key: facts[key] for key in wanted if facts.get(key)},
     )
-    compared = report.comparisons if report else ()
+    compared, shown = (report.comparisons, of_the_run(report)) if report else ((), [])
     found = report.against("teacher", "distilled") if report else []
     return ModelCard.from_template(
         data,
@@ -74,7 +76,9 @@ def write_card(
         recipe_text=dump_yaml(dict(recipe)).strip(),
         report=report,
         at_a_glance=at_a_glance(report, log) if report else [],
-        headline=markdown_table(metric_rows(report, of_the_run(report), headline(report))) if report else "",
+        headline=markdown_table(metric_rows(report, shown, headline(report))) if report else "",
+        described=described(report) if report else {},
+        others_shown=[name for name in shown if name not in ROLES],
         verdicts=_verdicts(report) if report else {},
         shapes=markdown_table([("axis", "before", "after"), *_shape_rows(facts["cut"])]) if facts.get("cut") else "",
         sizes=markdown_table(size_rows(report, facts.get("cut"))) if report else "",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_minitron.errors import TOKEN
+from hf_minitron.evaluation.wording import MADE
 
 # A path of this machine: all of a text, where blanks may be in it, and within one.
 PATH = re.compile(r"/\S+|/[^\n/]+/[^\n]+")
@@ -37,4 +38,5 @@ def _short(text: str) -> str:
     for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
         if str(base) != "/" and path != base and path.is_relative_to(base):
             return prefix + str(path.relative_to(base))
-    return "/".join(["...", *path.parts[1:][-2:]])
+    last = 3 if "/".join(path.parts[-2:]) in MADE else 2  # of a run's model the run's name as well
+    return "/".join(["...", *path.parts[1:][-last:]])

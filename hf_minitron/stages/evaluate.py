@@ -19,12 +19,13 @@ from hf_minitron.evaluation.compare import check_model, check_tensor_parallel, c
 from hf_minitron.evaluation.speed import SpeedSettings, measure_speed
 from hf_minitron.evaluation.task_files import check_folder, task_files
 from hf_minitron.evaluation.tasks import DOCUMENT_TOKENS, DOCUMENTS, Tasks, splits_evenly
+from hf_minitron.evaluation.wording import ROLES
 from hf_minitron.inputs import model_files, text_files
 from hf_minitron.run import Run
 from hf_minitron.stage import Stage
 from hf_minitron.stages import correct
 
-OURS = ("teacher", "pruned", "distilled")
+TAKEN = (*ROLES, "prompt")  # names that mean something else in a report
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ def check(args: Args, run: Run) -> None:
         splits_evenly(args.limit, processes)
     speed = _speed(args, run)
     for name, source in args.models.items():
-        if name in OURS or not re.fullmatch(r"\w[\w.-]*", str(name)):
-            raise ValueError(f"models: {name!r} is no name for another model: letters, digits, . - and _, none of {OURS}")
+        if name in TAKEN or not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise ValueError(
+                f"models: {name!r} is no name for another model: letters, digits, . - and _, none of {', '.join(TAKEN)}"
+            )
         if not isinstance(source, str):
             raise ValueError(f"models.{name}: {source!r} is not a folder or a Hub id")
     for name, source in {"teacher": run.model, **args.models}.items():
