@@ -21,6 +21,7 @@ from hf_minitron.memory import keep_freed_memory
 from hf_minitron.planning.estimate import store_values, stored_values, time_allows, with_values
 from hf_minitron.planning.plan_text import plan_text
 from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import check_listed
 from hf_minitron.run import RecipeError, Run
 from hf_minitron.stage import Stages
 from hf_minitron.stages import publish
@@ -84,9 +85,11 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
 
 
 def sized(run: Run) -> Run:
-    """Return a run whose target has sizes, where the recipe has shares of the model's."""
+    """Return a run whose target has sizes, where the recipe has shares of the model's; refuse values of a wrong type."""
     with told("prune: "):
         recipe = with_sizes(run.recipe)
+    with told():
+        check_listed(recipe)
     return run if recipe is run.recipe else replace(run, recipe=recipe)
 
 

@@ -166,9 +166,10 @@ def check_listed(recipe: Mapping[str, Any]) -> None:
             entry = known["keys"].get(key, {})
             if value is None or entry.get("type") not in kinds:  # what may be of several types is left to the stage
                 continue
-            _typed(f"{stage}.{key}", value, kinds[entry["type"]], entry.get("min"))
-            if value not in entry.get("choices", [value]):
-                raise RecipeError(f"{stage}.{key}: {value!r} is none of {', '.join(map(str, entry['choices']))}")
+            value = _typed(f"{stage}.{key}", value, kinds[entry["type"]], entry.get("min"))
+            for one in value if isinstance(value, list) else [value]:
+                if one not in entry.get("choices", [one]):
+                    raise RecipeError(f"{stage}.{key}: {one!r} is none of {', '.join(map(str, entry['choices']))}")
 
 
 def _check_keys(

@@ -184,6 +184,46 @@ def test_a_machine_that_cannot_be_is_refused(project, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def planned(tmp_path, capsys, **sections):
+    """What `plan` prints for a recipe of a published model's config."""
+    path = tmp_path / "recipe.yaml"
+    recipe = {"model": str(CONFIGS / "Llama-3.2-1B"), "run": str(tmp_path / "run"), "score": {"text": "words.txt"}, **sections}
+    path.write_text(yaml.safe_dump(recipe))
+    code = main(["plan", str(path)])
+    return code, capsys.readouterr()
+
+
+@pytest.mark.parametrize("section, key, values", [
+    ("publish", "export", ["gguf", "mlx"]), ("publish", "export", ["mlx"]), ("publish", "export", "gguf,mlx"),
+    ("publish", "gguf_types", ["F16", "Q4_K_M"]), ("publish", "gguf_types", []),
+])  # fmt: skip
+def test_plan_takes_the_lists_that_run_takes(tmp_path, capsys, section, key, values):
+    code, out = planned(tmp_path, capsys, prune={"target": "60%"}, **{section: {key: values}})
+    assert code == 0, out.err
+
+
+def test_plan_names_the_item_of_a_list_that_is_no_choice(tmp_path, capsys):
+    code, out = planned(tmp_path, capsys, prune={"target": "60%"}, publish={"export": ["gguf", "onnx"]})
+    assert code == 1
+    assert "publish.export: 'onnx' is none of gguf, mlx" in out.err
+
+
+@pytest.mark.parametrize("budget", [{"parameters": "60%"}, {"flops": "60%"}])
+def test_plan_of_a_search_takes_one_of_its_shapes(tmp_path, capsys, budget):
+    code, out = planned(tmp_path, capsys, search={"budget": budget})
+    assert code == 0, out.err
+    assert re.search(r"search chooses between [\d,]+ shapes near the budget", out.out)
+    if "parameters" in budget:
+        changed = re.search(r"\| parameters .*\| +-([\d.]+)% \|", out.out)
+        assert float(changed[1]) == pytest.approx(40, abs=3)
+
+
+def test_plan_of_a_search_for_speed_asks_for_a_target(tmp_path, capsys):
+    code, out = planned(tmp_path, capsys, search={"budget": {"decode_tokens_per_second": "150%"}})
+    assert code == 1
+    assert "decode_tokens_per_second is measured when search runs; give prune.target" in out.err
+
+
 def test_plan_prints_what_every_stage_takes(project, capsys):
     assert main(["plan", str(project["path"]), "--gpus", "2", "--gpu-memory", "24GB"]) == 0
     out = capsys.readouterr().out

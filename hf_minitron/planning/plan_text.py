@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +28,34 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         if args.recipe.suffix in (".yaml", ".yml") or args.recipe.is_file():
             if args.keep is not None:
                 raise RecipeError(f"--keep: {args.keep!r} is for a model; a recipe has prune.target, which may be such a share")
-            recipe = with_sizes(read_recipe(args.recipe, overrides, known))
+            recipe = searched(with_sizes(read_recipe(args.recipe, overrides, known)))
             check_listed(recipe)
         else:
             recipe = as_drafted(str(args.recipe), args, overrides, machine)
         print(plan_text(recipe, args.context))
         print("\n" + cost_text(recipe, machine))
     return 0
+
+
+def searched(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recipe that leaves its target to `search` with the sizes of one shape near the budget, and say so."""
+    prune = recipe.get("prune") or {}
+    if "search" not in recipe or prune.get("target") or "nonuniform" in prune:
+        return recipe
+    from hf_minitron.pruning.search import SPEEDS  # all three import what trains and evaluates: other plans do without
+    from hf_minitron.run import Run
+    from hf_minitron.stages import search
+
+    args, path = arguments(recipe["search"] or {}, "search", search.Args), Path()
+    if measured := [name for name in SPEEDS if name in args.budget]:
+        raise RecipeError(f"search.budget: {measured[0]} is measured when search runs; give prune.target for a plan before")
+    run = Run(path, str(recipe["model"]), 0, dict(recipe), path)
+    found = search.near(args, run)
+    target = search.even(found, search.teacher(run.model).shape).target
+    print(
+        f"search chooses between {len(found):,} shapes near the budget, {dict(recipe['search'])['budget']}. As one of them:\n"
+    )
+    return {**recipe, "prune": {**prune, "target": dict(target)}}
 
 
 def as_drafted(model: str, args: argparse.Namespace, overrides: Mapping[str, Any], machine: Machine) -> Mapping[str, Any]:

@@ -85,14 +85,32 @@ class _Space:
 
 def check(args: Args, run: Run) -> None:
     """Refuse a budget, a grid or sections that no candidate could be run with."""
-    space = _space(args, run)
-    named = {name: 1.0 for name in search.SPEEDS if name in args.budget}
-    limits = search.limits_of(args.budget, {name: cost(space.before) for name, cost in space.costs.items()} | named)
-    if not named:  # what is measured is known later
-        search.candidates(space.legal, limits, space.costs, args.tolerance)
+    if not args.budget.keys().isdisjoint(search.SPEEDS):  # what is measured is known later
+        search.limits_of(args.budget, _costs_of_teacher(_space(args, run)) | dict.fromkeys(search.SPEEDS, 1.0))
+    else:
+        near(args, run)
     short = replace(run, recipe={**run.recipe, "distill": short_distillation(run, args)})
     for name, stage in {"distill": distill, "evaluate": evaluate}.items():  # every candidate needs them
         bind(short, name, stage.Args)
+
+
+def near(args: Args, run: Run) -> list[Candidate]:
+    """Return the shapes near a budget that names no speed, from the model's config alone.
+
+    Raises:
+        ValueError: when there is none, or the budget is none.
+    """
+    space = _space(args, run)
+    return search.candidates(space.legal, search.limits_of(args.budget, _costs_of_teacher(space)), space.costs, args.tolerance)
+
+
+def even(found: Iterable[Candidate], before: Shape) -> Candidate:
+    """Return the candidate whose most cut axis is cut least: what stands for all while nothing is scored."""
+    return min(found, key=lambda candidate: max(1 - size / before[axis] for axis, size in candidate.target.items()))
+
+
+def _costs_of_teacher(space: _Space) -> dict[str, float]:
+    return {name: cost(space.before) for name, cost in space.costs.items()}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -102,7 +120,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     if statistics.token_counts is not None:  # the share of the text that the commonest tokens are
         scores["vocab"] = statistics.token_counts.double()
     speeds = any(name in args.budget for name in search.SPEEDS)
-    teacher = {name: cost(space.before) for name, cost in space.costs.items()} | (space.speeds(space.before) if speeds else {})
+    teacher = _costs_of_teacher(space) | (space.speeds(space.before) if speeds else {})
     limits = search.limits_of(args.budget, teacher)
     costs = {**space.costs, **(_predicted(space, teacher) if speeds else {})}
     found = search.rank(search.candidates(space.legal, limits, costs, args.tolerance), scores, space.before)

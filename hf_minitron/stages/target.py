@@ -20,7 +20,10 @@ class Args:
     """The `prune:` section."""
 
     target: dict = field(
-        metadata={"help": f"New sizes, or shares such as 50%, of any of: {', '.join(CUTTABLE)}; or a share of all parameters."}
+        metadata={
+            "help": f"New sizes, or shares such as 50%, of any of: {', '.join(CUTTABLE)}; or a share of all parameters. "
+            "The verb search finds sizes for a budget."
+        }
     )
     nonuniform: float | None = field(
         default=None,
