@@ -23,7 +23,8 @@ CONFIG_NAMES = {
     "n_routed_experts": "experts",
     "vocab_size": "vocab",
 }
-# Names that keys had before, or have in other libraries, and what they are called here; the first that is known is meant.
+# Names that keys had before, or have in other libraries, and what they are called here, also as
+# `key.key within its table`; the first that is known is meant.
 RENAMED = {
     "halves": ("sublayers",),
     "lr": ("learning_rate",),
@@ -44,6 +45,14 @@ RENAMED = {
     "lr_scheduler": ("lr_scheduler_type",),
     "optimizer": ("optim",),
     "loss": ("losses",),
+    **{
+        name: (f"losses.{name}",)
+        for name in ("forward_kl", "reverse_kl", "jsd", "mse", "cosine", "total_variation", "cross_entropy")
+    },
+    **dict.fromkeys(("kl", "kld", "kl_loss", "kd_loss", "logits_loss"), ("losses.forward_kl",)),
+    **dict.fromkeys(("ce", "ce_loss", "hard_loss", "sft_loss"), ("losses.cross_entropy",)),
+    # The weight of one loss beside another's, which ours have each.
+    **dict.fromkeys(("alpha", "alpha_kl", "alpha_kd", "alpha_ce", "kd_alpha", "kd_ratio", "kd_weight"), ("losses",)),
     "on_policy": ("lmbda",),
     "on_policy_fraction": ("lmbda",),
     "lambda": ("lmbda",),
@@ -83,5 +92,5 @@ RENAMED = {
     "hub_model_id": ("repo_id",),
     "output_dir": ("run",),
     "sizes": ("target",),
-    **dict.fromkeys(CONFIG_NAMES, ("target",)),
+    **{name: (f"target.{axis}",) for name, axis in CONFIG_NAMES.items()},
 }

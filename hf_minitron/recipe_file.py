@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from hf_minitron.errors import TOKEN, RecipeError, one_line
-from hf_minitron.known_names import CONFIG_NAMES, RENAMED
+from hf_minitron.known_names import RENAMED
 from hf_minitron.yaml_text import DEEPEST, load_yaml
 
 TOP_LEVEL = {
@@ -178,18 +178,19 @@ def _check_keys(
     """Refuse an unknown key, naming the nearest: of this place, or of a section where the key may belong (`elsewhere`)."""
     for key in found:
         if key not in known:
-            near = [name for name in RENAMED.get(str(key), ()) if name in known] or _nearest(str(key), known, elsewhere)
-            axis = f".{CONFIG_NAMES[key]}" if near and near[0].endswith("target") and key in CONFIG_NAMES else ""
-            hint = f"did you mean {near[0] + axis!r}?" if near else f"known: {', '.join(sorted(known))}"
+            near = _nearest(str(key).replace("-", "_"), known, elsewhere or {})
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
 
 
-def _nearest(key: str, known: Sequence[str], elsewhere: Mapping | None) -> list[str]:
+def _nearest(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str] | None]) -> list[str]:
     """Return the known key nearest to one that is not, as `section.key` where it stands in another place."""
-    for section in sorted(elsewhere or (), key=lambda name: name not in ("distill", "prune")):  # what is mostly meant first
-        for name in (key, *RENAMED.get(key, ())):
-            if name in (elsewhere[section] or ()):
-                return [f"{section}.{name}"]
+    names = (key, *RENAMED.get(key, ()))
+    sections = sorted(elsewhere, key=lambda name: name not in ("distill", "prune"))  # what is mostly meant first
+    for start, keys in [("", known), *((f"{section}.", elsewhere[section] or ()) for section in sections)]:
+        for name in names:
+            if name.partition(".")[0] in keys:
+                return [start + name]
     return difflib.get_close_matches(key, known, n=1)
 
 

@@ -11,7 +11,9 @@ import yaml
 
 from hf_minitron import Architecture
 from hf_minitron.__main__ import main
+from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES
 from hf_minitron.errors import RecipeError
+from hf_minitron.known_names import RENAMED
 from hf_minitron.planning.costs import CHECKPOINTING
 from hf_minitron.planning.drafting import is_instruct
 from hf_minitron.recipe import bind, load_recipe
@@ -237,6 +239,11 @@ def test_a_run_with_shares_keeps_sizes_in_its_recipe(project, tmp_path, capsys):
         (("--learning_rate", "1"), "did you mean 'distill.learning_rate'?"),
         (("--distill.lr", "1"), "did you mean 'learning_rate'?"),
         (("--distill.batch_size", "1"), "did you mean 'per_device_train_batch_size'?"),
+        (("--distill.batch-size", "1"), "'batch-size' in distill; did you mean 'per_device_train_batch_size'?"),
+        (("--evaluate.batch-size", "1"), "did you mean 'batch_size'?"),
+        (("--distill.alpha", "0.5"), "did you mean 'losses'?"),
+        (("--distill.reverse_kl", "1"), "did you mean 'losses.reverse_kl'?"),
+        (("--kd-ratio", "0.5"), "did you mean 'distill.losses'?"),
         (("--intermediate_size", "9"), "did you mean 'prune.target.ffn'?"),
         (("--prune.intermediate_size", "9"), "did you mean 'target.ffn'?"),
         (("--prune.target.intermediate_size", "9"), "did you mean 'ffn'?"),
@@ -249,6 +256,11 @@ def test_a_run_with_shares_keeps_sizes_in_its_recipe(project, tmp_path, capsys):
 def test_names_from_elsewhere_are_suggested(project, capsys, option, message):
     assert main(["plan", str(project["path"]), *option]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_every_loss_is_suggested_by_its_name():
+    for name in (*TOKEN_LOSSES, CROSS_ENTROPY):
+        assert RENAMED[name] == (f"losses.{name}",)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("arc_easy", ["arc_easy"]), ("arc_easy, piqa", ["arc_easy", "piqa"])])
