@@ -383,6 +383,26 @@ def test_the_command_exports_a_folder(tmp_path, capsys, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained("export/stock").config.model_type == "llama"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "positions", "expected"), [(128, 2048, (1, 128)), (1024, 2048, (2, 512)), (128, 64, (2, 64)), (2, 2048, (1, 2))]
+)
+def test_as_many_tokens_as_are_asked_for_are_read(tmp_path, monkeypatch, tokens, positions, expected):
+    found = []
+    monkeypatch.setattr("hf_minitron.export.command.export_model", lambda *args: found.append(args[3]) or {"tokens": 0})
+    monkeypatch.setattr("hf_minitron.export.command.facts_text", str)
+    saved(tmp_path, made(max_position_embeddings=positions))
+    assert main(["export", str(tmp_path), "--to", "gguf", "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 0
+    for blocks in (found[0].held_out, found[0].calibration):
+        assert (len(blocks), len(blocks[0])) == expected
+
+
+@pytest.mark.parametrize("tokens", ["1", "0", "-5"])
+def test_too_few_tokens_are_refused_by_their_option(tmp_path, capsys, tokens):
+    saved(tmp_path / "small")
+    assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--tokens", tokens]) == 1
+    assert f"--tokens: {tokens} must be at least 2, of which one is predicted" in capsys.readouterr().err
+
+
 def test_the_command_refuses_in_one_line_before_it_begins(tmp_path, capsys):
     saved(tmp_path / "small", made(hidden_size=40))
     assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--output", str(tmp_path / "out")]) == 1

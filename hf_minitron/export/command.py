@@ -24,6 +24,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     with told():
         if overrides:
             raise RecipeError(f"--{next(iter(overrides))} is not an option of export")
+        if args.tokens < 2:
+            raise RecipeError(f"tokens: {args.tokens} must be at least 2, of which one is predicted")
         folder = resolve(args.model)
         config = AutoConfig.from_pretrained(folder)
         if formats:
@@ -36,7 +38,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         positions = getattr(text_config(config), "max_position_embeddings", None) or BLOCK
         sources = [Source(args.text)] if args.text else []
-        blocks = read_blocks(sources, tokenizer, positions, 2 * args.tokens)
+        blocks = read_blocks(sources, tokenizer, min(positions, args.tokens), 2 * args.tokens)
         texts = Texts(args.text or PYTHON, blocks[::2], blocks[1::2])
         facts = export_model(folder, args.output, file_name(str(args.model)), texts, formats, args.types)
         print(f"{facts_text(facts)}\nFiles and {FACTS}: {args.output}")
