@@ -107,6 +107,85 @@ def test_columns_of_other_names_and_nulls_are_read(tmp_path):
     assert encoded({"messages": [turn | {"name": None} for turn in TWO]}, strict) == encoded({"messages": TWO})
 
 
+CALLS = PLAIN.replace(
+    "message['content'] +",
+    "(message.content or '') + (message.tool_calls[0].function.name if message.tool_calls else '') +",
+)
+CALL = [{"type": "function", "function": {"name": "w9", "arguments": {"w5": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("human", "gpt"), [("human", "gpt"), ("human", "chatgpt"), ("human", "bing"), ("Human", "model"), ("user", "assistant")]
+)
+@pytest.mark.parametrize("template", [PLAIN, MARKED, ALTERNATES])
+def test_the_roles_of_sharegpt_are_those_of_templates(tmp_path, human, gpt, template):
+    names = {"user": human, "assistant": gpt}
+    rows = [{"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in TWO], "id": "a"}] * 3
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_first_block(str(path), tokenizer(template), 8)
+    (row, *_) = load_text(str(path))
+    assert encoded(row, template) == encoded({"messages": TWO}, template)
+
+
+@pytest.mark.parametrize("tool", ["tool", "function", "observation"])
+def test_what_a_tool_says_has_one_role(tool):
+    turns = [("system", "w9"), ("human", "w1"), ("gpt", "w3"), (tool, "w4"), ("gpt", "w6")]
+    text, learnt = encoded({"messages": [{"from": role, "value": content} for role, content in turns]})
+    assert text == "<|system|> w9 </s> <|user|> w1 </s> <|assistant|> w3 </s> <|tool|> w4 </s> <|assistant|> w6 </s>"
+    assert learnt == "w3 </s> w6 </s>"
+
+
+def test_a_role_that_the_template_names_is_written():
+    named = "{% set also = 'w80' %}" + PLAIN
+    turns = [{"role": "w80", "content": "w9"}, *TWO]
+    assert encoded({"messages": turns}, named)[1] == "w3 w4 </s> w6 w7 w8 </s>"
+    with pytest.raises(ValueError, match="document 0 .* a message of 'w80', a role that the chat template of .* does not name"):
+        token_blocks(Dataset.from_list([{"messages": turns}]), tokenizer(), 4)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_content_of_parts_is_their_text(tmp_path, template):
+    """Also where some rows have texts, and where Arrow has filled up what only a part of an image has."""
+    parts = [
+        turn | {"content": [{"type": "text", "text": text, "image_url": None} for text in turn["content"].partition(" ")]}
+        for turn in TWO
+    ]
+    expected = encoded({"messages": TWO}, template)
+    assert encoded({"messages": parts}, template) == expected
+    assert encoded({"prompt": parts[:3], "completion": parts[3:]}, template)[1] == "w6 w7 w8 </s>"
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in (parts, TWO, [*parts[:2], *TWO[2:]])))
+    assert [encoded(row, template) for row in load_text(str(path))] == [expected] * 3
+
+
+def test_calls_of_tools_without_a_content_are_written_by_the_template(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": CALL}
+    turns = [TWO[0], call, {"role": "tool", "content": "w4"}, {"role": "assistant", "content": "w6"}]
+    text, learnt = encoded({"messages": turns}, CALLS)
+    assert text == "<|user|> w1 w2 </s> <|assistant|> w9 </s> <|tool|> w4 </s> <|assistant|> w6 </s>"
+    assert learnt == "w9 </s> w6 </s>"
+    path = tmp_path / "a.parquet"
+    Dataset.from_list([{"messages": turns}, {"messages": TWO}]).to_parquet(path)
+    assert [encoded(row, CALLS) for row in load_text(str(path))] == [(text, learnt), encoded({"messages": TWO})]
+
+
+def test_what_arrow_adds_to_tools_and_their_calls_is_no_part_of_them(tmp_path):
+    """Tables of one column have the keys of all of its rows."""
+    template = CALLS.replace("tool_calls[0].function.name", "tool_calls[0].function.arguments.keys() | join(' ')")
+    template = template.replace("{% for", "{% if tools %}{{ tools[0].keys() | join(' ') + ' ' }}{% endif %}{% for", 1)
+    rows = []
+    for key in ("w5", "w6"):
+        calls = [{"type": "function", "function": {"name": "w9", "arguments": {key: 1}}}]
+        turn = {"role": "assistant", "content": None, "tool_calls": calls}
+        rows.append({"messages": [TWO[0], turn], "tools": [{"name": "w9", key: "w8"}]})
+    names = [encoded(row, template) for row in rows]
+    assert "w5 </s>" in names[0][1]
+    path = tmp_path / "a.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    assert [encoded(row, template) for row in load_text(str(path))] == names
+
+
 def test_completions_are_learnt_with_an_end_token():
     assert encoded({"prompt": "w1 w2 ", "completion": "w3 w4"}) == ("w1 w2 w3 w4 </s>", "w3 w4 </s>")
     assert encoded({"prompt": "w1", "completion": " w3 </s>"}) == ("w1 w3 </s>", "w3 </s>"), "its own end token"
@@ -154,8 +233,39 @@ BAD = {
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         PLAIN,
-        "holds a message .*whose content is no text: .*image",
+        "holds a message with a part of type 'image', and only text is read. Leave it out",
     ),
+    "image beside text": (
+        {
+            "messages": chat(
+                [{"type": "text", "text": "w1"}],
+                [{"type": "text", "text": "w2"}, {"type": "image_url", "image_url": {"url": "w3"}}],
+            )
+        },
+        PLAIN,
+        "holds a message with a part of type 'image_url', and only text is read",
+    ),
+    "table": (
+        {"messages": [{"role": "user", "content": {"w1": "w2"}}]},
+        PLAIN,
+        "holds a message whose content is no text: {'w1': 'w2'}. Leave it out",
+    ),
+    "moderator": (
+        {"messages": [*TWO, {"from": "moderator", "value": "w1"}]},
+        PLAIN,
+        "holds a message of 'moderator', a role that the chat template of the tokenizer does not name. Call it system, ",
+    ),
+    "calls": (
+        {"messages": [TWO[0], {"role": "assistant", "content": None, "tool_calls": [{"w1": "w2"}]}]},
+        PLAIN,
+        "has tool_calls, which the chat template of the tokenizer does not write. Give it a template that",
+    ),
+    "calls without content": (
+        {"messages": [TWO[0], {"role": "assistant", "content": None, "tool_calls": [{"w1": "w2"}]}]},
+        PLAIN + "{% if messages[0].tool_calls %}{% endif %}",
+        'is refused by the chat template of the tokenizer: .* no attribute .content.. Give calls of tools the content "", or',
+    ),
+    "nothing": ({"messages": [TWO[0], {"role": "assistant", "content": None}]}, PLAIN, "holds a message without content: "),
     "no role": ({"messages": [{"content": "w1"}]}, PLAIN, "holds a message without a role"),
     "mixed": ({"prompt": "w1", "completion": TWO[1:2]}, PLAIN, "has a prompt and a completion that are not both texts"),
 }

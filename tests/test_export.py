@@ -400,7 +400,7 @@ def test_as_many_tokens_as_are_asked_for_are_read(tmp_path, monkeypatch, tokens,
 def test_too_few_tokens_are_refused_by_their_option(tmp_path, capsys, tokens):
     saved(tmp_path / "small")
     assert main(["export", str(tmp_path / "small"), "--to", "gguf", "--tokens", tokens]) == 1
-    assert f"--tokens: {tokens} must be at least 2, of which one is predicted" in capsys.readouterr().err
+    assert f"tokens: {tokens} must be at least 2, of which one is predicted" in capsys.readouterr().err
 
 
 def test_the_command_refuses_in_one_line_before_it_begins(tmp_path, capsys):

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.columns import MASKS
+from hf_minitron.data.messages import read_messages, without_nulls
 from hf_minitron.errors import one_line
 
 # Ids alone, of the text alone.
@@ -110,7 +111,7 @@ class Encoder:
         return [*self.opening, *ids] if ids[:1] != self.opening else ids  # one may begin so by itself
 
     def _marked_chat(self, row: Mapping) -> tuple[list[int], np.ndarray]:
-        messages = _messages(row["messages"])
+        messages = self._messages(row, "messages")
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         made = self._template(messages, row, **how)
         learnt = np.array(made["assistant_masks"], bool)
@@ -119,7 +120,7 @@ class Encoder:
 
     def _written_chat(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
         """Return a conversation as text, and where the assistant's turns begin and end in it."""
-        messages = _messages(row["messages"])
+        messages = self._messages(row, "messages")
         whole, spans = self._template(messages, row, tokenize=False), []
         for number, turn in enumerate(messages):
             if turn["role"] == "assistant":
@@ -145,19 +146,21 @@ class Encoder:
         return len(whole) - len(rest) + len(own) if split else self._prefix(through, whole)
 
     def _written_pair(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
-        prompt, completion = _messages(row["prompt"]), _messages(row["completion"])
+        prompt, completion = self._messages(row, "prompt"), self._messages(row, "completion")
         whole = self._template([*prompt, *completion], row, tokenize=False)
         before = self._template(prompt, row, tokenize=False, add_generation_prompt=True)
         return whole, [(self._prefix(before, whole), len(whole))]
 
+    def _messages(self, row: Mapping, column: str) -> list[dict]:
+        return read_messages(row[column], self.tokenizer.get_chat_template(tools=_tools(row)), _name(self.tokenizer))
+
     def _template(self, messages: list[dict], row: Mapping, **how: Any) -> Any:
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools or None, **how)
+            return self.tokenizer.apply_chat_template(messages, tools=_tools(row), **how)
         except Exception as error:  # whatever a template raises
-            raise ValueError(
-                f"is refused by the chat template of {_name(self.tokenizer)}: {one_line(error)}. Leave it out"
-            ) from error
+            whole = all("content" in turn for turn in messages)
+            way = "Leave it out" if whole else 'Give calls of tools the content "", or leave the document out'
+            raise ValueError(f"is refused by the chat template of {_name(self.tokenizer)}: {one_line(error)}. {way}") from error
 
     def _prefix(self, part: str, whole: str) -> int:
         if not whole.startswith(part):
@@ -208,6 +211,12 @@ def kind_of(columns: Sequence[str]) -> str:
     )
 
 
+def is_chat(columns: Sequence[str], row: Mapping) -> bool:
+    """Return whether a row of these columns holds messages: a conversation, or a prompt of such with its completion."""
+    kind = kind_of(columns)
+    return kind == "messages" or (kind == "completion" and not isinstance(row.get("prompt"), str))
+
+
 def has_labels(columns: Sequence[str]) -> bool:
     """Return whether some tokens of rows with these columns are not predicted."""
     return kind_of(columns) in ("messages", "completion") or any(mask in columns for mask in MASKS[:3])
@@ -221,7 +230,7 @@ def check_encoder(columns: Sequence[str], row: Mapping, tokenizer: PreTrainedTok
         raise ValueError(
             f"{name} holds chats or completions, whose tokens only a fast tokenizer places: {_name(tokenizer)} is none"
         )
-    if not isinstance(row.get("prompt"), str) and not tokenizer.chat_template:
+    if is_chat(columns, row) and not tokenizer.chat_template:
         raise ValueError(
             f"{name} holds chats, and {_name(tokenizer)} has no chat template: give it one, or write the chats as text"
         )
@@ -262,16 +271,10 @@ def _ready(row: Mapping, most: int) -> tuple[np.ndarray, np.ndarray]:
     return ids[real], learnt[real]
 
 
-def _messages(turns: Any) -> list[dict]:
-    """Return messages as a template reads them: `role` and `content`, which some call `from` and `value`, without nulls."""
-    if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("holds no messages. Leave it out")
-    names = {"from": "role", "value": "content"}
-    made = [{names.get(key, key): value for key, value in turn.items() if value is not None} for turn in turns]
-    for turn in made:
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str):
-            raise ValueError(f"holds a message without a role, or whose content is no text: {str(turn)[:60]}. Leave it out")
-    return made
+def _tools(row: Mapping) -> list | None:
+    """Return the tools of a row as a template reads them; `None` where there are none."""
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) and tools else without_nulls(tools)) or None
 
 
 def _some(learnt: Sequence) -> Sequence:
