@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset
 from test_distillation import arguments
 from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from hf_minitron import DistillationTrainer, calibrate, token_blocks
 from hf_minitron.__main__ import main
@@ -20,8 +21,11 @@ from hf_minitron.data.texts import load_text
 from hf_minitron.distillation.batch import supervised
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
+from hf_minitron.evaluation.answers import Prompts, answers
+from hf_minitron.evaluation.compare import open_model
 from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, read_text, text_bytes
 from hf_minitron.importance.removal import removal_costs
+from hf_minitron.stages import evaluate
 
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 PLAIN = (
@@ -342,7 +346,7 @@ def test_a_run_learns_from_chats(chats, capsys):
     recipe["correct"] = {**recipe["distill"], **train, "warmup_steps": 0}
     recipe["distill"] = {**recipe["distill"], **train, "cross_documents": False}
     recipe["score"] |= {"layers": "loss", "sublayers": True}
-    recipe["evaluate"] |= {"tasks": [], "speed": False, "include_path": None}
+    recipe["evaluate"] |= {"tasks": [], "speed": False, "include_path": None, "generate": ["w5 w6"], "max_new_tokens": 6}
     recipe["tokenize"], recipe["cache"] = {}, {"method": "top_k", "k": 103, "dtype": "float32"}
     chats["path"].write_text(yaml.safe_dump(recipe))
     assert main(["run", str(chats["path"])]) == 0, capsys.readouterr().err
@@ -356,6 +360,33 @@ def test_a_run_learns_from_chats(chats, capsys):
     assert [entry["loss"] for entry in log["history"] if "loss" in entry] == pytest.approx(cached, rel=1e-4)
     report = json.loads((chats["folder"] / "run/evaluate/report.json").read_text())
     assert report["text"]["add_bos_token"] is False
+    teacher = chats["folder"] / "teacher"
+    model, made = open_model(teacher), AutoTokenizer.from_pretrained(teacher)
+    (plain,), (said,) = (answers(model, made, Prompts(["w5 w6"], 6, chat)) for chat in (False, True))
+    assert plain != said == (report["answers"][0]["prompt"], report["answers"][0]["teacher"])
+    assert report["settings"]["chat_template"] is True
+    card = (chats["folder"] / "run/publish/model/README.md").read_text()
+    assert "Always the most probable token, in the chat template; not selected." in card
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "expected"),
+    [
+        ({"messages": TWO}, {}, True),
+        ({"conversations": TWO}, {"tasks": ["arc_easy"], "generate": []}, True),
+        ({"prompt": TWO[:3], "completion": TWO[3:]}, {}, True),
+        ({"prompt": "w1", "completion": "w2"}, {}, False),
+        ({"text": "w1"}, {}, False),
+        ({"input_ids": [5, 6]}, {}, False),
+        ({"messages": TWO}, {"chat_template": False}, False),
+        ({"text": "w1"}, {"chat_template": True}, True),
+        ({"messages": TWO}, {"generate": []}, False),
+    ],
+)
+def test_prompts_are_asked_as_the_held_out_text_is_written(tmp_path, row, settings, expected):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    args = evaluate.Args(str(tmp_path / "a.jsonl"), **{"generate": ["w5"], **settings})
+    assert evaluate.asks_in_chats(args) is expected
 
 
 def test_held_out_chats_without_an_answer_are_refused():
@@ -367,8 +398,11 @@ def test_held_out_chats_without_an_answer_are_refused():
 
 
 def test_stages_refuse_chats_where_text_is_meant(chats, tmp_path, capsys):
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
-    tiny.model(dtype=torch.float32).save_pretrained(tmp_path / "other")
+    other = tiny.tokenizer()
+    other.chat_template = PLAIN
+    for name, made in {"other": other, "bare": tokenizer(None)}.items():
+        made.save_pretrained(tmp_path / name)
+        tiny.model(dtype=torch.float32, vocab_size=103).save_pretrained(tmp_path / name)
     held_out = str(chats["folder"] / "held_out.jsonl")
     for command, message in {
         (
@@ -376,6 +410,9 @@ def test_stages_refuse_chats_where_text_is_meant(chats, tmp_path, capsys):
             "--evaluate.models",
             json.dumps({"other": str(tmp_path / "other")}),
         ): "holds chats, which other would read",
+        ("evaluate", "--evaluate.generate", "w5", "--evaluate.models", json.dumps({"bare": str(tmp_path / "bare")})): (
+            f"chat_template: the tokenizer of {tmp_path / 'bare'} has none; set it to false, or save one with it"
+        ),
         (
             "synthesize",
             "--synthesize",

@@ -166,7 +166,7 @@ def test_plan_tells_the_truth_without_weights(project, capsys, tmp_path):
         (("--evaluate.batch_size", "many"), "batch_size: 'many' is neither a whole number from 1 on nor auto"),
         (("--evaluate.batch_size", "0"), "batch_size: 0 is neither"),
         (("--evaluate.block_size", "129"), "block_size: 129 is more than the 128 positions"),
-        (("--evaluate.chat_template", "true"), "has none; leave chat_template out"),
+        (("--evaluate.chat_template", "true"), "has none; set it to false"),
         (("--evaluate.few_shot", "-1"), "evaluate.few_shot: -1 must be at least 0"),
         (("--evaluate.tensor_parallel", "true"), "tensor_parallel splits models over processes, and there is one"),
         (

@@ -391,7 +391,8 @@ def test_as_many_tokens_as_are_asked_for_are_read(tmp_path, monkeypatch, tokens,
     monkeypatch.setattr("hf_minitron.export.command.export_model", lambda *args: found.append(args[3]) or {"tokens": 0})
     monkeypatch.setattr("hf_minitron.export.command.facts_text", str)
     saved(tmp_path, made(max_position_embeddings=positions))
-    assert main(["export", str(tmp_path), "--to", "gguf", "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 0
+    options = ["--types", "F16", "--tokens", str(tokens), "--output", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path), "--to", "gguf", *options]) == 0
     for blocks in (found[0].held_out, found[0].calibration):
         assert (len(blocks), len(blocks[0])) == expected
 

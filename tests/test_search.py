@@ -18,8 +18,10 @@ from hf_minitron.__main__ import main
 from hf_minitron.hub.plots import plot_candidates, plot_kept
 from hf_minitron.pruning import search
 from hf_minitron.pruning.allocate import allocate
+from hf_minitron.recipe import load_recipe
 from hf_minitron.shape import Shape
 from hf_minitron.stages import search as stage
+from hf_minitron.stages.every import STAGES
 
 GRID = {"layers": [2, 3], "hidden": [24, 32, 40], "ffn": [32, 48, 72], "heads": [2, 4], "kv_heads": [1, 2]}
 
@@ -422,3 +424,12 @@ def test_fewer_tokens_are_worth_the_share_of_the_text_that_they_are():
     legal = search.legal_shapes(before, {"vocab": [1, 2, before["vocab"]]}, {})
     found = search.rank([search.Candidate(*pair, {}) for pair in legal], {"vocab": counts}, before)
     assert [(c.name, round(c.score, 6)) for c in found] == [("vocab2", 0.9), ("vocab1", 0.6)]
+
+
+def test_a_candidate_answers_no_questions(project):
+    evaluate = {"evaluate.generate": ["w5"], "evaluate.max_new_tokens": 4, "evaluate.chat_template": False}
+    run = load_recipe(project["path"], evaluate, {name: value.args for name, value in STAGES.items()})
+    made = stage.candidate(run, "a", {"hidden": 24}, stage.Args(budget={"parameters": "90%"}))
+    assert made.recipe["evaluate"] == {
+        key: value for key, value in project["recipe"]["evaluate"].items() if key not in ("tasks", "include_path")
+    } | {"tasks": [], "speed": False, "models": {}}

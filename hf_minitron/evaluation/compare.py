@@ -199,5 +199,5 @@ def check_model(source: str | Path, block_size: int, chat_template: bool = False
     if positions is not None and block_size > positions:
         raise ValueError(f"block_size: {block_size} is more than the {positions} positions of {source}; set it to that or less")
     if chat_template and not AutoTokenizer.from_pretrained(local).chat_template:
-        raise ValueError(f"chat_template: the tokenizer of {source} has none; leave chat_template out, or save one with it")
+        raise ValueError(f"chat_template: the tokenizer of {source} has none; set it to false, or save one with it")
     return config

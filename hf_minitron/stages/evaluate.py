@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint.checkpoint import resolve
+from hf_minitron.data.encoding import is_chat
 from hf_minitron.data.packing import adds_bos_token, check_first_block, token_blocks
 from hf_minitron.data.texts import check_text, load_text
 from hf_minitron.data.vocabulary import difference
@@ -58,10 +59,17 @@ class Args:
     include_path: str | None = field(default=None, metadata={"help": "Folder with lm-eval task files of your own."})
     limit: int | None = field(default=None, metadata={"min": 1, "help": "Documents per task; all when left out."})
     few_shot: int | None = field(default=None, metadata={"min": 0, "help": "Examples before a question; else the task's own."})
-    chat_template: bool = field(default=False, metadata={"help": "Ask the tasks' questions in the tokenizer's chat template."})
+    chat_template: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Ask the questions of tasks and generate in the chat template; when left out, where text holds chats."
+        },
+    )
     generate: list | str = field(
         default_factory=list,
-        metadata={"help": "Prompts that every model answers, side by side in the card; with chat_template as a user's words."},
+        metadata={
+            "help": "Prompts that every model answers, side by side in the card; in the chat template as a user's words."
+        },
     )
     max_new_tokens: int | None = field(
         default=None, metadata={"min": 1, "help": "Tokens of an answer to a prompt of generate; 64 when left out."}
@@ -85,8 +93,9 @@ def check(args: Args, run: Run) -> None:
     if args.max_new_tokens is not None and not args.prompts:
         raise ValueError(f"max_new_tokens: {args.max_new_tokens} has no effect without generate; name prompts, or leave it out")
     check_folder(args.include_path)
-    settings = _task_settings(args)
-    settings["chat_template"] &= bool(args.tasks or not args.prompts)  # it is of prompts, too
+    chat = asks_in_chats(args)
+    of_tasks = chat and bool(args.tasks or not args.prompts)  # it is of prompts, too
+    settings = {"limit": args.limit, "few_shot": args.few_shot, "chat_template": of_tasks}
     chosen = Tasks.find(args.tasks, args.include_path, **settings)
     chosen.check()
     processes = PartialState().num_processes
@@ -101,7 +110,7 @@ def check(args: Args, run: Run) -> None:
         if not isinstance(source, str):
             raise ValueError(f"models.{name}: {source!r} is not a folder or a Hub id")
     for name, source in {"teacher": run.model, **args.models}.items():
-        config = check_model(source, args.block_size, args.chat_template and bool(args.tasks or args.prompts))
+        config = check_model(source, args.block_size, chat)
         if args.add_bos_token:
             adds_bos_token(AutoTokenizer.from_pretrained(source), True)
         positions = getattr(text_config(config), "max_position_embeddings", None)
@@ -118,8 +127,12 @@ def check(args: Args, run: Run) -> None:
                              f"answers are not found: name plain text, or leave {name} out")  # fmt: skip
 
 
-def _task_settings(args: Args) -> dict[str, int | bool | None]:
-    return {"limit": args.limit, "few_shot": args.few_shot, "chat_template": args.chat_template}
+def asks_in_chats(args: Args) -> bool:
+    """Return whether tasks and prompts are asked in the chat template: as is said, else where the text holds chats."""
+    if args.chat_template is not None or not (args.tasks or args.prompts):
+        return bool(args.chat_template)
+    row = next(iter(load_text(args.text, args.split, args.text_column, streaming=True)))
+    return is_chat(list(row), row)
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -152,9 +165,10 @@ def run(args: Args, run: Run, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(run.model))
     documents = load_text(args.text, args.split, args.text_column)
     blocks = token_blocks(documents, tokenizer, args.block_size, args.tokens, run.seed, add_bos_token=args.add_bos_token)
-    prompts = Prompts(args.prompts, _new_tokens(args), args.chat_template, args.add_bos_token) if args.prompts else None
+    chat = asks_in_chats(args)
+    prompts = Prompts(args.prompts, _new_tokens(args), chat, args.add_bos_token) if args.prompts else None
     report = compare(
-        models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, args.chat_template,
+        models, blocks, args.tasks, args.include_path, args.limit, args.batch_size, args.few_shot, chat,
         args.tensor_parallel, out, run.seed, args.add_bos_token, prompts=prompts,
     )  # fmt: skip
     speed, main = _speed(args, run), PartialState().is_main_process

@@ -179,8 +179,8 @@ def candidate(run: Run, name: str, target: Mapping[str, int], args: Args) -> Run
     folder = run.folder / FOLDER / name
     recipe = child_recipe(run, folder, target, args)
     recipe["distill"] = short_distillation(run, args)
-    of_tasks = ("tasks", "include_path", "limit", "few_shot", "chat_template")
-    text = {key: value for key, value in run.section("evaluate").items() if key not in of_tasks}
+    asked = ("tasks", "include_path", "limit", "few_shot", "chat_template", "generate", "max_new_tokens")
+    text = {key: value for key, value in run.section("evaluate").items() if key not in asked}
     recipe["evaluate"] = {**text, "tasks": [], "speed": False, "models": {}}
     recipe["publish"] = {key: value for key, value in run.section("publish").items() if key != "repo_id"}
     return Run(folder, run.model, run.seed, recipe, folder / "recipe.yaml")
