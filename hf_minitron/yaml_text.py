@@ -4,6 +4,7 @@ PyYAML reads YAML 1.1, where `no` is false, `0123` is octal and `12:30` is a num
 values, a number begins with no needless zero, and `1e-4` is one. What is written is read back as it was, by 1.1 and 1.2 alike.
 """
 
+import math
 import re
 from typing import Any
 
@@ -81,3 +82,21 @@ def _weigh(node: yaml.Node | None, above: tuple[int, ...], known: dict[int, int]
 def dump_yaml(value: Any) -> str:
     """Write YAML, in the order of the value's keys."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def scalar(text: str) -> str:
+    """Write text as a YAML value of one line, which stands after a key and before a comment.
+
+    Example:
+
+    ```python
+    >>> print(scalar("data/my #1: chats.jsonl"), scalar("owner/name"))
+    'data/my #1: chats.jsonl' owner/name
+    ```
+    """
+    style = None if text.isprintable() else '"'  # else a line break is written as one
+    return (
+        yaml.dump([text], Dumper=Dumper, default_style=style, allow_unicode=True, width=math.inf)
+        .removeprefix("- ")
+        .rstrip("\n")
+    )

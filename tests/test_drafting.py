@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from hf_minitron.__main__ import main
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES
 from hf_minitron.errors import RecipeError
 from hf_minitron.known_names import RENAMED
-from hf_minitron.planning.costs import CHECKPOINTING
-from hf_minitron.planning.drafting import is_instruct
+from hf_minitron.planning.costs import CHECKPOINTING, Machine
+from hf_minitron.planning.drafting import draft, is_instruct
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import share_of, sizes_for, with_sizes
@@ -123,6 +124,107 @@ def test_heads_follow_hidden_where_the_class_ties_them(model):
     assert shape["heads"] * shape["head_dim"] == shape["hidden"]
     share = shape.num_parameters(architecture.rows) / architecture.shape.num_parameters(architecture.rows)
     assert share == pytest.approx(0.5, abs=0.03)
+
+
+def kept(model, sizes):
+    architecture = teacher(str(CONFIGS / model))
+    shape = architecture.shape
+    return shape.cut_to(sizes).num_parameters(architecture.rows) / shape.num_parameters(architecture.rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "share", "axes"),
+    [
+        ("OLMoE-1B-7B-0924", 0.5, ["experts"]),
+        ("OLMoE-1B-7B-0924", 0.4, ["experts", "ffn"]),
+        ("Qwen3-30B-A3B-Base", 0.4, ["experts", "ffn"]),
+        ("Qwen3-30B-A3B-Base", 0.7, ["experts"]),
+        ("Mixtral-8x7B-v0.1", 0.7, ["experts", "ffn"]),
+        ("DeepSeek-V2-Lite", 0.6, ["experts"]),
+        ("granite-4.0-h-tiny", 0.6, ["experts"]),
+    ],
+)
+def test_a_share_of_a_mixture_cuts_experts(model, share, axes):
+    """Half of them at most (2510.13999), then the channels of those that stay; heads, hidden and layers stay."""
+    sizes, before = sizes_for(teacher(str(CONFIGS / model)), share), teacher(str(CONFIGS / model)).shape
+    assert list(sizes) == axes
+    assert sizes["experts"] >= before["experts"] / 2
+    assert kept(model, sizes) == pytest.approx(share, abs=0.03)
+
+
+def test_no_share_cuts_an_axis_to_almost_nothing():
+    """Of Qwen2.5-VL-3B 40% were 768 of 11,008 FFN channels, for its class ties heads to hidden."""
+    sizes = sizes_for(teacher(str(CONFIGS / "Qwen2.5-VL-3B-Instruct")), 0.4)
+    assert sizes == {"hidden": 1024, "heads": 8, "ffn": 5376}
+    assert kept("Qwen2.5-VL-3B-Instruct", sizes) == pytest.approx(0.4, abs=0.03)
+
+
+def test_a_share_that_would_is_refused_with_the_nearest_that_can_be_kept():
+    message = "3% of this model's parameters .* at least 25% of hidden and 25% of ffn stay; take 15%, or give sizes"
+    with pytest.raises(RecipeError, match=message):
+        sizes_for(teacher(str(CONFIGS / "SmolLM2-135M-Instruct")), 0.03)
+
+
+@pytest.mark.parametrize(
+    ("model", "keep", "why"),
+    [
+        ("Llama-3.1-8B", "50%", "width, as in Llama-3.1-Minitron-4B-Width (2408.11796, table 3); heads and layers stay"),
+        ("OLMoE-1B-7B-0924", "40%", "experts, half of them at most, as in REAP (2510.13999); then channels of the rest; hidden "
+         "and heads and layers stay"),
+        ("Mamba-Codestral-7B-v0.1", "60%", "width, which is ahead of depth after training (2407.14679, table 13); ssm_heads "
+         "follow hidden; layers stay"),
+        ("gpt2", "60%", "width, as in Llama-3.1-Minitron-4B-Width (2408.11796, table 3); heads follow hidden, as this class "
+         "ties them; layers stay"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_target_is_true_of_it(model, keep, why):
+    text = draft(str(CONFIGS / model), share_of(keep, "--keep"), Machine(8, 80e9))
+    assert re.search("  target: # (.*)", text)[1] == why
+
+
+TITLE = re.compile(r"# (.+) to [\d,]+ parameters, (\d+)% of")
+
+
+def test_names_are_drafted_as_they_are(tmp_path, monkeypatch):
+    """Spaces and signs of YAML in a path, a name that YAML takes for a number, and the folder that one stands in."""
+    text = "my #1: chats.jsonl"
+    for folder in ("1e5", "a #b: c"):
+        shutil.copytree(CONFIGS / "SmolLM2-135M-Instruct", tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    Path(text).write_text(json.dumps({"text": "words " * 2000}) + "\n")
+    machine = Machine(1, 80e9)
+    for model, name in {"1e5": "1e5", "a #b: c": "a #b: c"}.items():
+        drawn = draft(model, 0.75, machine, text, Path("my recipe.yaml"))
+        recipe = yaml.safe_load(drawn)
+        assert recipe["model"] == model
+        assert recipe["score"]["text"] == recipe["distill"]["text"] == text
+        assert TITLE.match(drawn)[1] == name
+        assert "hf-minitron plan 'my recipe.yaml'" in drawn
+    assert isinstance(recipe["run"], str)
+    monkeypatch.chdir("1e5")
+    drawn = draft(".", 0.75, machine)
+    assert TITLE.match(drawn)[1] == "1e5"
+    assert yaml.safe_load(drawn)["run"] == "runs/1e5-75"
+
+
+def test_what_is_measured_of_a_text_of_ones_own(tmp_path):
+    """Its held-out split, where it has one; else a comment says that a part is to be held out. Its language is not known."""
+    model, rows = str(CONFIGS / "SmolLM2-135M-Instruct"), json.dumps({"text": "words " * 2000}) + "\n"
+    found = {}
+    for name, files in {"alone": ["train"], "test": ["train", "test"], "validation": ["train", "validation"]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in files:
+            (folder / f"{split}.jsonl").write_text(rows)
+        found[name] = draft(model, 0.75, Machine(1, 80e9), str(folder))
+    evaluate = {name: yaml.safe_load(text)["evaluate"] for name, text in found.items()}
+    assert evaluate["test"]["text"] == str(tmp_path / "test")
+    assert "split" not in evaluate["test"]
+    assert evaluate["validation"]["text"] == str(tmp_path / "validation")
+    assert evaluate["validation"]["split"] == "validation"
+    assert evaluate["alone"]["text"] == "HuggingFaceTB/smoltalk:all"
+    assert "# not your text: hold out a part of that, and name its file here" in found["alone"]
+    assert all("language: en\n" not in text for text in found.values())
 
 
 def test_a_model_in_mxfp4_is_drafted_to_be_dequantized(tmp_path, capsys):

@@ -14,6 +14,7 @@ from datasets import (
     BuilderConfig,
     Dataset,
     DatasetBuilder,
+    DatasetInfo,
     IterableDataset,
     LargeList,
     List,
@@ -104,6 +105,18 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
     return documents.rename_columns({origin: name for name, origin in columns.items() if name != origin})
 
 
+def splits_of(source: str) -> list[str]:
+    """Return the splits of a text, without reading it: of files `train` alone; none where the Hub cannot be asked."""
+    files = text_files(source)
+    if files and files[0].is_file() or hub_files(source)[1]:
+        return ["train"]
+    try:
+        builder = _builder(source, files)
+    except Exception:  # of any library below; whoever reads the text says what is wrong
+        return []
+    return list(builder.config.data_files or builder.info.splits or {})
+
+
 def _builder(source: str, files: Sequence[Path] | None) -> DatasetBuilder:
     if files is None:
         return _hub_builder(source)
@@ -125,6 +138,7 @@ class _Opened:
     config = BuilderConfig()
 
     def __init__(self, splits: Mapping[str, Dataset] | None, documents: Dataset):
+        self.info = DatasetInfo(splits=dict.fromkeys(splits or ["train"]))
         self._splits, self._documents = splits, documents
 
     def download_and_prepare(self) -> None:

@@ -1,7 +1,9 @@
 """`hf-minitron init`: a short recipe for a model, without its weights, with the reason for every number."""
 
 import argparse
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
 from hf_minitron.planning.costs import CHECKPOINTING, GB, Cost, Machine, Models, training_cost
 from hf_minitron.recipe_file import read_yaml
-from hf_minitron.stages.share import share_of, sizes_for
-from hf_minitron.stages.target import coarse, teacher, unquantizable
+from hf_minitron.shape import Shape
+from hf_minitron.stages.share import divisors, share_of, sizes_for
+from hf_minitron.stages.target import teacher, unquantizable
+from hf_minitron.yaml_text import scalar
 
 TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
 CHATS = "HuggingFaceTB/smoltalk:all"  # with splits train and test
@@ -31,12 +35,12 @@ TOKEN_BYTES = 4  # of text, about
 BLOCK = 4096  # tokens of a packed sequence, at most
 FEWEST_BLOCKS, LEAST_BLOCK = 64, 256  # of a short text
 TEMPLATE = """\
-# {name} to {after:,} parameters, {share:.0%} of {before:,}.
+# {title} to {after:,} parameters, {kept:.0%} of {before:,}.
 # Written by hf-minitron init; change what you like.
-#   hf-minitron plan {path}      what it takes
-#   hf-minitron run {path}       all of it
+#   hf-minitron plan {words}      what it takes
+#   hf-minitron run {words}       all of it
 model: {model}
-run: runs/{slug}
+run: {run}
 seed: 0
 
 score: # one forward pass: which channels matter
@@ -45,7 +49,7 @@ score: # one forward pass: which channels matter
   block_size: {block}
 
 prune:
-  target: # {axes}: as Llama-3.1-Minitron-4B-Width (2408.11796, table 3)
+  target: # {why}
 {target}
   multiple_of: {multiple_of} # what GPUs and quantized formats like
 {dequantize}  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
@@ -68,18 +72,17 @@ distill: # forward KL to the teacher's logits (2407.14679, table 15)
 evaluate:
 {evaluate}
 
-publish: # hf-minitron publish {path} --push
+publish: # hf-minitron publish {words} --push
   # repo_id: me/{slug}
   # license: # the teacher's, where its card does not say so
   # export: [gguf, mlx] # files for llama.cpp and MLX, loaded there and compared
-  language: en
+  {language}
 """
 # What is measured of a base model, and of one that answers in chats.
+WIKI = "Salesforce/wikitext:wikitext-2-raw-v1"
 BASE = """\
-  text: Salesforce/wikitext:wikitext-2-raw-v1 # held out
   tasks: [arc_easy, hellaswag, winogrande] # a base model's"""
-INSTRUCT = f"""\
-  text: {CHATS} # its split test: held out; answers alone are measured
+INSTRUCT = """\
   tasks: [gsm8k, ifeval] # the second needs pip install "lm-eval[ifeval]"
   chat_template: true # of the tokenizer, around every question
   generate: # answers of teacher, pruned and distilled model, side by side in the card
@@ -122,22 +125,27 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
     architecture = teacher(model, stored in DEQUANTIZED)
     sizes = sizes_for(architecture, share)
     shape, rows = architecture.shape, architecture.rows
+    after = shape.cut_to(sizes)
     machine = replace(machine, gpu_bytes=machine.gpu_bytes or GPU_MEMORY)
     positions = getattr(text_config(architecture.config), "max_position_embeddings", None) or BLOCK
-    name = Path(model.partition("@")[0]).name
+    local = Path(model).expanduser()
+    name = Path(os.path.abspath(local) if local.is_dir() else model.partition("@")[0]).name  # noqa: PTH100 (keeps links)
     chat, own = is_instruct(name, folder), tokens_of(text) if text else None
     block = min(BLOCK, positions)
     while own and block > LEAST_BLOCK and own < FEWEST_BLOCKS * block:
         block //= 2
+    slug = re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower().strip("-")
+    before, kept = shape.num_parameters(rows), after.num_parameters(rows)
+    divisor = divisors(shape)
     facts = {
-        "model": model, "name": name, "share": share, "path": path, "block": block,
-        "before": shape.num_parameters(rows), "after": shape.cut_to(sizes).num_parameters(rows),
-        "slug": re.sub(r"[^\w.-]+", "-", f"{name}-{share * 100:.0f}").lower(),
+        "model": scalar(model), "title": _printable(name), "words": _printable(shlex.quote(str(path))), "block": block,
+        "before": before, "after": kept, "kept": kept / before, "slug": slug, "run": scalar(f"runs/{slug}"),
         "target": "\n".join(f"    {axis}: {size} # of {shape[axis]}, {size / shape[axis]:.0%}" for axis, size in sizes.items()),
-        "axes": "width" + (", and heads, which this class ties to hidden" if "heads" in sizes else "; heads and layers stay"),
-        "multiple_of": "{" + ", ".join(f"{axis}: {coarse(shape[axis])}" for axis in sizes if axis != "heads") + "}",
+        "why": reason(shape, after, sizes),
+        "multiple_of": "{" + ", ".join(f"{axis}: {divisor[axis]}" for axis in sizes if axis in divisor) + "}",
         "checkpointing_key": CHECKPOINTING,
-        "text": text or (CHATS if chat else TEXT), "evaluate": INSTRUCT if chat else BASE,
+        "text": scalar(text or (CHATS if chat else TEXT)), "evaluate": measured(text, chat),
+        "language": "# language: # of your text, such as en" if text else "language: en",
         "learnt": LEARNT if chat and text is None else "",
         "dequantize": f"  dequantize: true # stored in {stored}\n" if stored in DEQUANTIZED else "",
         "memory": machine.gpu_bytes / GB,
@@ -148,7 +156,45 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
     facts["sequences"] = (
         f"about all of the text; 2408.11796 reads {1024 * block}" if short else "1024 sequences, as in 2408.11796"
     )
-    return TEMPLATE.format(**facts, **_training(facts, machine, sizes, own))
+    return TEMPLATE.format(**facts, **_training(model, facts, machine, sizes, own))
+
+
+def reason(before: Shape, after: Shape, sizes: Mapping[str, int]) -> str:
+    """Say why a target cuts what it cuts, and what follows and stays."""
+    if "experts" in sizes:
+        what = "experts, half of them at most, as in REAP (2510.13999)" + (
+            "; then channels of the rest" if "ffn" in sizes else ""
+        )
+    elif {"hidden", "ffn"} <= sizes.keys():
+        what = "width, as in Llama-3.1-Minitron-4B-Width (2408.11796, table 3)"
+    else:
+        what = "width, which is ahead of depth after training (2407.14679, table 13)"
+    tied = ["heads follow hidden, as this class ties them"] if "heads" in sizes else []
+    follow = [f"{axis} follow {leader}" for axis, leader in before.coupled.items() if leader in sizes]
+    stay = [axis for axis in ("hidden", "ffn", "heads", "layers") if axis in before.sizes and after[axis] == before[axis]]
+    return "; ".join([what, *tied, *follow, *([f"{' and '.join(stay)} stay"] if stay else [])])
+
+
+def measured(text: str | None, chat: bool) -> str:
+    """Return what a draft's `evaluate` section says: of a text of one's own its held-out split, where it has one."""
+    from hf_minitron.data.texts import splits_of  # imports datasets, which plan does without
+
+    there = splits_of(text) if text else []
+    held = next((split for split in ("test", "validation") if split in there), None)
+    if held:
+        line = f"  text: {scalar(text)} # its split {held}: held out" + (f"\n  split: {held}" if held != "test" else "")
+    elif text:
+        line = f"  text: {CHATS if chat else WIKI} # not your text: hold out a part of that, and name its file here"
+    elif chat:
+        line = f"  text: {CHATS} # its split test: held out; answers alone are measured"
+    else:
+        line = f"  text: {WIKI} # held out"
+    return f"{line}\n{INSTRUCT if chat else BASE}"
+
+
+def _printable(text: str) -> str:
+    """Return text as a comment can hold it."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def tokens_of(text: str) -> int | None:
@@ -185,10 +231,12 @@ ADAPTERS = """\
 """
 
 
-def _training(facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int], own: int | None) -> dict[str, Any]:
+def _training(
+    model: str, facts: Mapping[str, Any], machine: Machine, sizes: Mapping[str, int], own: int | None
+) -> dict[str, Any]:
     """Return the batch that the memory holds, and the steps that take `HOURS`, or `PASSES` over a short text of one's own."""
     block, gpus = facts["block"], machine.gpus
-    models = Models.of({"model": facts["model"], "prune": {"target": dict(sizes), "dequantize": bool(facts["dequantize"])}})
+    models = Models.of({"model": model, "prune": {"target": dict(sizes), "dequantize": bool(facts["dequantize"])}})
 
     def distillation(batch: int, checkpointing: bool, adapters: bool, accumulation: int = 2) -> Cost:
         section = {"block_size": block, "per_device_train_batch_size": batch, CHECKPOINTING: checkpointing,

@@ -1,5 +1,6 @@
 """The `prune:` section, and the sizes that it asks for: from `config.json` alone, which `hf-minitron plan` looks at."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_minitron.architecture.architecture import Architecture
@@ -12,6 +13,8 @@ from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import CUTTABLE, QUANTIZED, SIZES_OF, not_quantized
 
+UNITS = (256, 128, 64, 32, 8)  # of channels
+EXPERTS = (8, 4, 2)  # of experts, which are spread over GPUs
 MULTIPLE_OF = {"hidden": 8, "ffn": 8, "dense_ffn": 8, "shared_ffn": 8}
 
 
@@ -108,9 +111,9 @@ def suited(shape: Shape) -> dict[str, int]:
     return {axis: max(least, coarse(shape[axis])) for axis, least in MULTIPLE_OF.items() if axis in shape.axes}
 
 
-def coarse(size: int) -> int:
-    """Return what a new size shall be a multiple of: 256 where a model is large, never less than 32 where it allows it."""
-    return next((unit for unit in (256, 128, 64, 32, 8) if size % unit == 0 and size >= 16 * unit), 1)
+def coarse(size: int, units: Sequence[int] = UNITS) -> int:
+    """Return what a new size shall be a multiple of: the largest unit that divides the old one, and that 16 times over."""
+    return next((unit for unit in units if size % unit == 0 and size >= 16 * unit), 1)
 
 
 def unquantizable(before: Shape, after: Shape) -> dict[str, str]:
