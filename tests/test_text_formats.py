@@ -14,7 +14,7 @@ from hf_minitron import token_blocks
 from hf_minitron.data.formats import WANTED
 from hf_minitron.data.mixture import mixed_blocks, read_sources
 from hf_minitron.data.packing import check_first_block
-from hf_minitron.data.texts import check_text, load_text
+from hf_minitron.data.texts import check_text, load_text, splits_of
 from hf_minitron.inputs import text_files
 
 TEXTS = tiny.text(12, 0)
@@ -138,10 +138,12 @@ def test_splits_of_save_to_disk(tmp_path):
         tmp_path / "a"
     )
     assert list(load_text(str(tmp_path / "a"), "test")) == [{"text": "w2"}]
+    assert splits_of(str(tmp_path / "a")) == ["train", "test"]
     with pytest.raises(ValueError, match=r"a cannot be read: Bad split: dev. Available splits: \['train', 'test'\]"):
         load_text(str(tmp_path / "a"), "dev")
     saved(tmp_path / "b", [{"text": "w1"}, {"text": "w3"}])
     assert len(load_text(str(tmp_path / "b"), "test")) == 2, "one dataset has no splits"
+    assert splits_of(str(tmp_path / "b")) == ["train"]
     saved(tmp_path / "c", [{"text": "w1"}, {"text": None}])
     with pytest.raises(ValueError, match="c, row 2: column 'text' holds 'None', not text. Leave it out"):
         load_text(str(tmp_path / "c"))
@@ -223,6 +225,7 @@ def test_files_of_the_hub(hub, source, count):
         assert len(list(load_text(source, streaming=streaming))) == count
     (commit,) = text_files(source, {}).values()
     assert len(commit) == 40
+    assert splits_of(source) == ["train"]
 
 
 def test_data_files_of_a_source(hub, tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from datasets import (
     BuilderConfig,
     Dataset,
     DatasetBuilder,
-    DatasetInfo,
     IterableDataset,
     LargeList,
     List,
@@ -114,7 +113,7 @@ def splits_of(source: str) -> list[str]:
         builder = _builder(source, files)
     except Exception:  # of any library below; whoever reads the text says what is wrong
         return []
-    return list(builder.config.data_files or builder.info.splits or {})
+    return builder.splits if isinstance(builder, _Opened) else list(builder.config.data_files or builder.info.splits or ())
 
 
 def _builder(source: str, files: Sequence[Path] | None) -> DatasetBuilder:
@@ -138,7 +137,7 @@ class _Opened:
     config = BuilderConfig()
 
     def __init__(self, splits: Mapping[str, Dataset] | None, documents: Dataset):
-        self.info = DatasetInfo(splits=dict.fromkeys(splits or ["train"]))
+        self.splits = list(splits or ["train"])
         self._splits, self._documents = splits, documents
 
     def download_and_prepare(self) -> None:

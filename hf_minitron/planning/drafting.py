@@ -177,9 +177,11 @@ def reason(before: Shape, after: Shape, sizes: Mapping[str, int]) -> str:
 
 def measured(text: str | None, chat: bool) -> str:
     """Return what a draft's `evaluate` section says: of a text of one's own its held-out split, where it has one."""
-    from hf_minitron.data.texts import splits_of  # imports datasets, which plan does without
+    there = []
+    if text:
+        from hf_minitron.data.texts import splits_of  # imports datasets, which plan does without
 
-    there = splits_of(text) if text else []
+        there = splits_of(text)
     held = next((split for split in ("test", "validation") if split in there), None)
     if held:
         line = f"  text: {scalar(text)} # its split {held}: held out" + (f"\n  split: {held}" if held != "test" else "")
