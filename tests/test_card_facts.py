@@ -169,7 +169,7 @@ def test_quality_is_that_of_full_logits(odd, tables, text, measured):
         assert len(right) == 8, "all documents there are, fewer than the limit"
         assert close(shown["tiny_last_word acc"][name], sum(right) / 8), name
     assert shown["top-1 match"]["teacher"] == shown["KL to teacher"]["peer"] == ""
-    assert f"Perplexity is per token on {blocks.numel()} tokens of held-out text" in text
+    assert f"Perplexity is per token on {blocks[:, 1:].numel()} tokens of held-out text" in text
     size = re.search(r"divide by the ([\d,]+) bytes", text)[1]
     records = load_samples(odd / "run/evaluate/samples/teacher.parquet")
     assert number(size) == sum(row["weight"] for row in records if row["metric"] == "bits_per_byte")

@@ -23,9 +23,12 @@ from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.cached import CachedTeacher
 from hf_minitron.evaluation.answers import Prompts, answers
 from hf_minitron.evaluation.compare import open_model
-from hf_minitron.evaluation.text import in_tokens_of, perplexity, plain_blocks, read_text, text_bytes
+from hf_minitron.evaluation.report import load_samples
+from hf_minitron.evaluation.scored import plain_blocks
+from hf_minitron.evaluation.text import in_tokens_of, perplexity, read_text, text_bytes
 from hf_minitron.importance.removal import removal_costs
-from hf_minitron.stages import evaluate
+from hf_minitron.run import made_by
+from hf_minitron.stages import evaluate, publish
 
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 PLAIN = (
@@ -367,6 +370,13 @@ def test_a_run_learns_from_chats(chats, capsys):
     assert report["settings"]["chat_template"] is True
     card = (chats["folder"] / "run/publish/model/README.md").read_text()
     assert "Always the most probable token, in the chat template; not selected." in card
+    text = " ".join(card.split())
+    samples = load_samples(chats["folder"] / "run/evaluate/samples/distilled.parquet")
+    scored = int(sum(row["weight"] for row in samples if row["metric"] == "perplexity"))
+    assert 0 < scored < report["text"]["tokens"] / 2
+    assert f"Perplexity is per token on {scored} tokens (the answers alone) of held-out text" in text
+    texts = publish._texts(made_by(str(chats["folder"] / "run/publish/model")), chats["folder"] / "run/distill/student")
+    assert sum(label != -100 for row in texts.labels for label in row[1:]) == scored, "exports are measured on the same"
 
 
 @pytest.mark.parametrize(

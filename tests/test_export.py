@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from test_publish import card
 from tiny_tokenizers import ALL, TEXTS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_minitron.__main__ import main
 from hf_minitron.data.mixture import Source
+from hf_minitron.evaluation.text import perplexity
 from hf_minitron.export import export as exporting
 from hf_minitron.export.compare import compare_exports, export_rows
 from hf_minitron.export.export import check_export, export_model, file_name, importance_of
@@ -295,6 +297,41 @@ def test_a_slow_runtime_is_compared_on_fewer_tokens_and_the_table_says_so(tmp_pa
     assert export_rows({**measured, "files": [file]})[-1][-1].endswith(", 15 tokens") == slow
 
 
+class Same:
+    """A runtime that computes what a model does."""
+
+    version = "the same"
+
+    def __init__(self, model, most_tokens=None):
+        self.model, self.most_tokens, self.tokenize, self.close = (
+            model,
+            most_tokens,
+            lambda text: TOKENIZER(text)["input_ids"],
+            int,
+        )
+
+    def logits(self, tokens):
+        return self.model(torch.tensor([list(tokens)])).logits[0].numpy()
+
+
+def test_a_file_is_scored_where_evaluate_scores():
+    """So that one model has one perplexity: of chats on the answers alone, which a slow runtime need not reach at once."""
+    model = made()
+    labels = [[-100] * len(IDS), [-100] * 30 + IDS[30:35] + [-100] * (len(IDS) - 35)]
+    files = {"F16": lambda: Same(model), "Q8_0": lambda: Same(model, 8)}
+    measured = compare_exports(model, TOKENIZER, [IDS, IDS], files, labels)
+    expected = perplexity(model, Dataset.from_dict({"input_ids": [IDS, IDS], "labels": labels})).value
+    assert measured["perplexity"] == measured["files"]["F16"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert (measured["tokens"], measured["answers"]) == (5, True)
+    assert [file["tokens"] for file in measured["files"].values()] == [5, 4]
+    assert measured["files"]["Q8_0"]["teacher_kl"] == pytest.approx(0, abs=1e-6)
+    whole = compare_exports(model, TOKENIZER, [IDS, IDS], files)
+    assert (whole["tokens"], whole["answers"]) == (2 * len(IDS) - 2, False)
+    assert whole["perplexity"] == pytest.approx(perplexity(model, Dataset.from_dict({"input_ids": [IDS]})).value, rel=1e-5)
+    with pytest.raises(ValueError, match="tokens of the held-out text is predicted"):
+        compare_exports(model, TOKENIZER, [IDS], files, labels[:1])
+
+
 @mlx
 def test_mlx_loads_a_stock_student_as_it_is(tmp_path):
     model = saved(tmp_path)
@@ -444,7 +481,7 @@ def test_publish_exports_on_the_first_blocks_of_the_recipes_texts(whole, monkeyp
     run, student = made_by(str(whole / "run/publish/model")), whole / "run/distill/student"
     calibration, held_out = run.section("score")["text"], run.section("evaluate")["text"]
     tokenizer = AutoTokenizer.from_pretrained(student)
-    rows = {name: read_blocks([Source(name)], tokenizer, 16, 256, run.seed) for name in (calibration, held_out)}
+    rows = {name: read_blocks([Source(name)], tokenizer, 16, 256, run.seed)[0] for name in (calibration, held_out)}
     texts = publish._texts(run, student)
     assert (texts.calibration, texts.held_out) == (rows[calibration][:4], rows[held_out][:4])
     score = {**run.section("score"), "text": {calibration: 0.75, held_out: 0.25}}
@@ -457,9 +494,9 @@ def test_a_text_is_read_in_blocks_of_what_a_model_takes(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(TEXTS * 40))
     sources = [Source(str(tmp_path / "a.txt"))]
     for given in (sources, []):
-        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 128, 1024)} == {128}
-        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 4096, 1024)} == {BLOCK}
-    assert read_blocks(sources, TOKENIZER, 128, 1024) == read_blocks(sources, TOKENIZER, 128, 2048)[:8]
+        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 128, 1024)[0]} == {128}
+        assert {len(ids) for ids in read_blocks(given, TOKENIZER, 4096, 1024)[0]} == {BLOCK}
+    assert read_blocks(sources, TOKENIZER, 128, 1024)[0] == read_blocks(sources, TOKENIZER, 128, 2048)[0][:8]
 
 
 def test_a_size_that_cannot_be_quantized_is_refused_before_the_run_begins(recipe, tmp_path, capsys):

@@ -17,6 +17,7 @@ from hf_minitron.checkpoint.model_files import is_hub_id, resolve
 from hf_minitron.data.packing import text_hash
 from hf_minitron.evaluation.answers import Prompts, answers
 from hf_minitron.evaluation.report import Report, compare_models
+from hf_minitron.evaluation.scored import num_scored, of_answers
 from hf_minitron.evaluation.subject import Subject
 from hf_minitron.evaluation.tasks import Tasks, run_tasks
 from hf_minitron.evaluation.text import text_entries
@@ -98,8 +99,15 @@ def _report(subjects: Sequence[Subject], text: Mapping, settings: Mapping, seed:
 
 def _text_facts(blocks: Dataset, teacher: Subject) -> dict[str, object]:
     """Return what identifies the held-out text, and its size."""
-    sizes = {"tokens": sum(map(len, blocks["input_ids"])), "blocks": len(blocks), "bytes": sum(teacher.num_bytes)}
-    return {"sha256": text_hash(blocks), **sizes, "add_bos_token": _opens(blocks, teacher.tokenizer)}
+    return {
+        "sha256": text_hash(blocks),
+        "tokens": sum(map(len, teacher.blocks)),
+        "scored": num_scored(teacher.labels),
+        "answers": of_answers(teacher.blocks, teacher.labels, teacher.tokenizer),
+        "blocks": len(blocks),
+        "bytes": sum(teacher.num_bytes),
+        "add_bos_token": _opens(blocks, teacher.tokenizer),
+    }
 
 
 def _opens(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:

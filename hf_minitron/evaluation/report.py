@@ -86,7 +86,8 @@ class Report:
         entries (`Sequence[Entry]`): What every model reached on held-out text and tasks.
         comparisons (`Sequence[Comparison]`): Paired comparisons, see `compare_models`.
         speed (`Mapping`): Name to a list of settings and what was measured at each, in one run.
-        text (`Mapping`): The held-out text: hash, tokens, blocks, bytes.
+        text (`Mapping`): The held-out text: hash, tokens, how many of them were `scored`, whether those of `answers` alone,
+            blocks, bytes.
         settings (`Mapping`): How it was measured: few-shot examples, limit, chat template, dtype.
         machine (`Mapping`): Versions and hardware, see `environment`.
         answers (`Sequence[Mapping[str, str]]`): For each prompt the `prompt`, and what every model writes after it, by name.

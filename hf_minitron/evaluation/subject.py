@@ -17,11 +17,11 @@ from hf_minitron.checkpoint.checkpoint import DTYPES, Checkpoint, best_device, b
 from hf_minitron.checkpoint.model_files import resolve, revision_of
 from hf_minitron.data.vocabulary import check_ids, difference, teacher_ids
 from hf_minitron.evaluation.report import Report, load_samples, save_samples
+from hf_minitron.evaluation.scored import plain_blocks
 from hf_minitron.evaluation.text import (
     TeacherStates,
     in_kept_tokens,
     in_tokens_of,
-    plain_blocks,
     read_text,
     text_bytes,
     text_records,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_minitron.data.packing import adds_bos_token
 from hf_minitron.distillation.signals import DenseSignal
 from hf_minitron.evaluation.report import TEXT, Entry
+from hf_minitron.evaluation.scored import check_scored, of_answers, plain_blocks
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions, TextMetric
 from hf_minitron.head import Head, head_chunks, head_of, next_token_rows
 from hf_minitron.probe import base_model
@@ -44,12 +45,6 @@ def text_bytes(
     whole, first = ([tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
                      for ids in blocks] for end in (None, 1))  # fmt: skip
     return [len(text.encode()) - len(start.encode()) for text, start in zip(whole, first, strict=True)]
-
-
-def of_answers(blocks: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether other tokens than BOS are not predicted: those of a chat that are no answer."""
-    pairs = (zip(*pair, strict=True) for pair in zip(blocks, labels, strict=True) if -100 in pair[1])
-    return any(label == -100 and token != tokenizer.bos_token_id for pair in pairs for token, label in pair)
 
 
 def in_tokens_of(
@@ -167,9 +162,7 @@ def read_text(
         ValueError: when `labels` leave nothing to predict.
     """
     metrics = [metric for metric in metrics if teacher is not None or not metric.teacher]
-    if labels is not None and not any(label != -100 for row in labels for label in row[1:]):
-        raise ValueError(f"none of the {sum(map(len, blocks)):,} tokens of the held-out text is predicted: no answer of the "
-                         "assistant begins in them; ask for more tokens")  # fmt: skip
+    check_scored(blocks, labels or blocks)
 
     @torch.inference_mode()
     def read(size: int) -> tuple[dict[str, np.ndarray], TeacherStates | None]:
@@ -283,11 +276,3 @@ def _whole_head(model: PreTrainedModel) -> Head:
     if not hasattr(head.weight, "full_tensor"):
         return head
     return replace(head, weight=head.weight.full_tensor(), bias=None if head.bias is None else head.bias.full_tensor())
-
-
-def plain_blocks(blocks: Dataset) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the ids of blocks as lists, and their labels: the ids themselves where there are none."""
-    plain = blocks.with_format(None)
-    ids, labels = ([list(map(int, row)) for row in plain[name]] if name in plain.column_names else None
-                   for name in ("input_ids", "labels"))  # fmt: skip
-    return ids, labels or ids

@@ -41,6 +41,11 @@ def titles(report: Report, columns: Sequence[tuple[str, str]]) -> list[str]:
     return [title(*column) + ARROWS[directions[column]] for column in columns]
 
 
+def scored(tokens: int, answers: bool) -> str:
+    """Say on how many tokens a text was measured, and which where it is not all that have others before them."""
+    return f"{tokens:,} tokens" + (" (the answers alone)" if answers else "")
+
+
 def measured(entry: Entry | None) -> str:
     """Write a value with its standard error, both to the error's second digit."""
     if entry is None:

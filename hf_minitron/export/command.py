@@ -10,6 +10,7 @@ from hf_minitron.architecture.config import text_config
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.data.mixture import Source
 from hf_minitron.errors import RecipeError, told
+from hf_minitron.evaluation.wording import scored
 from hf_minitron.export.compare import export_rows
 from hf_minitron.export.export import FACTS, check_export, export_model, file_name
 from hf_minitron.export.texts import BLOCK, PYTHON, Texts, read_blocks
@@ -38,8 +39,8 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         positions = getattr(text_config(config), "max_position_embeddings", None) or BLOCK
         sources = [Source(args.text)] if args.text else []
-        blocks = read_blocks(sources, tokenizer, min(positions, args.tokens), 2 * args.tokens)
-        texts = Texts(args.text or PYTHON, blocks[::2], blocks[1::2])
+        blocks, labels = read_blocks(sources, tokenizer, min(positions, args.tokens), 2 * args.tokens)
+        texts = Texts(args.text or PYTHON, blocks[::2], blocks[1::2], labels[::2])
         facts = export_model(folder, args.output, file_name(str(args.model)), texts, formats, args.types)
         print(f"{facts_text(facts)}\nFiles and {FACTS}: {args.output}")
     return 0
@@ -47,4 +48,4 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
 
 def facts_text(facts: Mapping[str, Any]) -> str:
     """Say what was measured of exports, as a table."""
-    return f"{markdown_table(export_rows(facts))}\n\nOn {facts['tokens']:,} tokens of {facts['text']}."
+    return f"{markdown_table(export_rows(facts))}\n\nOn {scored(facts['tokens'], facts['answers'])} of {facts['text']}."

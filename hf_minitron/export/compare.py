@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.distillation.signals import log_probabilities
+from hf_minitron.evaluation.scored import check_scored, of_answers
 from hf_minitron.evaluation.text_metrics import TEXT_METRICS, Predictions
 
 MESSAGES = ({"role": "user", "content": "What is a library?"},)
@@ -42,6 +43,7 @@ def compare_exports(
     tokenizer: PreTrainedTokenizerBase,
     blocks: Sequence[Sequence[int]],
     files: Mapping[str, Callable[[], Runtime]],
+    labels: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Measure exported files on some text, and compare each with the model that they were made of.
 
@@ -50,29 +52,33 @@ def compare_exports(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         blocks (`Sequence[Sequence[int]]`): Token ids of held-out text.
         files (`Mapping[str, Callable]`): Type of each file (`F16`, ...), and what loads it.
+        labels (`Sequence[Sequence[int]]`, *optional*): The blocks with -100 for tokens that are not scored; all are when left
+            out.
 
     Returns:
-        `dict`: `perplexity` of the model, the `tokens` that were predicted, and `files`: by type, `runtime`, `perplexity`,
-            `teacher_kl` (nats per token from the model) `top1_match` (share of tokens) and `tokens`.
+        `dict`: `perplexity` of the model, the `tokens` that were scored, whether these are `answers` of chats alone, and
+            `files`: by type, `runtime`, `perplexity`, `teacher_kl` (nats per token from the model) `top1_match` (share of
+            tokens) and `tokens`.
 
     Raises:
-        ValueError: when a runtime makes other tokens of the text or of a chat, or predicts something else.
+        ValueError: when no token is scored, a runtime makes other tokens of the text or of a chat, or predicts something else.
     """
+    labels = labels or blocks
+    check_scored(blocks, labels)
     own, found = [], {kind: [] for kind in files}
     runtimes = {kind: load() for kind, load in files.items()}
     try:
         for kind, runtime in runtimes.items():
             _check_tokens(kind, runtime, tokenizer, blocks[0])
-        for ids in blocks:
-            targets = torch.tensor(ids[1:], device=model.device)
-            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1].float()
-            reference = log_probabilities(logits)
-            own.append(_values(logits, targets, reference))
-            for kind, runtime in runtimes.items():
-                if found[kind] and runtime.most_tokens:
-                    continue
-                made = torch.from_numpy(runtime.logits(ids[: runtime.most_tokens])[:-1, : logits.shape[-1]]).to(logits)
-                found[kind].append(_values(made, targets[: len(made)], reference[: len(made)]))
+        fast = {kind: runtime for kind, runtime in runtimes.items() if runtime.most_tokens is None}
+        for ids, wanted in zip(blocks, labels, strict=True):
+            rows, others = _read(model, ids, wanted, fast)
+            own.append(rows)
+            for kind, values in others.items():
+                found[kind].append(values)
+        for kind in runtimes.keys() - fast.keys():
+            part = _part(blocks, labels, runtimes[kind].most_tokens)
+            found[kind].append(_read(model, *part, {kind: runtimes[kind]})[1][kind])
     finally:
         for runtime in runtimes.values():
             runtime.close()
@@ -82,7 +88,8 @@ def compare_exports(
         if not facts["teacher_kl"] <= limit:
             raise ValueError(f"{kind}: what {facts['runtime']} predicts is {facts['teacher_kl']:.3g} nats per token from what "
                              f"Transformers does, more than {limit}: leave this type out")  # fmt: skip
-    return {"perplexity": _summary(own)["perplexity"], "tokens": sum(len(ids) - 1 for ids in blocks), "files": measured}
+    summary, answers = _summary(own), of_answers(blocks, labels, tokenizer)
+    return {"perplexity": summary["perplexity"], "tokens": summary["tokens"], "answers": answers, "files": measured}
 
 
 def export_rows(facts: Mapping[str, Any]) -> list[list[str]]:
@@ -97,6 +104,29 @@ def export_rows(facts: Mapping[str, Any]) -> list[list[str]]:
             cells = [f"{file['perplexity']:.3f}" * whole, f"{file['teacher_kl']:.2g}", f"{file['top1_match']:.1%}"]
         rows.append([file["file"], f"{file['bytes'] / 1e6:,.1f}", *cells, loaded])
     return rows
+
+
+def _read(
+    model: PreTrainedModel, ids: Sequence[int], labels: Sequence[int], runtimes: Mapping[str, Runtime]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the numbers of the scored tokens of a block, the model's and those of runtimes that read it, too."""
+    targets = torch.tensor(labels[1:], device=model.device)
+    scored = targets != -100
+    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1][scored].float()
+    targets, reference = targets[scored], log_probabilities(logits)
+    found = {}
+    for kind, runtime in runtimes.items():
+        made = torch.from_numpy(runtime.logits(ids)[:-1, : logits.shape[-1]]).to(logits)
+        found[kind] = _values(made[scored], targets, reference)
+    return _values(logits, targets, reference), found
+
+
+def _part(blocks: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], most: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return so many tokens of the first block in which some are scored, half of them before the first of these; and labels."""
+    places = ([place for place, label in enumerate(row) if place and label != -100] for row in labels)
+    number, first = next((number, found[0]) for number, found in enumerate(places) if found)
+    part = slice(max(0, first - most // 2), max(0, first - most // 2) + most)
+    return blocks[number][part], labels[number][part]
 
 
 def _values(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> np.ndarray:

@@ -78,8 +78,9 @@ def export_model(
         types (`Sequence[str]`, *optional*): Of GGUF files, any of `GGUF_TYPES`.
 
     Returns:
-        `dict`: What `export.json` holds: `name`, `text`, `tokens`, the model's `perplexity`, and `files`, each with `file`,
-            `type`, `bytes`, and, where it was loaded, `runtime`, `perplexity`, `teacher_kl` and `top1_match`.
+        `dict`: What `export.json` holds: `name`, `text`, the `tokens` that were scored, whether those of `answers` alone, the
+            model's `perplexity`, and `files`, each with `file`, `type`, `bytes`, and, where it was loaded, `runtime`,
+            `perplexity`, `teacher_kl` and `top1_match`.
 
     Raises:
         ValueError: as `check_export`; when a file does not compute what the model does.
@@ -104,7 +105,8 @@ def export_model(
         if "mlx" in formats:
             paths |= {MLX_TYPE: scratch / MLX}
             write_mlx(folders["mlx"], scratch / MLX, AutoConfig.from_pretrained(folders["mlx"]))
-        measured = compare_exports(model, AutoTokenizer.from_pretrained(source), texts.held_out, _loaders(paths, texts))
+        tokenizer, files = AutoTokenizer.from_pretrained(source), _loaders(paths, texts)
+        measured = compare_exports(model, tokenizer, texts.held_out, files, texts.labels)
         facts = {"name": name, "text": texts.name, **measured}
         facts["files"] = [
             {"file": path.name, "type": kind, "bytes": _size(path), **measured["files"].get(kind, {})}

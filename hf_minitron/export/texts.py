@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.mixture import Source, mixed_blocks
 from hf_minitron.data.packing import token_blocks
-from hf_minitron.evaluation.text import plain_blocks
+from hf_minitron.evaluation.scored import plain_blocks
 
 BLOCK = 512  # tokens that are read at a time, at most
 PYTHON = "Python's documentation"  # which every machine has
@@ -24,11 +24,14 @@ class Texts:
         held_out (`Sequence[Sequence[int]]`): Its token ids, in blocks.
         calibration (`Sequence[Sequence[int]]`): Those of the text that the importance matrix of Q4_K_M is made of; without it
             when empty.
+        labels (`Sequence[Sequence[int]]`, *optional*): The held-out blocks with -100 for tokens that are not scored, those of a
+            chat that are no answer; all are when left out.
     """
 
     name: str
     held_out: Sequence[Sequence[int]]
     calibration: Sequence[Sequence[int]] = ()
+    labels: Sequence[Sequence[int]] | None = None
 
 
 def read_blocks(
@@ -38,8 +41,8 @@ def read_blocks(
     max_tokens: int,
     seed: int = 0,
     add_bos_token: bool | None = None,
-) -> list[list[int]]:
-    """Return a text's token ids, in blocks of at most `BLOCK`.
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return a text's token ids, in blocks of at most `BLOCK`, and these with -100 for tokens that are not predicted.
 
     Args:
         sources (`Sequence[Source]`): The text; Python's documentation when empty.
@@ -52,4 +55,4 @@ def read_blocks(
     else:
         documents = Dataset.from_dict({"text": [topics.topics[name] for name in sorted(topics.topics)]})
         blocks = token_blocks(documents, tokenizer, **packing)
-    return plain_blocks(blocks)[0]
+    return plain_blocks(blocks)

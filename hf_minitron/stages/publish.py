@@ -135,13 +135,14 @@ def _texts(run: Run, student: Path) -> Texts:
     """Return the texts that exports are measured on and calibrated on: the recipe's held-out and calibration text."""
     tokenizer = AutoTokenizer.from_pretrained(student)
 
-    def blocks(args: evaluate.Args | score.Args) -> list[list[int]]:
+    def blocks(args: evaluate.Args | score.Args) -> list[list[list[int]]]:
         sources = read_sources(args.text, args.split, args.text_column)  # of several, each has its share of all tokens
         found = read_blocks(sources, tokenizer, args.block_size, args.tokens, run.seed, args.add_bos_token)
-        return found[: EXPORT_TOKENS // len(found[0])]
+        return [rows[: EXPORT_TOKENS // len(rows[0])] for rows in found]
 
     measured = bind(run, "evaluate", evaluate.Args)
-    return Texts(facts.public(measured.text), blocks(measured), blocks(bind(run, "score", score.Args)))
+    (held_out, labels), (calibration, _) = blocks(measured), blocks(bind(run, "score", score.Args))
+    return Texts(facts.public(measured.text), held_out, calibration, labels)
 
 
 def read(run: Run) -> tuple[Report | None, dict, dict | None]:
