@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot as plt
 
 from hf_minitron.hub import plots
@@ -105,9 +104,7 @@ def plot_race(found: dict, path: Path) -> None:
                 axes.plot(tokens, [row["perplexity"] for row in of], marker="o", markersize=3, color=color, label=shape)
                 axes.fill_between(tokens, *([row[end] for row in of] for end in ("low", "high")), color=color, alpha=0.15, lw=0)
             axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:,.4g}")
-            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+            plots.log_scale(axes)
             axes.set_title(size.upper())
             axes.set_xlabel("tokens")
         panels[0, 0].set_ylabel(f"perplexity, {FIRST_TEXT}")

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_minitron.__main__ import main, memory_size
 from hf_minitron.architecture.architecture import Architecture
-from hf_minitron.planning.cost_text import cost_text
+from hf_minitron.planning.cost_text import _hours, cost_text
 from hf_minitron.planning.costs import CHECKPOINTING, Machine, costs
 from hf_minitron.planning.resources import Training, activation_bytes, saved_bytes, training_memory
 
@@ -128,6 +128,11 @@ def test_fewer_tokens_are_counted_where_a_config_names_late_ones():
     content["prune"] = {"target": {"vocab": 32_768}}
     disk = {cost.stage: cost.disk for cost in costs(content, Machine())}
     assert disk["publish"] == 2 * (8_030_261_248 - 2 * (128_256 - 32_768) * 4096)
+
+
+@pytest.mark.parametrize(("flops", "hours"), [(1e11, "< 0.01"), (1e16, "0.011"), (1e18, "1.1"), (2e21, "2,161")])
+def test_hours_are_decimals(flops, hours):
+    assert _hours(flops, Machine()) == hours
 
 
 def test_what_does_not_fit_is_said_with_what_to_change():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_too_few_minutes_are_refused_with_those_that_suffice(project, tmp_path):
     run = recipe(project, tmp_path / "run", minutes=0.5)
     with pytest.raises(ValueError, match=r"minutes: 0.5 is too little on this machine: .* takes \d+\.\d minutes, all of them"):
         estimate.fit(run, own_stages(run), RATES)
+
+
+@pytest.mark.parametrize(("whole", "said"), [(0.01, "About 1 seconds"), (12, "About 12 seconds"), (1080, "About 18 minutes")])
+def test_a_short_time_is_said_in_seconds(project, tmp_path, whole, said):
+    run = recipe(project, tmp_path / "run")
+    rates = {unit: rate * whole / sum(seconds(run).values()) for unit, rate in RATES.items()}
+    text = estimate.time_text(run, {}, own_stages(run), rates)
+    assert text.startswith(f"{said} on this machine (")
+    stages = [float(time) for time in re.findall(r"[a-z]+ (\d+\.\d)", text.partition("): ")[2].splitlines()[0])]
+    assert sum(stages) == pytest.approx(whole / (60 if "minutes" in said else 1), abs=0.3)
 
 
 @pytest.mark.parametrize("minutes", ["ten", 0, -1, True, float("nan"), float("inf"), [8]])

@@ -1,5 +1,7 @@
 """Pictures: nothing overlaps or is cut off, whatever the number of layers and losses; all is visible on white and on black."""
 
+import re
+
 import matplotlib
 import pytest
 from matplotlib import image
@@ -76,6 +78,18 @@ def test_a_short_training_is_drawn_too(tmp_path, drawn, steps, tokens):
     plots.plot_loss(log(LOSSES[:2], steps=steps, tokens=tokens), tmp_path / "loss.png")
     assert not overlapping(drawn[0])
     assert len(drawn[0].axes[0].get_lines()[0].get_xdata()) == steps
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.2, 0.8), (0.95, 0.87), (12, 4), (0.04, 0.02), (900, 0.3)])
+def test_small_losses_are_decimals(tmp_path, drawn, first, last):
+    found = log(LOSSES[:2])
+    for entry in found["history"]:
+        entry |= dict.fromkeys(LOSSES[:2], last + (first - last) / entry["step"])
+    plots.plot_loss(found, tmp_path / "loss.png")
+    labels = [text for text, _ in boxes(drawn[0])]
+    assert any(text in labels for text in ("1", "10", "0.9", "0.03", "100"))
+    assert not [text for text in labels if re.search(r"\de[+-]?\d", text)]
+    assert not overlapping(drawn[0])
 
 
 @pytest.mark.parametrize("layers", [3, 36, 48, 64, 80])

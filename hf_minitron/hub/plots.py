@@ -49,9 +49,7 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
         if parts:
             bottom.set_ylabel("parts, unweighted")
             if all(entry.get(part, 1) > 0 for entry in history for part in parts):
-                bottom.set_yscale("log")  # their sizes differ
-                bottom.yaxis.set_major_formatter("{x:,.4g}")
-                bottom.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+                log_scale(bottom)  # their sizes differ
             _legend(bottom)
         bottom.set_xlabel(f"{name} tokens" if name else "tokens")
         figure.align_ylabels()
@@ -99,9 +97,7 @@ def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path
         axes.vlines(sizes, after, before, color=BEFORE, linewidth=1, alpha=0.6)
         axes.scatter(sizes, before, color=BEFORE, s=36, label="pruned", zorder=3)
         axes.scatter(sizes, after, color=AFTER, s=150, label="distilled", zorder=3)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,.4g}")
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+        log_scale(axes)
         axes.margins(x=0.12, y=0.15)
         axes.autoscale_view()
         for x, y, numbers in _grouped(axes, sizes, after):
@@ -224,6 +220,21 @@ def _list_names(axes, names: Iterable[str]) -> None:
 def _legend(axes) -> None:
     """Put a legend beside the axes, where no line is."""
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1.04), handlelength=1.2)
+
+
+class Decimals(matplotlib.ticker.LogFormatter):
+    """Writes the numbers beside a logarithmic axis as decimals, and of those between powers of ten only as many as fit."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return what stands beside a tick."""
+        return f"{x:,.4g}" if super().__call__(x, pos) else ""
+
+
+def log_scale(axes) -> None:
+    """Make the scale from bottom to top logarithmic, its numbers decimals."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.4g}")
+    axes.yaxis.set_minor_formatter(Decimals(minor_thresholds=(1, 0.5)))
 
 
 def style():

@@ -76,7 +76,7 @@ def cost_text(recipe: Mapping[str, Any], machine: Machine) -> str:
 
 def _hours(flops: float, machine: Machine) -> str:
     hours = machine.hours(flops)
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2g}"
+    return "< 0.01" if hours < 0.01 else f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2g}"
 
 
 def _judged(recipe: Mapping[str, Any], found: list[Cost], models: Models, machine: Machine) -> list[str]:

@@ -78,15 +78,16 @@ def time_text(run: Run, values: Mapping, stages: Stages, rates: Mapping[str, flo
     times = {n: time for n, time in seconds_by_stage(with_values(run, values), stages, rates).items() if n not in done}
     device, said = best_device(), f"Done already: {', '.join(done)}. " if done else ""
     machine = f"{device}, {str(best_dtype(device)).removeprefix('torch.')}, {1 / rates['train']:,.0f} tokens/s of distillation"
-    by_stage = ", ".join(f"{name} {time / 60:.1f}" for name, time in times.items() if time)
+    unit, seconds = ("minutes", 60) if sum(times.values()) >= 60 else ("seconds", 1)
+    by_stage = ", ".join(f"{name} {time / seconds:.1f}" for name, time in times.items() if time)
     lines = [
-        f"About {sum(times.values()) / 60:.0f} minutes on this machine ({machine}): {by_stage}.",
+        f"About {max(1, sum(times.values()) / seconds):.0f} {unit} on this machine ({machine}): {by_stage}.",
         f"{said}It can be interrupted at any time and goes on when started again.",
     ]
     if values:
         whole, sizes = sum(seconds_by_stage(run, stages, rates).values()), scaled(run, stages, 1.0)
         left = ", ".join(f"{key} {value:,} of {sizes[key]:,}" for key, value in values.items())
-        lines.append(f"The whole recipe takes {whole / 60:.0f}; minutes: {run.recipe['minutes']} leaves {left}.")
+        lines.append(f"The whole recipe takes {whole / 60:,.1f} minutes; minutes: {run.recipe['minutes']} leaves {left}.")
     return "\n".join(lines)
 
 
@@ -250,7 +251,7 @@ def fit(run: Run, stages: Stages, rates: Mapping[str, float]) -> dict[str, int]:
     if least > limit:
         raise RecipeError(
             f"minutes: {run.recipe['minutes']} is too little on this machine: a tenth of the recipe's tokens, steps and "
-            f"documents takes {least / 60:.1f} minutes, all of them {whole / 60:.0f}. Set minutes to {least / 60 + 1:.0f} or "
+            f"documents takes {least / 60:.1f} minutes, all of them {whole / 60:.1f}. Set minutes to {least / 60 + 1:.0f} or "
             "more, or leave it out"
         )
     return scaled(run, stages, LEAST + (1 - LEAST) * (limit - least) / (whole - least))  # work is linear in what shrinks
@@ -288,8 +289,7 @@ def stored_values(run: Run) -> dict[str, int] | None:
 
 def store_values(run: Run, values: Mapping[str, int]) -> None:
     """Keep what `stored_values` returns; `run` is the one without these values."""
-    stored = {"recipe": _digest(run), "values": values}
-    (run.folder / BUDGET).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    (run.folder / BUDGET).write_text(json.dumps({"recipe": _digest(run), "values": values}, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(run: Run) -> str:
