@@ -20,7 +20,11 @@ PICTURES = ("differences.png", "shapes.png", "kept.png", "loss.png")  # as they 
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth,
   [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor,
   (window.scrollTo(0, 700), window.scrollY), document.querySelector("aside").getBoundingClientRect().top,
-  Math.max(...[...document.querySelectorAll(".wide tr > :first-child")].map(cell => cell.clientHeight))].join("|")
+  Math.max(...[...document.querySelectorAll(".wide tr > :first-child")].map(cell => cell.clientHeight)),
+  document.querySelector(".wide").scrollWidth - document.querySelector(".wide").clientWidth,
+  Math.max(...[...document.querySelectorAll("dd")].map(fact => fact.getBoundingClientRect().right)),
+  Math.min(...[...document.querySelectorAll("dd")].map(fact => fact.clientWidth)),
+  document.querySelector("aside").clientHeight].join("|")
 </script></body>"""
 
 
@@ -122,16 +126,24 @@ def test_it_is_readable_in_light_and_dark(page, tmp_path):
 
 
 @browser
-@pytest.mark.parametrize("width", [500, 1200])  # 500 is the least that a window of Chromium has
+@pytest.mark.parametrize("width", [500, 800, 1100, 1280])  # 500 is the least that a window of Chromium has
 def test_nothing_sticks_out_and_all_pictures_are_there(page, tmp_path, width):
     copy = tmp_path / "copy.html"
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page.read_text())[0]
-    copy.write_text(page.read_text().replace(policy, "").replace("</body>", MEASURE))
+    long = "as the teacher on 2 x AMD EPYC 9654 96-Core Processor, 8 NVIDIA H100 80GB HBM3, 1,500 GB of memory"
+    text = page.read_text().replace(policy, "").replace("as the teacher on", long).replace("</body>", MEASURE)
+    copy.write_text(text)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user", "--dump-dom",
                f"--window-size={width},900", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found, pictures, background, scrolled, top, tallest = re.search(r"<title>([^<]*)</title>", done.stdout)[1].split("|")
+    found, pictures, background, scrolled, top, tallest, hidden, right, narrowest, height = re.search(
+        r"<title>([^<]*)</title>", done.stdout
+    )[1].split("|")
     assert int(found) <= width
+    assert int(hidden) == 0, "the box of facts is shown whole"
+    assert float(right) <= width, "every fact is in the summary"
+    assert int(narrowest) >= 60
+    assert width >= 1200 or int(height) < 110, "and the summary leaves room for the rest"
     assert (float(scrolled), float(top)) == (700, 0), "the summary stays in view"
     assert float(tallest) < 120, "no column is so narrow that its words stand letter by letter"
     assert background == "rgb(255, 255, 255)"
