@@ -171,6 +171,7 @@ def test_a_kept_card_is_rendered_again_to_the_byte(whole, tmp_path, capsys):
         "kept.png",
         "loss.png",
         "differences.png",
+        "models.png",
     }
     log = json.loads((tmp_path / "small/log.json").read_text())
     assert {key for entry in log["history"] for key in entry} == {

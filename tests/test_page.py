@@ -16,7 +16,7 @@ from hf_minitron.hub.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
-PICTURES = ("differences.png", "shapes.png", "kept.png", "loss.png")  # as they come
+PICTURES = ("differences.png", "models.png", "shapes.png", "kept.png", "loss.png")  # as they come
 MEASURE = """<script>document.title = [document.documentElement.scrollWidth,
   [...document.images].map(image => image.naturalWidth).join(), getComputedStyle(document.body).backgroundColor,
   (window.scrollTo(0, 700), window.scrollY), document.querySelector("aside").getBoundingClientRect().top,
@@ -40,7 +40,7 @@ def test_the_page_has_what_the_card_has(page, whole):
     prose = re.sub(r"!\[.*?\]\(.*?\)|\]\(.*?\)|<.*?>|```\w+", " ", card)  # but for names of pictures, addresses and tags
     assert not set(re.findall(r"\w+", prose)) - words
     assert text.count("<table>") == text.count('<div class="wide">') == len(re.findall(r"^\| -", card, re.MULTILINE))
-    assert text.count('<img src="data:image/png;base64,') == 4 == text.count("<img")
+    assert text.count('<img src="data:image/png;base64,') == len(PICTURES) == text.count("<img")
 
 
 def test_the_summary_has_the_facts_and_leads_to_every_section(page):
@@ -93,7 +93,7 @@ def test_a_page_of_a_run_that_is_not_finished_says_so(project, tmp_path, capsys,
         assert f"Still to do: {missing}." in text
         assert said in text
         assert "from transformers import" not in text
-    assert text.count("<img") == 3
+    assert text.count("<img") == 4
     assert main(["publish", *command[1:]]) == 0
     done = page.read_text()
     page.unlink()

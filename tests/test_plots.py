@@ -126,12 +126,18 @@ def test_a_forest_of_differences(tmp_path, drawn, count):
     assert len({line.get_color() for line in points}) == min(count, 3)
 
 
-def test_models_by_size_and_quality(tmp_path, drawn):
-    points = {f"model {n}": (1e8 * (1 + n % 4), 1.5 - n / 50, 1.4 - n / 50, 1.6 - n / 50) for n in range(12)}
+@pytest.mark.parametrize(("count", "apart"), [(2, 1), (12, 1 / 50), (12, 1e-4), (30, 1e-4)])
+def test_models_by_size_and_quality(tmp_path, drawn, count, apart):
+    """Each is named for itself, those on one dot too, and no name covers a name."""
+    points = {f"model {n}": (1e8 * (1 + n % 2), 1.5 - n * apart, 1.4 - n * apart, 1.6 - n * apart) for n in range(count)}
     plots.plot_models(points, tmp_path / "models.png")
     (figure,) = drawn
     assert not overlapping(figure)
-    assert "12  model 11" in figure.axes[0].texts[-1].get_text()
+    named = {text.get_text(): text for text in figure.axes[0].texts}
+    assert {name: text.xy for name, text in named.items()} == {name: (size / 1e6, y) for name, (size, y, *_) in points.items()}
+    assert sorted(named, key=lambda name: named[name].xyann[1]) == [f"model {n}" for n in range(count)][::-1]
+    edge = figure.axes[0].get_window_extent().x1
+    assert all(box.x0 > edge for text, box in boxes(figure) if text in named), "and none a dot"
 
 
 def luminance(color):

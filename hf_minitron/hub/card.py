@@ -164,11 +164,11 @@ def forest(report: Report) -> dict[str, tuple[str, float, float, float]]:
 
 
 def scatter(report: Report) -> dict[str, tuple[float, float, float, float]]:
-    """Return the parameters and the bits per byte, with their interval, of each model; nothing of fewer than five."""
+    """Return the parameters and the bits per byte, with their interval, of each model; nothing where all have one size."""
     found = {name: report.entry(name, "bits_per_byte") for name in report.models}
     known = {name: entry for name, entry in found.items() if entry and entry.interval}
     points = {name: (report.models[name]["parameters"], entry.value, *entry.interval) for name, entry in known.items()}
-    return points if len(points) > 4 else {}
+    return points if len({parameters for parameters, *_ in points.values()}) > 1 else {}
 
 
 def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:

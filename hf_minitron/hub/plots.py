@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import pyplot as plt
+from scipy.optimize import isotonic_regression
 
 from hf_minitron.hub.card import loss_parts
 from hf_minitron.shape import Shape
@@ -158,11 +160,9 @@ def plot_models(points: Mapping[str, tuple[float, float, float, float]], path: P
             axes.plot(parameters / 1e6, value, "o", color=color, markersize=7, zorder=order)
         axes.margins(x=0.15, y=0.1)
         axes.autoscale_view()
-        for x, y, numbers in _grouped(axes, sizes, values):
-            axes.annotate(numbers, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_xlabel("million parameters")
         axes.set_ylabel("bits per byte")
-        _list_names(axes, points)
+        _name(axes, points, sizes, values)
         save(figure, path)
 
 
@@ -196,6 +196,18 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         bar.set_label("kept")
         bar.outline.set_visible(False)
         save(figure, path)
+
+
+def _name(axes, names: Iterable[str], xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Write the names of points beside the axes, as near to their heights as they do not cover each other, a line to each."""
+    names, places = list(names), axes.transAxes.inverted().transform(axes.transData.transform(list(zip(xs, ys, strict=True))))
+    order, gap = places[:, 1].argsort(kind="stable"), 16 / (72 * axes.get_window_extent().height / axes.figure.dpi)
+    steps = gap * np.arange(len(order))
+    heights = isotonic_regression(places[order, 1] - steps).x + steps
+    for number, height in zip(order, heights, strict=True):
+        line = {"arrowstyle": "-", "color": BEFORE, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4}
+        axes.annotate(names[number], (xs[number], ys[number]), (1.08, height), textcoords="axes fraction", va="center",
+                      weight="bold" if names[number] == "distilled" else "normal", arrowprops=line)  # fmt: skip
 
 
 def _grouped(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
