@@ -121,7 +121,7 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
             title = {"pruned": "ours, before training", "distilled": "**ours**"}.get(name, name)
             cells = [measured(report.entry(name, metric, task)) for task, metric in columns]
             rows.append([title, millions(model["parameters"]), *cells])
-        said = [sentence(found) for found in asked(report)]
+        said = [sentence(report, found) for found in asked(report)]
         parts += [
             f"**{size.upper()}**, {tokens:,} tokens; ± standard error",
             markdown_table(rows),

@@ -60,7 +60,7 @@ def test_the_card_says_what_was_done(whole):
         assert fact in text, fact
     low, high = data.entry("distilled", "perplexity").interval
     assert any(f"({low:,.{digits}f} to {high:,.{digits}f})" in text for digits in range(3))
-    assert all(sentence(comparison) in text for comparison in data.against("teacher", "distilled"))
+    assert all(sentence(data, comparison) in text for comparison in data.against("teacher", "distilled"))
     plan = Plan.load(folder / "plan.json")
     assert f"| ffn | 72 | **{min(plan.by_layer['ffn'])} to {max(plan.by_layer['ffn'])}** |" in text
     stages = ["correct", "synthesize", "score", "prune", "cache", "distill", "evaluate"]

@@ -32,7 +32,8 @@ def boxes(figure):
     renderer, texts = figure.canvas.get_renderer(), figure.findobj(matplotlib.text.Text)
     shown = [text for text in texts if text.get_visible() and text.get_text()]
     inside = {id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in unseen(axis)}
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in shown if id(text) not in inside]
+    own = matplotlib.text.Text.get_window_extent  # without the line from an annotation to its point
+    return [(text.get_text(), own(text, renderer)) for text in shown if id(text) not in inside]
 
 
 def unseen(axis):

@@ -85,7 +85,7 @@ def test_the_card_says_what_is_better_and_what_cannot_be_told():
     assert rows[2][1:4] == ["+0.000", "+0.000 to +0.000", "1"]
     assert rows[2][-1] == "not distinguishable"
     text = str(card(found))
-    assert all(sentence(comparison) in text for comparison in comparisons)
+    assert all(sentence(found, comparison) in text for comparison in comparisons)
     assert "12,345 bytes" in text
     assert "| worse |" in text.replace("  ", "")
 

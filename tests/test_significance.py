@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_minitron.evaluation import wording
-from hf_minitron.evaluation.report import Comparison
+from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.significance import compare_paired, estimate, mcnemar, samples_needed
 
 
@@ -131,15 +131,62 @@ def test_the_sentence_is_plain():
     ours = np.where(generator.random(200) < 0.1, 1 - theirs, theirs)
     found = compare_paired(rows(ours), rows(theirs))
     what = {"model": "student", "baseline": "teacher", "task": "task", "metric": "acc"}
-    sentence = wording.sentence(Comparison(**vars(found), **what))
+    report = Report({}, [Entry("teacher", "task", "acc", theirs.mean(), 0.04, (0.42, 0.57), chance=0.25)])
+    sentence = wording.sentence(report, Comparison(**vars(found), **what))
     assert sentence.startswith("student and teacher are not distinguishable on task acc with these 200 samples")
     assert f"{ours.mean():.3f} against {theirs.mean():.3f}" in sentence
     assert "% retained" in sentence
     assert "would be needed" in sentence
-    worse = wording.sentence(Comparison(**vars(compare_paired(rows(np.zeros(200)), rows(theirs))), **what))
+    worse = wording.sentence(report, Comparison(**vars(compare_paired(rows(np.zeros(200)), rows(theirs))), **what))
     assert worse.startswith("student is worse than teacher on task acc (")
     assert "p < 0.001" in worse
     assert "needed" not in worse
+
+
+SHARE = {"value": 0.4, "baseline_value": 0.5, "interval": (-0.2, 0.0), "p": 0.04, "test": "exact McNemar", "samples": 99,
+         "samples_needed": 99, "verdict": "worse", "retention": 80.0, "retention_interval": (65.0, 95.0)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("share", "teacher", "shown"),
+    [
+        ({}, {}, True),
+        ({"retention": 104.0, "retention_interval": (90.0, 125.0)}, {}, True),
+        ({}, {"chance": 0.25}, True),
+        ({}, {"chance": 0.5}, False),  # it guesses
+        ({}, {"chance": 0.45}, False),  # or may do so
+        ({}, {"interval": (0.0, 0.6)}, False),
+        ({"baseline": "pruned"}, {}, False),  # 128 % of what was no good
+        ({"retention": 128.0, "retention_interval": (115.0, 140.0)}, {}, False),
+        ({"retention": 80.0, "retention_interval": (30.0, 150.0)}, {}, False),
+        ({"retention": None, "retention_interval": None}, {}, False),
+        ({"retention_interval": None}, {}, False),
+    ],
+)
+def test_what_is_retained_is_said_where_it_says_something(share, teacher, shown):
+    """A score that is better when higher, of a teacher above chance, known well enough, and a share of it."""
+    values = SHARE | {"model": "distilled", "baseline": "teacher", "task": "task", "metric": "acc"} | share
+    reference = {"value": 0.5, "stderr": 0.05, "interval": (0.4, 0.6)} | teacher
+    entries = [Entry(name, "task", "acc", **reference) for name in ("teacher", "pruned")]
+    found = Comparison(**values)
+    report = Report({"distilled": {}}, [*entries, Entry("distilled", "task", "acc", 0.4)], [found])
+    assert ("% retained" in wording.sentence(report, found)) == shown
+    rows = wording.comparison_rows(report, baseline=found.baseline)
+    assert (rows[1][4] != "") == shown
+    assert (wording.kept(report) is not None) == shown
+
+
+def test_tasks_in_which_the_teacher_guesses_are_left_out_of_the_mean():
+    heading = {"model": "distilled", "baseline": "teacher", "metric": "acc"}
+    tasks = {"known": ({}, 0.25), "guessed": ({"retention": 200.0, "retention_interval": (180.0, 220.0)}, 0.5)}
+    found = [Comparison(**SHARE | share, **heading, task=task) for task, (share, _) in tasks.items()]
+    entries = [
+        Entry(name, task, "acc", 0.5, 0.05, (0.4, 0.6), chance=chance)
+        for name in ("teacher", "distilled") for task, (_, chance) in tasks.items()
+    ]  # fmt: skip
+    share = wording.kept(Report({"distilled": {}}, entries, found))
+    assert share[:3] == (80, 65, 95)
+    assert share[3] == "of the teacher's score, known acc; not of 1 task, where the teacher is not above chance"
 
 
 def test_one_models_error_is_the_classical_one():

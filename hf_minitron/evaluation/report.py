@@ -37,6 +37,7 @@ class Entry:
         direction (`str`, *optional*, defaults to `"higher"`): Which is better, `"higher"` or `"lower"`.
         unit (`str`, *optional*, defaults to `""`): What it counts; values of different units are not compared.
         of (`tuple[str, ...]`, *optional*): The tasks that a group's value is made of.
+        chance (`float`, *optional*): What guessing reaches, where that is known.
         dataset (`tuple[str | None, ...]`, *optional*): The task's dataset on the Hub: its id, configuration and split.
     """
 
@@ -52,6 +53,7 @@ class Entry:
     unit: str = ""
     of: tuple[str, ...] = ()
     dataset: tuple[str | None, ...] = ()
+    chance: float | None = None
 
     @classmethod
     def of_samples(cls, model: str, task: str, metric: str, rows: np.ndarray, aggregation: str, **more) -> "Entry":

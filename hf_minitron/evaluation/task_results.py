@@ -28,7 +28,8 @@ def task_entries(model: str, results: Mapping, records: Sequence[Mapping]) -> li
         for metric, value, stderr in _metrics(metrics):
             direction, of = "lower" if higher.get(metric) is False else "higher", tuple(leaves) if leaves != [task] else ()
             source = _dataset(results.get("configs", {}).get(task) or {})
-            entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, of=of, dataset=source)
+            more = {"of": of, "dataset": source, "chance": _chance(results, leaves, metric)}
+            entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, **more)
             entries.append(_with_samples(entry, samples_of_entry(arranged, entry)))
     return entries
 
@@ -39,6 +40,14 @@ def _dataset(config: Mapping) -> tuple[str | None, ...]:
     if not isinstance(path, str) or path.count("/") != 1:  # json, parquet and the like read the task's own files
         return ()
     return path, config.get("dataset_name"), config.get("test_split") or config.get("validation_split")
+
+
+def _chance(results: Mapping, leaves: Sequence[str], metric: str) -> float | None:
+    """Return how often guessing is right: of tasks whose answers are choices, one in as many as a sample has."""
+    kinds = {(results.get("configs", {}).get(leaf) or {}).get("output_type") for leaf in leaves}
+    choices = [len(sample["filtered_resps"]) for leaf in leaves for sample in results.get("samples", {}).get(leaf, ())]
+    known = metric in ("acc", "acc_norm") and kinds == {"multiple_choice"} and choices and min(choices) > 1
+    return float(np.mean([1 / count for count in choices])) if known else None
 
 
 def _leaves(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:

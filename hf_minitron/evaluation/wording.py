@@ -14,6 +14,8 @@ TITLES = {
     "perplexity": "perplexity", "bits_per_byte": "bits per byte", "top1_match": "top-1 match", "teacher_kl": "KL to teacher",
     "dropped_mass": "mass of dropped tokens",
 }  # fmt: skip
+# Percent of the teacher's score: more than this is no share of it, and an interval wider than that says little.
+MOST_RETAINED, WIDEST = 110, 50
 HEADLINES = 5  # metrics that a reader takes in at a glance
 # Of several metrics of a task, the first of these says most: lm-eval's own order is the alphabet's.
 PREFERRED = ("acc_norm", "exact_match", "acc")
@@ -65,8 +67,8 @@ def with_interval(entry: Entry | None) -> str:
     return f"{entry.value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-def sentence(found: Comparison) -> str:
-    """Say a comparison in plain words."""
+def sentence(report: Report, found: Comparison) -> str:
+    """Say a comparison of a report in plain words."""
     low, high = found.interval
     digits = _digits(high - low)
     metric = title(found.task, found.metric)
@@ -75,7 +77,7 @@ def sentence(found: Comparison) -> str:
     )
     words += f"95 % interval {low:+,.{digits}f} to {high:+,.{digits}f}, "
     words += "p < 0.001" if found.p < 0.001 else f"p = {found.p:.2g}"
-    if found.retention is not None:
+    if retained(report, found):
         words += f"; {found.retention:.1f} % retained"
     if found.verdict != "not distinguishable":
         return f"{found.model} is {found.verdict} than {found.baseline} on {metric} ({words})."
@@ -142,18 +144,42 @@ def headline(report: Report, most: int | None = HEADLINES) -> list[tuple[str, st
     return sorted(chosen, key=lambda column: column[0] != TEXT)
 
 
+def retained(report: Report, found: Comparison) -> bool:
+    """Return whether the share of a score that a comparison retains says something: it is the teacher's, who is better than
+    chance, and the share is no more than nearly all of it, its interval not wider than half of it.
+    """
+    return _above_chance(report, found) and _useful(found.retention, *found.retention_interval)
+
+
+def _above_chance(report: Report, found: Comparison) -> bool:
+    """Return whether a comparison is with the teacher, whose score is better when higher and with its interval above chance."""
+    entry = report.entry(found.baseline, found.metric, found.task)
+    if found.baseline != "teacher" or found.retention_interval is None or entry is None:
+        return False
+    return (entry.interval or (entry.value,))[0] > (entry.chance or 0)
+
+
+def _useful(share: float, low: float, high: float) -> bool:
+    return share <= MOST_RETAINED and high - low <= WIDEST
+
+
 def kept(report: Report) -> tuple[float, float, float, str] | None:
     """Return the share of the teacher's quality that is kept, in percent, its 95 % interval, and what it is a share of.
 
-    It is the mean of the headline tasks' retentions, whose samples are independent; else of the tokens both models agree on.
+    It is the mean of the headline tasks' retentions, whose samples are independent, of those in which the teacher is above
+    chance; else of the tokens both models agree on.
     """
     shown = set(headline(report))
-    found = [c for c in report.against("teacher", "distilled") if (c.task, c.metric) in shown and c.retention_interval]
+    tasks = [c for c in report.against("teacher", "distilled") if (c.task, c.metric) in shown and c.retention is not None]
+    found = [c for c in tasks if _above_chance(report, c)]
     if found:
         mean, count = sum(c.retention for c in found) / len(found), len(found)
         down, up = (math.sqrt(sum((c.retention_interval[side] - c.retention) ** 2 for c in found)) / count for side in range(2))
         names = title(found[0].task, found[0].metric) if count == 1 else f"mean of {count} tasks"
-        return mean, mean - down, mean + up, f"of the teacher's score, {names}"
+        left = len(tasks) - count
+        names += f"; not of {left} task{'s' if left > 1 else ''}, where the teacher is not above chance" if left else ""
+        if _useful(mean, mean - down, mean + up):
+            return mean, mean - down, mean + up, f"of the teacher's score, {names}"
     match = report.entry("distilled", "top1_match")
     if match is None or match.interval is None:
         return None
@@ -236,9 +262,8 @@ def comparison_rows(report: Report, model: str = "distilled", baseline: str = "t
     for found in report.against(baseline, model):
         low, high = found.interval
         digits = _digits(high - low)
-        kept = "" if found.retention is None else f"{found.retention:.1f} %"
-        if found.retention_interval:
-            kept += " ({:.1f} to {:.1f})".format(*found.retention_interval)
+        share = (found.retention, *(found.retention_interval or ()))
+        kept = "{:.1f} % ({:.1f} to {:.1f})".format(*share) if retained(report, found) else ""
         p = "< 0.001" if found.p < 0.001 else f"{found.p:.2g}"
         span = f"{low:+,.{digits}f} to {high:+,.{digits}f}"
         difference = f"{found.difference:+,.{digits}f}"
