@@ -352,6 +352,23 @@ def test_a_metric_that_is_no_mean_of_its_samples_is_not_compared():
     assert {comparison.metric for comparison in compared} == {"acc", "perplexity"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "metric", "choices", "chance"),
+    [
+        ("multiple_choice", "acc_norm", (4, 4), 0.25),
+        ("multiple_choice", "acc", (4, 2), 0.375),
+        ("multiple_choice", "brier_score", (4, 4), None),
+        ("loglikelihood", "acc", (1, 1), None),
+    ],
+)
+def test_chance_is_known_of_tasks_with_choices(kind, metric, choices, chance):
+    samples = [{"filtered_resps": [(-1.0, False)] * count} for count in choices]
+    results = {"results": {name: {f"{metric},none": 0.5} for name in ("task", "group")}, "group_subtasks": {"group": ["task"]}}
+    results |= {"n-samples": {"task": {"effective": 2}}, "higher_is_better": {}, "samples": {"task": samples}}
+    results["configs"] = {"task": {"output_type": kind}}
+    assert [entry.chance for entry in task_entries("teacher", results, [])] == [chance, chance]
+
+
 def test_a_report_of_another_version_is_refused_in_one_line(tmp_path):
     path = tmp_path / "report.json"
     Report({}).save(path)
