@@ -111,7 +111,7 @@ def run_all(run: Run, push: Callable[[publish.Args, Run], str] | None = None) ->
         if report.speed:
             print("\n" + markdown_table(speed_rows(report)))
         if comparisons := report.against("teacher", "distilled"):
-            print("\n" + "\n".join(map(sentence, comparisons)))
+            print("\n" + "\n".join(sentence(report, found) for found in comparisons))
         folder = run.path("publish") / "model"
         print(f"\nStudent: {folder}\nCard:    {folder / 'README.md'}")
 
