@@ -43,12 +43,14 @@ def chosen_of(tried: list[dict]) -> str:
     for row in sorted((row for row in tried if row["chosen"]), key=lambda row: (-millions(row["size"]), row["budget"])):
         name = " ".join(dict.fromkeys([row["size"].upper(), row["shape"], row["width"]]))
         chosen.setdefault(name, {}).setdefault(row["setting"], []).append(row["budget"])
-    return "; ".join(f"{name} at {', '.join(map(rate_of, rates.items()))}" for name, rates in chosen.items())
+    return "; ".join(f"{name} at {rates_of(rates)}" for name, rates in chosen.items())
 
 
-def rate_of(rate: tuple[str, list[int]]) -> str:
-    """Return a rate and the budgets that it was chosen for."""
-    return f"{rate[0]} ({' and '.join(f'{budget:,}' for budget in rate[1])} tokens)"
+def rates_of(rates: dict[str, list[int]]) -> str:
+    """Return the rates, where there are several with the budgets that each was chosen for."""
+    if len(rates) == 1:
+        return next(iter(rates))
+    return ", ".join(f"{rate} ({' and '.join(f'{budget:,}' for budget in budgets)} tokens)" for rate, budgets in rates.items())
 
 
 def widths_block(found: dict) -> str:

@@ -280,7 +280,7 @@ def test_the_page_says_what_the_rows_say():
         "0.60 (0.50 to more than was measured)",
         "at most 0.33 (up to 0.40)",
         "ours has at most 1.12 of its perplexity on any of 2 texts (code, 100M, 900 tokens, uniform)",
-        "100M uniform 576x864 at 3e-4 (300 tokens), 6e-4 (900 tokens); 100M nonuniform at 3e-4 (300 and 900 tokens). 2.0 hours",
+        "100M uniform 576x864 at 3e-4 (300 tokens), 6e-4 (900 tokens); 100M nonuniform at 3e-4. 2.0 hours",
     ):
         assert words in page, page
     first, second = ([cell.strip() for cell in row.split("|")] for row in page.splitlines()[2:4])
