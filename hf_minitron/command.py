@@ -72,8 +72,8 @@ def check_ahead(runs: Sequence[Run], push: Callable[[publish.Args, Run], str] | 
     with TemporaryDirectory() as scratch:
         placeholders: dict[Path, Path] = {}
         for number, run in enumerate(runs):
-            ahead = sized(with_placeholders(run, placeholders))
             try:
+                ahead = sized(with_placeholders(run, placeholders))
                 run.check_owner()
                 run.check_free()
                 check_stages(ahead, list(own_stages(run)), push, finished(run, list(own_stages(run))))

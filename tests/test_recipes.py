@@ -200,9 +200,9 @@ LARGE[1:] = [pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:]]
 @pytest.mark.parametrize("name", LARGE)
 def test_all_checks_before_the_first_step_pass(name, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**13))  # ten terabytes
-    monkeypatch.setattr(
-        "hf_minitron.data.packing.load_text", lambda *args: Dataset.from_dict({"text": ["w1 " * 9000]})
-    )  # of the Hub
+    for module in ("data.packing", "stages.evaluate"):  # of the Hub
+        text = Dataset.from_dict({"text": ["w1 " * 9000]})
+        monkeypatch.setattr(f"hf_minitron.{module}.load_text", lambda *args, text=text, **how: text)
     monkeypatch.setattr("hf_minitron.evaluation.tasks.check_data", lambda *args: None)  # tests/test_real_input.py has it
     made, teacher = {}, tmp_path / "teacher"
     for path in (path for path in RECIPES if path.parent.name == name):

@@ -118,7 +118,7 @@ def test_the_space_plans_a_model_of_the_hub(space):
         ("", 50, 1, 24, "is not a model of the Hub"),
         ("Qwen/Qwen3-4B-Base", 50, 1.5, 24, "GPUs: 1.5 is not a whole number"),
         ("Qwen/Qwen3-4B-Base", 50, 0, 24, "0 is not a whole number from 1 on"),
-        ("Qwen/Qwen3-4B-Base", 1, 1, 24, "cannot be kept by cutting hidden and FFN channels"),
+        ("Qwen/Qwen3-4B-Base", 1, 1, 24, "cannot be kept by cutting hidden and ffn"),
     ],
 )
 def test_what_the_space_cannot_plan_is_told(space, model, keep, gpus, memory, message):
