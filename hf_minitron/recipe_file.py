@@ -58,7 +58,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any], sections: Mapping[str,
         *parents, last = key.split(".")
         section = recipe
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # a section of comments alone is null
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise RecipeError(f"--{key}: {parent} holds {section!r}, not a section")
         section[last] = value

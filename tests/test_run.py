@@ -12,7 +12,7 @@ import yaml
 from hf_minitron import inputs
 from hf_minitron.inputs import text_files
 from hf_minitron.recipe import bind, load_recipe
-from hf_minitron.recipe_file import read_yaml
+from hf_minitron.recipe_file import KEYS, read_recipe, read_yaml
 from hf_minitron.run import RecipeError, again, begin, done_digest, finish
 
 
@@ -358,3 +358,9 @@ def test_one_process_works_in_a_folder_and_a_dead_one_blocks_nobody(load):
     run.check_free()
     with run.locked():
         run.claim()
+
+
+def test_a_section_of_comments_alone_takes_what_the_command_line_sets(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\nrun: r\npublish: # all of it is commented out\n")
+    recipe = read_recipe(tmp_path / "recipe.yaml", {"publish.repo_id": "me/small"}, dict.fromkeys(KEYS["stages"]))
+    assert recipe["publish"] == {"repo_id": "me/small"}
