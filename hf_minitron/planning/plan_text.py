@@ -42,20 +42,17 @@ def searched(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     prune = recipe.get("prune") or {}
     if "search" not in recipe or prune.get("target") or "nonuniform" in prune:
         return recipe
-    from hf_minitron.pruning.search import SPEEDS  # all three import what trains and evaluates: other plans do without
-    from hf_minitron.run import Run
+    from hf_minitron.run import Run  # both import what trains and evaluates, which other plans do without
     from hf_minitron.stages import search
 
     args, path = arguments(recipe["search"] or {}, "search", search.Args), Path()
-    if measured := [name for name in SPEEDS if name in args.budget]:
+    if measured := search.measured(args):
         raise RecipeError(f"search.budget: {measured[0]} is measured when search runs; give prune.target for a plan before")
     run = Run(path, str(recipe["model"]), 0, dict(recipe), path)
     found = search.near(args, run)
-    target = search.even(found, search.teacher(run.model).shape).target
-    print(
-        f"search chooses between {len(found):,} shapes near the budget, {dict(recipe['search'])['budget']}. As one of them:\n"
-    )
-    return {**recipe, "prune": {**prune, "target": dict(target)}}
+    chosen = search.even(found, target.teacher(run.model).shape)
+    print(f"search chooses between {len(found):,} shapes near the budget, {args.budget}. As one of them:\n")
+    return {**recipe, "prune": {**prune, "target": dict(chosen.target)}}
 
 
 def as_drafted(model: str, args: argparse.Namespace, overrides: Mapping[str, Any], machine: Machine) -> Mapping[str, Any]:

@@ -85,13 +85,18 @@ class _Space:
 
 def check(args: Args, run: Run) -> None:
     """Refuse a budget, a grid or sections that no candidate could be run with."""
-    if not args.budget.keys().isdisjoint(search.SPEEDS):  # what is measured is known later
+    if measured(args):  # known later
         search.limits_of(args.budget, _costs_of_teacher(_space(args, run)) | dict.fromkeys(search.SPEEDS, 1.0))
     else:
         near(args, run)
     short = replace(run, recipe={**run.recipe, "distill": short_distillation(run, args)})
     for name, stage in {"distill": distill, "evaluate": evaluate}.items():  # every candidate needs them
         bind(short, name, stage.Args)
+
+
+def measured(args: Args) -> list[str]:
+    """Return the names of a budget that are measured when search runs: its speeds."""
+    return [name for name in search.SPEEDS if name in args.budget]
 
 
 def near(args: Args, run: Run) -> list[Candidate]:
@@ -119,7 +124,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     scores = dict(statistics.scores)
     if statistics.token_counts is not None:  # the share of the text that the commonest tokens are
         scores["vocab"] = statistics.token_counts.double()
-    speeds = any(name in args.budget for name in search.SPEEDS)
+    speeds = measured(args)
     teacher = _costs_of_teacher(space) | (space.speeds(space.before) if speeds else {})
     limits = search.limits_of(args.budget, teacher)
     costs = {**space.costs, **(_predicted(space, teacher) if speeds else {})}
