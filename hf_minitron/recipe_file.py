@@ -157,21 +157,32 @@ def arguments(section: Mapping[str, Any], stage: str, args_type: type) -> Any:
 
 
 def check_listed(recipe: Mapping[str, Any]) -> None:
-    """Refuse values that `keys.json` excludes by their type, bound or choices, before any library is imported.
+    """Refuse values that `keys.json` excludes, before any library is imported.
 
     Raises:
         RecipeError: naming the key.
     """
-    kinds = {words: kind for kind, words in KINDS.items()}
-    for stage, known in KEYS["stages"].items():
+    for stage in KEYS["stages"]:
         for key, value in (recipe.get(stage) or {}).items():
-            entry = known["keys"].get(key, {})
-            if value is None or entry.get("type") not in kinds:  # what may be of several types is left to the stage
-                continue
-            value = _typed(f"{stage}.{key}", value, kinds[entry["type"]], entry.get("min"))
-            for one in value if isinstance(value, list) else [value]:
-                if one not in entry.get("choices", [one]):
-                    raise RecipeError(f"{stage}.{key}: {one!r} is none of {', '.join(map(str, entry['choices']))}")
+            listed(stage, key, value)
+
+
+def listed(stage: str, key: str, value: Any) -> Any:
+    """Return a value as the type that `keys.json` lists for its key; what may be of several types is left to the stage.
+
+    Raises:
+        RecipeError: naming the key, for a value that the type, a bound or the choices exclude.
+    """
+    entry = KEYS["stages"][stage]["keys"].get(key, {})
+    words = entry.get("type", "")
+    kind = {words: kind for kind, words in KINDS.items()}.get(words.removesuffix(OR_NULL))
+    if value is None or kind is None:
+        return value
+    value = _typed(f"{stage}.{key}", value, kind | None if words.endswith(OR_NULL) else kind, entry.get("min"))
+    for one in value if isinstance(value, list) else [value]:
+        if one not in entry.get("choices", [one]):
+            raise RecipeError(f"{stage}.{key}: {one!r} is none of {', '.join(map(str, entry['choices']))}")
+    return value
 
 
 def _check_keys(
@@ -241,3 +252,4 @@ KINDS = {
     dict: "a section of key: value lines",
     types.NoneType: "null",
 }
+OR_NULL = f" or {KINDS[types.NoneType]}"

@@ -36,8 +36,10 @@ def kinds_of(declared):
 def entry(field, declared):
     """What the help says of a key."""
     kinds = kinds_of(declared)
-    names = [KINDS[kind] for kind in KINDS if kind in kinds and kind is not types.NoneType]
-    found = {"type": " or ".join(names) or "text", "help": " ".join(field.metadata.get("help", "").split())}
+    if not set(kinds) & KINDS.keys() - {types.NoneType}:  # written as text, such as a path or a member of an enumeration
+        kinds = [str, *kinds]
+    names = [KINDS[kind] for kind in KINDS if kind in kinds]
+    found = {"type": " or ".join(names), "help": " ".join(field.metadata.get("help", "").split())}
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     if default is dataclasses.MISSING:
         found["required"] = True

@@ -198,6 +198,13 @@ def planned(tmp_path, capsys, **sections):
     return code, capsys.readouterr()
 
 
+def test_plan_takes_the_whole_numbers_that_run_takes(tmp_path, capsys):
+    code, out = planned(tmp_path, capsys, prune={"target": "60%"}, distill={"block_size": 64.0, "max_steps": 1.0e3})
+    assert code == 0, out.err
+    code, out = planned(tmp_path, capsys, prune={"target": "60%"}, distill={"block_size": 64.5})
+    assert (code, out.err) == (1, "error: distill.block_size: 64.5 is not a whole number\n")
+
+
 @pytest.mark.parametrize("section, key, values", [
     ("publish", "export", ["gguf", "mlx"]), ("publish", "export", ["mlx"]), ("publish", "export", "gguf,mlx"),
     ("publish", "gguf_types", ["F16", "Q4_K_M"]), ("publish", "gguf_types", []),

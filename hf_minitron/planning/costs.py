@@ -13,7 +13,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.errors import RecipeError
 from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
 from hf_minitron.planning.resources import FLOAT, Training, training_memory
-from hf_minitron.recipe_file import KEYS, arguments
+from hf_minitron.recipe_file import KEYS, arguments, listed
 from hf_minitron.stages import target
 from hf_minitron.stages.resuming import checkpoints_at_once
 
@@ -129,11 +129,8 @@ def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = N
 
 def _value(recipe: Mapping[str, Any], stage: str, key: str) -> Any:
     """Return a setting, or its default."""
-    entry = KEYS["stages"][stage]["keys"].get(key, {})
-    value = (recipe.get(stage) or {}).get(key, entry.get("default"))
-    if value is not None and entry.get("type") == "a whole number" and type(value) is not int:
-        raise RecipeError(f"{stage}.{key}: {value!r} is not a whole number")
-    return value
+    default = KEYS["stages"][stage]["keys"].get(key, {}).get("default")
+    return listed(stage, key, (recipe.get(stage) or {}).get(key, default))
 
 
 def _parameters(architecture: Architecture) -> int:
