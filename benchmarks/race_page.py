@@ -1,5 +1,6 @@
-"""The race's table and curves for the README, from `benchmarks/results/race.json` alone."""
+"""The race's sentences and curves for the README and its table for docs/, from `benchmarks/results/race.json` alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -12,29 +13,59 @@ COLORS = {"published": plots.BEFORE, "uniform": plots.AFTER, "nonuniform": plots
 
 
 def race_block(found: dict) -> str:
-    """Return the race's answer: the table, the curves, what both were chosen from, and where ours is worst."""
-    points = {(row["size"], row["shape"], row["budget"]): row for row in found["curves"] if row["text"] == FIRST_TEXT}
-    least: dict[tuple[str, str], int] = {}
-    for size, shape, budget in sorted(points):
-        least.setdefault((size, shape), budget)
+    """Return the race's answer in a sentence for each size, and the curves."""
+    sizes = sorted({row["size"] for row in found["rows"]}, key=millions, reverse=True)
+    said = "\n".join(f"- {sentence_of(found, size)}" for size in sizes)
+    return f"![Perplexity against tokens](benchmarks/results/race.png)\n\n{said}\n\n{worst_text(found['equal_tokens'])}"
+
+
+def sentence_of(found: dict, size: str) -> str:
+    """Say what a size needs for what the published recipe makes of the most tokens and of the fewest that were asked about."""
+    rows, least = ordered(row for row in found["rows"] if row["size"] == size), fewest(found)
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    said = []
+    for budget in dict.fromkeys((budgets[0], budgets[-1])):
+        of = [f"{row['shape']} {needed(row, least)}" for row in rows if row["budget"] == budget]
+        said.append(f"with {budget:,} tokens, ours needs of them {', '.join(of)}")
+    return f"{size.upper()}: to equal the published recipe {'; '.join(said)}."
+
+
+def table_block(found: dict) -> str:
+    """Return the race's table, what both were chosen from, and where ours is worst."""
+    points, least = points_of(found), fewest(found)
     rows = [["published recipe", "its perplexity", "ours", "perplexity", "tokens ours needs for that"]]
-    for row in sorted(found["rows"], key=lambda row: (-millions(row["size"]), row["budget"], row["shape"] != "uniform")):
+    for row in ordered(found["rows"]):
         size, shape, budget = (row[key] for key in ("size", "shape", "budget"))
         seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
         published, ours = (perplexity_of(points.get((size, of, budget))) for of in ("published", shape))
-        rows.append(
-            [f"{size.upper()}, {budget:,} tokens{seeds}", published, shape, ours, tokens_needed(row, least[size, shape])]
-        )
+        rows.append([f"{size.upper()}, {budget:,} tokens{seeds}", published, shape, ours, needed(row, least)])
     return "\n\n".join(
         [
             markdown_table(rows),
-            "![Perplexity against tokens](benchmarks/results/race.png)",
             f"Perplexity on {FIRST_TEXT}; the last column is a share of the published recipe's tokens, with 95 % intervals "
             f"over documents and seeds. {worst_text(found['equal_tokens'])} Every recipe's width (hidden x ffn) and learning "
             f"rate were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
             f"{found['environment']['hardware']}.",
         ]
     )
+
+
+def ordered(rows: Iterable[dict]) -> list[dict]:
+    """Return rows of the race: the largest student first, then by tokens, the stock shape first."""
+    return sorted(rows, key=lambda row: (-millions(row["size"]), row["budget"], row["shape"] != "uniform"))
+
+
+def points_of(found: dict) -> dict[tuple[str, str, int], dict]:
+    """Return the curves' points on the first text, by size, shape and tokens."""
+    return {(row["size"], row["shape"], row["budget"]): row for row in found["curves"] if row["text"] == FIRST_TEXT}
+
+
+def fewest(found: dict) -> dict[tuple[str, str], int]:
+    """Return the fewest tokens that every size and shape was measured with."""
+    least: dict[tuple[str, str], int] = {}
+    for size, shape, budget in sorted(points_of(found)):
+        least.setdefault((size, shape), budget)
+    return least
 
 
 def chosen_of(tried: list[dict]) -> str:
@@ -75,10 +106,10 @@ def perplexity_of(point: dict | None) -> str:
     return "" if point is None else f"{point['perplexity']:.1f}"
 
 
-def tokens_needed(row: dict, least: int) -> str:
+def needed(row: dict, least: dict[tuple[str, str], int]) -> str:
     """Return a fraction with its interval: a bound where the fewest tokens of the curve are enough."""
     ends = [f"{row[key]:.2f}" if row[key] is not None else "more than was measured" for key in ("fraction", "low", "high")]
-    if row["fraction"] is not None and row["fraction"] * row["budget"] < least * 1.001:
+    if row["fraction"] is not None and row["fraction"] * row["budget"] < least[row["size"], row["shape"]] * 1.001:
         return f"at most {ends[0]}" + (f" (up to {ends[2]})" if ends[2] != ends[0] else "")
     return f"{ends[0]} ({ends[1]} to {ends[2]})" if row["fraction"] is not None else ends[0]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from claims import PAPER
 from keep_cards import keep
-from race_page import plot_race, race_block, widths_block
+from race_page import plot_race, race_block, table_block, widths_block
 
 from hf_minitron import Report
 from hf_minitron.evaluation.report import TEXT, Comparison
@@ -128,7 +128,7 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
             f"![Distillation losses](../benchmarks/results/models/{size}.png)",
             "With all tokens, and with a third of them (*distilled* is ours):",
             "\n".join(f"- {words}" for words in said if " published " in f" {words}"),
-            "<details><summary>The others</summary>",
+            '<details markdown="1"><summary>The others</summary>',
             "\n".join(f"- {words}" for words in said if " published " not in f" {words}"),
             "</details>",
         ]
@@ -197,7 +197,7 @@ def main() -> None:
     blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
     blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
     if RACE.is_file() and (race := json.loads(RACE.read_text()))["rows"]:
-        blocks |= {"race": race_block(race), "widths": widths_block(race)}
+        blocks |= {"race": race_block(race), "race_table": table_block(race), "widths": widths_block(race)}
         plot_race(race, RACE.with_suffix(".png"))
     if ECONOMY.is_file():
         blocks["economy"] = economy_block(json.loads(ECONOMY.read_text()))

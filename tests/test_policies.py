@@ -124,6 +124,11 @@ def test_type_checkers_see_every_public_name():
     assert sorted(seen) == sorted(hf_minitron.__all__)
 
 
+def test_the_readme_is_read_in_five_minutes():
+    shown = re.sub(r"<details.*?</details>|```.*?```|<!--.*?-->", "", README, flags=re.DOTALL)
+    assert len(re.findall(r"\w[\w'-]*", shown)) < 1_700
+
+
 def test_the_readme_tree_is_the_real_one():
     (tree,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     listed = []

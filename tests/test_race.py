@@ -275,7 +275,7 @@ def test_the_page_says_what_the_rows_say():
                  ("nonuniform", "nonuniform", 900, "3e-4", True))]  # fmt: skip
     found = {"curves": points, "rows": rows, "equal_tokens": ratios, "hours": 2.0, "environment": {"hardware": "2 CPU cores"},
              "tried": tried}  # fmt: skip
-    page = race_page.race_block(found)
+    page = race_page.table_block(found)
     for words in (
         "0.60 (0.50 to more than was measured)",
         "at most 0.33 (up to 0.40)",
@@ -286,6 +286,8 @@ def test_the_page_says_what_the_rows_say():
     first, second = ([cell.strip() for cell in row.split("|")] for row in page.splitlines()[2:4])
     assert first[1:5] == ["100M, 900 tokens", "97.5", "uniform", "95.5"]
     assert second[3:5] == ["nonuniform", ""], "not measured with as many tokens"
+    said = race_page.race_block(found)
+    assert "with 900 tokens, ours needs of them uniform 0.60 (0.50 to more than was measured), nonuniform at most" in said, said
 
 
 def test_widths_stand_beside_each_other():
