@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,33 +60,79 @@ class LlamaCpp:
         import llama_cpp
 
         _be_quiet()
-        self.most_tokens = None
+        llama_cpp.llama_backend_init()
+        self.most_tokens, self.context = None, None
         self.version = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        sizes = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "n_threads": torch.get_num_threads()}
-        self.model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes)
+        loading = llama_cpp.llama_model_default_params()
+        loading.n_gpu_layers = 0
+        loading.use_extra_bufts = False  # weights stay as the file has them: those laid out anew for AMX crash some processors
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
+        if self.model:
+            reading = llama_cpp.llama_context_default_params()
+            reading.n_ctx = reading.n_batch = reading.n_ubatch = context
+            reading.n_threads = reading.n_threads_batch = torch.get_num_threads()
+            reading.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            self.context = llama_cpp.llama_init_from_model(self.model, reading)
+        if not self.context:
+            self.close()
+            raise ValueError(f"llama.cpp did not load {path.name}")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after every token, shape `(tokens, vocab)`."""
-        self.model.reset()
-        self.model.eval(tokens)
-        return self.model.scores[: len(tokens)]
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, place, True
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        failed = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if failed:
+            raise ValueError(f"llama.cpp did not read {len(tokens)} tokens (code {failed})")
+        shape = len(tokens), llama_cpp.llama_vocab_n_tokens(self.vocab)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), shape).copy()
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, with those that begin and end it."""
-        return self.model.tokenize(text.encode(), add_bos=True, special=True)
+        return self._tokens(text, edges=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the tokens of a chat in the template that the file holds, up to where the answer begins."""
+        import llama_cpp
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        words = {name: self.model.detokenize([id], special=True).decode() if id >= 0 else "" for name, id in
-                 (("bos_token", self.model.token_bos()), ("eos_token", self.model.token_eos()))}  # fmt: skip
-        made = Jinja2ChatFormatter(template=self.model.metadata["tokenizer.chat_template"], **words)
-        return self.model.tokenize(made(messages=list(messages)).prompt.encode(), add_bos=False, special=True)
+        words = {"bos_token": self._text_of(llama_cpp.llama_vocab_bos), "eos_token": self._text_of(llama_cpp.llama_vocab_eos)}
+        made = Jinja2ChatFormatter(template=llama_cpp.llama_model_chat_template(self.model, None).decode(), **words)
+        return self._tokens(made(messages=list(messages)).prompt, edges=False)
+
+    def _tokens(self, text: str, edges: bool) -> list[int]:
+        import llama_cpp
+
+        data = text.encode()
+        found = (llama_cpp.llama_token * (len(data) + 8))()  # a token is a byte of it, or more, or one that begins or ends it
+        return found[: llama_cpp.llama_tokenize(self.vocab, data, len(data), found, len(found), edges, True)]
+
+    def _text_of(self, special: Callable[[Any], int]) -> str:
+        """Return what a special token is in a text; nothing where there is none."""
+        import llama_cpp
+
+        if (token := special(self.vocab)) < 0:
+            return ""
+        text = ctypes.create_string_buffer(256)
+        return text.raw[: llama_cpp.llama_token_to_piece(self.vocab, token, text, len(text), 0, True)].decode()
 
     def close(self) -> None:
         """Free its memory."""
-        self.model.close()
+        import llama_cpp
+
+        if self.context:
+            llama_cpp.llama_free(self.context)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+        self.model = self.context = None
 
 
 def _be_quiet() -> None:
