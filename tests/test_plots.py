@@ -81,14 +81,15 @@ def test_a_short_training_is_drawn_too(tmp_path, drawn, steps, tokens):
     assert len(drawn[0].axes[0].get_lines()[0].get_xdata()) == steps
 
 
-@pytest.mark.parametrize(("first", "last"), [(1.2, 0.8), (0.95, 0.87), (12, 4), (0.04, 0.02), (900, 0.3)])
-def test_small_losses_are_decimals(tmp_path, drawn, first, last):
+@pytest.mark.parametrize(("first", "last"), [(1.2, 0.8), (0.95, 0.87), (12, 4), (0.04, 0.02), (900, 0.3),
+                                               (3e4, 2e4), (4e-6, 1e-6)])  # fmt: skip
+def test_losses_are_decimals(tmp_path, drawn, first, last):
     found = log(LOSSES[:2])
     for entry in found["history"]:
         entry |= dict.fromkeys(LOSSES[:2], last + (first - last) / entry["step"])
     plots.plot_loss(found, tmp_path / "loss.png")
     labels = [text for text, _ in boxes(drawn[0])]
-    assert any(text in labels for text in ("1", "10", "0.9", "0.03", "100"))
+    assert any(text in labels for text in ("1", "10", "0.9", "0.03", "100", "30,000", "0.000001"))
     assert not [text for text in labels if re.search(r"\de[+-]?\d", text)]
     assert not overlapping(drawn[0])
 
@@ -127,18 +128,37 @@ def test_a_forest_of_differences(tmp_path, drawn, count):
     assert len({line.get_color() for line in points}) == min(count, 3)
 
 
-@pytest.mark.parametrize(("count", "apart"), [(2, 1), (12, 1 / 50), (12, 1e-4), (30, 1e-4)])
-def test_models_by_size_and_quality(tmp_path, drawn, count, apart):
-    """Each is named for itself, those on one dot too, and no name covers a name."""
-    points = {f"model {n}": (1e8 * (1 + n % 2), 1.5 - n * apart, 1.4 - n * apart, 1.6 - n * apart) for n in range(count)}
-    plots.plot_models(points, tmp_path / "models.png")
+@pytest.mark.parametrize(("first", "last"), [(1.5, 0.7), (9, 8.9), (0.5, -0.5), (-1, -2), (0, 0)])
+def test_a_loss_is_shown_from_zero_and_whole(tmp_path, drawn, first, last):
+    found = log(LOSSES[:1])
+    for entry in found["history"]:
+        entry["loss"] = last + (first - last) / entry["step"]
+    plots.plot_loss(found, tmp_path / "loss.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert high - max(0, first) > 0.05 * (high - low), "the line is not cut off at its beginning"
+    assert low == 0 if last >= 0 else found["history"][-1]["loss"] - low > 0.05 * (high - low)
+
+
+@pytest.mark.parametrize("metric", ["bits per byte", "perplexity"])
+@pytest.mark.parametrize(("count", "apart"), [(1, 1), (2, 1), (12, 1 / 50), (12, 1e-4), (30, 1e-4), (60, 1e-3)])
+def test_models_by_size_and_quality(tmp_path, drawn, count, apart, metric):
+    """Each is named for itself, those on one dot too, and no name covers a name, a dot or what stands below the axes."""
+    values = {f"model {n}": 2.5 - n * apart for n in range(count)}
+    ends = [(y - 0.1, y + 0.1) if n % 3 else () for n, y in enumerate(values.values())]
+    points = {name: (1e8 * (1 + n % 2), y, *ends[n]) for n, (name, y) in enumerate(values.items())}
+    plots.plot_sizes(points, tmp_path / "models.png", metric, marked="model 0")
     (figure,) = drawn
     assert not overlapping(figure)
     named = {text.get_text(): text for text in figure.axes[0].texts}
     assert {name: text.xy for name, text in named.items()} == {name: (size / 1e6, y) for name, (size, y, *_) in points.items()}
     assert sorted(named, key=lambda name: named[name].xyann[1]) == [f"model {n}" for n in range(count)][::-1]
-    edge = figure.axes[0].get_window_extent().x1
-    assert all(box.x0 > edge for text, box in boxes(figure) if text in named), "and none a dot"
+    assert [name for name, text in named.items() if text.get_weight() == "bold"] == ["model 0"]
+    edge = figure.axes[0].get_window_extent()
+    names = [box for text, box in boxes(figure) if text in named]
+    assert all(box.x0 > edge.x1 for box in names), "and none a dot"
+    assert all(box.y1 > edge.y0 for box in names), "nor the scale"
+    lines = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "-"]
+    assert [list(line.get_ydata()) for line in lines] == [list(ends) for _, _, *ends in points.values()]
 
 
 def luminance(color):

@@ -15,7 +15,6 @@ from transformers import DynamicCache
 
 from hf_minitron import Architecture
 from hf_minitron.__main__ import main
-from hf_minitron.hub.plots import plot_candidates, plot_kept
 from hf_minitron.pruning import search
 from hf_minitron.pruning.allocate import allocate
 from hf_minitron.recipe import load_recipe
@@ -245,12 +244,6 @@ def test_allocation_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="finite"):
         allocate({"a": [(1, math.nan)]}, 1)
     assert allocate({"a": [(0, 0.5), (1, 0.0)]}, 0) == {"a": 0}
-
-
-def test_pictures(tmp_path):
-    plot_candidates({"hidden24": (9e6, 90.0, 20.0), "ffn32": (9.1e6, 80.0, 30.0)}, tmp_path / "candidates.png")
-    plot_kept(Shape({"layers": 3, "heads": 4, "ffn": 72}), {"heads": [4, 2, 0], "ffn": [72, 0, 32]}, tmp_path / "kept.png")
-    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("candidates", "kept"))
 
 
 @pytest.fixture(scope="module")

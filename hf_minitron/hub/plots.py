@@ -43,7 +43,9 @@ def plot_loss(log: Mapping[str, Any], path: Path) -> None:
         draw(top, "loss", "weighted sum" if parts else "training", AFTER)
         draw(top, "eval_loss", "held-out text", LINES[0], linestyle="--")
         top.set_ylabel("loss" if parts else "loss, nats per token")
-        top.set_ylim(bottom=0)
+        low, high = min(0, top.dataLim.y0), max(0, top.dataLim.y1)  # from 0, and of all points the whole
+        room = 0.08 * (high - low or 1)
+        top.set_ylim(low - room * (low < 0), high + room)
         if parts or any("eval_loss" in entry for entry in history):
             _legend(top)
         for number, part in enumerate(parts):
@@ -86,33 +88,6 @@ def plot_shapes(before: Shape, after: Shape, path: Path, by_layer: Mapping[str, 
         save(figure, path)
 
 
-def plot_candidates(points: Mapping[str, tuple[float, float, float]], path: Path) -> None:
-    """Draw quality against size of several students, numbered as they come, the best first.
-
-    Args:
-        points (`Mapping[str, tuple]`): Name to its parameters, and its perplexity before and after distillation.
-        path (`Path`): The PNG file to write.
-    """
-    sizes, before, after = ([point[i] / (1e6 if i == 0 else 1) for point in points.values()] for i in range(3))
-    with style():
-        figure, axes = plt.subplots(figsize=(6, max(3, 0.26 * len(points) + 0.8)))
-        axes.vlines(sizes, after, before, color=BEFORE, linewidth=1, alpha=0.6)
-        axes.scatter(sizes, before, color=BEFORE, s=36, label="pruned", zorder=3)
-        axes.scatter(sizes, after, color=AFTER, s=150, label="distilled", zorder=3)
-        log_scale(axes)
-        axes.margins(x=0.12, y=0.15)
-        axes.autoscale_view()
-        for x, y, numbers in _grouped(axes, sizes, after):
-            inside = {"color": "white", "ha": "center", "xytext": (0, 0)} if numbers.isdigit() else {"xytext": (9, 0)}
-            axes.annotate(numbers, (x, y), textcoords="offset points", va="center", fontsize=9, weight="bold", **inside)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-        axes.set_xlabel("million parameters")
-        axes.set_ylabel("perplexity")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, handletextpad=0.2)
-        _list_names(axes, points)
-        save(figure, path)
-
-
 def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]], path: Path) -> None:
     """Draw how far a model is from its baseline by several metrics: a forest plot of paired differences with 95 % intervals.
 
@@ -144,25 +119,30 @@ def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]],
         save(figure, path)
 
 
-def plot_models(points: Mapping[str, tuple[float, float, float, float]], path: Path) -> None:
-    """Draw quality against size of several models: bits per byte of held-out text with 95 % intervals.
+def plot_sizes(points: Mapping[str, tuple[float, ...]], path: Path, metric: str, marked: str) -> None:
+    """Draw quality against size of several models, with 95 % intervals.
 
     Args:
-        points (`Mapping[str, tuple]`): Name to its parameters, its bits per byte and the ends of their interval.
+        points (`Mapping[str, tuple]`): Name to a model's parameters, its value and, where known, the ends of its interval.
         path (`Path`): The PNG file to write.
+        metric (`str`): What the values are; perplexities get a logarithmic scale.
+        marked (`str`): The model that stands out.
     """
     with style():
-        figure, axes = plt.subplots(figsize=(6, max(3, 0.26 * len(points) + 0.8)))
+        figure, axes = plt.subplots(figsize=(6, max(3, 0.29 * len(points) + 0.8)))
+        if metric == "perplexity":
+            log_scale(axes)
         sizes, values = [point[0] / 1e6 for point in points.values()], [point[1] for point in points.values()]
-        for (parameters, value, low, high), name in zip(points.values(), points, strict=True):
-            color, order = (AFTER, 4) if name == "distilled" else (BEFORE, 3)
-            axes.plot([parameters / 1e6] * 2, [low, high], color=color, linewidth=1.5, zorder=order)
-            axes.plot(parameters / 1e6, value, "o", color=color, markersize=7, zorder=order)
+        for x, (_, value, *ends), name in zip(sizes, points.values(), points, strict=True):
+            color, order = (AFTER, 4) if name == marked else (BEFORE, 3)
+            axes.plot([x] * len(ends), ends, color=color, linewidth=1.5, zorder=order)
+            axes.plot(x, value, "o", color=color, markersize=7, zorder=order)
         axes.margins(x=0.15, y=0.1)
         axes.autoscale_view()
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.set_xlabel("million parameters")
-        axes.set_ylabel("bits per byte")
-        _name(axes, points, sizes, values)
+        axes.set_ylabel(metric)
+        _name(axes, points, sizes, values, marked)
         save(figure, path)
 
 
@@ -198,35 +178,16 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         save(figure, path)
 
 
-def _name(axes, names: Iterable[str], xs: Sequence[float], ys: Sequence[float]) -> None:
+def _name(axes, names: Iterable[str], xs: Sequence[float], ys: Sequence[float], marked: str) -> None:
     """Write the names of points beside the axes, as near to their heights as they do not cover each other, a line to each."""
     names, places = list(names), axes.transAxes.inverted().transform(axes.transData.transform(list(zip(xs, ys, strict=True))))
     order, gap = places[:, 1].argsort(kind="stable"), 16 / (72 * axes.get_window_extent().height / axes.figure.dpi)
     steps = gap * np.arange(len(order))
-    heights = isotonic_regression(places[order, 1] - steps).x + steps
+    heights = np.clip(isotonic_regression(places[order, 1] - steps).x, 0, max(0, 1 - steps[-1])) + steps  # not below the axes
     for number, height in zip(order, heights, strict=True):
         line = {"arrowstyle": "-", "color": BEFORE, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4}
         axes.annotate(names[number], (xs[number], ys[number]), (1.08, height), textcoords="axes fraction", va="center",
-                      weight="bold" if names[number] == "distilled" else "normal", arrowprops=line)  # fmt: skip
-
-
-def _grouped(axes, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float, str]]:
-    """Number points as they come, those that cover each other with one text for all."""
-    found: list[list] = []
-    places = axes.transData.transform(list(zip(xs, ys, strict=True))) * 72 / axes.figure.dpi  # in points
-    for number, (x, y, place) in enumerate(zip(xs, ys, places, strict=True), 1):
-        near = next((other for other in found if abs(other[0] - place).max() < 8), None)
-        if near is None:
-            found.append([place, x, y, str(number)])
-        else:
-            near[3] += f", {number}"
-    return [(x, y, numbers) for _, x, y, numbers in found]
-
-
-def _list_names(axes, names: Iterable[str]) -> None:
-    """List beside the axes what the numbers of `_grouped` mean."""
-    names = "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))
-    axes.text(1.03, 1, names, transform=axes.transAxes, va="top", linespacing=1.5)
+                      weight="bold" if names[number] == marked else "normal", arrowprops=line)  # fmt: skip
 
 
 def _legend(axes) -> None:
@@ -239,13 +200,18 @@ class Decimals(matplotlib.ticker.LogFormatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return what stands beside a tick."""
-        return f"{x:,.4g}" if super().__call__(x, pos) else ""
+        return decimal(x) if super().__call__(x, pos) else ""
+
+
+def decimal(x: float, pos: int | None = None) -> str:
+    """Write a number that stands beside a tick as a decimal, of any size."""
+    return f"{x:,.0f}" if x >= 1000 else np.format_float_positional(x, precision=4, fractional=False, trim="-")
 
 
 def log_scale(axes) -> None:
     """Make the scale from bottom to top logarithmic, its numbers decimals."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:,.4g}")
+    axes.yaxis.set_major_formatter(decimal)
     axes.yaxis.set_minor_formatter(Decimals(minor_thresholds=(1, 0.5)))
 
 

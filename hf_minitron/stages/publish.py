@@ -183,7 +183,7 @@ def write(card_facts: dict, report: Report | None, recipe: dict, log: dict | Non
         plots.plot_differences(found, folder / "differences.png")
         card_facts["pictures"]["differences"] = "differences.png"
     if points := scatter(report) if report else ():
-        plots.plot_models(points, folder / "models.png")
+        plots.plot_sizes(points, folder / "models.png", "bits per byte", marked="distilled")
         card_facts["pictures"]["models"] = "models.png"
     card = write_card(report, recipe, log, card_facts)
     card.save(folder / "README.md")

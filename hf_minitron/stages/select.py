@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_minitron.evaluation.report import Entry, Report
 from hf_minitron.evaluation.wording import measured, millions
-from hf_minitron.hub.plots import plot_candidates
+from hf_minitron.hub.plots import plot_sizes
 from hf_minitron.recipe import bind
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.run import RecipeError, Run, damaged, done_digest
@@ -72,8 +72,8 @@ def run(args: Args, run: Run, out: Path) -> None:
     if unfinished:
         text += "\n\nNot finished:\n" + _commands(run, unfinished)
     (out / "ranking.md").write_text(text + "\n", encoding="utf-8")
-    points = {e["name"]: (e["parameters"], e["pruned"]["value"], e["distilled"]["value"]) for e in entries}
-    plot_candidates(points, out / "candidates.png")
+    points = {e["name"]: (e["parameters"], e["distilled"]["value"], *(e["distilled"]["interval"] or ())) for e in entries}
+    plot_sizes(points, out / "candidates.png", "perplexity", marked=entries[0]["name"])
     best = _best(run, entries[0])
     (out / "best.yaml").write_text(dump_yaml(dict(best.recipe)), encoding="utf-8")
 
