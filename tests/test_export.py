@@ -476,7 +476,9 @@ def test_publish_exports_beside_the_model(recipe, tmp_path):
 
 
 def test_publish_exports_on_the_first_blocks_of_the_recipes_texts(whole, monkeypatch):
-    """Those of a calibration text of several sources by their shares."""
+    """Those of a calibration text of several sources by their shares; no more than these are made into tokens."""
+    read = []
+    monkeypatch.setattr(publish, "read_blocks", lambda *args: read.append(args[3]) or read_blocks(*args))
     monkeypatch.setattr(publish, "EXPORT_TOKENS", 64)
     run, student = made_by(str(whole / "run/publish/model")), whole / "run/distill/student"
     calibration, held_out = run.section("score")["text"], run.section("evaluate")["text"]
@@ -488,6 +490,11 @@ def test_publish_exports_on_the_first_blocks_of_the_recipes_texts(whole, monkeyp
     texts = publish._texts(replace(run, recipe={**run.recipe, "score": score}), student)
     assert [ids for ids in texts.calibration if ids in rows[held_out]] == rows[held_out][:1]
     assert [ids for ids in texts.calibration if ids in rows[calibration]] == rows[calibration][:3]
+    assert set(read) == {64}
+    score = {**score, "text": {calibration: 0.95, held_out: 0.05}}
+    texts = publish._texts(replace(run, recipe={**run.recipe, "score": score}), student)
+    assert texts.calibration == rows[calibration][:4]
+    assert read[-1] == 11 * 16, "up to the first block of the other source"
 
 
 def test_a_text_is_read_in_blocks_of_what_a_model_takes(tmp_path):

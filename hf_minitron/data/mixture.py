@@ -98,6 +98,15 @@ def check_sources(sources: Sequence[Source], block_size: int, max_tokens: int | 
         raise ValueError(f"{name} would give none of {wanted:,} blocks: give it more weight, or want more")
 
 
+def least_blocks(sources: Sequence[Source]) -> int:
+    """Return how many blocks of a mixture there must be for every source to give one."""
+    waiting = set(range(len(sources)))
+    for count, number in enumerate(_turns(_shares(sources)), 1):
+        waiting.discard(number)
+        if not waiting:
+            return count
+
+
 def mixed_blocks(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_minitron.checkpoint.checkpoint import resolve
 from hf_minitron.checkpoint.side_files import side_files
-from hf_minitron.data.mixture import read_sources
+from hf_minitron.data.mixture import least_blocks, read_sources
 from hf_minitron.evaluation.report import Report
 from hf_minitron.export.export import check_export, export_model, file_name
 from hf_minitron.export.layouts import FORMATS, GGUF_TYPES
@@ -136,8 +136,10 @@ def _texts(run: Run, student: Path) -> Texts:
     tokenizer = AutoTokenizer.from_pretrained(student)
 
     def blocks(args: evaluate.Args | score.Args) -> list[list[list[int]]]:
-        sources = read_sources(args.text, args.split, args.text_column)  # of several, each has its share of all tokens
-        found = read_blocks(sources, tokenizer, args.block_size, args.tokens, run.seed, args.add_bos_token)
+        sources = read_sources(args.text, args.split, args.text_column)
+        least = least_blocks(sources) * args.block_size  # of fewer, a source of several would give none
+        tokens = min(args.tokens, max(EXPORT_TOKENS, least))
+        found = read_blocks(sources, tokenizer, args.block_size, tokens, run.seed, args.add_bos_token)
         return [rows[: EXPORT_TOKENS // len(rows[0])] for rows in found]
 
     measured = bind(run, "evaluate", evaluate.Args)
