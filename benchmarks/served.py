@@ -16,6 +16,7 @@ from typing import Any
 import figure
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_minitron import load_text, token_blocks
@@ -35,17 +36,12 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=20)
     parser.add_argument("--json", type=Path, help="leave the figure for the README here")
     args = parser.parse_args()
-    model, found, seconds = Path(args.model).expanduser(), {}, {}
+    model = Path(args.model).expanduser()
     blocks = blocks_of(args.text, model, args.blocks, args.block_size)
-    how: dict[str, Any] = {"method": {"top_k": args.k}, "dtype": "float32", "batch_size": args.blocks // 2}
     with tempfile.TemporaryDirectory() as folder:
-        for name, of in (("served", {"server": args.server}), ("live", {"init_kwargs": {"dtype": "float32"}})):
-            begun = time.monotonic()
-            tokens = write_cache(model, blocks, Path(folder, name), **of, **how)["tokens"]
-            seconds[name] = time.monotonic() - begun
-            found[name] = columns(CachedTeacher(Path(folder, name)), blocks)
-    result = text_of(*found["served"], *found["live"], seconds["served"] / seconds["live"])
-    print(f"{tokens:,} tokens, k {args.k}: {result}; {tokens / seconds['served']:.0f} tokens/s")
+        caches, seconds = served_and_live(args.server, model, blocks, args.k, Path(folder))
+    tokens, result = blocks["input_ids"][:, 1:].numel(), text_of(*agreement(*caches), seconds[0] / seconds[1])
+    print(f"{tokens:,} tokens, k {args.k}: {result}; {tokens / seconds[0]:.0f} tokens/s")
     figure.save(args.json, "a served teacher's cache", f"benchmarks/served.py -k {args.k}", result)
 
 
@@ -54,19 +50,50 @@ def blocks_of(text: str, model: Path, count: int, length: int) -> Dataset:
     return token_blocks(load_text(text), AutoTokenizer.from_pretrained(model), length, max_tokens=count * length)
 
 
-def columns(teacher: CachedTeacher, blocks: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and log-probabilities, both of shape `(rows, tokens, k)`."""
-    ids, logp = teacher.columns(collate([blocks[row] for row in range(len(blocks))])).values()
-    return ids, logp.view(torch.float32)
+def served_and_live(
+    server: str, model: Path, blocks: Dataset, k: int, out: Path
+) -> tuple[list[tuple[Tensor, ...]], list[float]]:
+    """Write the cache of a server's teacher and that of the same teacher here, both in float32.
+
+    Args:
+        server (`str`): Its address.
+        model (`Path`): The teacher's folder.
+        blocks (`Dataset`): What both read.
+        k (`int`): How many tokens are kept at each place.
+        out (`Path`): A folder for both caches.
+
+    Returns:
+        `tuple`: Of each cache the ids of tokens and their log-probabilities, both of shape `(rows, tokens, k)`; the seconds
+            that each took.
+    """
+    how: dict[str, Any] = {"method": {"top_k": k}, "dtype": "float32", "batch_size": len(blocks) // 2}
+    batch, caches, seconds = collate([blocks[row] for row in range(len(blocks))]), [], []
+    for name, teacher in (("served", {"server": server}), ("live", {"init_kwargs": {"dtype": "float32"}})):
+        begun = time.monotonic()
+        write_cache(model, blocks, out / name, **teacher, **how)
+        seconds.append(time.monotonic() - begun)
+        ids, logp = CachedTeacher(out / name).columns(batch).values()  # nothing follows the last token; the rest's mass is last
+        caches.append((ids[:, :-1], logp.view(torch.float32)[:, :-1, : ids.shape[-1]]))
+    return caches, seconds
 
 
-def text_of(ids: torch.Tensor, logp: torch.Tensor, live_ids: torch.Tensor, live_logp: torch.Tensor, ratio: float) -> str:
-    """Say how far both agree; positions may name the same tokens in another order."""
-    both = ids[..., :, None] == live_ids[..., None, :]
-    apart = (logp[..., :, None] - live_logp[..., None, :])[both].abs()
-    named, mean, most = both.any(-1).float().mean(), apart.mean(), apart.max()
-    return (f"{named:.1%} of the tokens are named by both, their log-probabilities differ by {mean:.4f} in the mean and "
-            f"{most:.3f} at most, {ratio:.2f} of the live teacher's time")  # fmt: skip
+def agreement(served: tuple[Tensor, ...], live: tuple[Tensor, ...]) -> tuple[float, Tensor, Tensor]:
+    """Return the share of the tokens that two caches both name, and the log-probabilities of those in each.
+
+    A place may name the same tokens in another order, where two are as likely.
+    """
+    both = served[0][..., :, None] == live[0][..., None, :]
+    named = both.any(-1)
+    return named.float().mean().item(), served[1][named], (both * live[1][..., None, :]).sum(-1)[named]
+
+
+def text_of(named: float, ours: Tensor, theirs: Tensor, ratio: float) -> str:
+    """Say how far two caches agree."""
+    apart = (ours - theirs).abs()
+    return (
+        f"{named:.1%} of the tokens are named by both, their log-probabilities differ by {apart.mean():.4f} in the mean and "
+        f"{apart.max():.3f} at most, {ratio:.2f} of the live teacher's time"
+    )
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 import socket
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import requests
-import torch
 
-from hf_minitron.distillation.batch import collate
-from hf_minitron.distillation.cache import write_cache
-from hf_minitron.distillation.cached import CachedTeacher
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from served import agreement, served_and_live  # noqa: E402
 
 
 @contextmanager
@@ -49,22 +49,8 @@ def _wait_for(address, process, log, deadline):
     raise TimeoutError(log.read_text())
 
 
-def served_and_live(address, model, blocks, k, out):
-    """The log-probabilities of the `k` likeliest tokens, of a server and of the live teacher, where both name the same ones.
-
-    Args:
-        address (`str`): Of the server.
-        model (`Path`): The teacher's folder.
-        blocks (`Dataset`): What both read.
-        k (`int`): How many.
-        out (`Path`): A folder for both caches.
-    """
-    how = {"method": {"top_k": k}, "dtype": "float32", "batch_size": len(blocks) // 2}
-    facts = write_cache(model, blocks, out / "served", server=f"{address}/v1", **how)
-    assert facts["tokens"] == sum(len(row) - 1 for row in blocks["input_ids"])
-    write_cache(model, blocks, out / "live", init_kwargs={"dtype": "float32"}, **how)
-    batch = collate([blocks[i] for i in range(len(blocks))])
-    (ids, logp), (live_ids, live_logp) = (CachedTeacher(out / name).columns(batch).values() for name in ("served", "live"))
-    same = (ids == live_ids).all(-1)
-    assert same.float().mean() > 0.95, "the likeliest tokens are the same, but for near ties"
-    return [values.view(torch.float32)[same] for values in (logp, live_logp)]
+def both_name(address, model, blocks, k, out):
+    """The log-probabilities of the tokens that a server's cache and the live teacher's both name, with arguments as there."""
+    named, *logp = agreement(*served_and_live(f"{address}/v1", model, blocks, k, out)[0])
+    assert named > 0.95, "the likeliest tokens are the same, but for near ties"
+    return logp

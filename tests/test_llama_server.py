@@ -9,7 +9,7 @@ import requests
 import torch
 import yaml
 from datasets import Dataset
-from runtime_server import running, served_and_live
+from runtime_server import both_name, running
 from test_export import SIZES, TOKENIZER, made, pruned, saved, with_chat
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -74,7 +74,7 @@ def server(tmp_path_factory):
 def test_the_cache_is_that_of_the_live_teacher(server, tmp_path):
     folder, address = server
     blocks = blocks_of(16, 60)
-    chances = [logp.exp() for logp in served_and_live(address, folder, blocks, K, tmp_path)]
+    chances = [logp.exp() for logp in both_name(address, folder, blocks, K, tmp_path)]
     assert ServedTeacher(address).at_once(8, 60) == 2
     assert torch.allclose(*chances, rtol=0, atol=5e-3)
     assert (chances[0] - chances[1]).abs().mean() < 3e-4

@@ -9,6 +9,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
+from runtime_server import agreement, served_and_live
 from teacher_server import OWNERS, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,6 +76,20 @@ def test_the_cache_is_that_of_the_live_teacher(kind, blocks, teacher, tmp_path):
     (ids, logp), (live_ids, live_logp) = (cache.columns(batch).values() for cache in (ours, theirs))
     assert torch.equal(ids, live_ids)
     assert logp.view(torch.float32).exp() == pytest.approx(live_logp.view(torch.float32).exp(), abs=1e-6)
+
+
+def test_what_two_caches_both_name_is_compared_whatever_its_order(teacher, server, tmp_path):
+    """As the benchmark and the tests of real servers do."""
+    ids, logp = torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]])
+    live = torch.tensor([[[2, 1], [4, 5]]]), torch.tensor([[[-20.0, -10.0], [-40.0, -50.0]]])
+    named, ours, theirs = agreement((ids, logp), live)
+    assert (named, ours.tolist(), theirs.tolist()) == (0.75, [-1, -2, -4], [-10, -20, -40])
+    caches, seconds = served_and_live(server.address, teacher[0], tiny.blocks(4, 11), K, tmp_path)
+    named, ours, theirs = agreement(*caches)
+    assert named == 1
+    assert len(ours) == 4 * 10 * K
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert min(seconds) > 0
 
 
 @pytest.mark.parametrize(("context", "most"), [(64, 2), (23, 2), (21, 1), (11, 1)])

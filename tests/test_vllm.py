@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import requests
 import torch
-from runtime_server import running, served_and_live
+from runtime_server import both_name, running
 from test_export import made, pruned, saved
 from test_llama_server import blocks_of, surer
 from transformers import AutoModelForCausalLM
@@ -56,7 +56,7 @@ def test_it_computes_what_transformers_does_and_fills_a_cache(kind, tmp_path):
         asked = {"model": str(tmp_path / "model"), "prompt": prompt.tolist(), "max_tokens": 8, "temperature": 0}
         asked |= {"ignore_eos": True, "return_token_ids": True}
         said = requests.post(f"{address}/v1/completions", json=asked, timeout=120).json()
-        assert torch.allclose(*served_and_live(address, tmp_path / "model", blocks_of(6, 60), K, tmp_path), rtol=0, atol=5e-3)
+        assert torch.allclose(*both_name(address, tmp_path / "model", blocks_of(6, 60), K, tmp_path), rtol=0, atol=5e-3)
     assert said["choices"][0]["token_ids"] == written.tolist()
 
 

@@ -15,7 +15,7 @@ from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
 from hf_minitron.planning.resources import FLOAT, Training, training_memory
 from hf_minitron.recipe_file import KEYS, arguments, listed
 from hf_minitron.stages import target
-from hf_minitron.stages.resuming import checkpoints_at_once
+from hf_minitron.stages.resuming import checkpoint_bytes
 
 GB = 1e9
 CONTEXT = 1_000_000_000  # CUDA's own, its libraries' and NCCL's
@@ -224,8 +224,8 @@ def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine
     per_token += _flops(teacher, training.block_size) if live else 0
     sampled = float((recipe.get(stage) or {}).get("lmbda") or 0)  # of the steps; sampling reads prompt and completion once
     per_token += sampled * _flops(student, training.block_size)
-    settings = {key: _value(recipe, stage, key) for key in ("save_strategy", "save_steps", "save_total_limit", "max_steps")}
-    disk = checkpoints_at_once(**settings) * 3 * FLOAT * (parameters if trained is None else trained)
+    when = (_value(recipe, stage, key) for key in ("save_strategy", "save_steps", "save_total_limit", "max_steps"))
+    disk = checkpoint_bytes(parameters if trained is None else trained, *when)
     disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
     notes = ["FSDP2" if training.sharded else "DDP"] if machine.gpus > 1 else []
     notes += ["sampling takes longer than its FLOPs say"] if sampled else []

@@ -7,7 +7,9 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,16 @@ def checkpoints_at_once(save_strategy: str, save_steps: float, save_total_limit:
         interval = save_steps if save_steps >= 1 else math.ceil(max_steps * save_steps)
         return min(most, math.ceil(max_steps / interval))  # transformers writes one after the last step, too
     return 0 if save_strategy == "no" else most
+
+
+def checkpoint_bytes(parameters: int, *when: Any) -> int:
+    """Return the bytes that checkpoints take at once: float32 weights and two moments of Adam.
+
+    Args:
+        parameters (`int`): Those that are trained.
+        when: As for `checkpoints_at_once`.
+    """
+    return 3 * torch.float32.itemsize * parameters * checkpoints_at_once(*when)
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from hf_minitron.distillation.teachers import check_attention
 from hf_minitron.evaluation.speed import random_model
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
-from hf_minitron.stages.resuming import NO_BITS, checkpoints_at_once, last_checkpoint
+from hf_minitron.stages.resuming import NO_BITS, checkpoint_bytes, last_checkpoint
 from hf_minitron.stages.validation import check_evaluation, eval_sources_of
 from hf_minitron.waiting import wait_for
 
@@ -198,9 +198,9 @@ def check_space(
     tokens = (tokens_wanted(args) or 0) + (args.eval_tokens if eval_sources_of(args) else 0)
     tokens = 0 if stage == "distill" and tokens_made(run) else tokens
     needed = tokens * bytes_per_token(tokenizer, args.block_size, args.cross_documents, args.add_bos_token)
-    if args.lora is None:  # float32 weights and two moments of Adam
-        at_once = checkpoints_at_once(args.save_strategy, args.save_steps, args.save_total_limit, args.max_steps)
-        needed += 3 * 4 * model.shape.num_parameters(model.rows) * at_once
+    if args.lora is None:
+        when = (args.save_strategy, args.save_steps, args.save_total_limit, args.max_steps)
+        needed += checkpoint_bytes(model.shape.num_parameters(model.rows), *when)
     require_space(run.folder, needed - run.left_bytes(stage), f"the text and the checkpoints of {stage}")
 
 
