@@ -1,6 +1,7 @@
 """Chats: which tokens are learnt, by every template; in distillation, correction, scoring, caches and perplexity."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -213,7 +214,39 @@ def test_tools_are_written_by_the_template():
         text, learnt = encoded({"messages": TWO, "tools": tools}, template)
         assert text.startswith("<|system|> w9 </s> <|user|> w1")
         assert learnt == "w3 w4 </s> w6 w7 w8 </s>"
-    assert encoded({"messages": TWO, "tools": None}, template) == encoded({"messages": TWO})
+    for none in (None, "", " ", "[]", "null", []):
+        assert encoded({"messages": TWO, "tools": none}, template) == encoded({"messages": TWO}), none
+
+
+def test_tools_that_are_json_are_read_once(monkeypatch):
+    read, real = [], json.loads
+    monkeypatch.setattr("json.loads", lambda text: read.append(text) or real(text))
+    rows = [{"messages": TWO, "tools": json.dumps([{"name": f"w{number}"}])} for number in range(3)]
+    for template in (PLAIN, MARKED):
+        Encoder(tokenizer(template), [])(rows)
+        assert read == [row["tools"] for row in rows]
+        read.clear()
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (
+            '[{"name": w9}]',
+            r"document 1 \(from 0\) has tools that are not JSON: Expecting value.*: '\[{\"name\": w9}\]'. Leave it out",
+        ),
+        ("search", "has tools that are not JSON: Expecting value.*: 'search'"),
+        ('{"name": "w9"}', "has tools that are no list of tables: .*w9.*. Leave it out"),
+        ('["w9"]', "has tools that are no list of tables: .*w9.*. Leave it out"),
+        (3, "has tools that are no list of tables: '3'"),
+    ],
+)
+def test_tools_that_are_none_are_refused(tools, message, template):
+    rows = [{"messages": TWO, "tools": None}, {"messages": TWO, "tools": tools}]
+    for kind in (rows, [{"prompt": TWO[:1], "completion": TWO[1:2], "tools": row["tools"]} for row in rows]):
+        refused = Encoder(tokenizer(template), [])(kind)
+        assert re.search(message, f"document {refused.number} (from 0) {refused.reason}")
 
 
 def test_a_token_with_a_sign_of_an_answer_is_learnt():

@@ -5,7 +5,6 @@ both messages; `input_ids`, tokens already. Chats are written by the tokenizer's
 (`{% generation %}`) it says which tokens they are; else they are what the template adds for them, which is verified.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.columns import MASKS
-from hf_minitron.data.messages import read_messages, without_nulls
+from hf_minitron.data.messages import read_messages, with_tools
 from hf_minitron.errors import one_line
 
 # Ids alone, of the text alone.
@@ -87,7 +86,7 @@ class Encoder:
     def pairs(self, rows: Sequence[Mapping]) -> "Documents":
         """Return the tokens of prompts with their completions, which are predicted: of texts with an end token, of messages."""
         if not isinstance(rows[0]["prompt"], str):
-            return self._spans([_each(number, self._written_pair, row) for number, row in enumerate(rows)])
+            return self._spans(_each_chat(self._written_pair, rows))
         end, texts = self.tokenizer.eos_token, []
         for number, row in enumerate(rows):
             prompt, completion = row["prompt"], row["completion"]
@@ -104,8 +103,8 @@ class Encoder:
     def chats(self, rows: Sequence[Mapping]) -> "Documents":
         """Return the tokens of conversations, in which the assistant's turns are predicted."""
         if _GENERATION.search(self.tokenizer.get_chat_template()):
-            return [_each(number, self._marked_chat, row) for number, row in enumerate(rows)]
-        return self._spans([_each(number, self._written_chat, row) for number, row in enumerate(rows)])
+            return _each_chat(self._marked_chat, rows)
+        return self._spans(_each_chat(self._written_chat, rows))
 
     def _opened(self, ids: list[int]) -> list[int]:
         return [*self.opening, *ids] if ids[:1] != self.opening else ids  # one may begin so by itself
@@ -152,11 +151,11 @@ class Encoder:
         return whole, [(self._prefix(before, whole), len(whole))]
 
     def _messages(self, row: Mapping, column: str) -> list[dict]:
-        return read_messages(row[column], self.tokenizer.get_chat_template(tools=_tools(row)), _name(self.tokenizer))
+        return read_messages(row[column], self.tokenizer.get_chat_template(tools=row.get("tools")), _name(self.tokenizer))
 
     def _template(self, messages: list[dict], row: Mapping, **how: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=_tools(row), **how)
+            return self.tokenizer.apply_chat_template(messages, tools=row.get("tools"), **how)
         except Exception as error:  # whatever a template raises
             whole = all("content" in turn for turn in messages)
             way = "Leave it out" if whole else 'Give calls of tools the content "", or leave the document out'
@@ -247,6 +246,11 @@ def _each(number: int, encode: Callable, *args: Any) -> Any:
         raise _RowError(number, str(error)) from error
 
 
+def _each_chat(encode: Callable[[Mapping], Any], rows: Sequence[Mapping]) -> list:
+    """Encode conversations, with their tools as templates read them."""
+    return [_each(number, lambda row: encode(with_tools(row)), row) for number, row in enumerate(rows)]
+
+
 def _ready(row: Mapping, most: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.asarray(row["input_ids"])
     if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
@@ -269,12 +273,6 @@ def _ready(row: Mapping, most: int) -> tuple[np.ndarray, np.ndarray]:
         else:
             learnt &= mask.astype(bool)
     return ids[real], learnt[real]
-
-
-def _tools(row: Mapping) -> list | None:
-    """Return the tools of a row as a template reads them; `None` where there are none."""
-    tools = row.get("tools")
-    return (json.loads(tools) if isinstance(tools, str) and tools else without_nulls(tools)) or None
 
 
 def _some(learnt: Sequence) -> Sequence:

@@ -1,7 +1,10 @@
 """Messages as a chat template reads them, of the forms in which data sets have them: OpenAI's, ShareGPT's, and parts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from hf_minitron.errors import one_line
 
 KEYS = {"from": "role", "value": "content"}
 # Roles as every template knows them, by the names that they have in data sets in ShareGPT's form.
@@ -28,6 +31,24 @@ def read_messages(turns: Any, template: str, name: str) -> list[dict]:
     if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError("holds no messages. Leave it out")
     return [_message(turn, template, name) for turn in turns]
+
+
+def with_tools(row: Mapping) -> dict:
+    """Return a row with its `tools`, which may be JSON, as a template reads them: a list of tables, or `None`.
+
+    Raises:
+        ValueError: for tools that are none.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools.strip() or "null")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"has tools that are not JSON: {one_line(error)}: {tools[:60]!r}. Leave it out") from error
+    tools = without_nulls(tools) if tools else None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ValueError(f"has tools that are no list of tables: {str(tools)[:60]!r}. Leave it out")
+    return {**row, "tools": tools or None}
 
 
 def _message(turn: Mapping, template: str, name: str) -> dict:
