@@ -23,7 +23,8 @@ from hf_minitron import (
     prune_model,
     token_blocks,
 )
-from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.distillation.prompts import start_ids
+from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling
 from hf_minitron.memory import keep_freed_memory
 
 CACHE = "~/.cache/hf_minitron"

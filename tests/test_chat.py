@@ -446,7 +446,6 @@ def test_stages_refuse_chats_where_text_is_meant(chats, tmp_path, capsys):
     for name, made in {"other": other, "bare": tokenizer(None)}.items():
         made.save_pretrained(tmp_path / name)
         tiny.model(dtype=torch.float32, vocab_size=103).save_pretrained(tmp_path / name)
-    held_out = str(chats["folder"] / "held_out.jsonl")
     for command, message in {
         (
             "evaluate",
@@ -456,11 +455,6 @@ def test_stages_refuse_chats_where_text_is_meant(chats, tmp_path, capsys):
         ("evaluate", "--evaluate.generate", "w5", "--evaluate.models", json.dumps({"bare": str(tmp_path / "bare")})): (
             f"chat_template: the tokenizer of {tmp_path / 'bare'} has none; set it to false, or save one with it"
         ),
-        (
-            "synthesize",
-            "--synthesize",
-            json.dumps({"documents": 2, "prompts": held_out}),
-        ): "holds completion, and prompts are text",
     }.items():
         assert main([command[0], str(chats["path"]), *command[1:]]) == 1
         assert message in capsys.readouterr().err

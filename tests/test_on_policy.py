@@ -13,8 +13,8 @@ from test_distillation import CONSTANT, arguments, full_loss
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_minitron.__main__ import main
+from hf_minitron.architecture.config import positions_of
 from hf_minitron.data.packing import token_blocks
-from hf_minitron.distillation import on_policy
 from hf_minitron.distillation.batch import collate
 from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.engine import prepare_engine
@@ -282,7 +282,7 @@ def test_shards_are_refused(tmp_path):
 
 
 def test_completions_longer_than_the_model_are_refused(tmp_path):
-    positions = on_policy.positions_of_model(tiny.model())
+    positions = positions_of(tiny.model().config)
     with pytest.raises(ValueError, match=rf"^max_new_tokens: {positions} leave no room for a prompt"):
         trainer_of(tmp_path, max_new_tokens=positions)
 

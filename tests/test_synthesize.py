@@ -6,9 +6,17 @@ import pytest
 import tiny
 import torch
 import yaml
+from test_chat import ALTERNATES, MARKED, PLAIN, TWO, chat
+from test_chat import tokenizer as chat_tokenizer
+from transformers import AutoTokenizer
 
 from hf_minitron.__main__ import main
-from hf_minitron.distillation.synthesis import Sieve, generate_batch, repeated_share, sampling, start_ids
+from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model
+from hf_minitron.data.encoding import Encoder
+from hf_minitron.data.packing import check_first_block
+from hf_minitron.data.texts import load_text
+from hf_minitron.distillation.prompts import start_ids
+from hf_minitron.distillation.synthesis import Sieve, generate_batch, repeated_share, sampling
 from hf_minitron.stages import synthesize
 
 STARTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -65,8 +73,6 @@ def test_starts():
     tokenizer = tiny.tokenizer()
     assert start_ids(tokenizer, None, 5) == [[1]]
     assert start_ids(tokenizer, ["w0 w1 w2", "w4"], 2) == [[3, 4], [7]]
-    tokenizer.chat_template = "w9 {{ messages[0].content }}{% if add_generation_prompt %} w8{% endif %}"
-    assert start_ids(tokenizer, ["w0 w1 w2", "w4"], 2, chat=True) == [[12, 3, 4, 11], [12, 7, 11]]
     tokenizer.bos_token = None
     assert start_ids(tokenizer, None, 5) == [[2]]
 
@@ -83,9 +89,9 @@ def test_repeated_share_counts_each_token_once():
 def test_the_sieve_says_why():
     sieve = Sieve(min_tokens=3, max_repeated=0.1)
     texts = [("One two  three", [4, 5, 6]), ("one TWO\nthree", [7, 8, 9]), ("one", [4]), (" ", [4, 5, 6]), ("x", []),
-             ("la la", [3] * 30), ("four five six", [1, 2, 3])]  # fmt: skip
-    assert [sieve.keeps(text, new, 5) for text, new in texts] == [True, False, False, False, False, False, True]
-    assert sieve.rejected == {"duplicate": 1, "short": 1, "empty": 2, "repetitive": 1}
+             ("la la", [3] * 30), ("a whole book", None), ("four five six", [1, 2, 3])]  # fmt: skip
+    assert [sieve.keeps(text, new, 5) for text, new in texts] == [True, *[False] * 6, True]
+    assert sieve.rejected == {"duplicate": 1, "short": 1, "empty": 2, "repetitive": 1, "long": 1}
     assert (sieve.documents, sieve.tokens) == (2, 10)
 
 
@@ -213,3 +219,148 @@ def test_a_tokenizer_without_a_chat_template_is_told(project, recipe, capsys):
     path = recipe(prompts=str(project["folder"] / "train.jsonl"), chat_template=True)
     assert main(["synthesize", str(path)]) == 1
     assert "chat_template: the tokenizer in" in capsys.readouterr().err
+
+
+# Chats
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, ALTERNATES])
+@pytest.mark.parametrize(
+    ("turns", "asked"),
+    [
+        (TWO, "<|user|> w1 w2 </s> <|assistant|> w3 w4 </s> <|user|> w5 </s> <|assistant|>"),
+        (TWO[:3], "<|user|> w1 w2 </s> <|assistant|> w3 w4 </s> <|user|> w5 </s> <|assistant|>"),
+        (TWO[:1], "<|user|> w1 w2 </s> <|assistant|>"),
+        ([TWO[0], TWO[1], TWO[1]], "<|user|> w1 w2 </s> <|assistant|>"),
+        ([{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}], "<|user|> w1 </s> <|assistant|>"),
+        ([TWO[0], TWO[1], {"role": "tool", "content": "w7"}, TWO[1]],
+         "<|user|> w1 w2 </s> <|assistant|> w3 w4 </s> <|tool|> w7 </s> <|assistant|>"),
+    ],
+)  # fmt: skip
+def test_what_a_chat_asks_is_all_before_its_last_answer(template, turns, asked):
+    made = chat_tokenizer(template)
+    row, ids = Encoder(made, []).prompt({"messages": turns})
+    assert made.decode(ids) == asked
+    assert row["messages"][-1]["role"] in ("user", "tool")
+
+
+def chats_to_answer(tmp_path, rows, template=PLAIN, **section):
+    """A recipe whose teacher knows a chat template, and prompts of some rows; its path, and the teacher."""
+    project = tiny.make_project(tmp_path, tiny.model(dtype=torch.float32, vocab_size=103))
+    chat_tokenizer(template).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {"documents": 6, "batch_size": 4, "max_new_tokens": 8, "min_tokens": 2, "prompts": str(path)} | section
+    recipe = project["recipe"] | {"synthesize": known}
+    recipe["distill"] = recipe["distill"] | {"text": "synthesized"}
+    recipe["evaluate"] = recipe["evaluate"] | {"tasks": [], "speed": False, "include_path": None}
+    project["path"].write_text(yaml.safe_dump(recipe))
+    return project["path"], tmp_path / "teacher"
+
+
+def answered(path):
+    """The chats that a recipe's stage has written, and its facts."""
+    folder = path.parent / "run/synthesize"
+    rows = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "synthesize.json").read_text())
+
+
+ASKED = [f"w{number} w{number + 1}" for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "section"),
+    [
+        ([{"messages": chat(text)} for text in ASKED], {}),
+        ([{"messages": chat(text, "w90 w91")} for text in ASKED], {}),
+        ([{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "w9"}]} for text in ASKED], {}),
+        ([{"prompt": chat(text)} for text in ASKED], {}),
+        ([{"prompt": chat(text), "completion": chat("", "w9")[1:]} for text in ASKED], {}),
+        ([{"prompt": text} for text in ASKED], {"chat_template": True}),
+        ([{"prompt": text, "completion": "w9"} for text in ASKED], {"chat_template": True}),
+        ([{"text": text} for text in ASKED], {"chat_template": True}),
+        ([{"id": 3, "question": text} for text in ASKED], {"chat_template": True, "text_column": "question"}),
+    ],
+)
+def test_the_teacher_answers_chats_and_the_student_learns_the_answers(tmp_path, capsys, rows, section):
+    """The most probable ones, as the model writes them after the chat template with its generation prompt."""
+    path, teacher = chats_to_answer(tmp_path, rows, temperature=0, max_repeated=1, **section)
+    assert main(["synthesize", str(path)]) == 0, capsys.readouterr().err
+    written, facts = answered(path)
+    assert facts["documents"] == len(written) == 6
+    made = AutoTokenizer.from_pretrained(teacher)
+    for row in written:
+        asked, answer = row["messages"]
+        assert asked["role"] == "user"
+        assert asked["content"] in ASKED
+        start = made(f"<|user|> {asked['content']} </s> <|assistant|>")["input_ids"]
+        model = load_model(teacher, best_dtype(best_device()), best_device())
+        (new,) = generate_batch(model, [start], sampling(model, made, 8, temperature=0), 0)
+        assert answer == {"role": "assistant", "content": made.decode(new)}
+    text = path.parent / "run/synthesize/text.jsonl"
+    assert check_first_block(str(text), made, 8) == "messages"
+    tokens = Encoder(made, [])(load_text(str(text)).to_list())
+    assert made.decode(tokens.ids[tokens.learnt]) == " ".join(f"{row['messages'][1]['content']} </s>" for row in written)
+
+
+def test_a_chat_s_prompt_without_a_template_is_continued_as_a_text(tmp_path):
+    path, _ = chats_to_answer(tmp_path, [{"prompt": text} for text in ASKED])
+    assert main(["synthesize", str(path)]) == 0
+    assert all(row["text"].startswith(tuple(ASKED)) for row in answered(path)[0])
+
+
+def test_tools_stay_beside_the_answer(tmp_path):
+    template = "{% if tools %}{{ '<|system|> ' + tools[0]['name'] + ' </s> ' }}{% endif %}" + PLAIN
+    tools = [[{"name": "w9"}], json.dumps([{"name": "w8", "more": {"w7": 1}}]), None]
+    rows = [{"messages": chat(text), "tools": tools[1 if i % 2 else 2]} for i, text in enumerate(ASKED)]
+    path, teacher = chats_to_answer(tmp_path, rows, template, max_repeated=1)
+    assert main(["synthesize", str(path)]) == 0
+    written, _ = answered(path)
+    assert {row.get("tools") for row in written} == {tools[1], None}
+    text = path.parent / "run/synthesize/text.jsonl"
+    assert check_first_block(str(text), AutoTokenizer.from_pretrained(teacher), 8) == "messages"
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted(tmp_path):
+    """Of 128 positions 8 are an answer's."""
+    rows = [{"messages": chat(" ".join(tiny.WORDS[i : i + (4 if i % 2 else 80)] * 2))} for i in range(8)]
+    path, _ = chats_to_answer(tmp_path, rows, documents=4, max_repeated=1)
+    assert main(["synthesize", str(path)]) == 0
+    written, facts = answered(path)
+    assert all(len(row["messages"][0]["content"].split()) == 8 for row in written)
+    assert facts["rejected"]["long"] > 0
+
+
+def test_a_whole_run_on_chats_that_the_teacher_answered(tmp_path, capsys):
+    path, _ = chats_to_answer(tmp_path, [{"messages": chat(text, "w9")} for text in ASKED], documents=40, max_repeated=1)
+    assert main(["run", str(path)]) == 0, capsys.readouterr().err
+    assert (path.parent / "run/publish/model/README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("row", "section", "message"),
+    [
+        ({"messages": [{"role": "system", "content": "w1"}]}, {}, "document 0 (from 0) asks nothing: no turn of a user is"),
+        ({"messages": chat("", "w1")[1:]}, {}, "document 0 (from 0) asks nothing: no turn of a user is before an answer"),
+        ({"messages": [{"role": "user", "content": None}]}, {}, "document 0 (from 0) holds a message without content"),
+        ({"messages": []}, {}, "column 'messages' holds '[]', not messages"),
+        ({"input_ids": [1, 2]}, {}, "Also read are messages, conversations, prompt"),
+        ({"completion": "w1"}, {}, "has no column 'text'; it has completion"),
+        ({"text": " "}, {}, "holds no text in 'text'"),
+        ({"messages": chat("w1 " * 120)}, {}, "the shortest of 4 prompts and max_new_tokens: 131 together, more than the 128"),
+        ({"messages": chat("w1")}, {"add_bos_token": True}, "add_bos_token: a chat template has its own BOS token"),
+        ({"messages": chat("w1"), "tools": "{"}, {}, "has tools that are not JSON"),
+    ],
+)
+def test_chats_that_ask_nothing_are_told_before_slow_work(tmp_path, capsys, row, section, message):
+    path, _ = chats_to_answer(tmp_path, [row], **section)
+    assert main(["run", str(path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (path.parent / "run").exists()
+
+
+def test_chats_for_a_tokenizer_without_a_template_are_told(tmp_path, capsys):
+    path, _ = chats_to_answer(tmp_path, [{"messages": TWO}], None)
+    assert main(["synthesize", str(path)]) == 1
+    assert "holds chats, and " in (error := capsys.readouterr().err)
+    assert "has no chat template: give it one, or write the chats as text" in error

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Container, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -79,6 +80,11 @@ def named_ids(*contents: Mapping[str, Any]) -> set[int]:
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of a vision-language model's text model; any other config itself."""
     return config.get_text_config(decoder=True)
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """Return how many tokens a model was made for; a number without end where its config does not say."""
+    return getattr(text_config(config), "max_position_embeddings", None) or sys.maxsize
 
 
 def pruned_vocab(config: PreTrainedConfig) -> str | None:

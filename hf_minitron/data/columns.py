@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-# Columns that are read where there is no text.
-CHATS = ("messages", "conversations", "completion")
+# Columns that are read where there is no text: of documents, and of prompts, whose answers are left away.
+DOCUMENTS = ("messages", "conversations", "completion", "input_ids")
+PROMPTS = ("messages", "conversations", "prompt")
 # Columns beside tokens that say where nothing is learnt, each in its own way.
 MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
 
@@ -23,7 +24,9 @@ HOLDS = {
 }
 
 
-def columns_of(source: str, there: Sequence[str], column: str, first: Mapping) -> tuple[dict[str, str], str]:
+def columns_of(
+    source: str, there: Sequence[str], column: str, first: Mapping, prompts: bool = False
+) -> tuple[dict[str, str], str]:
     """Return which columns hold documents, by the name they get, and what to do when they do not.
 
     What a column holds is told by its first row: text, messages, or tokens. A completion stands beside its prompt.
@@ -31,25 +34,27 @@ def columns_of(source: str, there: Sequence[str], column: str, first: Mapping) -
     Args:
         source (`str`): What errors call the text.
         there (`Sequence[str]`): Its columns.
-        column (`str`): The one that is asked for; where there is no `text`, the first of `CHATS` and `input_ids`.
+        column (`str`): The one that is asked for; where there is no `text`, the first of `DOCUMENTS`.
         first (`Mapping`): Its first row.
+        prompts (`bool`, *optional*, defaults to `False`): Of prompts, which are texts or messages, the first of `PROMPTS`.
 
     Raises:
         ValueError: for a missing column.
     """
+    names = PROMPTS if prompts else DOCUMENTS
     texts = ", ".join(name for name, value in first.items() if isinstance(value, str)) or "none"
-    advice = f"Columns with text: {texts}; set text_column. Also read are {', '.join([*CHATS, 'input_ids'])}"
+    advice = f"Columns with text: {texts}; set text_column. Also read are {', '.join(names)}"
     found = column
     if column == "text" and column not in there:
-        found = next((name for name in (*CHATS, "input_ids") if name in there), column)
+        found = next((name for name in names if name in there), column)
     if found not in there:
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(there)}. {advice}")
     more = {name: name for name in ("tools",) if name in there}
-    if found == "completion" and "prompt" in there:
+    if found == "completion" and "prompt" in there and not prompts:
         return {"prompt": "prompt", "completion": "completion"} | more, advice
-    if holds("messages", first[found]):
+    if holds("messages", first[found]) or (found in PROMPTS[:2] and isinstance(first[found], list)):
         return {"messages": found} | more, advice
-    if holds("input_ids", first[found]):
+    if holds("input_ids", first[found]) and not prompts:
         return {"input_ids": found} | {name: name for name in MASKS if name in there}, advice
     return {"text": found}, advice
 

@@ -106,6 +106,17 @@ class Encoder:
             return _each_chat(self._marked_chat, rows)
         return self._spans(_each_chat(self._written_chat, rows))
 
+    def prompt(self, row: Mapping) -> tuple[dict, list[int]]:
+        """Return a conversation without its last answer, and the ids that an answer to it follows."""
+        row = with_tools(row)
+        messages = self._messages(row, "messages")
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] == "system":
+            raise ValueError("asks nothing: no turn of a user is before an answer. Leave it out")
+        ids = self._template(messages, row, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return {**row, "messages": messages}, ids
+
     def _opened(self, ids: list[int]) -> list[int]:
         return [*self.opening, *ids] if ids[:1] != self.opening else ids  # one may begin so by itself
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_minitron.data.encoding import Encoder, Refused, Tokens, check_encoder, has_labels, id_dtype, kind_of, small_dtype
 from hf_minitron.data.formats import text_files
 from hf_minitron.data.shards import blocks_of, tables_of, write_blocks
-from hf_minitron.data.texts import load_text, unreadable
+from hf_minitron.data.texts import load_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +168,7 @@ def check_first_block(
         ValueError: in one line, with the line of the file where it is broken.
     """
     _blocks_wanted(tokenizer, block_size, max_tokens, source)
-    files = text_files(source)
-    documents = load_text(source, split, column, streaming or files is None)
-    if isinstance(documents, Dataset):
-        try:
-            for column in documents.column_names:
-                documents.data.column(column).validate(full=True)  # that text is UTF-8, which nobody has looked at yet
-        except ValueError as error:
-            raise unreadable(source, error, files) from error
+    documents = load_utf8(source, split, column, streaming or text_files(source) is None)
     kind = kind_of(check_documents(documents, tokenizer, source))
     next(_pack(_encoded(documents, Encoder(tokenizer, [])), block_size, True, source))
     if kind == "text" and not any(text.strip() for rows in documents.iter(_READ_TOGETHER) for text in rows["text"]):

@@ -59,7 +59,9 @@ def check_text(source: str, block_size: int = 1) -> None:
         raise ValueError(f"{source} is too short for one block: {size:,} bytes, block_size {block_size:,}")
 
 
-def load_text(source: str, split: str = "train", column: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
+def load_text(
+    source: str, split: str = "train", column: str = "text", streaming: bool = False, prompts: bool = False
+) -> Dataset | IterableDataset:
     """Load documents: local files, compressed or not, tokens, or a dataset on the Hub.
 
     Args:
@@ -70,10 +72,12 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
         column (`str`, *optional*, defaults to `"text"`): The column that holds the text, messages, tokens, or completions
             beside their `prompt`. Where there is no `text`: `messages`, `conversations`, `completion` or `input_ids`.
         streaming (`bool`, *optional*, defaults to `False`): Read documents as they are asked for, not all of them now.
+        prompts (`bool`, *optional*, defaults to `False`): Read them as prompts: where there is no `text`, `messages`,
+            `conversations` or `prompt`.
 
     Returns:
         `Dataset`, or `IterableDataset` when streaming: One document per row, in a column `text`; `messages`; `prompt` and
-            `completion`; or `input_ids`.
+            `completion`; or `input_ids`. Prompts are in `text` or `messages`.
 
     Raises:
         ValueError: when it cannot be read, or the column is missing or holds something else than text, with file and row.
@@ -91,7 +95,7 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
         raise unreadable(source, error, files) from error
     if not first:
         raise ValueError(f"{source} cannot be read: it is empty")
-    columns, advice = columns_of(source, documents.column_names or list(first), column, first)
+    columns, advice = columns_of(source, documents.column_names or list(first), column, first, prompts)
     begins = all(holds(name, first[origin]) for name, origin in columns.items() if name in HOLDS)
     shards = list((builder.config.data_files or {}).get(split, [None]))  # None: of the cache, all in one
     rows = {"shards": shards, "builder": builder, "split": split, "columns": columns, "source": source}
@@ -102,6 +106,18 @@ def load_text(source: str, split: str = "train", column: str = "text", streaming
         return IterableDataset.from_generator(_rows, gen_kwargs=rows)
     documents = documents.select_columns(list(columns.values()))
     return documents.rename_columns({origin: name for name, origin in columns.items() if name != origin})
+
+
+def load_utf8(source: str, *args: Any, **options: Any) -> Dataset | IterableDataset:
+    """Load documents, by the arguments of `load_text`; refuse files that are read now and are not UTF-8, by file and line."""
+    documents = load_text(source, *args, **options)
+    if isinstance(documents, Dataset):
+        try:
+            for column in documents.column_names:
+                documents.data.column(column).validate(full=True)  # which nobody has looked at yet
+        except ValueError as error:
+            raise unreadable(source, error, text_files(source)) from error
+    return documents
 
 
 def splits_of(source: str) -> list[str]:

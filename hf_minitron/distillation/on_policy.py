@@ -3,7 +3,6 @@
 What it writes depends on the seed, the step and the row alone, neither on the processes nor on how rows are batched.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import positions_of
 from hf_minitron.distillation.batch import COLUMNS, TARGETS, collate, with_targets
 from hf_minitron.distillation.synthesis import continued, generating, sampling
 from hf_minitron.distillation.teacher import base_of
@@ -32,7 +31,7 @@ class OnPolicy:
 
     def __init__(self, trainer: Trainer):
         self._trainer, self.width, self._completions, self._tokens = trainer, 0, 0, 0
-        args, positions = trainer.args, positions_of_model(base_of(trainer.model))
+        args, positions = trainer.args, positions_of(base_of(trainer.model).config)
         if args.lmbda and args.max_new_tokens >= positions:
             raise ValueError(f"max_new_tokens: {args.max_new_tokens} leave no room for a prompt in the model's {positions} "
                              "positions; set it lower")  # fmt: skip
@@ -60,7 +59,7 @@ class OnPolicy:
         first = (number * args.world_size + args.process_index) * rows  # of this batch among those of all processes
         rngs = [np.random.default_rng([args.seed, step, first + row]) for row in range(len(batch["input_ids"]))]
         model, tokenizer = base_of(trainer.model), trainer.processing_class
-        most = positions_of_model(model) - args.max_new_tokens
+        most = positions_of(model.config) - args.max_new_tokens
         prompts = {row: prompt[-most:] for row, prompt in prompts_of(batch, rngs, args.max_new_tokens).items()}
         if not prompts:  # nothing is learnt of this batch
             return batch
@@ -75,11 +74,6 @@ class OnPolicy:
             for prompt, completion in zip(prompts.values(), completions, strict=True)
         ])  # fmt: skip
         return {name: value.to(batch["input_ids"].device) for name, value in made.items()}
-
-
-def positions_of_model(model: PreTrainedModel) -> int:
-    """Return how many tokens a model was made for; a number without end where its config does not say."""
-    return getattr(text_config(model.config), "max_position_embeddings", None) or sys.maxsize
 
 
 def prompts_of(batch: Mapping[str, Tensor], rngs: list[np.random.Generator], max_new_tokens: int) -> dict[int, list[int]]:

@@ -14,39 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.data.packing import adds_bos_token
-
 NGRAM = 10  # tokens
-
-
-def start_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | None,
-    max_tokens: int,
-    chat: bool = False,
-    add_bos_token: bool | None = None,
-) -> list[list[int]]:
-    """Return the ids that generation starts from.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The model's.
-        prompts (`Sequence[str]` or `None`): Documents, whose beginning is used; `None` to start from nothing: the token that
-            begins a text, or the one that ends the text before.
-        max_tokens (`int`): Tokens taken from the start of each document.
-        chat (`bool`): Put each into the tokenizer's chat template, as what the user says.
-        add_bos_token (`bool`, *optional*): Whether each begins with the BOS token; as the tokenizer does when left out. A chat
-            template has its own.
-    """
-    if prompts is None:
-        first = None if add_bos_token is False else tokenizer.bos_token_id
-        return [[tokenizer.eos_token_id if first is None else first]]
-    if chat:
-        plain = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
-        turns = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in plain]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    opening = [tokenizer.bos_token_id] if adds_bos_token(tokenizer, add_bos_token) else []
-    ids = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
-    return [[*opening, *row][:max_tokens] for row in ids]
 
 
 @torch.inference_mode()
@@ -163,15 +131,15 @@ class Sieve:
     max_repeated: float
     documents: int = 0
     tokens: int = 0
-    rejected: Counter = field(default_factory=lambda: Counter(empty=0, short=0, repetitive=0, duplicate=0))
+    rejected: Counter = field(default_factory=lambda: Counter(long=0, empty=0, short=0, repetitive=0, duplicate=0))
     _seen: set[bytes] = field(default_factory=set)
 
-    def keeps(self, text: str, new_ids: Sequence[int], tokens: int) -> bool:
+    def keeps(self, text: str, new_ids: Sequence[int] | None, tokens: int) -> bool:
         """Return whether a text is kept.
 
         Args:
             text (`str`): The whole text.
-            new_ids (`Sequence[int]`): The ids that were generated.
+            new_ids (`Sequence[int]` or `None`): The ids that were generated; `None` where the prompt was too long.
             tokens (`int`): How many tokens the text counts when it is kept.
         """
         reason = self._reason(text, new_ids)
@@ -182,7 +150,9 @@ class Sieve:
         self.documents, self.tokens = self.documents + 1, self.tokens + tokens
         return True
 
-    def _reason(self, text: str, new_ids: Sequence[int]) -> str | None:
+    def _reason(self, text: str, new_ids: Sequence[int] | None) -> str | None:
+        if new_ids is None:
+            return "long"
         if not new_ids or not text.strip():
             return "empty"
         if len(new_ids) < self.min_tokens:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.distillation.synthesis import generate_batch, generating, sampling, start_ids
+from hf_minitron.data.encoding import Encoder
+from hf_minitron.distillation.prompts import asked, start_ids
+from hf_minitron.distillation.synthesis import generate_batch, generating, sampling
 
 NEW_TOKENS = 64  # of an answer, where nothing else is said
 
@@ -30,8 +32,11 @@ class Prompts:
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[tuple[str, str]]:
     """Return each prompt and what a model writes after it, always its most probable token."""
-    chat, longest = prompts.chat_template, max(len(ids) for ids in tokenizer(list(prompts.texts))["input_ids"])
-    starts = start_ids(tokenizer, prompts.texts, longest + 1, chat, None if chat else prompts.add_bos_token)
+    if prompts.chat_template:
+        starts = [Encoder(tokenizer, []).prompt(asked(text))[1] for text in prompts.texts]
+    else:
+        longest = max(len(ids) for ids in tokenizer(list(prompts.texts))["input_ids"])
+        starts = start_ids(tokenizer, prompts.texts, longest + 1, prompts.add_bos_token)
     with generating(model):
         new = generate_batch(model, starts, sampling(model, tokenizer, prompts.max_new_tokens, temperature=0), seed=0)
     return [(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip())

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_minitron.architecture.config import text_config
+from hf_minitron.architecture.config import positions_of
 from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data.formats import SYNTHESIZED
-from hf_minitron.data.packing import adds_bos_token, check_first_block
-from hf_minitron.data.texts import check_text, load_text
-from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling, start_ids
+from hf_minitron.data.packing import adds_bos_token
+from hf_minitron.data.texts import check_text, load_utf8
+from hf_minitron.distillation.prompts import Prompts, Start, start_ids
+from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling
 from hf_minitron.inputs import text_files
 from hf_minitron.run import CHECKPOINTS, Run
 from hf_minitron.stage import Stage
@@ -35,12 +36,19 @@ class Args:
     tokens: int | None = field(default=None, metadata={"min": 1, "help": "Tokens wanted, prompts included; or documents."})
     prompts: str | None = field(
         default=None,
-        metadata={"help": "Text whose documents are begun and continued; from nothing when left out.", "reads": text_files},
+        metadata={
+            "help": "Texts to begin and continue, or chats to answer; from nothing when left out.",
+            "reads": text_files,
+        },
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the prompts."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of the prompts; where there is no text: messages, conversations or prompt."}
+    )
     split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
-    prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each document."})
-    chat_template: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as the user's words."})
+    prompt_tokens: int = field(default=32, metadata={"min": 1, "help": "Tokens taken from the start of each text."})
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put texts into the chat template, as the user's words, as messages always are."}
+    )
     add_bos_token: bool | None = field(
         default=None, metadata={"help": "Begin prompts with the BOS token; as the tokenizer does when left out."}
     )
@@ -84,27 +92,27 @@ def check(args: Args, run: Run) -> None:
     if args.min_tokens > args.max_new_tokens:
         raise ValueError(f"min_tokens: {args.min_tokens} is more than max_new_tokens: {args.max_new_tokens}")
     folder = resolve(run.model)
-    if args.add_bos_token is not None and args.chat_template:
-        raise ValueError(
-            "add_bos_token: a chat template has its own BOS token; leave one of add_bos_token and chat_template out"
-        )
-    if args.add_bos_token:
-        adds_bos_token(AutoTokenizer.from_pretrained(folder), True)
+    tokenizer, taken, name = AutoTokenizer.from_pretrained(folder), 1, "prompt_tokens"
     if args.prompts is not None:
+        if args.chat_template and not tokenizer.chat_template:
+            raise ValueError(f"chat_template: the tokenizer in {folder} has none")
         check_text(args.prompts)
-        kind = check_first_block(args.prompts, AutoTokenizer.from_pretrained(folder), 1, None, args.split, args.text_column)
-        if kind in ("messages", "completion", "input_ids"):
-            raise ValueError(f"prompts: {args.prompts} holds {kind}, and prompts are text: set text_column to such a column")
+        load_utf8(args.prompts, args.split, args.text_column, prompts=True)
+        prompts, taken = _prompts(args, tokenizer, run.seed), args.prompt_tokens
+        first = prompts.batch(0, args.batch_size)
+        if prompts.chats and args.add_bos_token is not None:
+            raise ValueError("add_bos_token: a chat template has its own BOS token; leave add_bos_token out")
+        if prompts.chats:
+            taken, name = min(len(start.ids) for start in first), f"the shortest of {len(first)} prompts"
     elif args.chat_template:
         raise ValueError("chat_template needs prompts: name a text whose documents are what the user says")
     elif args.temperature == 0:
         raise ValueError("temperature: 0 without prompts writes one and the same text; raise it, or name prompts")
-    if args.chat_template and not AutoTokenizer.from_pretrained(folder).chat_template:
-        raise ValueError(f"chat_template: the tokenizer in {folder} has none")
-    longest = getattr(text_config(AutoConfig.from_pretrained(folder)), "max_position_embeddings", None)
-    wanted = args.max_new_tokens + (1 if args.prompts is None else args.prompt_tokens)
-    if longest and wanted > longest:
-        raise ValueError(f"prompt_tokens and max_new_tokens: {wanted} together, more than the {longest} positions of the model")
+    if args.add_bos_token:
+        adds_bos_token(tokenizer, True)
+    longest, wanted = positions_of(AutoConfig.from_pretrained(folder)), taken + args.max_new_tokens
+    if wanted > longest:
+        raise ValueError(f"{name} and max_new_tokens: {wanted} together, more than the {longest} positions of the model")
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
@@ -135,20 +143,20 @@ def run(args: Args, run: Run, out: Path) -> None:
     if state.is_main_process:
         sieve = Sieve(args.min_tokens, args.max_repeated)
         with (out / TEXT).open("w", encoding="utf-8") as file:
-            for texts in _sift(args, sieve, _read(journal)):
-                file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            for rows in _sift(args, sieve, _read(journal)):
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         facts = {"documents": sieve.documents, "tokens": sieve.tokens, "rejected": dict(sieve.rejected)}
         (out / "synthesize.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _sift(args: Args, sieve: Sieve, batches: Iterable[list[dict]]) -> Iterator[list[str]]:
-    """Yield what is kept of every batch until it is enough."""
+def _sift(args: Args, sieve: Sieve, batches: Iterable[list[dict]]) -> Iterator[list[dict]]:
+    """Yield what is kept of every batch, as rows of a text, until it is enough."""
     in_vain = 0
     for rows in batches:
         kept = []
         for row in rows:
             if sieve.keeps(row["text"], row["new"], row["tokens"]):
-                kept.append(row["text"])
+                kept.append(row["chat"] or {"text": row["text"]})
             if _enough(args, sieve):
                 break
         yield kept
@@ -170,19 +178,17 @@ def _write(args: Args, run: Run, journal: Path, made: int) -> Iterator[list[dict
     state, device, folder = PartialState(), best_device(), resolve(teacher_of(run))
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder, best_dtype(device), device)
     config = sampling(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)
-    prompts = _prompts(args, run.seed)
+    prompts, room = _prompts(args, tokenizer, run.seed), positions_of(model.config) - args.max_new_tokens
     while True:
-        starts = start_ids(
-            tokenizer,
-            prompts and prompts(made + state.process_index),
-            args.prompt_tokens,
-            args.chat_template,
-            args.add_bos_token,
-        )
-        starts = starts * args.batch_size if prompts is None else starts
-        seed = (run.seed * 1_000_003 + made + state.process_index) % 2**32  # of which a CPU's generator takes no more
-        new = generate_batch(model, starts, config, seed)
-        rows = [_row(tokenizer, *pair, args.chat_template) for pair in zip(starts, new, strict=True)]
+        number = made + state.process_index
+        if prompts is None:
+            starts = [Start(ids) for ids in start_ids(tokenizer, None, 1, args.add_bos_token)] * args.batch_size
+        else:
+            starts = prompts.batch(number, args.batch_size)
+        seed = (run.seed * 1_000_003 + number) % 2**32  # of which a CPU's generator takes no more
+        fit = [start.ids for start in starts if len(start.ids) <= room]
+        new = iter(generate_batch(model, fit, config, seed) if fit else [])
+        rows = [_row(tokenizer, start, next(new) if len(start.ids) <= room else None) for start in starts]
         batches = gather_object([rows])
         if state.is_main_process:
             with journal.open("a", encoding="utf-8") as file:
@@ -191,28 +197,23 @@ def _write(args: Args, run: Run, journal: Path, made: int) -> Iterator[list[dict
         yield from batches
 
 
-def _prompts(args: Args, seed: int) -> Callable[[int], list[str]] | None:
-    """Return what gives the documents of a batch by its number, round and round; `None` for none."""
+def _prompts(args: Args, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prompts | None:
+    """Return what generation starts from; `None` for nothing."""
     if args.prompts is None:
         return None
-    documents = load_text(args.prompts, args.split, args.text_column).filter(
-        lambda text: bool(text.strip()), input_columns="text"
-    )
-    if not len(documents):
-        raise ValueError(f"prompts: {args.prompts} holds no text in {args.text_column!r}")
-    documents = documents.shuffle(seed=seed)
-
-    def batch(number: int) -> list[str]:
-        first = number * args.batch_size
-        return documents[[i % len(documents) for i in range(first, first + args.batch_size)]]["text"]
-
-    return batch
+    how = (args.prompt_tokens, args.chat_template, args.add_bos_token, seed)
+    return Prompts(args.prompts, args.split, args.text_column, tokenizer, *how)
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, start: Sequence[int], new: Sequence[int], chat: bool) -> dict:
-    """Return a text with its new ids; a chat keeps the signs of its turns. An end token will follow, as in `token_blocks`."""
-    text = tokenizer.decode([*start, *new], skip_special_tokens=not chat)
-    return {"text": text, "new": list(new), "tokens": len(start) + len(new) + 1}
+def _row(tokenizer: PreTrainedTokenizerBase, start: Start, new: Sequence[int] | None) -> dict:
+    """Return a text with its new ids, `None` where the prompt left no room; an answer keeps the signs of its calls.
+
+    An end token will follow, as in `token_blocks`.
+    """
+    whole = [*start.ids, *(new or ())]
+    text = tokenizer.decode(whole, skip_special_tokens=start.chat is None)
+    chat = None if start.chat is None else start.with_answer(tokenizer.decode(new or ()))
+    return {"text": text, "chat": chat, "new": new, "tokens": len(whole) + 1}
 
 
 def _read(journal: Path) -> Iterator[list[dict]]:
