@@ -1,5 +1,6 @@
 """First steps: a recipe for a model, a plan without one, shares as targets, and names that people know from elsewhere."""
 
+import gzip
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from test_chat import tokenizer as chat_tokenizer
 
 from hf_minitron import Architecture
 from hf_minitron.__main__ import main
@@ -205,6 +207,118 @@ def test_names_are_drafted_as_they_are(tmp_path, monkeypatch):
     drawn = draft(".", 0.75, machine)
     assert TITLE.match(drawn)[1] == "1e5"
     assert yaml.safe_load(drawn)["run"] == "runs/1e5-75"
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A folder of a model's config and a tokenizer with a chat template, which `init` takes."""
+    folder = tmp_path / "Tiny-Instruct"
+    tiny.config(vocab_size=103).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows_of(*rows, times=400):
+    return "".join(json.dumps(row) + "\n" for row in rows * times)
+
+
+LONG = " ".join(tiny.WORDS[:40])
+TURNS = [{"role": "user", "content": LONG}, {"role": "assistant", "content": LONG}]
+UNREADABLE = {
+    "no column": (
+        "a.csv",
+        "id,body\n" + f"1,{LONG}\n" * 99,
+        "has no column 'text'; it has id, body. Columns with text: body; set ",
+    ),
+    "no assistant": (
+        "a.jsonl",
+        rows_of({"messages": TURNS[:1]}),
+        "document 0 (from 0) has no turn of the assistant, so nothing",
+    ),
+    "no content": ("a.jsonl", rows_of({"messages": [{"role": "user"}]}), "holds a message without content"),
+    "an odd role": (
+        "a.jsonl",
+        rows_of({"messages": [{"role": "boss", "content": "w1"}, *TURNS]}),
+        "a message of 'boss', a role",
+    ),
+    "short": (
+        "a.jsonl",
+        rows_of({"text": "w1"}, times=3),
+        "is too short for one block: 6 tokens in 3 documents, block_size 128",
+    ),
+    "shorter": ("a.txt", "w1", "is too short for one block"),
+    "empty": ("a.jsonl", "", "cannot be read: it is empty"),
+    "blank": ("a.jsonl", rows_of({"text": " "}), "holds only empty documents. Name another text"),
+    "not JSON": ("a.jsonl", rows_of({"text": LONG}, times=1) + "{text: 1}\n", "a.jsonl, line 2 is not JSON: "),
+    "tools": ("a.jsonl", rows_of({"messages": TURNS, "tools": "{"}), "has tools that are not JSON"),
+    "a list": ("a.json", json.dumps([1, 2]), "not text. Columns with text: none"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_init_says_at_once_that_a_local_text_cannot_be_read(chatty, tmp_path, capsys, case):
+    name, content, message = UNREADABLE[case]
+    (tmp_path / name).write_text(content)
+    path = tmp_path / "recipe.yaml"
+    assert main(["init", str(chatty), "--text", str(tmp_path / name), "--output", str(path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {path} is written, but score cannot read its text: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert f"Recipe: {path}" in said.out
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("kind", ["messages", "conversations", "pairs", "chats of pairs", "text", "folder", "gz"])
+def test_init_takes_every_text_that_the_stages_take(chatty, tmp_path, capsys, kind):
+    name, rows = "a.jsonl", {
+        "messages": {"messages": TURNS}, "pairs": {"prompt": LONG, "completion": LONG}, "text": {"text": LONG},
+        "conversations": {"conversations": [{"from": "human", "value": LONG}, {"from": "gpt", "value": LONG}]},
+        "chats of pairs": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    }  # fmt: skip
+    content = rows_of(rows.get(kind, rows["messages"]))
+    source = tmp_path / name
+    source.write_text(content)
+    if kind == "gz":
+        source = tmp_path / "a.jsonl.gz"
+        source.write_bytes(gzip.compress(content.encode()))
+    if kind == "folder":
+        source = tmp_path / "chats"
+        source.mkdir()
+        for split in ("train", "validation"):
+            (source / f"{split}.jsonl").write_text(content)
+    assert main(["init", str(chatty), "--text", str(source), "--output", str(tmp_path / "r.yaml")]) == 0, (
+        capsys.readouterr().err
+    )
+
+
+def test_init_says_that_a_model_without_a_chat_template_reads_no_chats(chatty, tmp_path, capsys):
+    chat_tokenizer(None).save_pretrained(chatty)
+    (chatty / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "a.jsonl").write_text(rows_of({"messages": TURNS}))
+    assert main(["init", str(chatty), "--text", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "r.yaml")]) == 1
+    assert "has no chat template: give it one, or write the chats as text" in capsys.readouterr().err
+
+
+def test_init_checks_the_held_out_split_too(chatty, tmp_path, capsys):
+    for split, content in {"train": rows_of({"text": LONG}), "test": rows_of({"text": LONG}, times=2)}.items():
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / f"text/{split}.jsonl").write_text(content)
+    assert main(["init", str(chatty), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "r.yaml")]) == 1
+    assert "but evaluate cannot read its text: " in capsys.readouterr().err
+
+
+def test_splits_of_other_names_are_drafted(tmp_path):
+    """As of HuggingFaceH4/ultrachat_200k, which has no split train."""
+    rows = rows_of({"text": LONG})
+    for name in ("train_sft-0.jsonl", "test_gen-0.jsonl", "test_sft-0.jsonl"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / f"data/{name}").write_text(rows)
+    text = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    text += "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train_sft", "test_gen", "test_sft"))
+    (tmp_path / "README.md").write_text(text + "---\n")
+    recipe = yaml.safe_load(draft(str(CONFIGS / "SmolLM2-135M-Instruct"), 0.75, Machine(1, 80e9), str(tmp_path)))
+    assert [recipe[stage]["split"] for stage in ("score", "distill", "evaluate")] == ["train_sft", "train_sft", "test_sft"]
 
 
 def test_what_is_measured_of_a_text_of_ones_own(tmp_path):

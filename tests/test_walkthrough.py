@@ -17,13 +17,13 @@ from hf_minitron.__main__ import main
 MODEL, SMALL, CHATS = "owner/Tiny-Instruct", "me/Tiny-Half", "HuggingFaceH4/ultrachat_200k"
 # A tiny model's share of what the drafted recipe asks of a GPU.
 FEW = {
-    "score": {"split": "train_sft", "tokens": 2048, "block_size": 64, "batch_size": 2},
+    "score": {"tokens": 2048, "block_size": 64, "batch_size": 2},
     "distill": {
-        "split": "train_sft", "block_size": 64, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1,
+        "block_size": 64, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1,
         "gradient_accumulation_steps": 1, "warmup_steps": 1, "save_steps": 3, "disable_tqdm": True,
     },
     "evaluate": {
-        "text": CHATS, "split": "test_sft", "tokens": 4096, "block_size": 64, "tasks": [], "chat_template": False,
+        "tokens": 4096, "block_size": 64, "tasks": [], "chat_template": False,
         "generate": ["What is a library?"], "max_new_tokens": 4, "speed": False,
     },
     "publish": {"repo_id": SMALL, "base_model": MODEL, "license": "mit", "export": ["gguf"], "gguf_types": ["F16", "Q8_0"]},

@@ -127,7 +127,7 @@ def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = N
     return [*found, Cost("publish", disk=BF16 * _parameters(student))]
 
 
-def _value(recipe: Mapping[str, Any], stage: str, key: str) -> Any:
+def value_of(recipe: Mapping[str, Any], stage: str, key: str) -> Any:
     """Return a setting, or its default."""
     default = KEYS["stages"][stage]["keys"].get(key, {}).get("default")
     return listed(stage, key, (recipe.get(stage) or {}).get(key, default))
@@ -147,7 +147,7 @@ def _host(machine: Machine, num_bytes: int) -> int:
 
 
 def _score(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:
-    value = {key: _value(recipe, "score", key) for key in ("tokens", "block_size", "batch_size", "moments", "sublayers")}
+    value = {key: value_of(recipe, "score", key) for key in ("tokens", "block_size", "batch_size", "moments", "sublayers")}
     batch = value["batch_size"] * value["block_size"]
     needed = scoring_bytes(teacher, torch.bfloat16, batch, value["moments"])
     note = ""
@@ -162,27 +162,27 @@ def _score(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -
 
 def _cache(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:
     training, tokens = training_of(recipe, "distill", machine), tokens_of(recipe, "distill", machine)
-    method = _value(recipe, "cache", "method")
-    kept = _value(recipe, "cache", "draws" if method == "random" else "k") * CACHED.get(method, 0)
-    tokens = _value(recipe, "cache", "tokens") or tokens
+    method = value_of(recipe, "cache", "method")
+    kept = value_of(recipe, "cache", "draws" if method == "random" else "k") * CACHED.get(method, 0)
+    tokens = value_of(recipe, "cache", "tokens") or tokens
     weights = BF16 * _parameters(teacher)
-    states = _value(recipe, "cache", "batch_size") * training.block_size * teacher.shape["hidden"] * 4 * BF16
+    states = value_of(recipe, "cache", "batch_size") * training.block_size * teacher.shape["hidden"] * 4 * BF16
     tables = training.chunk_size * teacher.shape["vocab"] * 3 * FLOAT
     flops = tokens * _flops(teacher, training.block_size)
     disk = int(tokens * kept)
-    if _value(recipe, "cache", "server"):
+    if value_of(recipe, "cache", "server"):
         return Cost("cache", disk=disk, tokens=tokens, note="a server reads the text")
     return Cost("cache", {"weights": weights, "states": states, "head": tables}, _host(machine, weights), disk, tokens, flops)
 
 
 def _evaluate(recipe: Mapping[str, Any], teacher: Architecture, student: Architecture, machine: Machine) -> Cost:
-    tokens, block, batch = (_value(recipe, "evaluate", key) for key in ("tokens", "block_size", "batch_size"))
+    tokens, block, batch = (value_of(recipe, "evaluate", key) for key in ("tokens", "block_size", "batch_size"))
     batch = batch if isinstance(batch, int) else KEYS["stages"]["evaluate"]["keys"]["batch_size"]["default"]
-    weights = BF16 * _parameters(teacher) // (machine.gpus if _value(recipe, "evaluate", "tensor_parallel") else 1)
+    weights = BF16 * _parameters(teacher) // (machine.gpus if value_of(recipe, "evaluate", "tensor_parallel") else 1)
     states = batch * block * teacher.shape["hidden"] * 8 * BF16
     tables = 1024 * teacher.shape["vocab"] * 3 * FLOAT
     flops = tokens * (_flops(teacher, block) + 2 * _flops(student, block))
-    note = "tasks are not counted" if _value(recipe, "evaluate", "tasks") else ""
+    note = "tasks are not counted" if value_of(recipe, "evaluate", "tasks") else ""
     gpu = {"weights": weights, "states": states, "head": tables}
     return Cost("evaluate", gpu, _host(machine, weights), 0, 3 * tokens, flops, note)
 
@@ -191,7 +191,7 @@ def training_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Trai
     """Return what of a section's settings the memory of training depends on."""
     section = recipe.get(stage) or {}
     names = ("per_device_train_batch_size", "block_size", "gradient_accumulation_steps", "optim", "chunk_size")
-    batch, block, accumulation, optimizer, chunk = (_value(recipe, stage, name) for name in names)
+    batch, block, accumulation, optimizer, chunk = (value_of(recipe, stage, name) for name in names)
     for name, number in zip(names[:3], (batch, block, accumulation), strict=True):
         if type(number) is not int or number < 1:
             raise RecipeError(f"{stage}.{name}: {number!r} is not a whole number from 1 on")
@@ -205,7 +205,7 @@ def training_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> Trai
 def tokens_of(recipe: Mapping[str, Any], stage: str, machine: Machine) -> int:
     """Count the tokens of `max_steps` on all GPUs; 0 where epochs are counted instead."""
     training = training_of(recipe, stage, machine)
-    return max(int(_value(recipe, stage, "max_steps")), 0) * training.tokens * training.accumulation * machine.gpus
+    return max(int(value_of(recipe, stage, "max_steps")), 0) * training.tokens * training.accumulation * machine.gpus
 
 
 def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine: Machine) -> Cost:
@@ -224,7 +224,7 @@ def training_cost(stage: str, recipe: Mapping[str, Any], models: Models, machine
     per_token += _flops(teacher, training.block_size) if live else 0
     sampled = float((recipe.get(stage) or {}).get("lmbda") or 0)  # of the steps; sampling reads prompt and completion once
     per_token += sampled * _flops(student, training.block_size)
-    when = (_value(recipe, stage, key) for key in ("save_strategy", "save_steps", "save_total_limit", "max_steps"))
+    when = (value_of(recipe, stage, key) for key in ("save_strategy", "save_steps", "save_total_limit", "max_steps"))
     disk = checkpoint_bytes(parameters if trained is None else trained, *when)
     disk += tokens * (2 if student.shape["vocab"] <= 2**16 else 4)  # of the text, in numbers of two bytes or four
     notes = ["FSDP2" if training.sharded else "DDP"] if machine.gpus > 1 else []

@@ -15,6 +15,7 @@ from hf_minitron.errors import RecipeError, told
 from hf_minitron.json_files import read_json
 from hf_minitron.planning.cost_text import cost_text
 from hf_minitron.planning.costs import CHECKPOINTING, GB, Cost, Machine, Models, training_cost
+from hf_minitron.planning.own_text import check_texts, splits_for, tokens_of
 from hf_minitron.recipe_file import read_yaml
 from hf_minitron.shape import Shape
 from hf_minitron.stages.share import divisors, share_of, sizes_for
@@ -31,7 +32,6 @@ STEPS = 2000  # of a draft, with a batch between these numbers of tokens
 LEAST_BATCH, MOST_BATCH = 2**16, 2**22
 FEWEST_STEPS = 200  # where a short text gives fewer tokens, with smaller batches
 PASSES = 4  # over a text of one's own: a fifth teaches less than new text would (2305.16264)
-TOKEN_BYTES = 4  # of text, about
 BLOCK = 4096  # tokens of a packed sequence, at most
 FEWEST_BLOCKS, LEAST_BLOCK = 64, 256  # of a short text
 TEMPLATE = """\
@@ -44,7 +44,7 @@ run: {run}
 seed: 0
 
 score: # one forward pass: which channels matter
-  text: {text}
+  text: {text}{split}
   tokens: {score_tokens} # {sequences}
   block_size: {block}
 
@@ -55,7 +55,7 @@ prune:
 {dequantize}  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
 
 distill: # forward KL to the teacher's logits (2407.14679, table 15)
-  text: {text}{learnt}
+  text: {text}{learnt}{split}
   streaming: true
   block_size: {block}
   max_steps: {steps} # {budget}
@@ -105,7 +105,9 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         shape = Models.of(recipe).teacher.shape
         notes = unquantizable(shape, shape.cut_to(recipe["prune"]["target"]))
         print("\n".join([text, cost_text(recipe, machine), *(f"{axis}: {note}" for axis, note in notes.items())]))
-        print(f"\nRecipe: {args.output}")
+        print(f"\nRecipe: {args.output}", flush=True)
+    if args.text:
+        check_texts(recipe, resolve(args.model, weights=False), args.output)
     return 0
 
 
@@ -131,6 +133,7 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
     local = Path(model).expanduser()
     name = Path(os.path.abspath(local) if local.is_dir() else model.partition("@")[0]).name  # noqa: PTH100 (keeps links)
     chat, own = is_instruct(name, folder), tokens_of(text) if text else None
+    split, held = splits_for(text) if text else ("train", None)
     block = min(BLOCK, positions)
     while own and block > LEAST_BLOCK and own < FEWEST_BLOCKS * block:
         block //= 2
@@ -144,7 +147,8 @@ def draft(model: str, share: float, machine: Machine, text: str | None = None, p
         "why": reason(shape, after, sizes),
         "multiple_of": "{" + ", ".join(f"{axis}: {divisor[axis]}" for axis in sizes if axis in divisor) + "}",
         "checkpointing_key": CHECKPOINTING,
-        "text": scalar(text or (CHATS if chat else TEXT)), "evaluate": measured(text, chat),
+        "text": scalar(text or (CHATS if chat else TEXT)), "evaluate": measured(text, held, chat),
+        "split": f"\n  split: {split}" if split != "train" else "",
         "language": "# language: # of your text, such as en" if text else "language: en",
         "learnt": LEARNT if chat and text is None else "",
         "dequantize": f"  dequantize: true # stored in {stored}\n" if stored in DEQUANTIZED else "",
@@ -175,14 +179,8 @@ def reason(before: Shape, after: Shape, sizes: Mapping[str, int]) -> str:
     return "; ".join([what, *tied, *follow, *([f"{' and '.join(stay)} stay"] if stay else [])])
 
 
-def measured(text: str | None, chat: bool) -> str:
+def measured(text: str | None, held: str | None, chat: bool) -> str:
     """Return what a draft's `evaluate` section says: of a text of one's own its held-out split, where it has one."""
-    there = []
-    if text:
-        from hf_minitron.data.texts import splits_of  # imports datasets, which plan does without
-
-        there = splits_of(text)
-    held = next((split for split in ("test", "validation") if split in there), None)
     if held:
         line = f"  text: {scalar(text)} # its split {held}: held out" + (f"\n  split: {held}" if held != "test" else "")
     elif text:
@@ -197,22 +195,6 @@ def measured(text: str | None, chat: bool) -> str:
 def _printable(text: str) -> str:
     """Return text as a comment can hold it."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
-
-
-def tokens_of(text: str) -> int | None:
-    """Return about how many tokens the files of a text have; `None` for one on the Hub, and where no size tells.
-
-    Args:
-        text (`str`): As for `load_text`.
-
-    Raises:
-        ValueError: when there is no such text.
-    """
-    from hf_minitron.data.formats import plain_bytes, text_files  # imports datasets, which plan does without
-
-    files = text_files(text)
-    size = plain_bytes(files) if files else None
-    return None if size is None else max(size // TOKEN_BYTES, 1)
 
 
 def is_instruct(name: str, folder: Path) -> bool:

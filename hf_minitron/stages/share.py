@@ -9,7 +9,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.architecture.student import check_target
 from hf_minitron.errors import RecipeError
 from hf_minitron.shape import Shape, ShapeError
-from hf_minitron.stages.target import EXPERTS, UNITS, coarse, suited, teacher
+from hf_minitron.stages.target import EXPERTS, MULTIPLE_OF, UNITS, coarse, suited, teacher
 
 # FFN channels are cut by this power of what another axis is cut by. In Llama-3.1-Minitron-4B-Width 9216 of 14336 stay beside
 # 3072 of 4096 hidden channels (2408.11796, table 3). The experts of a mixture are cut first, whole ones.
@@ -97,7 +97,8 @@ def sizes_for(architecture: Architecture, share: float, multiple_of: Mapping[str
 
 def divisors(shape: Shape) -> dict[str, int]:
     """Return what the sizes that a share of all parameters leads to are multiples of."""
-    return {axis: coarse(shape[axis], EXPERTS if axis == "experts" else UNITS) for axis in LEAST if axis in shape.sizes}
+    units = {axis: coarse(shape[axis], EXPERTS if axis == "experts" else UNITS) for axis in LEAST if axis in shape.sizes}
+    return {axis: max(unit, MULTIPLE_OF.get(axis, 1)) for axis, unit in units.items()}
 
 
 def _found(architecture: Architecture, share: float, multiple_of: Mapping[str, int]) -> dict[str, int]:
