@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +117,10 @@ def check(args: Args, run: Run) -> None:
 
 
 def work(args: Args, run: Run) -> dict[str, float]:
-    """Return the units of work, see `planning.estimate`: the tokens that the teacher generates at least, in batches."""
-    return {"decode": (args.tokens or args.documents * args.min_tokens) / args.batch_size}
+    """Return the units of work, see `planning.estimate`: steps of generation, of a batch as many as of its longest text."""
+    taken = 1 if args.prompts is None else args.prompt_tokens
+    documents = args.documents or args.tokens / (taken + args.max_new_tokens)
+    return {"decode": math.ceil(documents / args.batch_size) * args.max_new_tokens}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
