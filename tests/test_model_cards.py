@@ -45,6 +45,11 @@ def test_what_is_not_folded_is_read_in_minutes(folder):
     assert headings[4:] == ["Training", "Reproduce", "License", "Citation"]
 
 
+def test_what_guessing_reaches_is_known_of_tasks_with_choices():
+    found = {e.task: e.chance for folder in CARDS for e in Report.load(folder / "report.json").entries if "acc" in e.metric}
+    assert found == {"local_arc_easy": 0.25, "local_piqa": 0.5, "local_lambada": None, "stdlib_last_word": None}
+
+
 def test_there_are_cards_and_they_are_small():
     assert CARDS
     for folder in CARDS:
