@@ -103,7 +103,8 @@ def test_sizes_are_those_of_the_files(odd, tables, text):
     for name, folder in folders(odd).items():
         numbers, config = stored(folder), json.loads((folder / "config.json").read_text())
         assert rows[name][1] == f"{numbers.total():,}", name
-        assert close(rows[name][2], (2 * numbers["BF16"] + 4 * numbers["F32"]) / 1e6), name
+        assert rows[name][2].endswith(" kB"), name
+        assert close(rows[name][2], (2 * numbers["BF16"] + 4 * numbers["F32"]) / 1e3), name
         assert rows[name][3] == "bfloat16, float32", name
         assert numbers["BF16"] > numbers["F32"] > 0, name
         if name != "peer":

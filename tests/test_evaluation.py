@@ -369,6 +369,24 @@ def test_chance_is_known_of_tasks_with_choices(kind, metric, choices, chance):
     assert [entry.chance for entry in task_entries("teacher", results, [])] == [chance, chance]
 
 
+@pytest.mark.parametrize(
+    ("second", "dataset"),
+    [
+        (("o/mmlu", "art", "test"), ("o/mmlu", None, "test")),
+        (("o/mmlu", "law", "test"), ("o/mmlu", "law", "test")),
+        (("o/other", "law", "test"), ()),
+        (("json", None, "test"), ()),
+    ],
+)
+def test_a_group_s_dataset_is_its_tasks(second, dataset):
+    keys = ("dataset_path", "dataset_name", "test_split")
+    configs = {name: dict(zip(keys, values, strict=True)) for name, values in (("a", ("o/mmlu", "law", "test")), ("b", second))}
+    results = {"results": {"mmlu": {"acc,none": 0.5}}, "group_subtasks": {"mmlu": ["a", "b"]}, "configs": configs}
+    results |= {"n-samples": {name: {"effective": 2} for name in "ab"}, "higher_is_better": {}}
+    (entry,) = task_entries("teacher", results, [])
+    assert entry.dataset == dataset
+
+
 def test_a_report_of_another_version_is_refused_in_one_line(tmp_path):
     path = tmp_path / "report.json"
     Report({}).save(path)

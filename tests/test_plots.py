@@ -118,7 +118,7 @@ def test_bars_and_their_labels(tmp_path, drawn):
 def test_a_forest_of_differences(tmp_path, drawn, count):
     """Of any number of metrics, in percent of the baseline's value; the colour is the verdict's."""
     verdicts = ["worse", "not distinguishable", "better"]
-    names = [f"a_task_with_a_long_name_{n} acc ↑" for n in range(count)]
+    names = [f"a_task_with_a_{'very_' * (n % 5)}long_name_{n} acc ↑" for n in range(count)]
     found = {name: (verdicts[n % 3], -50.0, -60.0, -40.0 + 2 * n) for n, name in enumerate(names)}
     plots.plot_differences(found, tmp_path / "differences.png")
     (figure,) = drawn
@@ -126,6 +126,9 @@ def test_a_forest_of_differences(tmp_path, drawn, count):
     points = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
     assert [line.get_xdata()[0] for line in points] == [-50.0] * count
     assert len({line.get_color() for line in points}) == min(count, 3)
+    shown = [re.sub(r"\s", "", text.get_text()) for text in figure.axes[0].get_yticklabels()]
+    assert shown == [name.replace(" ", "") for name in names[::-1]]
+    assert image.imread(tmp_path / "differences.png").shape[1] < 1200, "long names do not make the rest small"
 
 
 @pytest.mark.parametrize(("first", "last"), [(1.5, 0.7), (9, 8.9), (0.5, -0.5), (-1, -2), (0, 0)])

@@ -1,7 +1,9 @@
 """The card from facts, and pushing with the real client to a server on 127.0.0.1."""
 
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -15,6 +17,7 @@ import torch
 import yaml
 from hub_server import CUT, LOST, OTHER_TOKEN, TOKEN
 from huggingface_hub import constants, snapshot_download
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
 from hf_minitron import Architecture, Plan, Statistics, calibrate, make_plan, push_to_hub
@@ -22,7 +25,7 @@ from hf_minitron.distillation.config import DistillationArguments
 from hf_minitron.distillation.trainer import DistillationTrainer
 from hf_minitron.evaluation.report import TEXT, Comparison, Entry, Report
 from hf_minitron.evaluation.significance import compare_paired
-from hf_minitron.evaluation.wording import comparison_rows, measured, sentence
+from hf_minitron.evaluation.wording import comparison_rows, counted, measured, sentence, sized
 from hf_minitron.hub import publish as publishing
 from hf_minitron.hub.card import write_card
 from hf_minitron.hub.publish import Target, files_to_push, preview, push
@@ -99,6 +102,56 @@ def test_a_licence_is_never_guessed():
 )
 def test_values_are_written_to_the_precision_of_their_error(value, stderr, text):
     assert measured(Entry("model", "task", "acc", value, stderr)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234.5, "1,234"), (12.345, "12.3"), (0.00012345, "0.000123"), (7e10, "70,000,000,000"), (0, "0")]
+)
+def test_values_without_an_error_are_written_out(value, text):
+    assert measured(Entry("model", TEXT, "perplexity", value)) == text
+
+
+def test_sizes_have_the_unit_that_suits_them():
+    numbers = (999, 1_500_000, 999_900_000, 8_030_261_248, 671_026_419_200)
+    assert [counted(number) for number in numbers] == ["999", "1.5 M", "999.9 M", "8.03 B", "671.03 B"]
+    assert [sized(number) for number in numbers] == ["1.0 kB", "1.5 MB", "999.9 MB", "8.0 GB", "671.0 GB"]
+    big = replace(
+        report(), models={name: {**model, "parameters": 8e9, "bytes": 16e9} for name, model in report().models.items()}
+    )
+    text = card(big).text
+    assert "| **Size** | 8.00 B parameters, 100% of the teacher's parameters; 16.0 GB in bfloat16 |" in text
+    assert text.count(" 16.0 GB |") == 3
+
+
+def test_what_names_hold_leaves_tables_and_sentences_as_they_are():
+    name = "a|b `c` *d* _e_.jsonl"
+    found = replace(report(), models={**report().models, "x|y": report().models["pruned"]})
+    written = card(found, hashes={f"score.text: {name}": "ab" * 32}, base_model=None, base_folder=name).text
+    tokens = MarkdownIt("commonmark").enable("table").parse(written)
+    shown = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    assert {name, f"score.text: {name}", "ab" * 32} <= {*shown}
+    kinds = [token.type for token in tokens]
+    assert kinds.count("table_open") == len(re.findall(r"^\| -", written, re.MULTILINE))
+    assert "x|y" in [token.content for token in tokens if token.type == "inline"]
+
+
+def test_results_are_numbers_and_of_a_group_its_own():
+    entries = [*report().entries, Entry("distilled", "inf", "perplexity", math.inf), Entry("distilled", "nan", "acc", math.nan)]
+    parts = ("mmlu_law", "mmlu_art")
+    entries += [Entry("distilled", part, "acc", 0.5, 0.1, dataset=("cais/mmlu", part, "test")) for part in parts]
+    entries += [Entry("distilled", "mmlu", "acc", 0.5, math.nan, of=parts, dataset=("cais/mmlu", None, "test"))]
+    (index,) = card(replace(report(), entries=entries)).data.to_dict()["model-index"]
+    found = [(result["dataset"]["type"], result["dataset"]["name"], result["metrics"]) for result in index["results"]]
+    assert [names[:2] for names in found] == [("task", "task"), ("cais/mmlu", "mmlu")]
+    assert found[1][2] == [{"type": "acc", "value": 0.5}]
+
+
+def test_what_is_not_known_is_not_explained():
+    bare = [replace(entry, stderr=None) for entry in report().entries]
+    text = card(replace(report(), entries=bare)).text
+    assert "±" not in text
+    assert "Intervals were not computed." in text
+    assert "± is the standard error; intervals were not computed." in card().text
 
 
 def test_tables_are_aligned():

@@ -137,6 +137,12 @@ class Report:
         """Return a model's entries but for those of held-out text."""
         return [e for e in self.entries if e.model == model and e.task != TEXT]
 
+    def headings(self, model: str) -> list[Entry]:
+        """Return a model's entries but for those of tasks that are part of a group."""
+        entries = [e for e in self.entries if e.model == model]
+        inside = {task for entry in entries for task in entry.of}
+        return [e for e in entries if e.task not in inside]
+
     def against(self, baseline: str, model: str | None = None) -> list[Comparison]:
         """Return the comparisons to a model, of one other or of all."""
         return [c for c in self.comparisons if c.baseline == baseline and model in (None, c.model)]

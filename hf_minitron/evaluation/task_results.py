@@ -27,18 +27,24 @@ def task_entries(model: str, results: Mapping, records: Sequence[Mapping]) -> li
         higher = results["higher_is_better"].get(task) or {}
         for metric, value, stderr in _metrics(metrics):
             direction, of = "lower" if higher.get(metric) is False else "higher", tuple(leaves) if leaves != [task] else ()
-            source = _dataset(results.get("configs", {}).get(task) or {})
-            more = {"of": of, "dataset": source, "chance": _chance(results, leaves, metric)}
+            more = {"of": of, "dataset": _dataset(results, leaves), "chance": _chance(results, leaves, metric)}
             entry = Entry(model, task, metric, value, stderr, n=samples, direction=direction, **more)
             entries.append(_with_samples(entry, samples_of_entry(arranged, entry)))
     return entries
 
 
-def _dataset(config: Mapping) -> tuple[str | None, ...]:
+def _dataset(results: Mapping, leaves: Sequence[str]) -> tuple[str | None, ...]:
+    """Return the Hub's id of the dataset that a group's tasks read, and its configuration and split where these are one."""
+    parts = [*zip(*(_read_from(results.get("configs", {}).get(leaf) or {}) for leaf in leaves), strict=True)]
+    path, *rest = (part[0] if len({*part}) == 1 else None for part in parts)
+    return (path, *rest) if path else ()
+
+
+def _read_from(config: Mapping) -> tuple[str | None, ...]:
     """Return the Hub's id of a task's dataset, its configuration and split; nothing of files that a task brings along."""
     path = config.get("dataset_path")
     if not isinstance(path, str) or path.count("/") != 1:  # json, parquet and the like read the task's own files
-        return ()
+        return None, None, None
     return path, config.get("dataset_name"), config.get("test_split") or config.get("validation_split")
 
 

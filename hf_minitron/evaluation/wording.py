@@ -53,7 +53,7 @@ def measured(entry: Entry | None) -> str:
     if entry is None:
         return ""
     if not entry.stderr:
-        return f"{entry.value:,.3g}"
+        return f"{entry.value:,.0f}" if abs(entry.value) >= 1000 else f"{entry.value:.3g}"
     digits = _digits(entry.stderr)
     return f"{entry.value:,.{digits}f} ± {entry.stderr:,.{digits}f}"
 
@@ -87,16 +87,24 @@ def sentence(report: Report, found: Comparison) -> str:
             f"({words}){more}.")  # fmt: skip
 
 
-def millions(parameters: int) -> str:
-    """Write a number of parameters, in millions where there are some."""
+def counted(parameters: int) -> str:
+    """Write a number of parameters, in millions or billions where there are some."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:,.2f} B"
     return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters:,}"
+
+
+def sized(num_bytes: int) -> str:
+    """Write a number of bytes with the unit that suits it."""
+    unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= unit[0]), (1e3, "kB"))
+    return f"{num_bytes / unit:,.1f} {name}"
 
 
 def described(report: Report) -> dict[str, str]:
     """Say of every model of a report what it is: where it comes from, its parameters, and its part in the run."""
     found = {}
     for name, model in report.models.items():
-        size, role = f"({millions(model['parameters'])} parameters)", ROLES.get(name, "for comparison")
+        size, role = f"({counted(model['parameters'])} parameters)", ROLES.get(name, "for comparison")
         made_here = name in ROLES and name != "teacher"
         found[name] = f"{role} {size}" if made_here else f"{_origin(model)} {size}, {role}"
     return found
@@ -119,7 +127,7 @@ def quality_rows(report: Report) -> list[list[str]]:
     rows = [["model", "parameters", *(title(*column) for column in columns)]]
     for name, model in report.models.items():
         cells = [measured(report.entry(name, metric, task)) for task, metric in columns]
-        rows.append([name, millions(model["parameters"]), *cells])
+        rows.append([name, counted(model["parameters"]), *cells])
     return rows
 
 
@@ -131,12 +139,9 @@ def headline(report: Report, most: int | None = HEADLINES) -> list[tuple[str, st
         report (`Report`): What was measured.
         most (`int` or `None`, *optional*, defaults to 5): How many; `None` for one of every task, and all of the text.
     """
-    entries = [entry for entry in report.entries if entry.model == "distilled"]
-    inside = {task for entry in entries for task in entry.of}
     tasks: dict[str, list[str]] = {}
-    for entry in entries:
-        if entry.task not in inside:
-            tasks.setdefault(entry.task, []).append(entry.metric)
+    for entry in report.headings("distilled"):
+        tasks.setdefault(entry.task, []).append(entry.metric)
     of_text = tasks.pop(TEXT, [])
     text = [(TEXT, metric) for metric in TITLES if metric in of_text]
     best = [(task, next((name for name in PREFERRED if name in names), names[0])) for task, names in tasks.items()]
@@ -229,9 +234,9 @@ def size_rows(report: Report, cut: Mapping[str, Any] | None) -> list[list[str]]:
     """Return the table of sizes: a header, then one row per model; the KV cache where the shape is known from the plan."""
     rows = [["model", "parameters", "weights on disk", "dtype", *(["KV cache per token"] if cut else [])]]
     for name, model in report.models.items():
-        row = [name, millions(model["parameters"]), f"{model['bytes'] / 1e6:,.1f} MB", model["dtype"]]
+        row = [name, counted(model["parameters"]), sized(model["bytes"]), model["dtype"]]
         side = {"teacher": "before", "corrected": "before", "pruned": "after", "distilled": "after"}.get(name)
-        rows.append(row + ([f"{_cache_bytes(cut, side) / 1e3:,.1f} kB" if side else ""] if cut else []))
+        rows.append(row + ([sized(_cache_bytes(cut, side)) if side else ""] if cut else []))
     return rows
 
 

@@ -3,6 +3,7 @@
 A number that is not in its inputs is not in the card.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,28 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from hf_minitron.distillation.training_card import TAGS
 from hf_minitron.evaluation.answers import verbatim
-from hf_minitron.evaluation.report import Report
+from hf_minitron.evaluation.report import TEXT, Report
 from hf_minitron.evaluation.wording import (
     ROLES,
     comparison_rows,
+    counted,
     described,
     faster,
     headline,
     kept,
     metric_rows,
-    millions,
     of_the_run,
     scored,
     sentence,
     size_rows,
+    sized,
     speed_rows,
     title,
     titles,
 )
 from hf_minitron.export.compare import export_rows
 from hf_minitron.shape import Shape
-from hf_minitron.tables import markdown_table
+from hf_minitron.tables import code, markdown_table
 from hf_minitron.yaml_text import dump_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -68,7 +70,7 @@ def write_card(
         **{key: facts[key] for key in wanted if facts.get(key)},
     )
     compared, shown = (report.comparisons, of_the_run(report)) if report else ((), [])
-    found = report.against("teacher", "distilled") if report else []
+    found, hashes = report.against("teacher", "distilled") if report else [], facts.get("hashes")
     return ModelCard.from_template(
         data,
         template_path=TEMPLATE,
@@ -89,7 +91,11 @@ def write_card(
         sentences=[sentence(report, comparison) for comparison in found],
         others=[sentence(report, c) for c in compared if "distilled" in (c.model, c.baseline) and c.baseline != "teacher"],
         answers=_answers(report) if report else [],
-        millions=millions,
+        hashes=markdown_table([("file", "SHA-256"), *((code(name), code(sha)) for name, sha in hashes.items())])
+        if hashes
+        else "",
+        code=code,
+        counted=counted,
         scored=scored,
         machine=(log or {}).get("machine") or {},
         exports=markdown_table(export_rows(facts["export"])) if facts.get("export") else "",
@@ -113,7 +119,7 @@ def at_a_glance(report: Report, log: Mapping[str, Any] | None) -> list[tuple[str
     rows = [
         (
             "Size",
-            f"{millions(student['parameters'])} parameters, {share}; {student['bytes'] / 1e6:,.0f} MB in {student['dtype']}",
+            f"{counted(student['parameters'])} parameters, {share}; {sized(student['bytes'])} in {student['dtype']}",
         )
     ]
     if times := faster(report):
@@ -214,11 +220,13 @@ def _shares(text: Any) -> dict[str, str]:
 
 
 def _eval_results(report: Report) -> list[EvalResult]:
-    """Return the distilled model's task results in the form of the Hub's model index."""
+    """Return the distilled model's task results in the form of the Hub's model index: of a group of tasks its own; numbers."""
     results = []
-    for entry in report.of_tasks("distilled"):
+    for entry in report.headings("distilled"):
+        if entry.task == TEXT or not math.isfinite(entry.value):
+            continue
         path, config, split = entry.dataset or (entry.task, None, None)
-        error = {"stderr": entry.stderr} if entry.stderr is not None else None
+        error = {"stderr": entry.stderr} if entry.stderr is not None and math.isfinite(entry.stderr) else None
         results.append(
             EvalResult(
                 "text-generation",

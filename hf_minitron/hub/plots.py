@@ -1,5 +1,6 @@
 """Pictures of a run for the card and the README, readable on light and dark pages."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hf_minitron.shape import Shape
 BEFORE, AFTER, INK = "#9aa5b1", "#3b82f6", "#757b85"
 LINES = ("#ea580c", "#16a34a", "#a855f7", "#0891b2", "#ec4899", "#a16207", "#64748b")
 UNITS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, ""))
+LINE = 26  # characters of a name; of more, the rest would be small
 KEPT = matplotlib.colors.LinearSegmentedColormap.from_list("kept", ["#dbeafe", AFTER, "#1e3a8a"])  # nothing to all of an axis
 
 
@@ -98,7 +100,9 @@ def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]],
     """
     colors = {"better": LINES[1], "not distinguishable": INK, "worse": LINES[0]}
     with style():
-        figure, axes = plt.subplots(figsize=(6, 0.42 * len(comparisons) + 0.8))
+        names = [*map(_wrapped, reversed(comparisons))]
+        row_height = max(0.42, *(0.19 * (1 + name.count("\n")) for name in names))
+        figure, axes = plt.subplots(figsize=(6, row_height * len(comparisons) + 0.8))
         axes.axvline(0, color=BEFORE, linewidth=1)
         for row, (verdict, middle, low, high) in enumerate(reversed(comparisons.values())):
             color = colors[verdict]
@@ -108,7 +112,7 @@ def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]],
         for verdict in dict.fromkeys(verdict for verdict, *_ in comparisons.values()):
             axes.plot([], [], "o", color=colors[verdict], label=verdict)
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handletextpad=0.2)
-        axes.set_yticks(range(len(comparisons)), reversed(comparisons))
+        axes.set_yticks(range(len(comparisons)), names)
         axes.set_ylim(-0.6, len(comparisons) - 0.3)
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))  # more would touch each other
@@ -132,15 +136,16 @@ def plot_sizes(points: Mapping[str, tuple[float, ...]], path: Path, metric: str,
         figure, axes = plt.subplots(figsize=(6, max(3, 0.29 * len(points) + 0.8)))
         if metric == "perplexity":
             log_scale(axes)
-        sizes, values = [point[0] / 1e6 for point in points.values()], [point[1] for point in points.values()]
-        for x, (_, value, *ends), name in zip(sizes, points.values(), points, strict=True):
-            color, order = (AFTER, 4) if name == marked else (BEFORE, 3)
+        unit, name = next((unit for unit in UNITS if max(point[0] for point in points.values()) >= unit[0]), UNITS[-1])
+        sizes, values = [point[0] / unit for point in points.values()], [point[1] for point in points.values()]
+        for x, (_, value, *ends), model in zip(sizes, points.values(), points, strict=True):
+            color, order = (AFTER, 4) if model == marked else (BEFORE, 3)
             axes.plot([x] * len(ends), ends, color=color, linewidth=1.5, zorder=order)
             axes.plot(x, value, "o", color=color, markersize=7, zorder=order)
         axes.margins(x=0.15, y=0.1)
         axes.autoscale_view()
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-        axes.set_xlabel("million parameters")
+        axes.set_xlabel(f"{name} parameters" if name else "parameters")
         axes.set_ylabel(metric)
         _name(axes, points, sizes, values, marked)
         save(figure, path)
@@ -176,6 +181,11 @@ def plot_kept(before: Shape, sizes: Mapping[str, Sequence[int]], path: Path) -> 
         bar.set_label("kept")
         bar.outline.set_visible(False)
         save(figure, path)
+
+
+def _wrapped(name: str) -> str:
+    """Break a long name into lines, behind its underscores where there are some."""
+    return "\n".join(line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), LINE))
 
 
 def _name(axes, names: Iterable[str], xs: Sequence[float], ys: Sequence[float], marked: str) -> None:

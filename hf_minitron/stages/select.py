@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_minitron.evaluation.report import Entry, Report
-from hf_minitron.evaluation.wording import measured, millions
+from hf_minitron.evaluation.wording import counted, measured
 from hf_minitron.hub.plots import plot_sizes
 from hf_minitron.recipe import bind
 from hf_minitron.recipe_file import read_yaml
@@ -96,7 +96,7 @@ def _rows(entries: list[dict]) -> list[list[str]]:
     rows = [["candidate", "parameters", "perplexity pruned", "perplexity distilled", "rank by score", "rank pruned"]]
     for entry in entries:
         perplexities = [measured(Entry(**entry[name])) for name in ("pruned", "distilled")]
-        cells = [millions(entry["parameters"]), *perplexities]
+        cells = [counted(entry["parameters"]), *perplexities]
         rows.append([entry["name"], *cells, str(entry["rank_by_score"]), str(entry["rank_pruned"])])
     return rows
 
