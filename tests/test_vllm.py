@@ -61,7 +61,7 @@ def test_it_computes_what_transformers_does_and_fills_a_cache(kind, tmp_path):
 
 
 def test_layers_that_differ_in_heads_are_not_taken(tmp_path):
-    """As the guide says, and why their export is padded: it fails at a layer without attention, or at shapes, and answers nothing."""
+    """As the guide says, and why their export is padded: it fails at such a layer, or at shapes, rather than answers."""
     with pytest.raises((AssertionError, requests.RequestException)), vllm_server(tmp_path, pruned(**HEADS)) as address:
         asked = {"model": str(tmp_path / "model"), "prompt": [5, 6, 7], "max_tokens": 1}
         assert requests.post(f"{address}/v1/completions", json=asked, timeout=120).ok
