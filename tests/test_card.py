@@ -21,7 +21,7 @@ from hf_minitron.__main__ import main
 from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
-from hf_minitron.hub.card import benchmark_files, loss_parts, write_card
+from hf_minitron.hub.card import benchmark_files, loss_parts, spans, write_card
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
 from hf_minitron.planning.estimate import with_values
@@ -104,9 +104,9 @@ def test_another_licence_than_the_cards_is_refused_before_any_work(whole, capsys
 
 def test_no_path_of_this_machine_is_published(whole):
     folder = whole / "run/publish/model"
-    for name in ("README.md", "recipe.yaml", "report.json"):
-        assert str(whole) not in (folder / name).read_text(), name
-        assert "/tmp" not in (folder / name).read_text(), name
+    for path in (*folder.rglob("*.*"), whole / "run/report.html"):
+        assert str(whole).encode() not in path.read_bytes(), path.name
+        assert path.suffix in (".py", ".safetensors") or b"/tmp/" not in path.read_bytes(), path.name
     assert ".../" + whole.name + "/teacher" in (folder / "recipe.yaml").read_text()
 
 
@@ -215,6 +215,31 @@ def test_dropped_layers_are_shown():
     alike = facts.cut_of(Plan(before, before.cut_to({"ffn": 8}), {}))
     assert alike["by_layer"] == {}
     assert alike["dropped"] == []
+
+
+def test_layers_in_a_row_are_said_by_their_ends():
+    assert spans([0, 2, 3, 7, 8, 9, 15]) == ["0", "2", "3", "7 to 9", "15"]
+    assert spans([]) == []
+    before = Shape({**tiny.SIZES, "layers": 64})
+    cut = facts.cut_of(Plan(before, before.cut_to({"layers": 24}), {"layers": [*range(20), 60, 61, 62, 63]}))
+    assert "counted from 0: 20 to 59." in card(cut=cut).text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("o/a@1f:c", "Text: `o/a@1f:c`."),
+        ({"a.txt": 3, "b`c.txt": {"weight": 1, "split": "test"}}, "Text: `a.txt` (75%), `` b`c.txt `` (25%)."),
+        ({f"{n}.txt": n for n in range(1, 7)}, "Text: `6.txt` (29%), `5.txt` (24%), `4.txt` (19%), `3.txt` (14%), "
+         "`2.txt` (10%) and 1 other (5%)."),
+        ({f"{n}.txt": 1 for n in range(40)}, "Text: `0.txt` (2%), `1.txt` (2%), `2.txt` (2%), `3.txt` (2%), `4.txt` (2%) "
+         "and 35 others (88%)."),
+    ],
+)  # fmt: skip
+def test_texts_are_named_the_largest_first(text, said):
+    log = {"tokens": 10, "steps": 2, "losses": {"forward_kl": 1.0}, "history": []}
+    known = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
+    assert said in write_card(report(), {"distill": {"text": text}}, log, known).text
 
 
 def test_sizes_count_the_cache_of_the_layers_that_stay():

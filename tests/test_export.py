@@ -520,6 +520,7 @@ def test_the_card_shows_how_to_load_what_was_loaded(load, where):
     shown = str(card(export=export, load=load))
     assert f"llama-cli {where} -p" in shown
     assert "mlx" not in shown
+    assert "\n\n```\n" not in shown, "no code ends with an empty line"
     assert "4,088 tokens" in shown
     for file in files:
         del file["runtime"]

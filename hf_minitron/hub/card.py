@@ -4,7 +4,8 @@ A number that is not in its inputs is not in the card.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from hf_minitron.evaluation.wording import (
     titles,
 )
 from hf_minitron.export.compare import export_rows
+from hf_minitron.export.layouts import MLX
 from hf_minitron.shape import Shape
 from hf_minitron.tables import code, markdown_table
 from hf_minitron.yaml_text import dump_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+MOST_TEXTS = 5  # that are named before the recipe, which names all
 # lm-eval's task to the benchmark that the Hub has registered (https://huggingface.co/docs/hub/eval-results), its task there and
 # the metric. GPQA and HLE are left out: published results do not agree on the one's task id, and lm-eval has not the other.
 BENCHMARKS = {
@@ -95,13 +98,24 @@ def write_card(
         if hashes
         else "",
         code=code,
+        spans=spans,
         counted=counted,
         scored=scored,
         machine=(log or {}).get("machine") or {},
         exports=markdown_table(export_rows(facts["export"])) if facts.get("export") else "",
-        loaded=[file["file"] for file in facts["export"]["files"] if "runtime" in file] if facts.get("export") else [],
+        starts=_starts(facts["export"], facts["load"]) if facts.get("export") else [],
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
+
+
+def _starts(export: Mapping[str, Any], load: str) -> list[str]:
+    """Return the commands that start exported files: of those that were loaded the smallest GGUF file, and MLX."""
+    loaded = [file["file"] for file in export["files"] if "runtime" in file]
+    on_hub, gguf = load != ".", [file for file in loaded if file != MLX][-1:]
+    fetch = f'hf download {load} --include "mlx/*" --local-dir . && ' if on_hub else ""
+    where = [f"-hf {load}:{file.removesuffix('.gguf').rpartition('-')[2]}" if on_hub else f"-m {file}" for file in gguf]
+    starts = [f'llama-cli {file} -p "The library"' for file in where]
+    return starts + ([f'{fetch}mlx_lm.generate --model {MLX} --prompt "The library"'] if MLX in loaded else [])
 
 
 def _answers(report: Report) -> list[tuple[str, dict[str, str]]]:
@@ -187,6 +201,12 @@ def _shape_rows(cut: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def spans(numbers: Sequence[int]) -> list[str]:
+    """Write rising numbers, three or more in a row by the first and the last of them."""
+    rows = [[number for _, number in row] for _, row in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return [text for row in rows for text in ([f"{row[0]} to {row[-1]}"] if len(row) > 2 else map(str, row))]
+
+
 def loss_parts(log: Mapping[str, Any]) -> list[str]:
     """Return the names of the losses whose sum was trained on, where there are several."""
     logged = {key for entry in log["history"] if "loss" in entry for key in entry}
@@ -206,17 +226,20 @@ def _training(log: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, A
         "hours": summary["train_runtime"] / 3600 if summary else None,
         "weights": log["losses"],
         "lora": section.get("lora"),
-        "texts": _shares(section.get("text")),
+        **_texts(section.get("text")),
     }
 
 
-def _shares(text: Any) -> dict[str, str]:
-    """Return what a recipe trains on, and the share of each text where there are several."""
+def _texts(text: Any) -> dict[str, Any]:
+    """Return what a recipe trains on: the largest `texts`, and the share of each where there are several; and what is left."""
     if not isinstance(text, Mapping):
-        return {str(name): "" for name in ([text] if isinstance(text, str) else text or [])}
+        return {"texts": {str(name): "" for name in ([text] if isinstance(text, str) else text or [])}, "other_texts": ""}
     weights = {name: value.get("weight") if isinstance(value, Mapping) else value for name, value in text.items()}
-    whole = sum(weights.values()) if all(isinstance(weight, int | float) for weight in weights.values()) else 0
-    return {name: f"{weight / whole:.0%}" if whole else "" for name, weight in weights.items()}
+    whole = sum(weights.values())
+    shown = sorted(weights, key=weights.get, reverse=True)[:MOST_TEXTS]
+    left, rest = len(weights) - len(shown), 1 - sum(weights[name] for name in shown) / whole
+    others = f" and {left} other{'s' if left > 1 else ''} ({rest:.0%})" if left else ""
+    return {"texts": {name: f"{weights[name] / whole:.0%}" for name in shown}, "other_texts": others}
 
 
 def _eval_results(report: Report) -> list[EvalResult]:
