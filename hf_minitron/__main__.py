@@ -14,9 +14,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from hf_minitron.errors import TOKEN, RecipeError
 from hf_minitron.export.layouts import FORMATS, GGUF_TYPES
+from hf_minitron.known_names import OPTIONS as ELSEWHERE
+from hf_minitron.known_names import VERBS
 from hf_minitron.recipe_file import KEYS, TOP_LEVEL, check_no_token, read_overrides, read_recipe
 
 INTRO = """\
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_no_token("\n".join(argv), "the command line")
         check_verb(argv)
         args, rest = parser().parse_known_args(argv)
+        args.is_model = args.verb == "plan" and is_model(args.recipe)
         check_options(args, rest)
         overrides = read_overrides(rest)
         if hasattr(args, "gpu_memory"):
@@ -81,9 +85,14 @@ def recipes_of(args: argparse.Namespace) -> list[Path]:
     """Return the recipes that a verb reads: none where a model is named in place of one."""
     if args.verb in ("init", "export"):
         return []
-    if args.verb == "plan" and args.recipe.suffix not in (".yaml", ".yml") and not args.recipe.is_file():
+    if args.is_model:
         return []
     return args.recipe if isinstance(args.recipe, list) else [args.recipe]
+
+
+def is_model(path: Path) -> bool:
+    """Return whether what `plan` is asked about is a model, not a recipe."""
+    return path.suffix not in (".yaml", ".yml") and (path.suffix == ".json" or not path.is_file())
 
 
 def memory_size(text: str | None) -> float | None:
@@ -124,7 +133,8 @@ def check_verb(argv: Sequence[str]) -> None:
     verbs = [*stages(), *RUNS]
     if word in verbs or word.startswith("-"):
         return
-    near = difflib.get_close_matches(word, verbs, n=1)
+    named = f"--{word}" if word in ("help", "version") else VERBS.get(word.lower())
+    near = [named] if named else difflib.get_close_matches(word, verbs, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RecipeError(f"{word!r} is not a verb; {hint}Verbs: {', '.join(verbs)}; hf-minitron --help says what they do")
 
@@ -135,16 +145,30 @@ def check_options(args: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         RecipeError: with the nearest option.
     """
-    options = [f"--{name.replace('_', '-')}" for name in vars(args).keys() - {"verb", "recipe", "model"}]
+    options = {name.replace("_", "-") for name in vars(args).keys() - {"verb", "recipe", "model", "is_model"}}
+    options -= set() if args.is_model or args.verb == "init" else {"keep"}
     for word in (item.partition("=")[0] for item in rest if item.startswith("--") and "." not in item):
-        near = difflib.get_close_matches(word.replace("_", "-"), options, n=1, cutoff=0.75)
+        name = word[2:].replace("_", "-")
+        near = {ELSEWHERE.get(name)} & options or difflib.get_close_matches(name, options, n=1, cutoff=0.75)
         if near and word[2:] not in {*TOP_LEVEL, *stages()}:
-            raise RecipeError(f"{word} is not an option of {args.verb}; did you mean {near[0]}?")
+            raise RecipeError(f"{word} is not an option of {args.verb}; did you mean --{next(iter(near))}?")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the command: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            RecipeError: with what says more.
+        """
+        raise RecipeError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
-    made = argparse.ArgumentParser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser("hf-minitron", description=INTRO, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--version", action="version", version=f"hf_minitron {version('hf_minitron')}")
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in {**{name: stage["summary"] for name, stage in stages().items()}, **RUNS}.items():

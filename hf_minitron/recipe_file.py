@@ -28,6 +28,7 @@ TOP_LEVEL = {
 }
 # What sections hold: type, default, allowed values and help of their keys. Written by tests/keys_table.py.
 KEYS = json.loads(Path(__file__).with_name("keys.json").read_text(encoding="utf-8"))
+SIMILAR = 0.75  # share of the letters of a mistyped key that are those of the one that is meant
 # A recipe is small: more than this is a mistake.
 LARGEST = 1_000_000
 
@@ -70,7 +71,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any], sections: Mapping[str,
         if not isinstance(recipe.get(stage) or {}, dict):
             raise RecipeError(f"{stage}: {recipe[stage]!r} is not a section of key: value lines")
         if keys is not None:
-            _check_keys(stage, recipe.get(stage) or {}, list(keys))
+            _check_keys(stage, recipe.get(stage) or {}, list(keys), sections)
     if not recipe.get("model"):
         raise RecipeError(f"{path} names no model: add `model:` with a folder or a Hub id")
     seed = recipe.get("seed", 0)
@@ -185,26 +186,35 @@ def listed(stage: str, key: str, value: Any) -> Any:
     return value
 
 
-def _check_keys(
-    where: str, found: Mapping, known: Sequence[str], elsewhere: Mapping[str, Collection[str]] | None = None
-) -> None:
-    """Refuse an unknown key, naming the nearest: of this place, or of a section where the key may belong (`elsewhere`)."""
+def _check_keys(where: str, found: Mapping, known: Sequence[str], sections: Mapping[str, Collection[str] | None]) -> None:
+    """Refuse an unknown key, naming the nearest: of this place, or of a section where the key may belong."""
     for key in found:
         if key not in known:
-            near = _nearest(str(key).replace("-", "_"), known, elsewhere or {})
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise RecipeError(f"Unknown key {key!r} in {where}; {hint}")
+            near = _nearest(str(key).replace("-", "_"), known, sections)
+            raise RecipeError(f"Unknown key {key!r} in {where}; {f'did you mean {near}?' if near else _listing(where, known)}")
 
 
-def _nearest(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str] | None]) -> list[str]:
-    """Return the known key nearest to one that is not, as `section.key` where it stands in another place."""
-    names = (key, *RENAMED.get(key, ()))
-    sections = sorted(elsewhere, key=lambda name: name not in ("distill", "prune"))  # what is mostly meant first
-    for start, keys in [("", known), *((f"{section}.", elsewhere[section] or ()) for section in sections)]:
-        for name in names:
-            if name.partition(".")[0] in keys:
-                return [start + name]
-    return difflib.get_close_matches(key, known, n=1)
+def _listing(where: str, known: Sequence[str]) -> str:
+    """List the keys of a place; of a section of training those that are not Transformers' own alone."""
+    own = [key for key in known if key in KEYS["stages"].get(where, {}).get("keys", known)]
+    more = " and the fields of transformers.TrainingArguments" if len(own) < len(known) else ""
+    return f"known: {', '.join(sorted(own))}{more}"
+
+
+def _nearest(key: str, known: Sequence[str], sections: Mapping[str, Collection[str] | None]) -> str | None:
+    """Return the key that is meant by one that is not known, or by a name of elsewhere, quoted, and where it stands."""
+    names = RENAMED.get(key, ())
+    if here := next((name for name in (key, *names) if name.partition(".")[0] in known), None):
+        return repr(here)
+    if above := next((name for name in (key, *names) if name in TOP_LEVEL), None):
+        return f"{above!r} at the top of the recipe"
+    order = ("distill", "prune", "score", "evaluate")  # what is mostly meant first
+    places = sorted(sections, key=lambda name: order.index(name) if name in order else len(order))
+    for name in (*names, key):
+        if place := next((place for place in places if name.partition(".")[0] in (sections[place] or ())), None):
+            return repr(f"{place}.{name}")
+    near = next(iter(difflib.get_close_matches(key, [*known, *RENAMED], n=1, cutoff=SIMILAR)), None)
+    return repr(near) if near in known else near and _nearest(near, known, sections)
 
 
 def items_of(text: str) -> list[str]:

@@ -13,13 +13,14 @@ import yaml
 from test_chat import tokenizer as chat_tokenizer
 
 from hf_minitron import Architecture
-from hf_minitron.__main__ import main
+from hf_minitron.__main__ import RUNS, known_keys, main
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES
 from hf_minitron.errors import RecipeError
-from hf_minitron.known_names import RENAMED
+from hf_minitron.known_names import RENAMED, VERBS
 from hf_minitron.planning.costs import CHECKPOINTING, Machine
 from hf_minitron.planning.drafting import draft, is_instruct
 from hf_minitron.recipe import bind, load_recipe
+from hf_minitron.recipe_file import TOP_LEVEL
 from hf_minitron.stages.every import STAGES
 from hf_minitron.stages.share import share_of, sizes_for, with_sizes
 from hf_minitron.stages.target import teacher, unquantizable
@@ -391,7 +392,22 @@ def test_a_draft_fits_its_machine_by_adapters_or_says_that_it_does_not(tmp_path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["init", "{config}", "--keep", "0.5", "--output", "{new}"], "--keep: '0.5' is not a share such as 50%"),
+        (["init", "{config}", "--keep", "0.5", "--output", "{new}"], "above 0 and at most 100%; did you mean 50%?"),
+        (["init", "{config}", "--keep", "62.5", "--output", "{new}"], "above 0 and at most 100%; did you mean 62.5%?"),
+        (["init", "{config}", "--keep", "2.5B", "--output", "{new}"], "--keep: '2.5B' is not a share such as 50%"),
+        (["init", "{config}", "--keep", "99.9%", "--output", "{new}"], "prune.target: 99.9% of this model's parameters cannot"),
+        (
+            ["init", "{config}", "--keep", "-5%", "--output", "{new}"],
+            "--keep: expected one argument; hf-minitron init --help says",
+        ),
+        (
+            ["init", "{config}", "--gpus", "1.5", "--output", "{new}"],
+            "--gpus: invalid int value: '1.5'; hf-minitron init --help",
+        ),
+        (["init", "{config}", "--output", "."], "--output: . is a folder; name a file, such as recipe.yaml"),
+        (["init", "{config}", "--text", " ", "--output", "{new}"], "--text: ' ' names no text; leave it out"),
+        (["init", "{config}", "--text", "./nowhere.jsonl", "--output", "{new}"], "No text at './nowhere.jsonl'"),
+        (["plan", "{config}/config.json"], "config.json is a file; name the folder of a model, with its config.json"),
         (["init", "{config}", "--keep", "120%", "--output", "{new}"], "--keep: '120%' is not a share such as 50%"),
         (["init", "./nowhere", "--output", "{new}"], "No model at './nowhere'"),
         (["init", "{config}", "--output", "{there}"], "is there already; name another --output, or delete it"),
@@ -467,11 +483,71 @@ def test_a_run_with_shares_keeps_sizes_in_its_recipe(project, tmp_path, capsys):
         (("--score.dataset", "x"), "did you mean 'text'?"),
         (("--distill.max_seq_length", "9"), "did you mean 'block_size'?"),
         (("--evaluate.num_fewshot", "9"), "did you mean 'few_shot'?"),
+        (("--distill.bs", "9"), "did you mean 'per_device_train_batch_size'?"),
+        (("--score.bs", "9"), "did you mean 'batch_size'?"),
+        (("--distill.grad_acc", "9"), "did you mean 'gradient_accumulation_steps'?"),
+        (("--distill.cutoff_len", "9"), "did you mean 'block_size'?"),
+        (("--distill.max_seq_lenght", "9"), "did you mean 'block_size'?"),
+        (("--distill.total_steps", "9"), "did you mean 'max_steps'?"),
+        (("--distill.train_dataset", "x"), "did you mean 'text'?"),
+        (("--distill.val_data", "x"), "did you mean 'eval_text'?"),
+        (("--distill.lora_rank", "9"), "did you mean 'lora.r'?"),
+        (("--distill.precision", "x"), "did you mean 'bf16'?"),
+        (("--distill.dtype", "x"), "did you mean 'bf16'?"),
+        (("--distill.load_in_4bit", "true"), "did you mean 'base_dtype'?"),
+        (("--distill.n_layers", "9"), "did you mean 'prune.target.layers'?"),
+        (("--distill.tasks", "x"), "did you mean 'evaluate.tasks'?"),
+        (("--evaluate.lr", "1"), "did you mean 'distill.learning_rate'?"),
+        (("--score.nsamples", "9"), "did you mean 'tokens'?"),
+        (("--prune.ffn", "9"), "did you mean 'target.ffn'?"),
+        (("--prune.sparsity", "0.5"), "did you mean 'target'?"),
+        (("--kv_heads", "9"), "did you mean 'prune.target.kv_heads'?"),
+        (("--prune.target.n_kv_heads", "9"), "did you mean 'kv_heads'?"),
+        (("--prune.target.d_ff", "9"), "did you mean 'ffn'?"),
+        (("--distill.model_name", "x"), "did you mean 'model' at the top of the recipe?"),
+        (("--distill.max_time", "9"), "did you mean 'minutes' at the top of the recipe?"),
+        (("--output_dir", "x"), "did you mean 'run'?"),
+        (("--num_gpus", "8"), "--num_gpus is not an option of plan; did you mean --gpus?"),
+        (("--distill.sparkle", "9"), "and the fields of transformers.TrainingArguments"),
     ],
 )
 def test_names_from_elsewhere_are_suggested(project, capsys, option, message):
     assert main(["plan", str(project["path"]), *option]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "recipe.yaml"), "'train' is not a verb; did you mean 'distill'?"),
+        (("upload", "recipe.yaml"), "did you mean 'publish'?"),
+        (("create", "owner/model"), "did you mean 'init'?"),
+        (("quantize", "folder"), "did you mean 'export'?"),
+        (("help",), "did you mean '--help'?"),
+        (("init", "owner/model", "--dataset", "x"), "--dataset is not an option of init; did you mean --text?"),
+        (("init", "owner/model", "--ratio", "50%"), "--ratio is not an option of init; did you mean --keep?"),
+        (("run", "recipe.yaml", "--push_to_hub"), "--push_to_hub is not an option of run; did you mean --push?"),
+        (
+            ("plan", "recipe.yaml", "--context", "many"),
+            "--context: invalid int value: 'many'; hf-minitron plan --help says more",
+        ),
+        (("run",), "the following arguments are required: recipe; hf-minitron run --help says more"),
+        (("export", "folder", "--to", "onnx"), "--to: invalid choice: 'onnx'"),
+    ],
+)
+def test_verbs_and_options_from_elsewhere_are_suggested_in_one_line(capsys, words, message):
+    assert main(list(words)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_every_name_that_is_suggested_is_a_key():
+    """None is of a key that is called otherwise now."""
+    known = {key for names in known_keys().values() for key in names or ()} | TOP_LEVEL.keys()
+    assert {name.partition(".")[0] for names in RENAMED.values() for name in names} <= known
+    assert set(VERBS.values()) <= {*STAGES, *RUNS}
 
 
 def test_every_loss_is_suggested_by_its_name():

@@ -95,6 +95,10 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     with told():
         if overrides:
             raise RecipeError(f"--{next(iter(overrides))} is a setting of a recipe; edit {args.output}, or give it to run")
+        if args.output.is_dir():
+            raise RecipeError(f"--output: {args.output} is a folder; name a file, such as {args.output / 'recipe.yaml'}")
+        if args.text is not None and not args.text.strip():
+            raise RecipeError(f"--text: {args.text!r} names no text; leave it out for one that suits the model")
         if args.output.exists():
             raise RecipeError(f"{args.output} is there already; name another --output, or delete it")
         machine = Machine(args.gpus, args.memory or GPU_MEMORY, args.gpu_tflops * 1e12, args.utilization)  # the plan's, too

@@ -25,7 +25,7 @@ def main(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     with told():
         machine = Machine(args.gpus, args.memory, args.gpu_tflops * 1e12, args.utilization)
         known = dict.fromkeys(KEYS["stages"])
-        if args.recipe.suffix in (".yaml", ".yml") or args.recipe.is_file():
+        if not args.is_model:
             if args.keep is not None:
                 raise RecipeError(f"--keep: {args.keep!r} is for a model; a recipe has prune.target, which may be such a share")
             recipe = searched(with_sizes(read_recipe(args.recipe, overrides, known)))

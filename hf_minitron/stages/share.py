@@ -29,8 +29,18 @@ def share_of(value: object, name: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
     if match is None or not 0 < float(match[1]) <= 100:
-        raise RecipeError(f"{name}: {value!r} is not a share such as 50%, above 0 and at most 100%")
+        raise RecipeError(f"{name}: {value!r} is not a share such as 50%, above 0 and at most 100%{_meant(value)}")
     return float(match[1]) / 100
+
+
+def _meant(value: object) -> str:
+    """Return the share that a number without a percent sign means, as a hint; nothing for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return ""
+    share = number * 100 if 0 < number < 1 else number
+    return f"; did you mean {share:g}%?" if 1 < share < 100 else ""
 
 
 def with_sizes(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,7 +101,7 @@ def sizes_for(architecture: Architecture, share: float, multiple_of: Mapping[str
     axes = _axes(architecture)
     stay = f", of which at least {' and '.join(f'{LEAST[axis]:.0%} of {axis}' for axis in axes)} stay" if axes else ""
     advice = f"take {near:.0%}, or give sizes, of layers too" if near else "give sizes"
-    raise RecipeError(f"prune.target: {share:.0%} of this model's parameters cannot be kept by cutting "
+    raise RecipeError(f"prune.target: {100 * share:g}% of this model's parameters cannot be kept by cutting "
                       f"{' and '.join(axes) or 'width'}{stay}; {advice}")  # fmt: skip
 
 
