@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import figure
+import requests
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -40,9 +41,11 @@ def main() -> None:
     blocks = blocks_of(args.text, model, args.blocks, args.block_size)
     with tempfile.TemporaryDirectory() as folder:
         caches, seconds = served_and_live(args.server, model, blocks, args.k, Path(folder))
-    tokens, result = blocks["input_ids"][:, 1:].numel(), text_of(*agreement(*caches), seconds[0] / seconds[1])
-    print(f"{tokens:,} tokens, k {args.k}: {result}; {tokens / seconds[0]:.0f} tokens/s")
-    figure.save(args.json, "a served teacher's cache", f"benchmarks/served.py -k {args.k}", result)
+    tokens, result = len(blocks) * (args.block_size - 1), text_of(*agreement(*caches))
+    print(f"{tokens:,} tokens, k {args.k}: {result}; {seconds[0] / seconds[1]:.2f} of the live teacher's time")
+    (served,) = requests.get(f"{args.server}/models", timeout=60).json()["data"]
+    what = f"a teacher's cache from a server ({served['owned_by']}), beside that of the same teacher here"
+    figure.save(args.json, what, f"benchmarks/served.py -k {args.k}", f"{tokens:,} tokens: {result}")
 
 
 def blocks_of(text: str, model: Path, count: int, length: int) -> Dataset:
@@ -87,12 +90,12 @@ def agreement(served: tuple[Tensor, ...], live: tuple[Tensor, ...]) -> tuple[flo
     return named.float().mean().item(), served[1][named], (both * live[1][..., None, :]).sum(-1)[named]
 
 
-def text_of(named: float, ours: Tensor, theirs: Tensor, ratio: float) -> str:
+def text_of(named: float, ours: Tensor, theirs: Tensor) -> str:
     """Say how far two caches agree."""
     apart = (ours - theirs).abs()
     return (
-        f"{named:.1%} of the tokens are named by both, their log-probabilities differ by {apart.mean():.4f} in the mean and "
-        f"{apart.max():.3f} at most, {ratio:.2f} of the live teacher's time"
+        f"{named:.1%} of the tokens are named by both, their log-probabilities differ by {apart.mean():.0e} in the mean and "
+        f"{apart.max():.0e} at most"
     )
 
 

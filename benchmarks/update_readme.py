@@ -18,7 +18,7 @@ from race_page import plot_race, race_block, table_block, widths_block
 
 from hf_minitron import Report
 from hf_minitron.evaluation.report import TEXT, Comparison
-from hf_minitron.evaluation.wording import measured, millions, quality_rows, sentence, speed_rows
+from hf_minitron.evaluation.wording import counted, measured, quality_rows, sentence, speed_rows
 from hf_minitron.json_files import read_json
 from hf_minitron.tables import markdown_table
 
@@ -120,7 +120,7 @@ def models_block(sizes: dict[str, tuple[Report, int]]) -> str:
         for name, model in report.models.items():
             title = {"pruned": "ours, before training", "distilled": "**ours**"}.get(name, name)
             cells = [measured(report.entry(name, metric, task)) for task, metric in columns]
-            rows.append([title, millions(model["parameters"]), *cells])
+            rows.append([title, counted(model["parameters"]), *cells])
         said = [sentence(report, found) for found in asked(report)]
         parts += [
             f"**{size.upper()}**, {tokens:,} tokens; ± standard error",

@@ -2,7 +2,7 @@
 
 import ast
 import graphlib
-import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -106,6 +106,18 @@ def test_a_library_does_not_tell_python_users_to_edit_a_recipe(path):
 @pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "probe.py"], ids=name_of)
 def test_only_the_probe_puts_hooks_on_modules(path):
     assert not re.search(r"\.register_\w*hook\(|\.forward = |register_module_\w*hook", path.read_text()), path
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "recipes", "docs", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_script_imports_of_the_package_is_there(path):
+    """Benchmarks run for hours and seldom; a name that was changed stops them only then."""
+    for module, name in imports(ast.parse(path.read_text())):
+        if module and module.split(".")[0] == "hf_minitron":
+            found = importlib.import_module(module)
+            assert name is None or hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), (module, name)
 
 
 def test_public_names_are_few_and_explained():
