@@ -60,6 +60,11 @@ def test_a_text_is_shown_as_it_is(text):
     assert not re.search(r"<(?!/?(ul|li|em)>)", rendered)
 
 
+def test_signs_that_no_page_shows_are_said_to_be_there():
+    assert verbatim("a\x00b\x1b c\u202ed\u2066\x9f") == "a\ufffdb\ufffd c\ufffdd\ufffd\ufffd"
+    assert verbatim("Ünï 你好 \U0001f469\u200d\U0001f4bb\t\n x") == "Ünï 你好 \U0001f469\u200d\U0001f4bb x"
+
+
 def test_the_report_the_card_and_the_page_hold_the_answers(whole):
     folder = whole / "run/publish/model"
     rows = Report.load(folder / "report.json").answers

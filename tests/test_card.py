@@ -15,6 +15,7 @@ import torch
 import yaml
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from test_publish import card, report
 
 from hf_minitron.__main__ import main
@@ -22,6 +23,7 @@ from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts, spans, write_card
+from hf_minitron.hub.page import _facts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
 from hf_minitron.planning.estimate import with_values
@@ -116,6 +118,8 @@ def test_paths_are_shortened_and_nothing_else(monkeypatch, tmp_path):
     for text, short in {
         f"{tmp_path}/runs/a": "runs/a", "/home/me/x/y.jsonl": "~/x/y.jsonl", "/data/web/c4.jsonl": ".../web/c4.jsonl",
         "~/x": "~/x", "owner/name": "owner/name", "/no thinking": "/no thinking", "see /home/me/x": "see ~/x",
+        "https://x.y/home/me/z": "https://x.y/home/me/z", "model:/home/me/x": "model:~/x", "see /mnt/home/me/x": "see .../me/x",
+        "a:/srv/data/b c": "a:.../data/b c", "s3://bucket/a/b": "s3://bucket/a/b", "x/home/me/y": "x/home/me/y",
         "/srv": ".../srv", "/data/runs/small/distill/student": ".../small/distill/student",
     }.items():  # fmt: skip
         assert facts.shorten(text) == short
@@ -240,6 +244,17 @@ def test_texts_are_named_the_largest_first(text, said):
     log = {"tokens": 10, "steps": 2, "losses": {"forward_kl": 1.0}, "history": []}
     known = {"name": "a", "load": ".", "base_model": "o/b", "pictures": {}, "command": "c", "seconds": {}, "missing": []}
     assert said in write_card(report(), {"distill": {"text": text}}, log, known).text
+
+
+def test_facts_and_links_hold_any_sign():
+    found = replace(report(), machine={"hardware": "A|B `c`"})
+    link = "https://x.y/LICENSE (v2).md"
+    text = card(found, license="other", license_link=link, license_source="card").text
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    facts_shown = dict(_facts(tokens))
+    assert facts_shown["Speed"].endswith("on A|B c")
+    links = [child.attrs["href"] for token in tokens for child in token.children or () if child.type == "link_open"]
+    assert "https://x.y/LICENSE%20(v2).md" in links
 
 
 def test_sizes_count_the_cache_of_the_layers_that_stay():

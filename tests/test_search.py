@@ -293,7 +293,7 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     assert main(["select", str(searched)]) == 0
     out = capsys.readouterr().out
     assert names[0] in out
-    assert f"Not finished:\n  hf-minitron run {paths[1]}" in out
+    assert f"Not finished:\n\n    hf-minitron run {paths[1]}" in out
     for verb in ("prune", "distill", "evaluate"):
         assert main([verb, str(paths[1])]) == 0
     capsys.readouterr()

@@ -10,6 +10,7 @@ from hf_minitron.data.encoding import Encoder
 from hf_minitron.distillation.prompts import asked, start_ids
 from hf_minitron.distillation.synthesis import generate_batch, generating, sampling
 
+HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # signs that no page shows, or that turn others round
 NEW_TOKENS = 64  # of an answer, where nothing else is said
 
 
@@ -45,5 +46,5 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
 
 def verbatim(text: str) -> str:
     """Return a text as one line of Markdown that shows it as it is, whatever signs it holds."""
-    line = " ".join(text.split())
+    line = HIDDEN.sub("\ufffd", " ".join(text.split()))
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", line)

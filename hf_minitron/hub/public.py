@@ -10,7 +10,8 @@ from hf_minitron.evaluation.wording import MADE
 
 # A path of this machine: all of a text, where blanks may be in it, and within one.
 PATH = re.compile(r"/\S+|/[^\n/]+/[^\n]+")
-WITHIN = re.compile(r"(?<![\w:/.~)\]])(?:/[\w.@+-]+){2,}")
+BEGINS = r"(?<![\w/.~)\]])"
+WITHIN = re.compile(BEGINS + r"(?:/[\w.@+-]+){2,}")
 
 
 def public(value: Any) -> Any:
@@ -29,7 +30,7 @@ def shorten(text: str) -> str:
         return _short(text)
     home, here = str(Path.home()), str(Path.cwd())
     for base, prefix in ((here, ""), (home, "~/")):
-        text = text.replace(base + "/", prefix) if base != "/" else text
+        text = re.sub(f"{BEGINS}{re.escape(base)}/", lambda _, prefix=prefix: prefix, text) if base != "/" else text
     return WITHIN.sub(lambda match: _short(match[0]), text)
 
 

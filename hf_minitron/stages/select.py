@@ -70,7 +70,7 @@ def run(args: Args, run: Run, out: Path) -> None:
     (out / "ranking.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     text = markdown_table(_rows(entries))
     if unfinished:
-        text += "\n\nNot finished:\n" + _commands(run, unfinished)
+        text += "\n\nNot finished:\n\n" + _commands(run, unfinished)
     (out / "ranking.md").write_text(text + "\n", encoding="utf-8")
     points = {e["name"]: (e["parameters"], e["distilled"]["value"], *(e["distilled"]["interval"] or ())) for e in entries}
     plot_sizes(points, out / "candidates.png", "perplexity", marked=entries[0]["name"])
@@ -102,7 +102,7 @@ def _rows(entries: list[dict]) -> list[list[str]]:
 
 
 def _commands(run: Run, names: list[str]) -> str:
-    return "\n".join(f"  hf-minitron run {run.folder / search.FOLDER / name / 'recipe.yaml'}" for name in names)
+    return "\n".join(f"    hf-minitron run {run.folder / search.FOLDER / name / 'recipe.yaml'}" for name in names)
 
 
 STAGE = Stage("select", __doc__, Args, check, run, needs=("search",), in_run=False, always=True, report=report)
