@@ -23,6 +23,7 @@ from hf_minitron.evaluation.report import Comparison, Entry, Report
 from hf_minitron.evaluation.wording import metric_rows, sentence, size_rows
 from hf_minitron.hub import facts
 from hf_minitron.hub.card import benchmark_files, loss_parts, spans, write_card
+from hf_minitron.hub.command import command
 from hf_minitron.hub.page import _facts
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.plan import Plan
@@ -366,6 +367,34 @@ def test_the_command_holds_what_its_recipe_does_not(whole, tmp_path):
     again = load(timed, **read_overrides(words[3:])).recipe
     assert again["distill"]["max_steps"] == 1
     assert "minutes" not in again
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"evaluate": {"text": "x.txt"}},
+        {"search": {}},
+        {"correct": None},
+        {"minutes": None},
+        {"score.tokens": 64, "search": {"budget": {"parameters": "50%"}}, "cache.k": 4},
+        {"publish": None, "distill.losses": {}},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_the_command_makes_the_recipe_that_was_run(whole, tmp_path, given):
+    """Sections that were replaced, left out or added as a whole, too."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text((whole / "recipe.yaml").read_text() + "minutes: 5\n")
+    run = load(path, **{"minutes": None} | given)
+    words = shlex.split(command(run, "hf-minitron run"))
+    assert load(path, **read_overrides(words[3:])).recipe == run.recipe
+
+
+def test_the_command_starts_as_many_processes_as_there_were(whole, monkeypatch):
+    log = {"machine": {"processes": 4}, "tokens": 1}
+    monkeypatch.setattr(facts, "_log", lambda run, stage: log)
+    found = facts.gather(load(whole / "recipe.yaml"))["command"]
+    assert found.startswith("accelerate launch --num_processes 4 -m hf_minitron run ")
 
 
 def test_recipes_of_a_chain_get_their_own_values(whole, tmp_path):

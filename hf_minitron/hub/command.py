@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -34,20 +34,28 @@ def command(run: Run, start: str) -> str:
 def _overrides(run: Run) -> str:
     """Return the options that make what was run of a recipe's file: the command line's, and the values that `minutes` left."""
     try:
-        written = _values(load_yaml(run.recipe_path.read_text(encoding="utf-8")))
+        written = load_yaml(run.recipe_path.read_text(encoding="utf-8"))
+        changed = dict(_changes(written, run.recipe))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):  # it has gone since; the recipe stands in the card
         return ""
-    changed = {key: value for key, value in _values(run.recipe).items() if key not in written or written[key] != value}
     if "minutes" in run.recipe:  # on another machine they would leave other values
         changed["minutes"] = None
     return " ".join(f"--{key} {shlex.quote(_yaml_word(public(value)))}" for key, value in changed.items())
 
 
-def _values(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values by dotted key, as the command line takes them."""
-    sections = {key: value for key, value in recipe.items() if isinstance(value, Mapping)}
-    within = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {key: value for key, value in recipe.items() if key not in sections} | within
+def _changes(written: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield by dotted key, as the command line takes them, the values that make a recipe of what is written.
+
+    A section that has lost keys, or has none and is not written, is given as a whole.
+    """
+    for name, value in recipe.items():
+        was = written.get(name) or {}
+        if not isinstance(value, Mapping) or was.keys() - value.keys() or (not value and name not in written):
+            if name not in written or written[name] != value:
+                yield name, value
+        else:
+            yield from ((f"{name}.{key}", item) for key, item in value.items() if key not in was or was[key] != item)
+    yield from ((name, None) for name in written if name not in recipe)
 
 
 def _yaml_word(value: Any) -> str:

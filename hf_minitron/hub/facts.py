@@ -49,7 +49,7 @@ def gather(run: Run) -> dict[str, Any]:
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
     processes = ((logs["distill"] or {}).get("machine") or {}).get("processes", 1)
-    launcher = "accelerate launch -m hf_minitron" if processes > 1 else "hf-minitron"
+    launcher = f"accelerate launch --num_processes {processes} -m hf_minitron" if processes > 1 else "hf-minitron"
     optional = {stage: _done_json(run, stage, f"{stage}.json") for stage in WROTE if stage in run.recipe}
     return {
         "name": section.get("repo_id") or run.folder.name,
