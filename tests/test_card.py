@@ -386,7 +386,7 @@ def test_the_command_makes_the_recipe_that_was_run(whole, tmp_path, given):
     path = tmp_path / "recipe.yaml"
     path.write_text((whole / "recipe.yaml").read_text() + "minutes: 5\n")
     run = load(path, **{"minutes": None} | given)
-    words = shlex.split(command(run, "hf-minitron run"))
+    words = shlex.split(command(run))
     assert load(path, **read_overrides(words[3:])).recipe == run.recipe
 
 

@@ -103,19 +103,15 @@ def write_card(
         scored=scored,
         machine=(log or {}).get("machine") or {},
         exports=markdown_table(export_rows(facts["export"])) if facts.get("export") else "",
-        starts=_starts(facts["export"], facts["load"]) if facts.get("export") else [],
+        loaded=_loaded(facts["export"]) if facts.get("export") else [],
         training=_training(log, recipe.get("distill") or {}) if log else None,
     )
 
 
-def _starts(export: Mapping[str, Any], load: str) -> list[str]:
-    """Return the commands that start exported files: of those that were loaded the smallest GGUF file, and MLX."""
+def _loaded(export: Mapping[str, Any]) -> list[str]:
+    """Return of the exported files that were loaded the smallest GGUF file, and MLX's."""
     loaded = [file["file"] for file in export["files"] if "runtime" in file]
-    on_hub, gguf = load != ".", [file for file in loaded if file != MLX][-1:]
-    fetch = f'hf download {load} --include "mlx/*" --local-dir . && ' if on_hub else ""
-    where = [f"-hf {load}:{file.removesuffix('.gguf').rpartition('-')[2]}" if on_hub else f"-m {file}" for file in gguf]
-    starts = [f'llama-cli {file} -p "The library"' for file in where]
-    return starts + ([f'{fetch}mlx_lm.generate --model {MLX} --prompt "The library"'] if MLX in loaded else [])
+    return [file for file in loaded if file != MLX][-1:] + [file for file in loaded if file == MLX]
 
 
 def _answers(report: Report) -> list[tuple[str, dict[str, str]]]:

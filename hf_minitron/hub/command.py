@@ -12,14 +12,15 @@ from hf_minitron.run import Run, made_by
 from hf_minitron.yaml_text import load_yaml
 
 
-def command(run: Run, start: str) -> str:
+def command(run: Run, processes: int = 1) -> str:
     """Return the command that makes a run's student: its recipes, those that made its `model` first, with the values that are
     not their files' own.
 
     Args:
         run (`Run`): The run.
-        start (`str`): What such a command begins with.
+        processes (`int`, *optional*, defaults to 1): How many trained it.
     """
+    start = f"accelerate launch --num_processes {processes} -m hf_minitron run" if processes > 1 else "hf-minitron run"
     runs = [run]
     while parent := made_by(runs[0].model):
         runs.insert(0, parent)

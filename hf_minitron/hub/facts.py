@@ -49,7 +49,6 @@ def gather(run: Run) -> dict[str, Any]:
     section, plan = run.section("publish"), _plan(run)
     logs = {stage: _log(run, stage) for stage in ("correct", "distill")}
     processes = ((logs["distill"] or {}).get("machine") or {}).get("processes", 1)
-    launcher = f"accelerate launch --num_processes {processes} -m hf_minitron" if processes > 1 else "hf-minitron"
     optional = {stage: _done_json(run, stage, f"{stage}.json") for stage in WROTE if stage in run.recipe}
     return {
         "name": section.get("repo_id") or run.folder.name,
@@ -68,7 +67,7 @@ def gather(run: Run) -> dict[str, Any]:
         **{stage: {key: found[key] for key in WROTE[stage]} for stage, found in optional.items() if found},
         "chat": bool(plan) and any((run.path("prune") / "student").glob("chat_template*")),
         "hashes": _hashes(run),
-        "command": command(run, f"{launcher} run"),
+        "command": command(run, processes),
         "seconds": {stage: _done_json(run, stage, "done.json").get("seconds") for stage in STAGES if _is_done(run, stage)},
         "missing": [stage for stage in ("score", "prune", "distill", "evaluate") if not _is_done(run, stage)],
         "version": hf_minitron.__version__,
