@@ -20,15 +20,15 @@ def command(run: Run, processes: int = 1) -> str:
         run (`Run`): The run.
         processes (`int`, *optional*, defaults to 1): How many trained it.
     """
-    start = f"accelerate launch --num_processes {processes} -m hf_minitron run" if processes > 1 else "hf-minitron run"
+    start = f"accelerate launch --num_processes {processes} -m hf_minitron" if processes > 1 else "hf-minitron"
     runs = [run]
     while parent := made_by(runs[0].model):
         runs.insert(0, parent)
     given = [_overrides(one) for one in runs]
     files = [shlex.quote(shorten(str(one.recipe_path))) for one in runs]
     if not any(given):
-        return " ".join([start, *files])
-    each = [" ".join([start, *words]) for words in zip(files, given, strict=True)]  # options hold for all recipes of a command
+        return " ".join([start, "run", *files])
+    each = [" ".join([start, "run", *words]) for words in zip(files, given, strict=True)]  # options hold for all recipes
     return " && ".join(line.rstrip() for line in each)
 
 
