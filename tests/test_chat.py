@@ -178,6 +178,26 @@ def test_calls_of_tools_without_a_content_are_written_by_the_template(tmp_path):
     assert [encoded(row, CALLS) for row in load_text(str(path))] == [(text, learnt), encoded({"messages": TWO})]
 
 
+def test_arguments_of_calls_that_are_json_are_written_as_tables():
+    """As vLLM reads them, and as Transformers' templates want them; else `tojson` would write a text in quotes."""
+    template = CALLS.replace("message.tool_calls[0].function.name", "(message.tool_calls[0].function.arguments.w5)")
+    texts = []
+    for given in ({"w5": "w1"}, '{"w5": "w1"}'):
+        call = [{"type": "function", "function": {"name": "w9", "arguments": given}}]
+        texts.append(encoded({"messages": [TWO[0], {"role": "assistant", "content": None, "tool_calls": call}]}, template))
+    assert texts[0] == texts[1]
+    assert texts[0][1] == "w1 </s>"
+
+
+def test_messages_that_are_json_are_no_plain_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"messages": json.dumps(TWO), "chat": TWO}) + "\n") * 9)
+    with pytest.raises(
+        ValueError, match="row 1: column 'messages' holds '.*, not messages. .*; with messages: chat; set text_"
+    ):
+        check_first_block(str(path), tokenizer(), 8)
+
+
 def test_what_arrow_adds_to_tools_and_their_calls_is_no_part_of_them(tmp_path):
     """Tables of one column have the keys of all of its rows."""
     template = CALLS.replace("tool_calls[0].function.name", "tool_calls[0].function.arguments.keys() | join(' ')")
@@ -308,6 +328,17 @@ BAD = {
     "nothing": ({"messages": [TWO[0], {"role": "assistant", "content": None}]}, PLAIN, "holds a message without content: "),
     "no role": ({"messages": [{"content": "w1"}]}, PLAIN, "holds a message without a role"),
     "mixed": ({"prompt": "w1", "completion": TWO[1:2]}, PLAIN, "has a prompt and a completion that are not both texts"),
+    "mixed the other way": (
+        {"prompt": TWO[:1], "completion": "w1"},
+        PLAIN,
+        "has a prompt and a completion that are not both m",
+    ),
+    "begins with an answer": ({"messages": TWO[1:]}, PLAIN, "begins with a turn of the assistant, before which nothing is"),
+    "no answer": (
+        {"prompt": TWO[:1], "completion": TWO[:1]},
+        PLAIN,
+        "has a completion that does not begin with a turn of the a",
+    ),
 }
 
 

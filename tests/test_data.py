@@ -434,8 +434,8 @@ NOT_TEXT = {
     "mixed": ([{"text": "w1"}, {"text": "w2"}, {"text": 3}], "row 3: column 'text' holds '3', not text"),
     "other": (
         [{"rows": [{"role": "user", "content": "w1"}], "source": "web"}],
-        "has no column 'text'; it has rows, source. Columns with text: source; set text_column. Also read are messages, "
-        "conversations, completion, input_ids",
+        "has no column 'text'; it has rows, source. Columns with text: source; with messages: rows; set text_column. "
+        "Also read are messages, conversations, completion, input_ids",
     ),
 }
 

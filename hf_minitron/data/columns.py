@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 # Columns that are read where there is no text: of documents, and of prompts, whose answers are left away.
-DOCUMENTS = ("messages", "conversations", "completion", "input_ids")
-PROMPTS = ("messages", "conversations", "prompt")
+CHATS = ("messages", "conversations")
+DOCUMENTS = (*CHATS, "completion", "input_ids")
+PROMPTS = (*CHATS, "prompt")
 # Columns beside tokens that say where nothing is learnt, each in its own way.
 MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
 
@@ -43,7 +44,10 @@ def columns_of(
     """
     names = PROMPTS if prompts else DOCUMENTS
     texts = ", ".join(name for name, value in first.items() if isinstance(value, str)) or "none"
-    advice = f"Columns with text: {texts}; set text_column. Also read are {', '.join(names)}"
+    chats = ", ".join(name for name, value in first.items() if holds("messages", value) and name not in names)
+    advice = (
+        f"Columns with text: {texts}{chats and f'; with messages: {chats}'}; set text_column. Also read are {', '.join(names)}"
+    )
     found = column
     if column == "text" and column not in there:
         found = next((name for name in names if name in there), column)
@@ -52,7 +56,7 @@ def columns_of(
     more = {name: name for name in ("tools",) if name in there}
     if found == "completion" and "prompt" in there and not prompts:
         return {"prompt": "prompt", "completion": "completion"} | more, advice
-    if holds("messages", first[found]) or (found in PROMPTS[:2] and isinstance(first[found], list)):
+    if holds("messages", first[found]) or (found in CHATS and (found != column or isinstance(first[found], list))):
         return {"messages": found} | more, advice
     if holds("input_ids", first[found]) and not prompts:
         return {"input_ids": found} | {name: name for name in MASKS if name in there}, advice

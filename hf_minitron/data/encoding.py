@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.columns import MASKS
 from hf_minitron.data.messages import read_messages, with_tools
+from hf_minitron.data.token_rows import read_tokens
 from hf_minitron.errors import one_line
 
 # Ids alone, of the text alone.
@@ -81,7 +82,7 @@ class Encoder:
 
     def ready(self, rows: Sequence[Mapping]) -> "Documents":
         """Return tokens that are such already, without padding."""
-        return [_each(number, _ready, row, np.iinfo(self.dtype).max) for number, row in enumerate(rows)]
+        return [_each(number, read_tokens, row, np.iinfo(self.dtype).max) for number, row in enumerate(rows)]
 
     def pairs(self, rows: Sequence[Mapping]) -> "Documents":
         """Return the tokens of prompts with their completions, which are predicted: of texts with an end token, of messages."""
@@ -132,6 +133,8 @@ class Encoder:
         """Return a conversation as text, and where the assistant's turns begin and end in it."""
         messages = self._messages(row, "messages")
         whole, spans = self._template(messages, row, tokenize=False), []
+        if messages[0]["role"] == "assistant":
+            raise ValueError("begins with a turn of the assistant, before which nothing is asked. Leave it out")
         for number, turn in enumerate(messages):
             if turn["role"] == "assistant":
                 before = self._template(messages[:number], row, tokenize=False, add_generation_prompt=True)
@@ -156,7 +159,11 @@ class Encoder:
         return len(whole) - len(rest) + len(own) if split else self._prefix(through, whole)
 
     def _written_pair(self, row: Mapping) -> tuple[str, list[tuple[int, int]]]:
+        if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
+            raise ValueError("has a prompt and a completion that are not both messages. Leave it out")
         prompt, completion = self._messages(row, "prompt"), self._messages(row, "completion")
+        if completion[0]["role"] != "assistant":
+            raise ValueError("has a completion that does not begin with a turn of the assistant. Leave it out")
         whole = self._template([*prompt, *completion], row, tokenize=False)
         before = self._template(prompt, row, tokenize=False, add_generation_prompt=True)
         return whole, [(self._prefix(before, whole), len(whole))]
@@ -170,7 +177,9 @@ class Encoder:
         except Exception as error:  # whatever a template raises
             whole = all("content" in turn for turn in messages)
             way = "Leave it out" if whole else 'Give calls of tools the content "", or leave the document out'
-            raise ValueError(f"is refused by the chat template of {_name(self.tokenizer)}: {one_line(error)}. {way}") from error
+            raise ValueError(
+                f"is refused by the chat template of {_name(self.tokenizer)}: {one_line(error).rstrip('.')}. {way}"
+            ) from error
 
     def _prefix(self, part: str, whole: str) -> int:
         if not whole.startswith(part):
@@ -260,30 +269,6 @@ def _each(number: int, encode: Callable, *args: Any) -> Any:
 def _each_chat(encode: Callable[[Mapping], Any], rows: Sequence[Mapping]) -> list:
     """Encode conversations, with their tools as templates read them."""
     return [_each(number, lambda row: encode(with_tools(row)), row) for number, row in enumerate(rows)]
-
-
-def _ready(row: Mapping, most: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(row["input_ids"])
-    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError("has input_ids that are no list of whole numbers. Leave it out")
-    if len(ids) and not 0 <= ids.min() <= ids.max() <= most:
-        raise ValueError(f"holds the id {ids.max() if ids.max() > most else ids.min():,}, which the tokenizer does not have")
-    real, learnt = np.ones(len(ids), bool), np.ones(len(ids), bool)
-    for name in MASKS:
-        if (mask := row.get(name)) is None:
-            continue
-        mask = np.asarray(mask)
-        if mask.shape != ids.shape:
-            raise ValueError(f"has {len(mask)} {name} for {len(ids)} input_ids. Leave it out")
-        if name == "attention_mask":
-            real = mask.astype(bool)
-        elif name == "labels":
-            if not np.array_equal(mask[mask != -100], ids[mask != -100]):
-                raise ValueError("has labels that are neither its input_ids nor -100: they must not be shifted")
-            learnt &= mask != -100
-        else:
-            learnt &= mask.astype(bool)
-    return ids[real], learnt[real]
 
 
 def _some(learnt: Sequence) -> Sequence:

@@ -60,8 +60,24 @@ def _message(turn: Mapping, template: str, name: str) -> dict:
     if made.get("tool_calls") and "tool_calls" not in template:
         raise ValueError(f"has tool_calls, which the chat template of {name} does not write. Give it a template that does, or "
                          "leave the document out")  # fmt: skip
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else calls
     made["role"] = _role(made["role"], template, name)
     return made | ({"content": _text(made["content"])} if "content" in made else {})
+
+
+def _call(call: Any) -> Any:
+    """Return a call of a tool with its arguments as a table, as templates write them, where they are JSON (OpenAI's form)."""
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _call(function)}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, Mapping) else call
 
 
 def _role(role: str, template: str, name: str) -> str:
