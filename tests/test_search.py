@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from transformers import DynamicCache
 
 from hf_minitron import Architecture
@@ -279,7 +280,7 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     assert "search: done before, skipped" in out
     assert all(f"hf-minitron run {path}" in out for path in paths)
     assert main(["select", str(searched)]) == 1
-    assert f"no candidate is finished yet:\n  hf-minitron run {paths[0]}" in capsys.readouterr().err
+    assert f"no candidate is finished yet:\n    hf-minitron run {paths[0]}" in capsys.readouterr().err
     monkeypatch.setattr("hf_minitron.stages.score.calibrate", lambda *args, **kwargs: 1 / 0)  # nothing is scored again
     assert main(["run", str(paths[0])]) == 0
     assert "score: done before, skipped" in capsys.readouterr().out
@@ -294,6 +295,8 @@ def test_search_and_select_through_the_command(searched, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert names[0] in out
     assert f"Not finished:\n\n    hf-minitron run {paths[1]}" in out
+    rendered = MarkdownIt().render((folder / "select/ranking.md").read_text())
+    assert f"<pre><code>hf-minitron run {paths[1]}\n</code></pre>" in rendered
     for verb in ("prune", "distill", "evaluate"):
         assert main([verb, str(paths[1])]) == 0
     capsys.readouterr()
