@@ -74,6 +74,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any], sections: Mapping[str,
             _check_keys(stage, recipe.get(stage) or {}, list(keys), sections)
     if not recipe.get("model"):
         raise RecipeError(f"{path} names no model: add `model:` with a folder or a Hub id")
+    for key in ("model", "run"):
+        _typed(key, recipe.get(key), str | None)
     seed = recipe.get("seed", 0)
     if type(seed) is not int or seed < 0:
         raise RecipeError(f"seed: {seed!r} is not a whole number from 0 on")
@@ -241,13 +243,18 @@ def _typed(name: str, value: Any, declared: Any, least: int | None = None) -> An
     elif number or type(value) not in kinds:
         quotes = "; put it in quotes" if number and str in kinds else ""
         wanted = " or ".join(words for kind, words in KINDS.items() if kind in kinds)
-        raise RecipeError(f"{name}: {value!r} is not {wanted}{quotes}")
+        raise RecipeError(f"{name}: {_written(value)} is not {wanted}{quotes}")
     if least is not None and value is not None and value < least:
         raise RecipeError(f"{name}: {value} must be at least {least}")
     for item in value if isinstance(value, list) else ():
         if isinstance(item, list | dict):
             raise RecipeError(f"{name}: {item!r} is no item of its list, which takes names and numbers; write [a, b]")
     return value
+
+
+def _written(value: Any) -> str:
+    """Return a value as it stands in a recipe."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 # Truth values of YAML 1.1, which are text in 1.2, where nothing but a truth value is meant.

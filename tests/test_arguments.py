@@ -166,7 +166,7 @@ def test_arguments_that_work_are_taken(tmp_path):
         ({"modules_to_save": ["nothing"], "target_modules": []}, "lora: "),
         ({"inference_mode": True}, "lora: inference_mode is set for you; leave it out"),
         ({"task_type": "CAUSAL_LM"}, "lora: task_type is set for you"),
-        ({"rank": 8}, "lora: 'rank' is no field of peft.LoraConfig; did you mean"),
+        ({"rank": 8}, "lora: 'rank' is no field of peft.LoraConfig; did you mean 'r'"),
     ],
 )
 def test_lora_settings_that_cannot_work_are_refused(settings, message):
@@ -200,7 +200,7 @@ def test_what_a_run_decides_is_refused_in_a_section(project, stage, name):
         ({"distill.learning_rate": "-1"}, "learning_rate: -1.0 must be above zero"),
         ({"distill.learning_rate": ".inf"}, "distill.learning_rate: inf is not a number"),
         ({"distill.learning_rate": "'1e-4'"}, "distill.learning_rate: '1e-4' is not a number"),
-        ({"distill.learning_rate": "true"}, "distill.learning_rate: True is not a number"),
+        ({"distill.learning_rate": "true"}, "distill.learning_rate: true is not a number"),
         ({"distill.gradient_accumulation_steps": "0"}, "gradient_accumulation_steps: 0 must be at least 1"),
         ({"distill.per_device_train_batch_size": "-1"}, "per_device_train_batch_size: -1 must be at least 1"),
         ({"distill.max_steps": "0"}, "max_steps: 0 must be at least 1, or -1 to count epochs"),

@@ -94,7 +94,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
         ({"bake": {}}, "bake.flour is missing: What it is made of"),
         ({"bake.flour": 7}, "bake.flour: 7 is not text"),
         ({"bake.heat": "hot"}, "bake.heat: 'hot' is not a number"),
-        ({"bake.heat": True}, "bake.heat: True is not a number"),
+        ({"bake.heat": True}, "bake.heat: true is not a number"),
         ({"bake.loaves": 1.5}, "bake.loaves: 1.5 is not a whole number"),
         ({"bake.loaves": 0}, "bake: loaves: 0 must be at least 1"),
     ],

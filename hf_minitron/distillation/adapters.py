@@ -51,12 +51,16 @@ def load_base(folder: Path, name: str, device: torch.device) -> PreTrainedModel:
     return load_model(folder, **kwargs)
 
 
+# Fields of peft.LoraConfig by shorter names.
+SHORT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules", "target": "target_modules"}
+
+
 def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
     """Refuse settings that `add_lora` would refuse for a model of this config, without its weights."""
     known, hints = [setting.name for setting in dataclasses.fields(LoraConfig)], typing.get_type_hints(LoraConfig)
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             raise ValueError(f"lora: {key!r} is no field of peft.LoraConfig" + (f"; did you mean {near[0]!r}?" if near else ""))
         if key in OURS:
             raise ValueError(f"lora: {key} is set for you; leave it out")

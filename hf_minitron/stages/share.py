@@ -47,6 +47,9 @@ def with_sizes(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a recipe whose target has sizes in place of shares of the model's; the recipe itself where it has none."""
     prune = recipe.get("prune") or {}
     target = prune.get("target")
+    for name, value in target.items() if isinstance(target, Mapping) else [("", target)]:
+        if type(value) is float and 0 < value < 1 or not name and type(value) is int:
+            share_of(value, ".".join(filter(None, ("prune.target", str(name)))))  # refused, with the share that it means
     if not isinstance(target, str | Mapping) or not _has_share(target):
         return recipe
     architecture = teacher(str(recipe["model"]), bool(prune.get("dequantize")))

@@ -93,6 +93,9 @@ class TextArguments:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps:g} are not fewer than max_steps: {self.max_steps}; set it lower"
             )
+        if self.max_steps > 0 and self.num_train_epochs != type(self).__dataclass_fields__["num_train_epochs"].default:
+            raise ValueError(f"num_train_epochs: {self.num_train_epochs:g} has no effect beside max_steps: {self.max_steps}; "
+                             "set max_steps: -1 to count epochs, or leave it out")  # fmt: skip
         check_evaluation(self)
         check_base(self.lora, self.base_dtype)
 
