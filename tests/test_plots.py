@@ -142,6 +142,14 @@ def test_a_loss_is_shown_from_zero_and_whole(tmp_path, drawn, first, last):
     assert low == 0 if last >= 0 else found["history"][-1]["loss"] - low > 0.05 * (high - low)
 
 
+@pytest.mark.parametrize("most", [40, 900, 1_500, 25_000, 1_500_000])
+def test_large_differences_have_room(tmp_path, drawn, most):
+    found = {"a acc": ("better", most, most / 2, 2 * most), "b acc": ("worse", -30, -40, -20)}
+    plots.plot_differences(found, tmp_path / "differences.png")
+    assert not overlapping(drawn[0])
+    assert f"{most:+,.0f} %" in [text for text, _ in boxes(drawn[0])]
+
+
 @pytest.mark.parametrize("metric", ["bits per byte", "perplexity"])
 @pytest.mark.parametrize(("count", "apart"), [(1, 1), (2, 1), (12, 1 / 50), (12, 1e-4), (30, 1e-4), (60, 1e-3)])
 def test_models_by_size_and_quality(tmp_path, drawn, count, apart, metric):

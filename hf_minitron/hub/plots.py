@@ -108,15 +108,18 @@ def plot_differences(comparisons: Mapping[str, tuple[str, float, float, float]],
             color = colors[verdict]
             axes.plot([low, high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
             axes.plot(middle, row, "o", color=color, markersize=7)
-            axes.annotate(f"{middle:+.0f} %", (middle, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(
+                f"{middle:+,.0f} %", (middle, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
+            )
         for verdict in dict.fromkeys(verdict for verdict, *_ in comparisons.values()):
             axes.plot([], [], "o", color=colors[verdict], label=verdict)
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handletextpad=0.2)
         axes.set_yticks(range(len(comparisons)), names)
         axes.set_ylim(-0.6, len(comparisons) - 0.3)
         axes.margins(x=0.1)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))  # more would touch each other
-        axes.xaxis.set_major_formatter("{x:+.0f} %")
+        widest = max(abs(bound) for _, *bounds in comparisons.values() for bound in bounds)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5 if widest < 1000 else 3))  # more would touch each other
+        axes.xaxis.set_major_formatter("{x:+,.0f} %")
         axes.set_xlabel("difference from the teacher")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
