@@ -6,10 +6,12 @@ import math
 import re
 import shutil
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import tiny
 import yaml
+from datasets import Dataset, DatasetDict
 from test_chat import tokenizer as chat_tokenizer
 
 from hf_minitron import Architecture
@@ -19,6 +21,7 @@ from hf_minitron.errors import RecipeError
 from hf_minitron.known_names import RENAMED, VERBS
 from hf_minitron.planning.costs import CHECKPOINTING, Machine
 from hf_minitron.planning.drafting import draft, is_instruct
+from hf_minitron.planning.own_text import tokens_of
 from hf_minitron.recipe import bind, load_recipe
 from hf_minitron.recipe_file import TOP_LEVEL
 from hf_minitron.stages.every import STAGES
@@ -291,6 +294,28 @@ def test_init_takes_every_text_that_the_stages_take(chatty, tmp_path, capsys, ki
     assert main(["init", str(chatty), "--text", str(source), "--output", str(tmp_path / "r.yaml")]) == 0, (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "gz", "parquet", "saved", "pattern"])
+def test_a_text_of_ones_own_is_counted_whatever_holds_it(tmp_path, kind):
+    """Within a half, of Python's documentation; what is held out beside it is not counted, nor is a card."""
+    rows = [{"text": text} for text in topics.values()]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    source = tmp_path / {"file": "a.jsonl", "gz": "a.jsonl.gz", "parquet": "a.parquet", "pattern": "*.jsonl"}.get(kind, "texts")
+    if kind in ("file", "pattern"):
+        (tmp_path / "a.jsonl").write_text(content)
+    elif kind == "gz":
+        source.write_bytes(gzip.compress(content.encode()))
+    elif kind == "parquet":
+        Dataset.from_list(rows).to_parquet(source)
+    elif kind == "saved":
+        DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:40])}).save_to_disk(source)
+    else:
+        source.mkdir()
+        (source / "train.jsonl").write_text(content)
+        (source / "test.jsonl").write_text(content[: len(content) // 5])
+        (source / "README.md").write_text("A card. " * 100_000)
+    assert tokens_of(str(source)) == pytest.approx(len(content) / 4, rel=0.5)
 
 
 def test_init_says_that_a_model_without_a_chat_template_reads_no_chats(chatty, tmp_path, capsys):

@@ -4,6 +4,7 @@ Each function imports `datasets`, which a draft of no such text does without.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from hf_minitron.errors import told
 from hf_minitron.planning.costs import value_of
 
 TOKEN_BYTES = 4  # of text, about
+COMPRESSED = 3  # bytes of text for one of a compressed file, about
 HELD_OUT = ("test", "validation", "valid", "dev", "eval")  # how splits are called, or begin
 
 
 def tokens_of(text: str) -> int | None:
-    """Return about how many tokens the files of a text have; `None` for one on the Hub, and where no size tells.
+    """Return about how many tokens the files of a text have to train on; `None` for one on the Hub.
 
     Args:
         text (`str`): As for `load_text`.
@@ -23,11 +25,35 @@ def tokens_of(text: str) -> int | None:
     Raises:
         ValueError: when there is no such text.
     """
-    from hf_minitron.data.formats import plain_bytes, text_files
+    from hf_minitron.data.formats import text_files
 
     files = text_files(text)
-    size = plain_bytes(files) if files else None
-    return None if size is None else max(size // TOKEN_BYTES, 1)
+    if files is None:
+        return None
+    if files[0].is_dir():
+        inside = [
+            file for file in files[0].rglob("*") if file.is_file() and not file.relative_to(files[0]).name.startswith(".")
+        ]
+        files = [file for file in inside if not _is_held_out(file.relative_to(files[0]))] or inside
+    return max(sum(map(_bytes, files)) // TOKEN_BYTES, 1)
+
+
+def _is_held_out(file: Path) -> bool:
+    return any(part.startswith(HELD_OUT) for part in file.parts)
+
+
+def _bytes(file: Path) -> int:
+    """Return about how many bytes of text a file holds: of other kinds in a folder, such as a card, none."""
+    from hf_minitron.data.formats import COMPRESSIONS, format_of
+
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with suppress(pyarrow.ArrowException, OSError):  # whoever reads it says what is wrong
+            footer = pyarrow.parquet.read_metadata(file)
+            return sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
+    known = format_of(file) or file.suffix in (".arrow", ".bin")
+    return file.stat().st_size * (COMPRESSED if file.suffix.lower() in COMPRESSIONS else 1) if known else 0
 
 
 def splits_for(text: str) -> tuple[str, str | None]:
