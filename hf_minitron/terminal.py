@@ -1,5 +1,7 @@
 """What the command shows while it works: one progress bar of the stage that runs, and none of libraries that load or save."""
 
+from logging import CRITICAL
+
 import datasets
 from tqdm.auto import tqdm
 from transformers import (
@@ -18,6 +20,7 @@ def quiet_libraries() -> None:
     """Show no bars of loading weights, saving shards and reading data sets from now on; that of downloading weights stays."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)  # of a broken file, which is told in one line
 
 
 class StageBar(TrainerCallback):

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -294,6 +296,14 @@ def test_init_takes_every_text_that_the_stages_take(chatty, tmp_path, capsys, ki
     assert main(["init", str(chatty), "--text", str(source), "--output", str(tmp_path / "r.yaml")]) == 0, (
         capsys.readouterr().err
     )
+
+
+def test_a_broken_file_is_told_in_one_line(chatty, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    command = ["-m", "hf_minitron", "init", chatty, "--text", tmp_path / "a.parquet", "--output", tmp_path / "r.yaml"]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.stderr.startswith(f"error: {tmp_path / 'r.yaml'} is written, but score cannot read its text: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "gz", "parquet", "saved", "pattern"])

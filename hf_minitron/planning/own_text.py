@@ -5,6 +5,7 @@ Each function imports `datasets`, which a draft of no such text does without.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,14 @@ def check_texts(recipe: Mapping[str, Any], folder: Path, path: Path) -> None:
     Raises:
         RecipeError: naming the stage.
     """
+    from datasets import logging
     from transformers import AutoTokenizer
 
     from hf_minitron.data.formats import text_files
     from hf_minitron.data.packing import check_first_block
     from hf_minitron.data.texts import load_text
 
+    logging.set_verbosity(CRITICAL)  # of a broken file, which is told in one line
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     for stage in ("score", "distill", "evaluate"):
