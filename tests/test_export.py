@@ -28,7 +28,7 @@ from hf_minitron.export.gguf_model import write_gguf
 from hf_minitron.export.gguf_tokenizer import SPLITS, tokenizer_metadata
 from hf_minitron.export.layouts import GGUF_TYPES, LAYOUTS
 from hf_minitron.export.llama_cpp import LlamaCpp
-from hf_minitron.export.mlx import Mlx
+from hf_minitron.export.mlx import Mlx, bits_of
 from hf_minitron.export.texts import BLOCK, Texts, read_blocks
 from hf_minitron.hub.publish import files_to_push
 from hf_minitron.modeling import PrunedConfig, PrunedForCausalLM
@@ -279,11 +279,15 @@ def test_mlx_computes_what_transformers_does(model, tmp_path):
     saved(tmp_path / "model", model(), with_chat(TOKENIZER))
     facts = export_model(tmp_path / "model", tmp_path / "out", "tiny", Texts("text", [IDS]), ["mlx"])
     (file,) = facts["files"]
-    assert file["file"] == "mlx"
-    assert file["teacher_kl"] < 0.2
-    assert json.loads((tmp_path / "out" / "mlx" / "config.json").read_text())["quantization"]["bits"] == 4
+    assert (file["file"], file["type"]) == ("mlx", "MLX 8-bit")
+    assert file["teacher_kl"] < 0.01
+    assert json.loads((tmp_path / "out" / "mlx" / "config.json").read_text())["quantization"]["bits"] == 8
     for path in (tmp_path / "out" / "mlx").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_a_small_model_takes_eight_bits_for_mlx():
+    assert [bits_of(parameters) for parameters in (135_000_000, 999_999_999, 1_235_814_400)] == [8, 8, 4]
 
 
 @mlx

@@ -20,7 +20,7 @@ from hf_minitron.export.compare import Runtime, compare_exports
 from hf_minitron.export.gguf_model import gguf_names, layout_of, quantizable, write_gguf
 from hf_minitron.export.layouts import FORMATS, GGUF_TYPES, MLX, NONUNIFORM_TYPES
 from hf_minitron.export.llama_cpp import LlamaCpp, quantize
-from hf_minitron.export.mlx import Mlx, check_mlx, write_mlx
+from hf_minitron.export.mlx import Mlx, bits_of, check_mlx, write_mlx
 from hf_minitron.export.texts import Texts
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.probe import Visit, probe
@@ -28,7 +28,7 @@ from hf_minitron.pruning.export import export as export_stock
 
 PACKAGES = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "gguf"), "mlx_lm": ("mlx-lm", "mlx")}
 FACTS = "export.json"
-MLX_TYPE = "MLX 4-bit"
+MLX_TYPES = {bits: f"MLX {bits}-bit" for bits in (8, 4)}
 
 
 def check_export(config: PreTrainedConfig, formats: Sequence[str], types: Sequence[str] = GGUF_TYPES) -> None:
@@ -103,8 +103,9 @@ def export_model(
         if "gguf" in formats:
             paths |= _write_ggufs(folders["gguf"], model, name, types, texts, scratch)
         if "mlx" in formats:
-            paths |= {MLX_TYPE: scratch / MLX}
-            write_mlx(folders["mlx"], scratch / MLX, AutoConfig.from_pretrained(folders["mlx"]))
+            bits = bits_of(model.num_parameters())
+            paths |= {MLX_TYPES[bits]: scratch / MLX}
+            write_mlx(folders["mlx"], scratch / MLX, AutoConfig.from_pretrained(folders["mlx"]), bits)
         tokenizer, files = AutoTokenizer.from_pretrained(source), _loaders(paths, texts)
         measured = compare_exports(model, tokenizer, texts.held_out, files, texts.labels)
         facts = {"name": name, "text": texts.name, **measured}
@@ -143,8 +144,8 @@ def _write_ggufs(
 def _loaders(paths: Mapping[str, Path], texts: Texts) -> dict[str, Callable[[], Runtime]]:
     """Return what loads each file whose runtime is installed."""
     context = max(map(len, texts.held_out))
-    mlx = {kind: partial(Mlx, path) for kind, path in paths.items() if kind == MLX_TYPE}
-    ggufs = {kind: partial(LlamaCpp, path, context) for kind, path in paths.items() if kind != MLX_TYPE}
+    mlx = {kind: partial(Mlx, path) for kind, path in paths.items() if path.name == MLX}
+    ggufs = {kind: partial(LlamaCpp, path, context) for kind, path in paths.items() if path.name != MLX}
     return (ggufs if _is_installed("llama_cpp") else {}) | mlx
 
 

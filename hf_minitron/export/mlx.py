@@ -12,8 +12,11 @@ from transformers import PreTrainedConfig
 from hf_minitron.checkpoint.checkpoint import complete_or_absent
 from hf_minitron.errors import one_line
 
-BITS = 4
-CPU_TOKENS = 128  # that are compared where there is no Metal: MLX multiplies slowly on other processors
+LARGE = 1_000_000_000  # parameters from which on four bits suffice: SmolLM2-135M in four is 0.9 nats per token from itself
+# Scales of eight bits must be finer than bfloat16 (SmolLM2-135M: 0.005 nats per token, not 0.1), but these types compute more
+# than float16 holds.
+WIDE = ("gemma",)
+CPU_TOKENS = 32  # that are compared where there is no Metal: MLX multiplies slowly on other processors
 GROUPS = (64, 32)  # numbers that share a scale, the first that the hidden size divides by
 
 
@@ -31,24 +34,31 @@ def check_mlx(config: PreTrainedConfig) -> None:
         raise ValueError(f"hidden is {config.hidden_size}, which does not divide by {GROUPS[-1]}, so MLX cannot quantize it")
 
 
-def write_mlx(source: Path, target: Path, config: PreTrainedConfig) -> None:
-    """Write a model folder as mlx-lm converts it, its matrices in four bits.
+def bits_of(parameters: int) -> int:
+    """Return how many bits a weight of a model of so many parameters takes."""
+    return 4 if parameters >= LARGE else 8
+
+
+def write_mlx(source: Path, target: Path, config: PreTrainedConfig, bits: int) -> None:
+    """Write a model folder as mlx-lm converts it, its matrices quantized.
 
     Args:
         source (`Path`): A folder that `save_pretrained` wrote.
         target (`Path`): The new folder; it has its name only once it is complete.
         config (`PreTrainedConfig`): The model's config.
+        bits (`int`): Of a weight.
 
     Raises:
         ValueError: when mlx-lm does not take it.
     """
     from mlx_lm import convert
 
+    dtype = "float16" if bits == 8 and not config.model_type.startswith(WIDE) else None  # else the one of the config
     with complete_or_absent(target) as folder:
         folder.rmdir()  # it makes it itself
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                convert(str(source), str(folder), quantize=True, q_bits=BITS, q_group_size=_group(config))
+                convert(str(source), str(folder), quantize=True, q_bits=bits, q_group_size=_group(config), dtype=dtype)
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # of a model that it reads otherwise
             raise ValueError(f"mlx-lm did not convert the model: {one_line(error)}") from error
         (folder / "README.md").unlink(missing_ok=True)  # which names the folder on this machine
