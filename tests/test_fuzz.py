@@ -115,7 +115,7 @@ def counts(few, many):
 @pytest.fixture
 def quick(monkeypatch):
     """Texts and tasks are left alone: they have mutations of their own, and tests."""
-    for stage in ("score", "evaluate", "training", "synthesize"):
+    for stage in ("score", "evaluate", "training"):
         monkeypatch.setattr(f"hf_minitron.stages.{stage}.check_first_block", lambda *args, **kwargs: None)
     monkeypatch.setattr("hf_minitron.evaluation.tasks.Tasks.check", lambda *args: None)
 
