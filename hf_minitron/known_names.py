@@ -109,6 +109,13 @@ RENAMED = _told({
     "share target_params target_size",
     **{f"target.{axis}": f"{axis} {names}" for axis, names in AXES.items()},
 })  # fmt: skip
+# Fields of peft.LoraConfig, by shorter names.
+LORA_FIELDS = {name: ours for name, (ours, *_) in _told({
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets target",
+}).items()}  # fmt: skip
 # Verbs, and options of those that read no recipe.
 VERBS = {name: ours for name, (ours, *_) in _told({
     "init": "new create start draft",

@@ -17,6 +17,7 @@ from hf_minitron.architecture.vision import TOWERS
 from hf_minitron.checkpoint.checkpoint import load_model
 from hf_minitron.distillation.checks import check_number
 from hf_minitron.errors import one_line
+from hf_minitron.known_names import LORA_FIELDS
 
 # What is not said in a recipe.
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -51,16 +52,12 @@ def load_base(folder: Path, name: str, device: torch.device) -> PreTrainedModel:
     return load_model(folder, **kwargs)
 
 
-# Fields of peft.LoraConfig by shorter names.
-SHORT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules", "target": "target_modules"}
-
-
 def check_lora(settings: Mapping, config: PreTrainedConfig) -> None:
     """Refuse settings that `add_lora` would refuse for a model of this config, without its weights."""
     known, hints = [setting.name for setting in dataclasses.fields(LoraConfig)], typing.get_type_hints(LoraConfig)
     for key, value in settings.items():
         if key not in known:
-            near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            near = [LORA_FIELDS[key]] if key in LORA_FIELDS else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             raise ValueError(f"lora: {key!r} is no field of peft.LoraConfig" + (f"; did you mean {near[0]!r}?" if near else ""))
         if key in OURS:
             raise ValueError(f"lora: {key} is set for you; leave it out")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_minitron.data.encoding import Encoder, check_encoder
 from hf_minitron.data.packing import adds_bos_token
-from hf_minitron.data.texts import load_text
+from hf_minitron.data.texts import load_utf8
 
 
 class Start(NamedTuple):
@@ -79,12 +79,13 @@ class Prompts:
         add_bos_token: bool | None,
         seed: int,
     ):
-        self._source, self._documents = source, load_text(source, split, column, prompts=True)
+        self._source, self._documents = source, load_utf8(source, split, column, prompts=True)
         self._tokenizer, self._max_tokens, self._bos = tokenizer, max_tokens, add_bos_token
         self._texts = "text" in self._documents.column_names
         self.chats = chat or not self._texts
         if self.chats:
             check_encoder(["messages"], {}, tokenizer, source)
+            self._encoder = Encoder(tokenizer, [])
         numbers = range(len(self._documents))
         if self._texts:
             numbers = [number for number, text in zip(numbers, self._documents["text"], strict=True) if text.strip()]
@@ -109,7 +110,7 @@ class Prompts:
 
     def _chat(self, row: dict, place: int) -> Start:
         try:
-            chat, ids = Encoder(self._tokenizer, []).prompt(row)
+            chat, ids = self._encoder.prompt(row)
         except ValueError as error:
             raise ValueError(f"prompts: {self._source}: document {place:,} (from 0) {error}") from error
         return Start(ids, chat)

@@ -28,7 +28,6 @@ from hf_minitron.pruning.export import export as export_stock
 
 PACKAGES = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "gguf"), "mlx_lm": ("mlx-lm", "mlx")}
 FACTS = "export.json"
-MLX_TYPES = {bits: f"MLX {bits}-bit" for bits in (8, 4)}
 
 
 def check_export(config: PreTrainedConfig, formats: Sequence[str], types: Sequence[str] = GGUF_TYPES) -> None:
@@ -104,7 +103,7 @@ def export_model(
             paths |= _write_ggufs(folders["gguf"], model, name, types, texts, scratch)
         if "mlx" in formats:
             bits = bits_of(model.num_parameters())
-            paths |= {MLX_TYPES[bits]: scratch / MLX}
+            paths |= {f"MLX {bits}-bit": scratch / MLX}
             write_mlx(folders["mlx"], scratch / MLX, AutoConfig.from_pretrained(folders["mlx"]), bits)
         tokenizer, files = AutoTokenizer.from_pretrained(source), _loaders(paths, texts)
         measured = compare_exports(model, tokenizer, texts.held_out, files, texts.labels)

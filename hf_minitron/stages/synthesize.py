@@ -16,7 +16,7 @@ from hf_minitron.architecture.config import positions_of
 from hf_minitron.checkpoint.checkpoint import best_device, best_dtype, load_model, resolve
 from hf_minitron.data.formats import SYNTHESIZED
 from hf_minitron.data.packing import adds_bos_token
-from hf_minitron.data.texts import check_text, load_utf8
+from hf_minitron.data.texts import check_text
 from hf_minitron.distillation.prompts import Prompts, Start, start_ids
 from hf_minitron.distillation.synthesis import Sieve, generate_batch, sampling
 from hf_minitron.inputs import text_files
@@ -98,7 +98,6 @@ def check(args: Args, run: Run) -> None:
         if args.chat_template and not tokenizer.chat_template:
             raise ValueError(f"chat_template: the tokenizer in {folder} has none")
         check_text(args.prompts)
-        load_utf8(args.prompts, args.split, args.text_column, prompts=True)
         prompts, taken = _prompts(args, tokenizer, run.seed), args.prompt_tokens
         first = prompts.batch(0, args.batch_size)
         if prompts.chats and args.add_bos_token is not None:
