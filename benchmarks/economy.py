@@ -152,7 +152,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> Given:
     texts = read_sources({str(args.runs / f"{name}.jsonl"): 1.0 for name in TRAINING})
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=folder / "blocks")
-    documents = load_text(str(args.runs / "calibration.jsonl"))
+    documents = load_text(str(args.runs / "calibration-published.jsonl"))
     calibration = token_blocks(documents, tokenizer, BLOCK, TUNED * BLOCK, seed=args.seed)
     return Given(args.model, blocks, calibration, rows, args.seed, folder / "out")
 

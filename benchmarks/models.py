@@ -68,8 +68,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     rate: {"per_device_train_batch_size": 1, "learning_rate": float(rate), "lr_scheduler_type": "linear"}
     for rate in ("3e-4", "1.5e-4", "6e-4")
 }
-TRIED_WITH = 12_288  # tokens with which widths are tried; of more tokens, a budget tries the two best settings of the one below
-CALIBRATION = {"tokens": 16_384, "layers_limit": 4}
+TRIED_WITH = 12_288  # tokens with which widths are tried, and every setting; of more, the best settings of the budget below
+TRIED_OF_MORE = {36_864: 2, 122_880: 1, 368_640: 1}  # how many
+# Tokens of the calibration: what ours is fitted on, and a quarter of it, with which the published recipe scores as well.
+CALIBRATION = {"ours": {"tokens": 65_536}, race.PUBLISHED: {"tokens": 16_384}}
+PIECES = {"ours": 150, race.PUBLISHED: 40}  # of every source, of 2,000 characters
 TRAINING = ("c4_1", "stackexchange", "code")
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
 VALIDATION = "validation"
@@ -188,7 +191,7 @@ def settings_of(out: Path, size: str, shape: str, budget: int) -> list[Entry]:
     losses = {entry.setting: validation_loss(out, entry) for entry in below}
     if not losses or None in losses.values():
         return []
-    best = sorted(losses, key=losses.__getitem__)[:2]
+    best = sorted(losses, key=losses.__getitem__)[: TRIED_OF_MORE[budget]]
     return [entry for entry in every if entry.setting in best]
 
 
@@ -223,17 +226,20 @@ def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
     """
     out.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, list[str]] = {VALIDATION: [], "c4_2": load_text(str(data / "text/c4_2.jsonl"))["text"]}
-    calibration = []
+    calibration: dict[str, list[str]] = {recipe: [] for recipe in CALIBRATION}
     for name in TRAINING:
         documents = load_text(str(data / f"text/{name}.jsonl")).shuffle(seed=0)["text"]
         tested = min(len(documents) // 5, 100)
         held_out[name], rest = documents[:tested], documents[tested:]
         few = len(rest) // 10
         held_out[VALIDATION] += rest[:few][:8]
-        pieces = (document[place : place + 2_000] for document in rest[few:] for place in range(0, len(document), 2_000))
-        calibration += itertools.islice(pieces, 40)
+        pieces = [(place, n, document[place : place + 2_000])
+                  for n, document in enumerate(rest[few:]) for place in range(0, len(document), 2_000)]  # fmt: skip
+        for recipe, order in {"ours": sorted(pieces), race.PUBLISHED: pieces}.items():  # ours of as many documents as there are
+            calibration[recipe] += [piece for *_, piece in order[: PIECES[recipe]]]
         write_once(out / f"{name}.jsonl", rest[few:])
-    write_once(out / "calibration.jsonl", calibration)
+    for recipe, texts in calibration.items():
+        write_once(out / f"calibration-{recipe}.jsonl", texts)
     lines = (data / "tasks/lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
     held_out["books"] = [f"{row['context']} {row['continuation']}" for row in map(json.loads, lines[:100])]
     held_out["documentation"] = [text for _, text in sorted(pydoc_data.topics.topics.items())]
@@ -256,7 +262,9 @@ def write_once(path: Path, documents: Sequence[str]) -> None:
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
     widths, share = SIZES[entry.size]
-    score, ours = {"text": str(out / "calibration.jsonl"), **CALIBRATION}, {"sequential": True}
+    read = race.PUBLISHED if entry.shape == race.PUBLISHED else "ours"
+    score = {"text": str(out / f"calibration-{read}.jsonl"), **CALIBRATION[read], "layers_limit": 4}
+    ours: dict[str, Any] = {"sequential": True}
     if entry.shape == race.PUBLISHED:
         score |= {"metric": "l2_mean", "moments": False}
         ours = {"corrections": []}

@@ -113,7 +113,8 @@ def test_widths_and_then_the_settings_of_every_budget_are_tried_on_the_validatio
             assert before == (["nonuniform"] if shape == "nonuniform" else list(widths)), (size, shape)
             for budget in models.BUDGETS:
                 settings = {entry.setting for entry in of if entry.budget == budget and entry.width == before[0]}
-                assert len(settings) == (len(models.SETTINGS) if budget <= models.TRIED_WITH else 2), (size, shape, budget)
+                count = len(models.SETTINGS) if budget <= models.TRIED_WITH else models.TRIED_OF_MORE[budget]
+                assert len(settings) == count, (size, shape, budget)
                 assert first in settings
     assert {entry.seed for entry in tried} == {0}
 
@@ -183,7 +184,7 @@ def small(project, monkeypatch):
     """A race of tiny models."""
     monkeypatch.setattr(models, "SIZES", {"100m": ({"48": {"ffn": 48}}, 0.7)})
     monkeypatch.setattr(models, "BLOCK", 16)
-    monkeypatch.setattr(models, "CALIBRATION", {"tokens": 256, "block_size": 16})
+    monkeypatch.setattr(models, "CALIBRATION", dict.fromkeys(models.CALIBRATION, {"tokens": 256, "block_size": 16}))
     return project["folder"]
 
 
@@ -191,7 +192,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(small, tmp_path, monkeypatch
     out, stages = tmp_path / "race", []
     out.mkdir()
     text = (small / "train.jsonl").read_text()
-    for name in (*models.TRAINING, "calibration"):
+    for name in (*models.TRAINING, *(f"calibration-{recipe}" for recipe in models.CALIBRATION)):
         (out / f"{name}.jsonl").write_text(text)
     texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
     entry, model, real = models.Entry("100m", "uniform", "48", 256, 1, "3e-4"), str(small / "teacher"), models.command
@@ -329,8 +330,12 @@ def test_no_text_is_in_two_parts(tmp_path):
         held_out = {*first["validation"], *first.get(name, ())}
         assert not held_out & {*trained}, name
         assert not {*first.get(name, ())} & {*first["validation"]}, name
-    calibration = [json.loads(line)["text"] for line in (out / "calibration.jsonl").read_text().splitlines()]
-    assert len(calibration) == 3 * 40
+    documents = {}
+    for recipe, count in {"ours": 132, "published": 40}.items():
+        calibration = [json.loads(line)["text"] for line in (out / f"calibration-{recipe}.jsonl").read_text().splitlines()]
+        assert len(calibration) == 3 * count, recipe
+        documents[recipe] = {text for text in calibration if not text.startswith("word")}
+    assert len(documents["ours"]) > len(documents["published"]), "as many documents as there are"
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
     assert models.prepare(data, out, str(tmp_path / "t")) == texts
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")} == before
@@ -343,7 +348,7 @@ def tiny_tokens(folder, line):
 def test_training_claims_follow_one_another_and_are_compared_by_document(small, tmp_path, monkeypatch):
     out = tmp_path / "race"
     out.mkdir()
-    for name in (*models.TRAINING, "calibration"):
+    for name in (*models.TRAINING, *(f"calibration-{recipe}" for recipe in models.CALIBRATION)):
         (out / f"{name}.jsonl").write_text((small / "train.jsonl").read_text())
     texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
     ways = ("once", [{}]), ("chain", [{"distill": {"max_steps": 4}}, {"prune": {"target": {"ffn": 32}}}])

@@ -138,7 +138,8 @@ def test_the_stage_fits_what_it_has_pruned(project, tmp_path, capsys):
         return main([verb, str(project["path"]), "--run", str(folder), *text, *more])
 
     assert run(tmp_path / "run", verb="score") == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("again", "few"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
     assert run(tmp_path / "run", verb="prune") == 0
     assert run(tmp_path / "again", "--prune.sequential", "true", verb="prune") == 0
     students = [tmp_path / name / "prune/student" for name in ("run", "again")]
@@ -158,6 +159,22 @@ def test_the_stage_fits_what_it_has_pruned(project, tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path / "bad", "--prune.sequential", "true", "--prune.corrections", "[rotation]") == 1
     assert "prune: sequential: not for a rotated student" in capsys.readouterr().err
+    assert run(tmp_path / "few", "--prune.sequential", "true", "--prune.sequential_tokens", "600", verb="prune") == 0
+    few = AutoModelForCausalLM.from_pretrained(tmp_path / "few/prune/student").state_dict()
+    assert any(not torch.equal(value, few[name]) for name, value in fitted.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "sequential_tokens: 4096 has no effect without sequential: true"),
+        (["--prune.sequential", "true"], "sequential_tokens: 4096 are more than score.tokens: 2048, which it reads again"),
+    ],
+)
+def test_tokens_for_it_are_those_that_were_scored(project, tmp_path, capsys, more, words):
+    changes = ["--run", str(tmp_path / "run"), "--score.tokens", "2048", "--prune.sequential_tokens", "4096", *more]
+    assert main(["run", str(project["path"]), *changes]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_it_reads_so_many_tokens_of_the_whole_text():

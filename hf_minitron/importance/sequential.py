@@ -28,7 +28,7 @@ from hf_minitron.pruning.reconstruction import RIDGE, change_of
 
 # Of how much the stream differs, what a projection takes over: of 0.5 and 1, text of other domains prefers the former.
 BETA = 0.5
-TOKENS = 16_384  # that fits are made of
+TOKENS = 65_536  # that fits are made of: more still help text of other domains (docs/measurements.md)
 
 
 def sequential_least_squares(
@@ -56,7 +56,7 @@ def sequential_least_squares(
             `prune_checkpoint` has; its weights are overwritten.
         plan (`Plan`): What was kept.
         blocks (`Dataset`): Calibration text, `input_ids` of shape `(seq,)` per row, and `attention_mask` where rows are padded.
-        tokens (`int`, *optional*, defaults to 16,384): Of the text, in blocks evenly spaced. What a layer holds of all of them
+        tokens (`int`, *optional*, defaults to 65,536): Of the text, in blocks evenly spaced. What a layer holds of all of them
             is in memory at the same time: for Llama-3.1-8B in bfloat16 about 200 kB a token.
         dtype (`torch.dtype`, *optional*): In which the layers run; as the teacher's weights when left out.
         device (`torch.device`, *optional*, defaults to the CPU): Where they run.

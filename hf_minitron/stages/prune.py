@@ -114,6 +114,7 @@ def check(args: Args, run: Run) -> None:
         )
     full, after, _ = shapes(args, run.model)
     check_effects(args, run.model, full, after)
+    check_tokens(args, run)
     if args.sequential:
         plan = replace(stand_in(full, after), rotated=uses_rotation(args))
         check_sequential(teacher(run.model, args.dequantize), student(args, run.model), plan)
@@ -162,6 +163,16 @@ def check_nonuniform(args: Args, run: Run) -> None:
                          f"in any case, {least / whole:.3f}: {' and '.join(by_layer)} alone can be cut; take more")  # fmt: skip
 
 
+def check_tokens(args: Args, run: Run) -> None:
+    """Refuse tokens for a sequential fit that is not made, and more than the text that is scored has."""
+    tokens, scored = args.sequential_tokens, arguments(run.section("score"), "score", ScoreArgs).tokens
+    if tokens is not None and not args.sequential:
+        raise ValueError(f"sequential_tokens: {tokens} has no effect without sequential: true; set that, or leave it out")
+    if tokens is not None and tokens > scored:
+        raise ValueError(f"sequential_tokens: {tokens} are more than score.tokens: {scored}, which it reads again; set one lower "
+                         "or the other higher")  # fmt: skip
+
+
 def all_layers(architecture: Architecture) -> int:
     """Count the parameters of all layers, with the sizes that they have."""
     shape = architecture.shape
@@ -172,7 +183,8 @@ def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
     if not args.sequential:
         return {"prune": 1}
-    return {"prune": 1, "read": SWEEP * min(arguments(run.section("score"), "score", ScoreArgs).tokens, TOKENS)}
+    scored = arguments(run.section("score"), "score", ScoreArgs).tokens
+    return {"prune": 1, "read": SWEEP * min(scored, args.sequential_tokens or TOKENS)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -204,7 +216,8 @@ def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
     device = best_device()
     blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
     source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
-    sequential_least_squares(source, student, plan, blocks, dtype=best_dtype(device), device=device)
+    tokens = args.sequential_tokens or TOKENS
+    sequential_least_squares(source, student, plan, blocks, tokens, best_dtype(device), device)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:

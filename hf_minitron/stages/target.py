@@ -57,6 +57,10 @@ class Args:
             "help": "Fit projections again, layer by layer, on what the pruned layers before give; reads score's text again."
         },
     )
+    sequential_tokens: int | None = field(
+        default=None,
+        metadata={"min": 1, "help": "Tokens of score's text that sequential reads, evenly spread; 65,536 when left out."},
+    )
     text_only: bool = field(
         default=False,
         metadata={"help": "Whether the student of a vision-language model is its text model alone, a causal language model."},
