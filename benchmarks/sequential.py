@@ -3,8 +3,9 @@
     python benchmarks/sequential.py --calibration ../shared/data/text/{c4_1,stackexchange,code}.jsonl \
         --held-out ../shared/data/text/{c4_2,stackexchange,code}.jsonl ~/.cache/hf_minitron/stdlib/held_out.jsonl
 
-Prunes one shape three times: plainly, with the default corrections, and with sequential least squares after these. Of a file
-that is in both lists, three of ten documents are held out. Forward passes are in bfloat16; times are processor times.
+Prunes one shape plainly, with the default corrections, and with sequential least squares after these, calibrated on few tokens
+and on more. Of a file that is in both lists, three of ten documents are held out. Forward passes are in bfloat16; times are
+processor times.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, nargs="+", type=Path)
     parser.add_argument("--held-out", required=True, nargs="+", type=Path)
     parser.add_argument("--target", type=json.loads, default={"hidden": 504, "ffn": 1152})
-    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[12_288, 65_536])
     parser.add_argument("--held-out-tokens", type=int, default=3_072, help="of each text")
     parser.add_argument("--json", type=Path, help="where to write the figures for the docs")
     parser.add_argument("--save", type=Path, help="a folder for the students")
@@ -41,13 +42,10 @@ def main() -> None:
     keep_freed_memory()
     model = load_model(args.model, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
-    each = args.tokens // len(args.calibration)
-    parts = [token_blocks(documents(path, args.held_out, 0), tokenizer, 512, each, seed=0) for path in args.calibration]
     texts = {
         path.stem: token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
         for path in args.held_out
     }
-    blocks = concatenate_datasets(parts)
     shape, results = Architecture.of(model.config).shape, {}
 
     def measure(name: str, student) -> None:
@@ -57,26 +55,37 @@ def main() -> None:
         if args.save:
             student.save_pretrained(args.save / name)
 
-    statistics = calibrate(model, blocks, moments=True, metric={"ffn": "contribution", "heads": "contribution"})
-    plan = make_plan(statistics.scores, shape, shape.cut_to(args.target))
-    measure("plain", prune_model(model, plan))
-    student = prune_model(model, plan, statistics)
-    measure("corrected", student)
-    passed = forward_pass(copy.deepcopy(model).to(torch.bfloat16), blocks)
-    fitted = time.process_time()
-    sequential_least_squares(model, student, plan, blocks, dtype=torch.bfloat16)
-    fitted = time.process_time() - fitted
-    measure("sequential", student)
-    print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher")
+    for tokens in args.tokens:
+        each = tokens // len(args.calibration)
+        parts = [token_blocks(documents(path, args.held_out, 0), tokenizer, 512, each, seed=0) for path in args.calibration]
+        blocks = concatenate_datasets(parts)
+        statistics = calibrate(model, blocks, moments=True, metric={"ffn": "contribution", "heads": "contribution"})
+        plan = make_plan(statistics.scores, shape, shape.cut_to(args.target))
+        student = prune_model(model, plan, statistics)
+        if not results:
+            measure("plain", prune_model(model, plan))
+            measure("default corrections", student)
+        passed = forward_pass(copy.deepcopy(model).to(torch.bfloat16), blocks)
+        fitted = time.process_time()
+        sequential_least_squares(model, student, plan, blocks, tokens, torch.bfloat16)
+        fitted = time.process_time() - fitted
+        measure(f"sequential too, {len(blocks) * 512:,} tokens", student)
+        print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher", flush=True)
     rows = [
-        f"{text}: plain {results['plain'][text]:.1f}, default corrections {results['corrected'][text]:.1f}, sequential too "
-        f"{results['sequential'][text]:.1f} ({results['sequential'][text] / results['corrected'][text]:.2f} of the default's)"
+        f"{text}: {', '.join(f'{name} {of[text]:.1f}{beside(of, text, results)}' for name, of in results.items())}"
         for text in texts
     ]
     what = f"perplexity after sequential least squares, {', '.join(f'{axis} {size}' for axis, size in args.target.items())}"
-    given = f"calibrated on {len(blocks) * 512:,} tokens of {', '.join(path.stem for path in args.calibration)}"
+    given = f"of {', '.join(path.stem for path in args.calibration)}; the default corrections with {args.tokens[0]:,} tokens"
     cost = f"{fitted / passed:.1f} times the processor time of a forward pass over the calibration text"
     figure.save(args.json, what, "benchmarks/sequential.py", "; ".join([*rows, given, cost]))
+
+
+def beside(of: dict[str, float], text: str, results: dict[str, dict[str, float]]) -> str:
+    """Say what share of the default corrections' perplexity a sequential fit has."""
+    if of in (results["plain"], results["default corrections"]):
+        return ""
+    return f" ({of[text] / results['default corrections'][text]:.2f} of the default's)"
 
 
 def documents(path: Path, others: list[Path], part: int) -> Dataset:

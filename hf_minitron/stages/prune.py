@@ -169,8 +169,8 @@ def check_tokens(args: Args, run: Run) -> None:
     if tokens is not None and not args.sequential:
         raise ValueError(f"sequential_tokens: {tokens} has no effect without sequential: true; set that, or leave it out")
     if tokens is not None and tokens > scored:
-        raise ValueError(f"sequential_tokens: {tokens} are more than score.tokens: {scored}, which it reads again; set one lower "
-                         "or the other higher")  # fmt: skip
+        raise ValueError(f"sequential_tokens: {tokens} are more than score.tokens: {scored}, which it reads again; lower one "
+                         "or raise the other")  # fmt: skip
 
 
 def all_layers(architecture: Architecture) -> int:
