@@ -53,6 +53,7 @@ prune:
 {target}
   multiple_of: {multiple_of} # what GPUs and quantized formats like
 {dequantize}  # corrections: []  # for plain slicing; by default kept weights are corrected by least squares
+  # sequential: true  # fits them again, layer by layer: the best start, where score's text is of several domains
 
 distill: # forward KL to the teacher's logits (2407.14679, table 15)
   text: {text}{learnt}{split}
