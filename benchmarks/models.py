@@ -371,7 +371,8 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
         rows += [row for row in known.get(key, ()) if row["size"] not in here]
     seconds = known.get("seconds", {}) | seconds_of(out)
     whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": sum(seconds.values()) / 3600,
-             "settings": SETTINGS, "tried_with": TRIED_WITH, "tried": tried, **found, "seconds": seconds,
+             "settings": SETTINGS, "calibration": {recipe: of["tokens"] for recipe, of in CALIBRATION.items()},
+             "tried_with": TRIED_WITH, "tried": tried, **found, "seconds": seconds,
              "runs": runs_of(out)}  # fmt: skip
     write_whole(path, re.sub(r"\n {3,}", "", json.dumps(whole, indent=1)) + "\n")
 

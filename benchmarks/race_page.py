@@ -1,8 +1,10 @@
 """The race's sentences and curves for the README and its table for docs/, from `benchmarks/results/race.json` alone."""
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import race
 from matplotlib import pyplot as plt
 
 from hf_minitron.hub import plots
@@ -43,7 +45,8 @@ def table_block(found: dict) -> str:
         [
             markdown_table(rows),
             f"Perplexity on {FIRST_TEXT}; the last column is a share of the published recipe's tokens, with 95 % intervals "
-            f"over documents and seeds. {worst_text(found['equal_tokens'])} Every recipe's width (hidden x ffn) and learning "
+            f"over documents and seeds. {worst_text(found['equal_tokens'])} {before_training(found)} Every recipe's width "
+            "(hidden x ffn) and learning "
             f"rate were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
             f"{found['environment']['hardware']}.",
         ]
@@ -66,6 +69,23 @@ def fewest(found: dict) -> dict[tuple[str, str], int]:
     for size, shape, budget in sorted(points_of(found)):
         least.setdefault((size, shape), budget)
     return least
+
+
+def before_training(found: dict) -> str:
+    """Say what is read before training, and how long that takes beside training."""
+    ours = {name: value for name, value in found["seconds"].items() if f"/{race.PUBLISHED}" not in name}
+    before = sum(statistics.median(of_stage(ours, stage).values()) for stage in ("score", "prune"))
+    trained = of_stage(ours, "distill").items()  # names end with the tokens, the rate and the seed
+    each = statistics.median(value / int(name.split("/")[1].split("-")[-4]) for name, value in trained)
+    read = found["calibration"]
+    return (f"Before its training ours reads {read['ours']:,} tokens, once for all budgets, in forward passes alone, and takes "
+            f"for scores and fits as long as for {before / each:,.0f} tokens of training; the published recipe scores with "
+            f"{read[race.PUBLISHED]:,}.")  # fmt: skip
+
+
+def of_stage(seconds: dict[str, float], stage: str) -> dict[str, float]:
+    """Return the seconds of one stage, by its folder."""
+    return {name: value for name, value in seconds.items() if name.endswith(f"/{stage}")}
 
 
 def chosen_of(tried: list[dict]) -> str:
