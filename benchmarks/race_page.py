@@ -22,8 +22,13 @@ def race_block(found: dict) -> str:
 
 
 def sentence_of(found: dict, size: str) -> str:
-    """Say what a size needs for what the published recipe makes of the most tokens and of the fewest that were asked about."""
-    rows, least = ordered(row for row in found["rows"] if row["size"] == size), fewest(found)
+    """Say what a size needs for what the published recipe makes of the most tokens and of the fewest that were asked about.
+
+    Of the most that ours was trained with, too.
+    """
+    most = max(budget for of, shape, budget in points_of(found) if of == size and shape != race.PUBLISHED)
+    rows = ordered(row for row in found["rows"] if row["size"] == size and row["budget"] <= most)
+    least = fewest(found)
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     said = []
     for budget in dict.fromkeys((budgets[0], budgets[-1])):

@@ -291,6 +291,9 @@ def test_the_page_says_what_the_rows_say():
     first, second = ([cell.strip() for cell in row.split("|")] for row in page.splitlines()[2:4])
     assert first[1:5] == ["100M, 900 tokens", "97.5", "uniform", "95.5"]
     assert second[3:5] == ["nonuniform", ""], "not measured with as many tokens"
+    longer = {**found, "rows": [*rows, {**rows[0], "budget": 2700, "fraction": None, "low": None}]}
+    assert "2,700" in race_page.table_block(longer)
+    assert "2,700" not in race_page.race_block(longer), "ours was not trained with as many"
     said = race_page.race_block(found)
     assert "with 900 tokens, ours needs of them uniform 0.60 (0.50 to more than was measured), nonuniform at most" in said, said
 
