@@ -76,7 +76,8 @@ def main() -> None:
         for text in texts
     ]
     what = f"perplexity after sequential least squares, {', '.join(f'{axis} {size}' for axis, size in args.target.items())}"
-    given = f"calibrated on text of {', '.join(path.stem for path in args.calibration)}; the default corrections with {args.tokens[0]:,} tokens"
+    given = f"calibrated on text of {', '.join(path.stem for path in args.calibration)}"
+    given += f"; the default corrections with {args.tokens[0]:,} tokens"
     cost = f"{fitted / passed:.1f} times the processor time of a forward pass over the calibration text"
     figure.save(args.json, what, "benchmarks/sequential.py", "; ".join([*rows, given, cost]))
 
