@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from models import BLOCK, TRAINING, VALIDATION, begin, chosen, prepare, trials
+from models import BLOCK, PUBLISHED_TEXT, TRAINING, VALIDATION, begin, chosen, prepare, trials
 from sublayers import Tuning, tune
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -152,7 +152,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> Given:
     texts = read_sources({str(args.runs / f"{name}.jsonl"): 1.0 for name in TRAINING})
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     blocks = mixed_blocks(texts, tokenizer, BLOCK, max_tokens=args.tokens, seed=args.seed, folder=folder / "blocks")
-    documents = load_text(str(args.runs / "calibration-published.jsonl"))
+    documents = load_text(str(args.runs / PUBLISHED_TEXT))
     calibration = token_blocks(documents, tokenizer, BLOCK, TUNED * BLOCK, seed=args.seed)
     return Given(args.model, blocks, calibration, rows, args.seed, folder / "out")
 

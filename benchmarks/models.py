@@ -60,6 +60,7 @@ SIZES: dict[str, tuple[dict[str, dict[str, int]], float]] = {
     ),
 }
 SHAPES = (race.PUBLISHED, "uniform", NONUNIFORM := "nonuniform")
+OURS = "ours"
 ASKED = (12_288, 36_864, 122_880, 368_640)  # budgets of the published recipe
 BUDGETS = (1_024, 4_096, *ASKED)  # of every recipe: a curve begins at less than a tenth of the least that is asked about
 SEEDS = {budget: (0, 1, 2) if budget <= 36_864 else (0,) for budget in BUDGETS}
@@ -70,10 +71,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TRIED_WITH = 12_288  # tokens with which widths are tried, and every setting; of more, the best settings of the budget below
 TRIED_OF_MORE = {36_864: 2, 122_880: 1, 368_640: 1}  # how many
-# Tokens of the calibration: what ours is fitted on, and a quarter of it, with which the published recipe scores as well.
-CALIBRATION = {"ours": {"tokens": 65_536}, race.PUBLISHED: {"tokens": 16_384}}
-PIECES = {"ours": 150, race.PUBLISHED: 40}  # of every source, of 2,000 characters
 TRAINING = ("c4_1", "stackexchange", "code")
+# Tokens of the calibration: ours is fitted on half of its own; with an eighth the published recipe scores as well.
+CALIBRATION = {OURS: {"tokens": 131_072}, race.PUBLISHED: {"tokens": 16_384}}
+PIECES = {OURS: 600, race.PUBLISHED: 40}  # of every source, of 2,000 characters
+PUBLISHED_TEXT = "calibration-published.jsonl"
+# What they are read from. Ours takes as many tokens of every source, of as many documents as there are.
+TEXTS = {OURS: tuple(f"calibration-{name}.jsonl" for name in TRAINING), race.PUBLISHED: (PUBLISHED_TEXT,)}
 TESTS = ("c4_2", "stackexchange", "code", "books", "documentation")
 VALIDATION = "validation"
 DOCUMENTS = {"c4_2": 32, VALIDATION: 24}  # of a text; of the others 16
@@ -114,7 +118,12 @@ class Entry:
     @property
     def scores(self) -> str:
         """The folder of the run whose scores it shares with other sizes and shapes."""
-        return f"scores/{race.PUBLISHED if self.shape == race.PUBLISHED else 'ours'}-{self.seed}"
+        return f"scores/{self.recipe}-{self.seed}"
+
+    @property
+    def recipe(self) -> str:
+        """A key of `CALIBRATION`."""
+        return race.PUBLISHED if self.shape == race.PUBLISHED else OURS
 
     @property
     def kind(self) -> str:
@@ -222,11 +231,11 @@ def validation_loss(out: Path, entry: Entry) -> float | None:
 def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
     """Write what is trained on and calibrated with; return the tokens of every test text's documents, and of validation.
 
-    The parts are the same whenever they are made. The calibration has as many pieces of the training text of every source.
+    The parts are the same whenever they are made. The calibration has pieces of the training text of every source.
     """
     out.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, list[str]] = {VALIDATION: [], "c4_2": load_text(str(data / "text/c4_2.jsonl"))["text"]}
-    calibration: dict[str, list[str]] = {recipe: [] for recipe in CALIBRATION}
+    mixed: list[str] = []
     for name in TRAINING:
         documents = load_text(str(data / f"text/{name}.jsonl")).shuffle(seed=0)["text"]
         tested = min(len(documents) // 5, 100)
@@ -235,11 +244,10 @@ def prepare(data: Path, out: Path, model: str) -> dict[str, list[list[int]]]:
         held_out[VALIDATION] += rest[:few][:8]
         pieces = [(place, n, document[place : place + 2_000])
                   for n, document in enumerate(rest[few:]) for place in range(0, len(document), 2_000)]  # fmt: skip
-        for recipe, order in {"ours": sorted(pieces), race.PUBLISHED: pieces}.items():  # ours of as many documents as there are
-            calibration[recipe] += [piece for *_, piece in order[: PIECES[recipe]]]
+        mixed += [piece for *_, piece in pieces[: PIECES[race.PUBLISHED]]]
         write_once(out / f"{name}.jsonl", rest[few:])
-    for recipe, texts in calibration.items():
-        write_once(out / f"calibration-{recipe}.jsonl", texts)
+        write_once(out / f"calibration-{name}.jsonl", [piece for *_, piece in sorted(pieces)[: PIECES[OURS]]])
+    write_once(out / PUBLISHED_TEXT, mixed)
     lines = (data / "tasks/lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
     held_out["books"] = [f"{row['context']} {row['continuation']}" for row in map(json.loads, lines[:100])]
     held_out["documentation"] = [text for _, text in sorted(pydoc_data.topics.topics.items())]
@@ -262,8 +270,8 @@ def write_once(path: Path, documents: Sequence[str]) -> None:
 def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
     """Return a student's recipe."""
     widths, share = SIZES[entry.size]
-    read = race.PUBLISHED if entry.shape == race.PUBLISHED else "ours"
-    score = {"text": str(out / f"calibration-{read}.jsonl"), **CALIBRATION[read], "layers_limit": 4}
+    texts = {str(out / name): 1.0 for name in TEXTS[entry.recipe]}
+    score = {"text": texts, **CALIBRATION[entry.recipe], "layers_limit": 4}
     ours: dict[str, Any] = {"sequential": True}
     if entry.shape == race.PUBLISHED:
         score |= {"metric": "l2_mean", "moments": False}

@@ -27,7 +27,7 @@ FIRST, HALF = models.TRIED_WITH // models.BLOCK, models.TRIED_WITH // models.BLO
 STATES = {"distill": {"losses": {"forward_kl": 1.0, "block": 1.0, "embedding": 1.0}}}
 HALF_OF_LAYERS = {"prune": {"target": {"layers": 15}}}
 SMALL = {"prune": {"target": models.SIZES["70m"][0]["432x768"]}}
-WRITTEN = {"tokens": models.TRIED_WITH, "prompts": "calibration-published.jsonl", "prompt_tokens": 16, "max_new_tokens": 160}
+WRITTEN = {"tokens": models.TRIED_WITH, "prompts": models.PUBLISHED_TEXT, "prompt_tokens": 16, "max_new_tokens": 160}
 # what the published recipe is changed to; of several, each begins with the student of the one before
 Recipes = Sequence[Mapping[str, Mapping[str, Any]]]
 

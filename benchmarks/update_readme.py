@@ -1,6 +1,6 @@
 """Write the figures of README and docs from what was measured: no number in them is typed by hand.
 
-    python benchmarks/update_readme.py --run runs/smollm2-135m-width
+    python benchmarks/update_readme.py --run runs/smollm2-135m-width --chain runs/smollm2-135m-chain
 
 Reads the run's report, plan and training log and `benchmarks/results/`; writes what stands between the markers
 `<!-- NAME:begin -->` and `<!-- NAME:end -->`, copies the run's pictures beside its recipe and its card to `model_cards/`.
@@ -9,6 +9,7 @@ Reads the run's report, plan and training log and `benchmarks/results/`; writes 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -76,6 +77,26 @@ def expected_block(kept: Path, recipe: Path) -> str:
         ["source", "measured: the table in the main README and [its card](../../model_cards/smollm2-135m-width/README.md)"],
         ["run by us", f"yes, {seconds / 60:.1f} minutes"],
     ]
+    return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
+
+
+def chain_block(rounds: Sequence[Path]) -> str:
+    """Return the table of a recipe of several rounds, from their runs."""
+    reports = [Report.load(run / "evaluate/report.json") for run in rounds]
+    logs = [read_json(run / "distill/log.json") for run in rounds]
+    seconds = sum(read_json(path)["seconds"] for run in rounds for path in run.glob("*/done.json"))
+    sizes = [reports[0].models["teacher"], *(report.models["distilled"] for report in reports)]
+    rows = [["parameters", " to ".join(f"{model['parameters']:,}" for model in sizes)],
+            ["tokens, each", " and ".join(dict.fromkeys(f"{log['tokens'] / 1e3:.1f} k" for log in logs))],
+            ["hardware", "2 CPU cores, no GPU"]]  # fmt: skip
+    tasks = [entry.task for entry in reports[0].of_tasks("teacher") if entry.metric == "acc"]
+    for metric, task in [("perplexity", TEXT), *(("acc", task) for task in tasks)]:
+        values = [f"{measured(reports[0].entry('teacher', metric, task))} (teacher)"]
+        for number, report in enumerate(reports, 1):
+            pruned, distilled = (measured(report.entry(name, metric, task)) for name in ("pruned", "distilled"))
+            values.append(f"{distilled} (round {number}; {pruned} before training)")
+        rows.append([f"{metric}, {task}", ", ".join(values)])
+    rows.append(["run by us", f"yes, {seconds / 60:.1f} minutes"])
     return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
 
 
@@ -193,7 +214,9 @@ def main() -> None:
     """Rewrite the blocks; the demo's card first where its run is there, the race's where it was run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs/smollm2-135m-width")
-    run = parser.parse_args().run.resolve()
+    parser.add_argument("--chain", type=Path, default=ROOT / "runs/smollm2-135m-chain")
+    args = parser.parse_args()
+    run = args.run.resolve()
     blocks = {"benchmarks": benchmark_block(CLAIMS.parent), "search": (SEARCH / "ranking.md").read_text().strip()}
     blocks["claims"] = claims_block(json.loads(CLAIMS.read_text()))
     if RACE.is_file() and (race := json.loads(RACE.read_text()))["rows"]:
@@ -213,6 +236,8 @@ def main() -> None:
             shutil.copyfile(run / "publish/model" / name, ROOT / "recipes" / run.name / name)
         keep(run, run.name)
     blocks |= {"demo": demo_block(kept, recipe), "expected": expected_block(kept, recipe)}
+    if args.chain.is_dir():
+        blocks["chain"] = chain_block([args.chain / name for name in ("first", "second")])
     for name, block in blocks.items():
         write_block(name, block)
 

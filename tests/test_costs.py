@@ -122,6 +122,25 @@ def test_70b_to_49b_fits_64_gpus():
     assert "at 26% of 989 TFLOP/s each" in said
 
 
+def test_a_sequential_fit_reads_its_tokens_again_and_holds_a_layers_states_of_them():
+    """docs/pruning.md says about 200 kB a token for an 8B model in bfloat16."""
+    content = recipe("llama-3.1-8b-width-4.5b")
+
+    def prune_cost(tokens, **section):
+        changed = content | {"prune": content["prune"] | section, "score": content["score"] | {"tokens": tokens}}
+        return next(cost for cost in costs(changed, Machine()) if cost.stage == "prune")
+
+    plain, whole, few = prune_cost(262_144), prune_cost(262_144, sequential=True), prune_cost(16_384, sequential=True)
+    assert (plain.tokens, whole.tokens, few.tokens) == (0, 65_536, 16_384)
+    assert prune_cost(262_144, sequential=True, sequential_tokens=4_096).tokens == 4_096
+    assert (whole.gpu_bytes - plain.gpu_bytes) / 65_536 == pytest.approx(200e3, rel=0.3)
+    assert whole.flops == pytest.approx(4 * few.flops)
+    content["prune"] |= {"sequential": True}
+    content["score"] |= {"tokens": 262_144}
+    assert "prune needs " in (said := cost_text(content, Machine(gpu_bytes=16e9)))
+    assert "lower prune.sequential_tokens" in said
+
+
 def test_fewer_tokens_are_counted_where_a_config_names_late_ones():
     """Llama's end token is one of the last 256: which tokens stay is known after scoring only."""
     content = recipe("llama-3.1-8b-width-4.5b")

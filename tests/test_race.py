@@ -1,5 +1,6 @@
 """The race's arithmetic, the order of its runs, and that a run which was killed goes on: benchmarks/race.py and models.py."""
 
+import itertools
 import json
 import math
 import sys
@@ -192,8 +193,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was(small, tmp_path, monkeypatch
     out, stages = tmp_path / "race", []
     out.mkdir()
     text = (small / "train.jsonl").read_text()
-    for name in (*models.TRAINING, *(f"calibration-{recipe}" for recipe in models.CALIBRATION)):
-        (out / f"{name}.jsonl").write_text(text)
+    for name in (*(f"{name}.jsonl" for name in models.TRAINING), *itertools.chain(*models.TEXTS.values())):
+        (out / name).write_text(text)
     texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
     entry, model, real = models.Entry("100m", "uniform", "48", 256, 1, "3e-4"), str(small / "teacher"), models.command
 
@@ -339,9 +340,9 @@ def test_no_text_is_in_two_parts(tmp_path):
         assert not {*first.get(name, ())} & {*first["validation"]}, name
     documents = {}
     for recipe, count in {"ours": 132, "published": 40}.items():
-        calibration = [json.loads(line)["text"] for line in (out / f"calibration-{recipe}.jsonl").read_text().splitlines()]
-        assert len(calibration) == 3 * count, recipe
-        documents[recipe] = {text for text in calibration if not text.startswith("word")}
+        lines = [line for name in models.TEXTS[recipe] for line in (out / name).read_text().splitlines()]
+        assert len(lines) == 3 * count, recipe
+        documents[recipe] = {text for text in (json.loads(line)["text"] for line in lines) if not text.startswith("word")}
     assert len(documents["ours"]) > len(documents["published"]), "as many documents as there are"
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
     assert models.prepare(data, out, str(tmp_path / "t")) == texts
@@ -355,8 +356,8 @@ def tiny_tokens(folder, line):
 def test_training_claims_follow_one_another_and_are_compared_by_document(small, tmp_path, monkeypatch):
     out = tmp_path / "race"
     out.mkdir()
-    for name in (*models.TRAINING, *(f"calibration-{recipe}" for recipe in models.CALIBRATION)):
-        (out / f"{name}.jsonl").write_text((small / "train.jsonl").read_text())
+    for name in (*(f"{name}.jsonl" for name in models.TRAINING), *itertools.chain(*models.TEXTS.values())):
+        (out / name).write_text((small / "train.jsonl").read_text())
     texts = {name: list(tiny.blocks(3).with_format(None)["input_ids"]) for name in (models.VALIDATION, *models.TESTS)}
     ways = ("once", [{}]), ("chain", [{"distill": {"max_steps": 4}}, {"prune": {"target": {"ffn": 32}}}])
     monkeypatch.setattr(training_claims, "CLAIMS", [training_claims.Claim("says", "a paper", *ways)])

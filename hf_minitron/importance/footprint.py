@@ -1,4 +1,4 @@
-"""How many bytes of a device a pass that scores needs, counted from a config alone."""
+"""How many bytes of a device a pass that scores or fits needs, counted from a config alone."""
 
 import math
 from collections import defaultdict
@@ -14,7 +14,7 @@ from hf_minitron.importance.taps import moment_readings
 from hf_minitron.memory import free_memory
 
 FLOAT = torch.float32.itemsize
-COPIES = 2  # in float32, that metrics make of what they read
+COPIES = 2  # in float32, that metrics make of what they read; of the two models of a fit
 
 
 def scoring_bytes(
@@ -41,17 +41,35 @@ def scoring_bytes(
     over_layers = max if layer_by_layer else sum
     parameters = [p for p in architecture.parameters.values() if p.role != "head" or not layer_by_layer]  # it scores nothing
     weights: dict[int | None, int] = defaultdict(int)
-    widths: dict[int | None, int] = defaultdict(int)  # of what the matrices of a layer read or give
     for parameter in parameters:
         weights[parameter.layer] += math.prod(parameter.shape) * dtype.itemsize
-        widths[parameter.layer] += max(parameter.shape[-2:]) if len(parameter.shape) > 1 else 0
     sizes = moment_bytes(architecture) if moments else {}
     outside = weights.pop(None, 0) + sum(sizes.get(None, ()))
     inside = over_layers(weights.values()) * (2 if layer_by_layer else 1)
     inside += over_layers(sum(sizes.get(layer, ())) for layer in weights)
     copied = max((size for layer in sizes.values() for size in layer), default=0)  # to be reduced and written
-    states = dtype.itemsize * max(widths[layer] for layer in weights) + COPIES * FLOAT * architecture.shape["hidden"]
+    states = dtype.itemsize * _widths(architecture) + COPIES * FLOAT * architecture.shape["hidden"]
     return outside + inside + copied + tokens * states
+
+
+def sequential_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) -> int:
+    """Return the bytes that the states of a layer take in a sequential fit, of teacher and student, all tokens at once.
+
+    Args:
+        architecture (`Architecture`): The teacher's.
+        dtype (`torch.dtype`): In which its layers run.
+        tokens (`int`): That are read.
+    """
+    return COPIES * dtype.itemsize * tokens * _widths(architecture)
+
+
+def _widths(architecture: Architecture) -> int:
+    """Return how wide what the matrices of a layer read or give is in all, of the widest layer."""
+    widths: dict[int, int] = defaultdict(int)
+    for parameter in architecture.parameters.values():
+        if parameter.layer is not None and len(parameter.shape) > 1:
+            widths[parameter.layer] += max(parameter.shape[-2:])
+    return max(widths.values())
 
 
 def fits(folder: Path, dtype: torch.dtype, device: torch.device, tokens: int = 0, moments: bool = False) -> bool:

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 
-import torch
 from torch import Tensor
 
 from hf_minitron import axes
@@ -14,7 +13,7 @@ class LayerProjections:
     """What of a layer is fitted, by the names that a model of this layer alone has."""
 
     def __init__(self):
-        self.rows: dict[str, Tensor] = {}  # of a projection's output, that stay
+        self.rows: dict[str, Tensor | slice] = {}  # of a projection's output, that stay
         self.moments: dict[str, str] = {}  # what a projection reads
         self.last: dict[str, bool] = {}  # whether its weight has the input last
         self.anchored: dict[str, str] = {}  # one that writes to the stream: the norm that its sublayer reads
@@ -49,7 +48,7 @@ class LayerProjections:
             position, _ = weight.dim_of(read.axis)
             out = weight.dims[1 - position]
             name, kept = name_in_student(module, old, 0), axes.dim_index(out, keep, sizes)
-            made.rows[name] = torch.arange(axes.dim_size(out, sizes)) if kept is None else kept
+            made.rows[name] = slice(None) if kept is None else kept
             made.moments[name], made.last[name] = read.moment, position == 1
             if added and out == HIDDEN and weight.role in read_by:
                 made.anchored[name] = name_in_student(read_by[weight.role], old, 0)

@@ -5,7 +5,9 @@ and the outputs the teacher's, so that a projection also makes up for the cuts b
 2504.02692; AA-SVD, 2604.02119).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,11 @@ from hf_minitron.importance.taps import run_batch
 from hf_minitron.memory import give_back_freed_memory
 from hf_minitron.plan import RANKS, Plan
 from hf_minitron.probe import Observer, Visit, probe, submodule
-from hf_minitron.pruning.reconstruction import RIDGE, change_of
+from hf_minitron.pruning.reconstruction import RIDGE, TOKENS, change_of
 
 # Of how much the stream differs, what a projection takes over: of 0.5 and 1, text of other domains prefers the former.
 BETA = 0.5
-TOKENS = 65_536  # that fits are made of: more still help text of other domains (docs/measurements.md)
+PART = 2_048  # tokens that are multiplied at once: their states stay in a processor's cache
 
 
 def sequential_least_squares(
@@ -81,10 +83,11 @@ def sequential_least_squares(
     layers = [
         LayerProjections.of(dense.architecture, pruned.architecture, plan, old, new) for new, old in enumerate(plan.kept_layers)
     ]
-    batch = _batch(blocks, tokens)
+    text = _Text(blocks, tokens)
     with torch.inference_mode():
-        streams = [_Stream(LayerLoader(tensors, dtype, torch.device(device)), batch) for tensors in (dense, pruned)]
-        _Sweep(*streams, layers, pruned, plan, ridge, beta).run()
+        loaders = [LayerLoader(tensors, dtype, torch.device(device)) for tensors in (dense, pruned)]
+        streams = (_Stream(loader, batches) for loader, batches in zip(loaders, (text.parts, [text.whole]), strict=True))
+        _Sweep(text, *streams, layers, pruned, plan, ridge, beta).run()
 
 
 def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -> None:
@@ -105,20 +108,36 @@ def check_sequential(teacher: Architecture, student: Architecture, plan: Plan) -
                          "than the teacher's: leave sequential out")  # fmt: skip
 
 
-def _batch(blocks: Dataset, tokens: int) -> Mapping[str, Tensor]:
-    """Return blocks, evenly spaced, of as many tokens, at least one."""
-    count = min(len(blocks), max(1, tokens // len(blocks[0]["input_ids"])))
-    return blocks.select(torch.linspace(0, len(blocks) - 1, count).long().tolist()).with_format("torch")[:]
+class _Text:
+    """Calibration text of as many tokens, in evenly spaced blocks, at least one; and its parts."""
+
+    def __init__(self, blocks: Dataset, tokens: int):
+        seq = len(blocks[0]["input_ids"])
+        count = min(len(blocks), max(1, tokens // seq))
+        self.whole = blocks.select(torch.linspace(0, len(blocks) - 1, count).long().tolist()).with_format("torch")[:]
+        rows = max(1, PART // seq)
+        each = zip(*(self.whole[key].split(rows) for key in self.whole), strict=True)
+        self.parts = [dict(zip(self.whole, tensors, strict=True)) for tensors in each]
+
+    def tokens_of(self, states: Tensor) -> list[Tensor]:
+        """Return the states of the tokens that count, `(tokens, size)` of every part."""
+        flat = states.reshape(self.whole["input_ids"].numel(), -1).split([part["input_ids"].numel() for part in self.parts])
+        return [tokens_of(states, part) for states, part in zip(flat, self.parts, strict=True)]
+
+
+def tokens_of(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the states of the tokens of a batch that count, `(tokens, size)`."""
+    states, mask = states.reshape(batch["input_ids"].numel(), -1), batch.get("attention_mask")
+    return states if mask is None or mask.all() else states[mask.flatten().to(states.device) > 0]
 
 
 class _Stream:
-    """One of the two models, run layer by layer on all tokens; between layers their states wait."""
+    """One of the two models, run layer by layer on all batches; between layers their states wait."""
 
-    def __init__(self, loader: LayerLoader, batch: Mapping[str, Tensor]):
-        self.loader, self.batch = loader, batch
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        self._places = mask.flatten().nonzero()[:, 0].to(loader.device)
-        self._states: Tensor | None = None  # before the next layer
+    def __init__(self, loader: LayerLoader, batches: Sequence[Mapping[str, Tensor]]):
+        self.loader, self.batches = loader, batches
+        self._states: list[Tensor | None] = [None] * len(batches)  # before the next layer
+        self._running = 0  # the batch that runs
 
     def model_of(self, layer: int) -> PreTrainedModel:
         """Return the model of one layer."""
@@ -131,26 +150,29 @@ class _Stream:
         module = Architecture.of(model.config).taps("layers")[0][1]
 
         def leave(visit: Visit) -> None:
-            self._states = visit.states
+            self._states[self._running] = visit.states
 
-        enter = [] if self._states is None else [(module, lambda visit: self._states)]
+        enter = [] if self._states[0] is None else [(module, lambda visit: self._states[self._running])]
         with probe(model, [*after, (module, leave)], [*enter, *before]):
-            run_batch(model, self.batch, self.loader.device)
+            for place, batch in enumerate(self.batches):
+                self._running = place
+                run_batch(model, batch, self.loader.device)
 
     def tokens(self, states: Tensor) -> Tensor:
-        """Return the states of the tokens that count, `(tokens, size)`."""
-        return states.reshape(self.batch["input_ids"].numel(), -1)[self._places]
+        """Return the states of the tokens that count of the batch that runs, `(tokens, size)`."""
+        return tokens_of(states, self.batches[self._running])
 
     @property
-    def waiting(self) -> Tensor:
-        """The states of the tokens that count, before the next layer."""
-        return self.tokens(self._states)
+    def waiting(self) -> list[Tensor]:
+        """The states of the tokens that count, before the next layer, by batch."""
+        return [tokens_of(states, batch) for states, batch in zip(self._states, self.batches, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The pass over both models."""
+    """The pass over both models: the teacher reads the text in parts, the student at once, for it is changed on its way."""
 
+    text: _Text
     teacher: _Stream
     student: _Stream
     layers: Sequence[LayerProjections]  # of the student
@@ -171,56 +193,77 @@ class _Sweep:
                 self._run_teacher(next(layers), LayerProjections())
             if place.anchored and old in self.plan.dropped_after:  # the last that writes gives what they add, too
                 last = max(place.anchored, key=place.order.index)
-                wanted[last] = self.teacher.waiting[:, place.stream] - wanted[place.anchored[last]]
+                before, behind = wanted[place.anchored[last]], self.teacher.waiting
+                wanted[last] = [after[:, place.stream] - read for after, read in zip(behind, before, strict=True)]
             self._fit_layer(new, place, wanted)
             give_back_freed_memory()
         next(layers, None)
 
-    def _run_teacher(self, layer: int, place: LayerProjections) -> dict[str, Tensor]:
-        """Run a layer of the teacher; return what its projections give, and what its norms are given, of what stays."""
-        wanted: dict[str, Tensor] = {}
+    def _run_teacher(self, layer: int, place: LayerProjections) -> dict[str, list[Tensor]]:
+        """Run a layer of the teacher; return, by part, what of its projections' outputs and its norms' inputs stays."""
+        wanted: dict[str, list[Tensor]] = defaultdict(list)
 
         def keep(visit: Visit) -> None:
             if visit.name in place.norms:
-                wanted[visit.name] = self.teacher.tokens(visit.input)[:, place.stream]
+                states, rows = visit.input, place.stream
             else:
-                wanted[visit.name] = self.teacher.tokens(visit.states)[:, place.rows[visit.name]]
+                states, rows = visit.states, place.rows[visit.name]
+            wanted[visit.name].append(self.teacher.tokens(states)[:, rows])
+            if visit.name in place.rows and visit.name not in place.order:
                 place.order.append(visit.name)
 
         self.teacher.run(self.teacher.model_of(layer), [(name, keep) for name in (*place.rows, *place.norms)])
         return wanted
 
-    def _fit_layer(self, new: int, place: LayerProjections, wanted: Mapping[str, Tensor]) -> None:
+    def _fit_layer(self, new: int, place: LayerProjections, wanted: Mapping[str, Sequence[Tensor]]) -> None:
         """Run a layer of the student; fit each group of projections just before the first of them runs."""
         model = self.student.model_of(new)
-        streams: dict[str, Tensor] = {}
+        streams: dict[str, list[Tensor]] = {}
+
+        def lacking(name: str, part: int, given: Tensor) -> Tensor:
+            # by `forward`, which calls no hooks: this is one
+            lacks = wanted[name][part] - submodule(model, name).forward(given)
+            if norm := place.anchored.get(name):
+                differs = wanted[norm][part] - streams[norm][part]
+                lacks.add_(differs, alpha=self.beta / sum(other == norm for other in place.anchored.values()))
+            return lacks.float()
 
         def fit(group: Sequence[str], visit: Visit) -> None:
-            given = self.student.tokens(visit.input).float()
-            crosses = []
-            for name in group:
-                # by `forward`, which calls no hooks: this is one
-                lacking = wanted[name].float() - self.student.tokens(submodule(model, name).forward(visit.input)).float()
-                if norm := place.anchored.get(name):
-                    differs = wanted[norm].float() - streams[norm].float()
-                    lacking += self.beta * differs / sum(other == norm for other in place.anchored.values())
-                crosses.append(lacking.T @ given / len(given))
-            if (cross := torch.cat(crosses)).any():
-                self._change(model, new, place, group, change_of(given.T @ given / len(given), cross, self.ridge))
+            moment, crosses, count = 0.0, [0.0] * len(group), 0
+            for part, given in enumerate(self.text.tokens_of(visit.input)):
+                with products_for(given.dtype):
+                    inputs = given.float()
+                    moment += inputs.T @ inputs
+                    for place_of, name in enumerate(group):
+                        crosses[place_of] += lacking(name, part, given).T @ inputs
+                count += len(given)
+            if any(cross.any() for cross in crosses):
+                change = change_of(moment / count, torch.cat(crosses) / count, self.ridge)
+                for name, part in zip(group, change.split([len(cross) for cross in crosses]), strict=True):
+                    self._change(model, new, place, name, part)
 
         def see(visit: Visit) -> None:
-            streams[visit.name] = self.student.tokens(visit.input)
+            streams[visit.name] = self.text.tokens_of(visit.input)
 
         before = [(group[0], partial(fit, group)) for group in place.groups()]
         self.student.run(model, [(name, see) for name in place.norms], before)
 
-    def _change(self, model: PreTrainedModel, new: int, place: LayerProjections, group: Sequence[str], change: Tensor) -> None:
-        """Add a group's change to its weights, in the model at hand and in the student."""
-        for name, part in zip(group, change.split([len(place.rows[name]) for name in group]), strict=True):
-            weight = submodule(model, name).weight
-            part = part if place.last[name] else part.T
-            whole = whole_name(name, new)
-            stored = self.tensors.read(self.tensors.architecture.weights[whole].name)
-            value = (stored.to(part) + part).to(stored.dtype)
-            weight.copy_(value)
-            self.tensors.write(self.tensors.architecture.weights[whole].name, value)
+    def _change(self, model: PreTrainedModel, new: int, place: LayerProjections, name: str, change: Tensor) -> None:
+        """Add a change to a projection's weight, in the model at hand and in the student."""
+        change = change if place.last[name] else change.T
+        stored = self.tensors.architecture.weights[whole_name(name, new)].name
+        before = self.tensors.read(stored)
+        value = (before.to(change) + change).to(before.dtype)
+        submodule(model, name).weight.copy_(value)
+        self.tensors.write(stored, value)
+
+
+@contextmanager
+def products_for(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products be made of rounded factors, where these were computed in bfloat16 anyhow; sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -12,7 +12,7 @@ ADAPTERS = {CHECKPOINTING: True, "per_device_train_batch_size": 1, "lora": {}, "
 # What to do about a stage that does not train and does not fit.
 OTHERWISE = {
     "score": "set score.batch_size: 1",
-    "prune": "take GPUs with more memory",
+    "prune": "lower prune.sequential_tokens, where sequential is true, or take GPUs with more memory",
     "cache": "set cache.batch_size: 1",
     "evaluate": "accelerate launch with evaluate.tensor_parallel: true",
 }

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.errors import RecipeError
-from hf_minitron.importance.footprint import moment_bytes, scoring_bytes
+from hf_minitron.importance.footprint import moment_bytes, scoring_bytes, sequential_bytes
 from hf_minitron.planning.resources import FLOAT, Training, training_memory
 from hf_minitron.recipe_file import KEYS, arguments, listed
 from hf_minitron.stages import target
@@ -23,6 +23,7 @@ PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 SXM
 # Of that peak: what benchmarks/kd_step.py measured on an H100 for a teacher in the shape of Llama-3.2-1B.
 UTILIZATION = 0.26
 GPUS_PER_HOST = 8
+FITTING = 4  # forward passes of the teacher that a sequential fit is: two models, and products as large
 CACHED = {"random": 0.7, "top_k": 3.5}  # bytes of each draw, or of each token kept; docs/distillation.md
 BF16 = torch.bfloat16.itemsize
 # Activation checkpointing: its name, and the one before transformers 5.23, which later ones call deprecated.
@@ -99,17 +100,20 @@ class Models:
         teacher (`Architecture`): The one that is cut.
         student (`Architecture`): What is left of it.
         corrects (`bool`): Whether weights are corrected.
+        fitted (`int`): Tokens that they are fitted on sequentially.
     """
 
     teacher: Architecture
     student: Architecture
     corrects: bool
+    fitted: int
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> "Models":
         """Read those of a recipe."""
         model, args = str(recipe["model"]), arguments(recipe.get("prune") or {}, "prune", target.Args)
-        return cls(target.teacher(model, args.dequantize), target.student(args, model), bool(args.corrections))
+        teacher, student = target.teacher(model, args.dequantize), target.student(args, model)
+        return cls(teacher, student, bool(args.corrections), args.fitted_tokens)
 
 
 def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = None) -> list[Cost]:
@@ -118,9 +122,7 @@ def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = N
     teacher, student = models.teacher, models.student
     found = [training_cost("correct", recipe, models, machine)] if "correct" in recipe else []
     found.append(_score(recipe, teacher, machine))
-    largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if models.corrects else 0
-    layer = FLOAT * _parameters(teacher) // teacher.shape["layers"]
-    found.append(Cost("prune", {"moments": 3 * largest, "weights": layer}, 2 * layer + largest, BF16 * _parameters(student)))
+    found.append(_prune(recipe, models))
     if "cache" in recipe:
         found.append(_cache(recipe, teacher, machine))
     found += [training_cost("distill", recipe, models, machine), _evaluate(recipe, teacher, student, machine)]
@@ -158,6 +160,16 @@ def _score(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -
     flops = passes * value["tokens"] * _flops(teacher, value["block_size"])
     host = _host(machine, BF16 * _parameters(teacher) // (teacher.shape["layers"] if note else 1))
     return Cost("score", {"weights, moments, activations": needed}, host, moments, value["tokens"], flops, note)
+
+
+def _prune(recipe: Mapping[str, Any], models: Models) -> Cost:
+    teacher, block = models.teacher, value_of(recipe, "score", "block_size")
+    largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if models.corrects else 0
+    layer = FLOAT * _parameters(teacher) // teacher.shape["layers"]
+    tokens = min(models.fitted, value_of(recipe, "score", "tokens"))
+    gpu = {"moments": 3 * largest, "weights": layer, "states": sequential_bytes(teacher, torch.bfloat16, tokens)}
+    flops = FITTING * tokens * _flops(teacher, block)
+    return Cost("prune", gpu, 2 * layer + largest, BF16 * _parameters(models.student), tokens, flops)
 
 
 def _cache(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:

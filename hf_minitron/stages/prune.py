@@ -31,7 +31,7 @@ from hf_minitron.checkpoint.side_files import side_files
 from hf_minitron.checkpoint.tensors import CheckpointTensors
 from hf_minitron.importance.footprint import fits
 from hf_minitron.importance.residuals import read_residuals
-from hf_minitron.importance.sequential import TOKENS, check_sequential, sequential_least_squares
+from hf_minitron.importance.sequential import check_sequential, sequential_least_squares
 from hf_minitron.modeling.configuration_pruned import PrunedConfig
 from hf_minitron.plan import Plan, make_plan, stand_in
 from hf_minitron.pruning.compensate import check_names
@@ -184,7 +184,7 @@ def work(args: Args, run: Run) -> dict[str, float]:
     if not args.sequential:
         return {"prune": 1}
     scored = arguments(run.section("score"), "score", ScoreArgs).tokens
-    return {"prune": 1, "read": SWEEP * min(scored, args.sequential_tokens or TOKENS)}
+    return {"prune": 1, "read": SWEEP * min(scored, args.fitted_tokens)}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -216,8 +216,7 @@ def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
     device = best_device()
     blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
     source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
-    tokens = args.sequential_tokens or TOKENS
-    sequential_least_squares(source, student, plan, blocks, tokens, best_dtype(device), device)
+    sequential_least_squares(source, student, plan, blocks, args.fitted_tokens, best_dtype(device), device)
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:

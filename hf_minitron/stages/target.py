@@ -9,6 +9,7 @@ from hf_minitron.checkpoint.model_files import resolve
 from hf_minitron.checkpoint.tensors import config_of
 from hf_minitron.plan import stand_in
 from hf_minitron.pruning.compensate import CORRECTIONS, DEFAULT_CORRECTIONS
+from hf_minitron.pruning.reconstruction import TOKENS
 from hf_minitron.pruning.rotate import untied
 from hf_minitron.shape import Shape
 from hf_minitron.sizes import CUTTABLE, QUANTIZED, SIZES_OF, not_quantized
@@ -59,7 +60,7 @@ class Args:
     )
     sequential_tokens: int | None = field(
         default=None,
-        metadata={"min": 1, "help": "Tokens of score's text that sequential reads, evenly spread; 65,536 when left out."},
+        metadata={"min": 1, "help": f"Tokens of score's text that sequential reads, evenly spread; {TOKENS:,} when left out."},
     )
     text_only: bool = field(
         default=False,
@@ -69,6 +70,11 @@ class Args:
         default=False, metadata={"help": "Whether a model that is stored in fp8 or mxfp4 is dequantized on the way."}
     )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
+
+    @property
+    def fitted_tokens(self) -> int:
+        """Tokens that a sequential fit reads, of as many as were scored; none without one."""
+        return (self.sequential_tokens or TOKENS) if self.sequential else 0
 
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
