@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TRIED_WITH = 12_288  # tokens with which widths are tried, and every setting; of more, the best settings of the budget below
 TRIED_OF_MORE = {36_864: 2, 122_880: 1, 368_640: 1}  # how many
 TRAINING = ("c4_1", "stackexchange", "code")
-# Tokens of the calibration: ours is fitted on half of its own; with an eighth the published recipe scores as well.
+# Tokens of the calibration: what ours is fitted on, and an eighth of it, with which the published recipe scores as well.
 CALIBRATION = {OURS: {"tokens": 131_072}, race.PUBLISHED: {"tokens": 16_384}}
 PIECES = {OURS: 600, race.PUBLISHED: 40}  # of every source, of 2,000 characters
 PUBLISHED_TEXT = "calibration-published.jsonl"
@@ -277,6 +277,7 @@ def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
         score |= {"metric": "l2_mean", "moments": False}
         ours = {"corrections": []}
     else:
+        ours["sequential_tokens"] = CALIBRATION[OURS]["tokens"]
         score |= {"metric": {"ffn": "contribution", "heads": "contribution"}, "sublayers": True}
     nonuniform = {"target": {}, "nonuniform": share}
     prune = ours | (nonuniform if entry.shape == NONUNIFORM else {"target": widths[entry.width]})

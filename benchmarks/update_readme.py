@@ -85,17 +85,20 @@ def chain_block(rounds: Sequence[Path]) -> str:
     reports = [Report.load(run / "evaluate/report.json") for run in rounds]
     logs = [read_json(run / "distill/log.json") for run in rounds]
     seconds = sum(read_json(path)["seconds"] for run in rounds for path in run.glob("*/done.json"))
-    sizes = [reports[0].models["teacher"], *(report.models["distilled"] for report in reports)]
-    rows = [["parameters", " to ".join(f"{model['parameters']:,}" for model in sizes)],
-            ["tokens, each", " and ".join(dict.fromkeys(f"{log['tokens'] / 1e3:.1f} k" for log in logs))],
-            ["hardware", "2 CPU cores, no GPU"]]  # fmt: skip
+    rows = []
+    for run, report in zip(rounds, reports, strict=True):
+        sizes = (report.models[name]["parameters"] for name in ("teacher", "distilled"))
+        rows.append([f"parameters, `{run.name}.yaml`", " to ".join(f"{size:,}" for size in sizes)])
+    rows.append(["tokens, each", " and ".join(dict.fromkeys(f"{log['tokens'] / 1e3:.1f} k" for log in logs))])
+    rows.append(["hardware", "2 CPU cores, no GPU"])
     tasks = [entry.task for entry in reports[0].of_tasks("teacher") if entry.metric == "acc"]
     for metric, task in [("perplexity", TEXT), *(("acc", task) for task in tasks)]:
         values = [f"{measured(reports[0].entry('teacher', metric, task))} (teacher)"]
         for number, report in enumerate(reports, 1):
             pruned, distilled = (measured(report.entry(name, metric, task)) for name in ("pruned", "distilled"))
             values.append(f"{distilled} (round {number}; {pruned} before training)")
-        rows.append([f"{metric}, {task}", ", ".join(values)])
+        rows.append([f"expected {metric}, {task}", ", ".join(values)])
+    rows.append(["source", "measured: the reports of the rounds, ± standard error"])
     rows.append(["run by us", f"yes, {seconds / 60:.1f} minutes"])
     return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
 
