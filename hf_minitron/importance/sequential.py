@@ -208,7 +208,8 @@ class _Sweep:
                 states, rows = visit.input, place.stream
             else:
                 states, rows = visit.states, place.rows[visit.name]
-            wanted[visit.name].append(self.teacher.tokens(states)[:, rows])
+            kept = self.teacher.tokens(states)[:, rows]
+            wanted[visit.name].append(kept.clone() if isinstance(rows, slice) else kept)  # classes add in place
             if visit.name in place.rows and visit.name not in place.order:
                 place.order.append(visit.name)
 
@@ -243,7 +244,7 @@ class _Sweep:
                     self._change(model, new, place, name, part)
 
         def see(visit: Visit) -> None:
-            streams[visit.name] = self.text.tokens_of(visit.input)
+            streams[visit.name] = self.text.tokens_of(visit.input.clone())
 
         before = [(group[0], partial(fit, group)) for group in place.groups()]
         self.student.run(model, [(name, see) for name in place.norms], before)
