@@ -203,19 +203,37 @@ def test_it_reads_so_many_tokens_of_the_whole_text():
     assert any(not torch.equal(value, students[2].state_dict()[name]) for name, value in students[0].state_dict().items())
 
 
-def test_products_of_bfloat16_states_lose_nothing_that_counts_and_leave_the_precision_as_it_was(monkeypatch):
+@pytest.fixture
+def tf32():
+    """A process in which CUDA's precision was set as `TrainingArguments(tf32=True)` does: then that of all cannot be read."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has no precision by backend")
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+def test_products_of_bfloat16_states_lose_nothing_that_counts_and_leave_the_precision_as_it_was(tf32, monkeypatch):
     teacher, plan, statistics = made("llama", {"hidden": 24, "ffn": 48})
-    precision, rounded, students = torch.get_float32_matmul_precision(), sequential.products_for, []
+    rounded, students = sequential.products_for, []
+
+    def precisions():
+        return [backend.fp32_precision for backend in sequential.PRODUCTS]
+
+    before = precisions()
     for products in (rounded, lambda dtype: nullcontext()):
         monkeypatch.setattr(sequential, "products_for", products)
         students.append(prune_model(teacher, plan, statistics))
         sequential_least_squares(teacher, students[-1], plan, BLOCKS, dtype=torch.bfloat16)
-        assert torch.get_float32_matmul_precision() == precision
+        assert precisions() == before
     plain = prune_model(teacher, plan, statistics).state_dict()
     for name, value in students[1].state_dict().items():
         changed = (value - plain[name]).norm()
         assert (students[0].state_dict()[name] - value).norm() <= 0.02 * changed, name
     with rounded(torch.float32):
-        assert torch.get_float32_matmul_precision() == precision
-    with rounded(torch.bfloat16):
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert precisions() == before
+    with pytest.raises(KeyboardInterrupt), rounded(torch.bfloat16):
+        assert precisions() == ["tf32", "bf16"]
+        raise KeyboardInterrupt
+    assert precisions() == before

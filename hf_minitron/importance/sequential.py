@@ -28,6 +28,8 @@ from hf_minitron.plan import RANKS, Plan
 from hf_minitron.probe import Observer, Visit, probe, submodule
 from hf_minitron.pruning.reconstruction import RIDGE, TOKENS, change_of
 
+# What float32 products of numbers that were bfloat16 are made in.
+PRODUCTS = {torch.backends.cuda.matmul: "tf32", getattr(torch.backends.mkldnn, "matmul", None): "bf16"}
 # Of how much the stream differs, what a projection takes over: of 0.5 and 1, text of other domains prefers the former.
 BETA = 0.5
 PART = 2_048  # tokens that are multiplied at once: their states stay in a processor's cache
@@ -119,7 +121,7 @@ class _Text:
         each = zip(*(self.whole[key].split(rows) for key in self.whole), strict=True)
         self.parts = [dict(zip(self.whole, tensors, strict=True)) for tensors in each]
 
-    def tokens_of(self, states: Tensor) -> list[Tensor]:
+    def split(self, states: Tensor) -> list[Tensor]:
         """Return the states of the tokens that count, `(tokens, size)` of every part."""
         flat = states.reshape(self.whole["input_ids"].numel(), -1).split([part["input_ids"].numel() for part in self.parts])
         return [tokens_of(states, part) for states, part in zip(flat, self.parts, strict=True)]
@@ -231,12 +233,12 @@ class _Sweep:
 
         def fit(group: Sequence[str], visit: Visit) -> None:
             moment, crosses, count = 0.0, [0.0] * len(group), 0
-            for part, given in enumerate(self.text.tokens_of(visit.input)):
+            for part, given in enumerate(self.text.split(visit.input)):
                 with products_for(given.dtype):
                     inputs = given.float()
                     moment += inputs.T @ inputs
-                    for place_of, name in enumerate(group):
-                        crosses[place_of] += lacking(name, part, given).T @ inputs
+                    for number, name in enumerate(group):
+                        crosses[number] += lacking(name, part, given).T @ inputs
                 count += len(given)
             if any(cross.any() for cross in crosses):
                 change = change_of(moment / count, torch.cat(crosses) / count, self.ridge)
@@ -244,7 +246,7 @@ class _Sweep:
                     self._change(model, new, place, name, part)
 
         def see(visit: Visit) -> None:
-            streams[visit.name] = self.text.tokens_of(visit.input.clone())
+            streams[visit.name] = self.text.split(visit.input.clone())
 
         before = [(group[0], partial(fit, group)) for group in place.groups()]
         self.student.run(model, [(name, see) for name in place.norms], before)
@@ -261,10 +263,16 @@ class _Sweep:
 
 @contextmanager
 def products_for(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products be made of rounded factors, where these were computed in bfloat16 anyhow; sums stay float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    """Let float32 products be made of rounded factors, where these were computed in bfloat16 anyhow; sums stay float32.
+
+    Set by backend, which torch has from 2.9 on: the one setting for all cannot be read where somebody has set a backend's.
+    """
+    backends = {backend: value for backend, value in PRODUCTS.items() if hasattr(backend, "fp32_precision")}
+    before = {backend: backend.fp32_precision for backend in backends}
     try:
+        for backend, value in backends.items() if dtype == torch.bfloat16 else ():
+            backend.fp32_precision = value
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in before.items():
+            backend.fp32_precision = value
