@@ -387,8 +387,11 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
 
 
 def seconds_of(out: Path) -> dict[str, float]:
-    """Return how long every stage took, by its folder; a stage that runs share is one file, and counts once."""
-    done = {path.stat().st_ino: path for path in sorted(out.glob("*/*/*/done.json"), reverse=True)}
+    """Return how long every stage took, by its folder; a stage that runs share is one file, and counts once, where it was made.
+
+    Runs that share it have longer names.
+    """
+    done = {path.stat().st_ino: path for path in sorted(out.glob("*/*/*/done.json"), key=lambda path: -len(str(path)))}
     return {str(path.parent.relative_to(out)): read_json(path)["seconds"] for path in done.values()}
 
 
