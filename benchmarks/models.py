@@ -3,6 +3,7 @@
     python benchmarks/models.py ../shared/data runs/race              # days on 2 cores; killed, it goes on where it was
     python benchmarks/models.py ../shared/data runs/race --hours 2    # no run is begun after two hours
     python benchmarks/models.py ../shared/data runs/race --only '100m/published*' --budget 12288
+    benchmarks/gpu.sh OUT race ../shared/data                         # a million tokens and more, in minutes
 
 SmolLM2-135M to two sizes in three shapes: as the papers do it, ours uniform, and ours nonuniform, each with several budgets of
 tokens and seeds. Every model is a recipe that the `hf-minitron` command runs in a folder of its own; those that differ in
@@ -32,6 +33,7 @@ import numpy as np
 import race
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoTokenizer
 
 from hf_minitron import load_text
@@ -61,16 +63,33 @@ SIZES: dict[str, tuple[dict[str, dict[str, int]], float]] = {
 }
 SHAPES = (race.PUBLISHED, "uniform", NONUNIFORM := "nonuniform")
 OURS = "ours"
-ASKED = (12_288, 36_864, 122_880, 368_640)  # budgets of the published recipe
-BUDGETS = (1_024, 4_096, *ASKED)  # of every recipe: a curve begins at less than a tenth of the least that is asked about
-SEEDS = {budget: (0, 1, 2) if budget <= 36_864 else (0,) for budget in BUDGETS}
-# How a student is trained, beyond what all have. `economy.py` compares more ways with fewer tokens.
+# How a student is trained, beyond what all have: learning rate, then sequences a step. `economy.py` compares more ways with
+# fewer tokens.
 SETTINGS: dict[str, dict[str, Any]] = {
-    rate: {"per_device_train_batch_size": 1, "learning_rate": float(rate), "lr_scheduler_type": "linear"}
-    for rate in ("3e-4", "1.5e-4", "6e-4")
+    name: {
+        "per_device_train_batch_size": int(rows or 1),
+        "learning_rate": float(rate),
+        "lr_scheduler_type": "linear",
+    }
+    for name in ("3e-4", "1.5e-4", "6e-4", "1e-3x16", "5e-4x16", "1e-3x64")
+    for rate, _, rows in [name.partition("x")]
 }
-TRIED_WITH = 12_288  # tokens with which widths are tried, and every setting; of more, the best settings of the budget below
-TRIED_OF_MORE = {36_864: 2, 122_880: 1, 368_640: 1}  # how many
+# Tokens that a student is trained with, and the settings that are tried with them: those named, or so many, the best of the
+# budget before. A curve begins at less than a tenth of the least that is asked about.
+TRIED: dict[int, int | tuple[str, ...]] = {
+    **dict.fromkeys((1_024, 4_096, 12_288), ("3e-4", "1.5e-4", "6e-4")),
+    36_864: 2,
+    122_880: 1,
+    368_640: 1,
+    983_040: ("1e-3x16", "5e-4x16"),
+    2_949_120: 1,
+    9_830_400: ("1e-3x64",),
+}
+BUDGETS = tuple(TRIED)
+ON_CPU = BUDGETS[:6]  # what two cores do in days
+ASKED = tuple(budget for budget in BUDGETS if budget >= 12_288)  # budgets of the published recipe
+SEEDS = {budget: (0, 1, 2) if budget <= 36_864 else (0,) for budget in BUDGETS}
+TRIED_WITH = 12_288  # tokens with which widths are tried
 TRAINING = ("c4_1", "stackexchange", "code")
 # Tokens of the calibration: what ours is fitted on, and an eighth of it, with which the published recipe scores as well.
 CALIBRATION = {OURS: {"tokens": 131_072}, race.PUBLISHED: {"tokens": 16_384}}
@@ -138,7 +157,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="where the runs go")
     parser.add_argument("--model", default="~/.cache/hf_minitron/SmolLM2-135M-Instruct")
     parser.add_argument("--only", default="*", help="a pattern of names, such as '70m/nonuniform-*'")
-    parser.add_argument("--budget", type=int, choices=BUDGETS, nargs="+", default=BUDGETS, help="tokens")
+    parser.add_argument("--budget", type=int, choices=BUDGETS, nargs="+", default=ON_CPU, help="tokens")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes")
     args = parser.parse_args()
@@ -193,15 +212,14 @@ def settings_of(out: Path, size: str, shape: str, budget: int) -> list[Entry]:
     widths = widths_of(size, shape)
     if any(validation_loss(out, entry) is None for entry in widths):
         return []
-    every = [replace(best_of(out, widths), budget=budget, setting=setting) for setting in SETTINGS]
-    if budget <= TRIED_WITH:
-        return every
-    below = settings_of(out, size, shape, BUDGETS[BUDGETS.index(budget) - 1])
-    losses = {entry.setting: validation_loss(out, entry) for entry in below}
-    if not losses or None in losses.values():
-        return []
-    best = sorted(losses, key=losses.__getitem__)[: TRIED_OF_MORE[budget]]
-    return [entry for entry in every if entry.setting in best]
+    asked = TRIED[budget]
+    if isinstance(asked, int):
+        below = settings_of(out, size, shape, BUDGETS[BUDGETS.index(budget) - 1])
+        losses = {entry.setting: validation_loss(out, entry) for entry in below}
+        if not losses or None in losses.values():
+            return []
+        asked = tuple(sorted(losses, key=losses.__getitem__)[:asked])
+    return [replace(best_of(out, widths), budget=budget, setting=setting) for setting in asked]
 
 
 def entries(out: Path) -> list[Entry]:
@@ -296,7 +314,7 @@ def recipe_of(out: Path, model: str, entry: Entry) -> dict[str, Any]:
             "max_grad_norm": 1.0,
             "logging_steps": max(steps // 24, 1),
             "logging_first_step": True,
-            "save_steps": max(steps // max(entry.budget // 12_288, 1), 1),
+            "save_steps": max(steps // min(max(entry.budget // 12_288, 1), 30), 1),
             "save_total_limit": 1,
             "report_to": "none",
             **setting,
@@ -326,9 +344,11 @@ def begin(out: Path, model: str, entry: Entry) -> Run:
     score, prune = recipe_of(out, model, entry), recipe_of(out, model, entry)
     del score["prune"], score["distill"], prune["distill"]
     scored, pruned = write_recipe(out, entry.scores, score), write_recipe(out, entry.pruned, prune)
-    do("score", scored)
-    start(pruned, scored, ("score",))
-    do("prune", pruned)
+    with FileLock(f"{scored.folder}.lock"):  # others that go on side by side wait for what they share
+        do("score", scored)
+    with FileLock(f"{pruned.folder}.lock"):
+        start(pruned, scored, ("score",))
+        do("prune", pruned)
     return pruned
 
 
@@ -378,8 +398,10 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
     here = {row["size"] for row in tried}
     for key, rows in (found | {"tried": tried}).items():
         rows += [row for row in known.get(key, ()) if row["size"] not in here]
-    seconds = known.get("seconds", {}) | seconds_of(out)
-    whole = {"environment": environment(), "threads": torch.get_num_threads(), "hours": sum(seconds.values()) / 3600,
+    seconds, used = known.get("seconds", {}), environment()
+    seconds[used["hardware"]] = seconds.get(used["hardware"], {}) | seconds_of(out)
+    whole = {"environment": used, "threads": torch.get_num_threads(),
+             "hours": {hardware: sum(of.values()) / 3600 for hardware, of in seconds.items()},
              "settings": SETTINGS, "calibration": {recipe: of["tokens"] for recipe, of in CALIBRATION.items()},
              "tried_with": TRIED_WITH, "tried": tried, **found, "seconds": seconds,
              "runs": runs_of(out)}  # fmt: skip

@@ -44,17 +44,15 @@ def table_block(found: dict) -> str:
     rows = [["published recipe", "its perplexity", "ours", "perplexity", "tokens ours needs for that"]]
     for row in ordered(found["rows"]):
         size, shape, budget = (row[key] for key in ("size", "shape", "budget"))
-        seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
         published, ours = (perplexity_of(points.get((size, of, budget))) for of in ("published", shape))
-        rows.append([f"{size.upper()}, {budget:,} tokens{seeds}", published, shape, ours, needed(row, least)])
+        rows.append([f"{size.upper()}, {budget:,} tokens", published, shape, ours, needed(row, least)])
     return "\n\n".join(
         [
             markdown_table(rows),
             f"Perplexity on {FIRST_TEXT}; the last column is a share of the published recipe's tokens, with 95 % intervals "
             f"over documents and seeds. {worst_text(found['equal_tokens'])} {before_training(found)} Every recipe's width "
             "(hidden x ffn) and learning "
-            f"rate were chosen on a validation split: {chosen_of(found['tried'])}. {found['hours']:.1f} hours so far, "
-            f"{found['environment']['hardware']}.",
+            f"rate were chosen on a validation split: {chosen_of(found['tried'])}. {machines(found)}",
         ]
     )
 
@@ -77,9 +75,19 @@ def fewest(found: dict) -> dict[tuple[str, str], int]:
     return least
 
 
+def machines(found: dict) -> str:
+    """Say what every kind of machine has trained, and its hours."""
+    said = []
+    for hardware, hours in found["hours"].items():
+        budgets = {int(name.split("/")[1].split("-")[-4]) for name in of_stage(found["seconds"][hardware], "distill")}
+        said.append(f"{hours:.1f} hours of {hardware}, {min(budgets):,} to {max(budgets):,} tokens")
+    return f"{'; '.join(said)}."
+
+
 def before_training(found: dict) -> str:
-    """Say what is read before training, and how long that takes beside training."""
-    ours = {name: value for name, value in found["seconds"].items() if f"/{race.PUBLISHED}" not in name}
+    """Say what is read before training, and how long that takes beside training, on the machine that most was trained on."""
+    slowest = found["seconds"][max(found["hours"], key=found["hours"].__getitem__)]
+    ours = {name: value for name, value in slowest.items() if f"/{race.PUBLISHED}" not in name}
     before = sum(max(of_stage(ours, stage).values()) for stage in ("score", "prune"))  # other widths were tried with less text
     trained = of_stage(ours, "distill").items()  # names end with the tokens, the rate and the seed
     each = statistics.median(value / int(name.split("/")[1].split("-")[-4]) for name, value in trained)
@@ -128,8 +136,10 @@ def millions(size: str) -> int:
 
 
 def perplexity_of(point: dict | None) -> str:
-    """Return a point's perplexity; nothing where it was not measured."""
-    return "" if point is None else f"{point['perplexity']:.1f}"
+    """Return a point's perplexity, and of how many seeds; nothing where it was not measured."""
+    if point is None:
+        return ""
+    return f"{point['perplexity']:.1f}" + (f" ({point['seeds']} seeds)" if point["seeds"] > 1 else "")
 
 
 def needed(row: dict, least: dict[tuple[str, str], int]) -> str:

@@ -30,6 +30,7 @@ from hf_minitron.distillation.cache import write_cache
 from hf_minitron.distillation.losses.tokens import CROSS_ENTROPY, TOKEN_LOSSES
 from hf_minitron.distillation.states import STATE_LOSSES
 from hf_minitron.evaluation.text import perplexity
+from hf_minitron.importance.sequential import sequential_least_squares
 from hf_minitron.plan import make_plan
 from hf_minitron.pruning.prune import prune_checkpoint, prune_model
 
@@ -158,6 +159,23 @@ def test_scores_and_students(tmp_path, model_type):
         assert torch.allclose(on_gpu[name].cpu(), value, rtol=1e-2, atol=1e-3), name
         if name in on_disk:
             assert torch.allclose(on_disk[name], value, rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_sequential_fits(model_type):
+    """In float32, and with weights of bfloat16, whose products a GPU makes in TF32."""
+    teacher = tiny.model(model_type, dtype=torch.float32)
+    shape, blocks = Architecture.of(teacher.config).shape, tiny.blocks(60)
+    statistics = calibrate(teacher, blocks, moments=True)
+    plan = make_plan(statistics.scores, shape, shape.cut_to(tiny.target(shape)))
+    for dtype, tolerance in ((torch.float32, 1e-2), (torch.bfloat16, 5e-2)):
+        students = [prune_model(teacher.to(dtype), plan, statistics) for _ in range(2)]
+        for device, student in zip(("cpu", GPU), students, strict=True):
+            sequential_least_squares(teacher, student, plan, blocks, device=device)
+        expected, found = (student.state_dict() for student in students)
+        for name, value in expected.items():
+            distance = (found[name].cpu() - value).float().norm() / value.float().norm().clamp(min=1e-6)
+            assert distance < tolerance, (name, dtype, distance)
 
 
 def test_perplexity():
