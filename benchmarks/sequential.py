@@ -43,7 +43,7 @@ def main() -> None:
     model = load_model(args.model, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     texts = {
-        path.stem: token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
+        name_of(path): token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
         for path in args.held_out
     }
     shape, results = Architecture.of(model.config).shape, {}
@@ -76,7 +76,7 @@ def main() -> None:
         for text in texts
     ]
     what = f"perplexity after sequential least squares, {', '.join(f'{axis} {size}' for axis, size in args.target.items())}"
-    given = f"calibrated on text of {', '.join(path.stem for path in args.calibration)}"
+    given = f"calibrated on text of {', '.join(map(name_of, args.calibration))}"
     given += f"; the default corrections with {args.tokens[0]:,} tokens"
     cost = f"{fitted / passed:.1f} times the processor time of a forward pass over the calibration text"
     figure.save(args.json, what, "benchmarks/sequential.py", "; ".join([*rows, given, cost]))
@@ -87,6 +87,11 @@ def beside(of: dict[str, float], text: str, results: dict[str, dict[str, float]]
     if of in (results["plain"], results["default corrections"]):
         return ""
     return f" ({of[text] / results['default corrections'][text]:.2f} of the default's)"
+
+
+def name_of(path: Path) -> str:
+    """Return what a text is called: a held-out part of a folder by the folder."""
+    return f"{path.parent.name}, not calibrated on" if path.stem == "held_out" else path.stem
 
 
 def documents(path: Path, others: list[Path], part: int) -> Dataset:

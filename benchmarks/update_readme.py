@@ -77,7 +77,12 @@ def expected_block(kept: Path, recipe: Path) -> str:
         ["source", "measured: the table in the main README and [its card](../../model_cards/smollm2-135m-width/README.md)"],
         ["run by us", f"yes, {seconds / 60:.1f} minutes"],
     ]
-    return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
+    return facts_table(rows)
+
+
+def facts_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of two columns without titles."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)])
 
 
 def chain_block(rounds: Sequence[Path]) -> str:
@@ -100,7 +105,7 @@ def chain_block(rounds: Sequence[Path]) -> str:
         rows.append([f"expected {metric}, {task}", ", ".join(values)])
     rows.append(["source", "measured: the reports of the rounds, ± standard error"])
     rows.append(["run by us", f"yes, {seconds / 60:.1f} minutes"])
-    return "\n".join(f"| {key} | {value} |" for key, value in [["", ""], ["---", "---"], *rows]).replace("|  |  |", "| | |")
+    return facts_table(rows)
 
 
 def benchmark_block(results: Path) -> str:

@@ -233,13 +233,13 @@ class _Sweep:
 
         def fit(group: Sequence[str], visit: Visit) -> None:
             moment, crosses, count = 0.0, [0.0] * len(group), 0
-            for part, given in enumerate(self.text.split(visit.input)):
-                with products_for(given.dtype):
+            with products_for(visit.input.dtype):
+                for part, given in enumerate(self.text.split(visit.input)):
                     inputs = given.float()
                     moment += inputs.T @ inputs
                     for number, name in enumerate(group):
                         crosses[number] += lacking(name, part, given).T @ inputs
-                count += len(given)
+                    count += len(given)
             if any(cross.any() for cross in crosses):
                 change = change_of(moment / count, torch.cat(crosses) / count, self.ridge)
                 for name, part in zip(group, change.split([len(cross) for cross in crosses]), strict=True):

@@ -13,6 +13,7 @@ from hf_minitron.architecture.architecture import Architecture
 from hf_minitron.errors import RecipeError
 from hf_minitron.importance.footprint import moment_bytes, scoring_bytes, sequential_bytes
 from hf_minitron.planning.resources import FLOAT, Training, training_memory
+from hf_minitron.pruning.reconstruction import SEQUENTIAL_PASSES
 from hf_minitron.recipe_file import KEYS, arguments, listed
 from hf_minitron.stages import target
 from hf_minitron.stages.resuming import checkpoint_bytes
@@ -23,7 +24,6 @@ PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 SXM
 # Of that peak: what benchmarks/kd_step.py measured on an H100 for a teacher in the shape of Llama-3.2-1B.
 UTILIZATION = 0.26
 GPUS_PER_HOST = 8
-FITTING = 4  # forward passes of the teacher that a sequential fit is: two models, and products as large
 CACHED = {"random": 0.7, "top_k": 3.5}  # bytes of each draw, or of each token kept; docs/distillation.md
 BF16 = torch.bfloat16.itemsize
 # Activation checkpointing: its name, and the one before transformers 5.23, which later ones call deprecated.
@@ -113,7 +113,8 @@ class Models:
         """Read those of a recipe."""
         model, args = str(recipe["model"]), arguments(recipe.get("prune") or {}, "prune", target.Args)
         teacher, student = target.teacher(model, args.dequantize), target.student(args, model)
-        return cls(teacher, student, bool(args.corrections), args.fitted_tokens)
+        fitted = args.fitted_tokens(value_of(recipe, "score", "tokens"))
+        return cls(teacher, student, bool(args.corrections), fitted)
 
 
 def costs(recipe: Mapping[str, Any], machine: Machine, models: Models | None = None) -> list[Cost]:
@@ -166,10 +167,9 @@ def _prune(recipe: Mapping[str, Any], models: Models) -> Cost:
     teacher, block = models.teacher, value_of(recipe, "score", "block_size")
     largest = max((size for sizes in moment_bytes(teacher).values() for size in sizes), default=0) if models.corrects else 0
     layer = FLOAT * _parameters(teacher) // teacher.shape["layers"]
-    tokens = min(models.fitted, value_of(recipe, "score", "tokens"))
-    gpu = {"moments": 3 * largest, "weights": layer, "states": sequential_bytes(teacher, torch.bfloat16, tokens)}
-    flops = FITTING * tokens * _flops(teacher, block)
-    return Cost("prune", gpu, 2 * layer + largest, BF16 * _parameters(models.student), tokens, flops)
+    gpu = {"moments": 3 * largest, "weights": layer, "states": sequential_bytes(teacher, torch.bfloat16, models.fitted)}
+    flops = SEQUENTIAL_PASSES * models.fitted * _flops(teacher, block)
+    return Cost("prune", gpu, 2 * layer + largest, BF16 * _parameters(models.student), models.fitted, flops)
 
 
 def _cache(recipe: Mapping[str, Any], teacher: Architecture, machine: Machine) -> Cost:

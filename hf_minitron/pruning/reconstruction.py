@@ -8,6 +8,7 @@ from torch import Tensor
 # On SmolLM2-135M, 0.001 to 0.1 are alike on text like the calibration's, but on other text only 0.1 and more help.
 RIDGE = 0.1
 TOKENS = 65_536  # that sequential fits are made of: more still help text of other domains (docs/measurements.md)
+SEQUENTIAL_PASSES = 6  # forward passes of the teacher that a sequential fit takes the time of (docs/measurements.md)
 
 
 def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float, extra: Tensor | None = None) -> Tensor:

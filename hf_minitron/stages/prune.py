@@ -38,6 +38,7 @@ from hf_minitron.pruning.compensate import check_names
 from hf_minitron.pruning.effects import check_corrections
 from hf_minitron.pruning.nonuniform import layer_parameters, least_parameters, nonuniform_plan
 from hf_minitron.pruning.prune import prune_checkpoint
+from hf_minitron.pruning.reconstruction import SEQUENTIAL_PASSES
 from hf_minitron.pruning.vocab import cut_tokenizer_files, scores_for, vocab_scores
 from hf_minitron.ranking import best
 from hf_minitron.recipe_file import arguments
@@ -50,7 +51,6 @@ from hf_minitron.stages.target import Args, differing, shapes, student, student_
 from hf_minitron.statistics import Statistics
 
 logger = logging.getLogger(__name__)
-SWEEP = 5  # forward passes of the teacher that a sequential fit takes the time of (docs/measurements.md)
 
 
 def outline(args: Args, model: str, folder: Path) -> None:
@@ -165,7 +165,7 @@ def check_nonuniform(args: Args, run: Run) -> None:
 
 def check_tokens(args: Args, run: Run) -> None:
     """Refuse tokens for a sequential fit that is not made, and more than the text that is scored has."""
-    tokens, scored = args.sequential_tokens, arguments(run.section("score"), "score", ScoreArgs).tokens
+    tokens, scored = args.sequential_tokens, _scored(run)
     if tokens is not None and not args.sequential:
         raise ValueError(f"sequential_tokens: {tokens} has no effect without sequential: true; set that, or leave it out")
     if tokens is not None and tokens > scored:
@@ -181,10 +181,7 @@ def all_layers(architecture: Architecture) -> int:
 
 def work(args: Args, run: Run) -> dict[str, float]:
     """Return the units of work, see `hf_minitron.planning.estimate`."""
-    if not args.sequential:
-        return {"prune": 1}
-    scored = arguments(run.section("score"), "score", ScoreArgs).tokens
-    return {"prune": 1, "read": SWEEP * min(scored, args.fitted_tokens)}
+    return {"prune": 1, "read": SEQUENTIAL_PASSES * args.fitted_tokens(_scored(run))}
 
 
 def run(args: Args, run: Run, out: Path) -> None:
@@ -216,7 +213,13 @@ def _fit_sequentially(args: Args, run: Run, plan: Plan, student: Path) -> None:
     device = best_device()
     blocks = Dataset.from_parquet(escape(str((run.path("score") / BLOCKS).absolute())), keep_in_memory=True)
     source = CheckpointTensors(resolve(run.model), dequantize=args.dequantize)
-    sequential_least_squares(source, student, plan, blocks, args.fitted_tokens, best_dtype(device), device)
+    tokens = args.fitted_tokens(_scored(run))
+    sequential_least_squares(source, student, plan, blocks, tokens, best_dtype(device), device)
+
+
+def _scored(run: Run) -> int:
+    """Return the tokens that are scored."""
+    return arguments(run.section("score"), "score", ScoreArgs).tokens
 
 
 def _nonuniform_plan(args: Args, run: Run, statistics: Statistics) -> Plan:

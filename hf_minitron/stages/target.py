@@ -71,10 +71,9 @@ class Args:
     )
     max_shard_bytes: int = field(default=5_000_000_000, metadata={"min": 1, "help": "Size limit of one weights file."})
 
-    @property
-    def fitted_tokens(self) -> int:
-        """Tokens that a sequential fit reads, of as many as were scored; none without one."""
-        return (self.sequential_tokens or TOKENS) if self.sequential else 0
+    def fitted_tokens(self, scored: int) -> int:
+        """Return the tokens that a sequential fit reads, of as many as are scored; none without one."""
+        return min(self.sequential_tokens or TOKENS, scored) if self.sequential else 0
 
 
 def shapes(args: Args, model: str) -> tuple[Shape, Shape, dict[str, str]]:
