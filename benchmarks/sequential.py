@@ -4,12 +4,11 @@
         --held-out ../shared/data/text/{c4_2,stackexchange,code}.jsonl ~/.cache/hf_minitron/stdlib/held_out.jsonl
 
 Prunes one shape plainly, with the default corrections, and with sequential least squares after these, calibrated on few tokens
-and on more. Of a file that is in both lists, three of ten documents are held out. Forward passes are in bfloat16; times are
-processor times.
+and on more. Of a file that is in both lists, three of ten documents are held out. Weights are in bfloat16 where the processor
+has it; times are processor times.
 """
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
 from hf_minitron import Architecture, calibrate, load_text, make_plan, prune_model, token_blocks
-from hf_minitron.checkpoint.checkpoint import load_model
+from hf_minitron.checkpoint.checkpoint import best_dtype, load_model
 from hf_minitron.evaluation.text import perplexity
 from hf_minitron.importance.sequential import sequential_least_squares
 from hf_minitron.importance.taps import run_batch
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="a folder for the students")
     args = parser.parse_args()
     keep_freed_memory()
-    model = load_model(args.model, torch.float32)
+    model = load_model(args.model, best_dtype(torch.device("cpu")))  # as the stages do
     tokenizer = AutoTokenizer.from_pretrained(Path(args.model).expanduser())
     texts = {
         name_of(path): token_blocks(documents(path, args.calibration, 1), tokenizer, 512, args.held_out_tokens, seed=1)
@@ -49,8 +48,7 @@ def main() -> None:
     shape, results = Architecture.of(model.config).shape, {}
 
     def measure(name: str, student) -> None:
-        read = copy.deepcopy(student).to(torch.bfloat16)
-        results[name] = {text: perplexity(read, held_out).value for text, held_out in texts.items()}
+        results[name] = {text: perplexity(student, held_out).value for text, held_out in texts.items()}
         print(f"{name:12}", *(f"{text} {value:8.1f}" for text, value in results[name].items()), flush=True)
         if args.save:
             student.save_pretrained(args.save / name)
@@ -65,9 +63,9 @@ def main() -> None:
         if not results:
             measure("plain", prune_model(model, plan))
             measure("default corrections", student)
-        passed = forward_pass(copy.deepcopy(model).to(torch.bfloat16), blocks)
+        passed = forward_pass(model, blocks)
         fitted = time.process_time()
-        sequential_least_squares(model, student, plan, blocks, tokens, torch.bfloat16)
+        sequential_least_squares(model, student, plan, blocks, tokens)
         fitted = time.process_time() - fitted
         measure(f"sequential too, {len(blocks) * 512:,} tokens", student)
         print(f"{fitted:.0f} s of processor time, {fitted / passed:.1f} forward passes of the teacher", flush=True)
