@@ -399,7 +399,9 @@ def save(out: Path, texts: dict[str, list[list[int]]], path: Path) -> None:
     for key, rows in (found | {"tried": tried}).items():
         rows += [row for row in known.get(key, ()) if row["size"] not in here]
     seconds, used = known.get("seconds", {}), environment()
-    seconds[used["hardware"]] = seconds.get(used["hardware"], {}) | seconds_of(out)
+    elsewhere = set().union(*(of for hardware, of in seconds.items() if hardware != used["hardware"]))
+    if own := {name: value for name, value in seconds_of(out).items() if name not in elsewhere}:
+        seconds[used["hardware"]] = seconds.get(used["hardware"], {}) | own
     whole = {"environment": used, "threads": torch.get_num_threads(),
              "hours": {hardware: sum(of.values()) / 3600 for hardware, of in seconds.items()},
              "settings": SETTINGS, "calibration": {recipe: of["tokens"] for recipe, of in CALIBRATION.items()},

@@ -140,7 +140,7 @@ def test_settings_are_those_of_the_best_width_and_more_tokens_try_the_two_best_o
     assert models.chosen(tmp_path, "70m", "uniform", 36_864) is None, "a size has trials of its own"
 
 
-def test_a_result_brings_its_runs_to_another_machine(tmp_path):
+def test_a_result_brings_its_runs_to_another_machine(tmp_path, monkeypatch):
     texts = {name: [[0] * 11] * 4 for name in (models.VALIDATION, *models.TESTS)}
     try_all(tmp_path / "one")
     for entry in models.entries(tmp_path / "one")[:40]:
@@ -159,6 +159,9 @@ def test_a_result_brings_its_runs_to_another_machine(tmp_path):
     again = json.loads((tmp_path / "race.json").read_text())
     assert list(again["hours"].values()) == [2]
     assert again == first
+    monkeypatch.setattr(models, "environment", lambda: {"hardware": "a GPU"})
+    models.save(tmp_path / "one", texts, tmp_path / "race.json")
+    assert json.loads((tmp_path / "race.json").read_text())["hours"] == first["hours"], "made elsewhere"
 
 
 def test_runs_come_by_their_cost_and_what_is_measured_is_skipped(tmp_path):
